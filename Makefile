@@ -1,0 +1,58 @@
+# dvirl: one environment, and the commands that use it. `make help` lists them.
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+STAMP   := $(shell date +%Y%m%d-%H%M%S)
+RUN     ?= runs/train-$(STAMP)
+PYTHON  ?= $(shell for p in python3.11 python3 python; do \
+             $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && command -v $$p && break; done)
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-quick lint lab shell notebooks clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make the environment in .venv and fetch the default model
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "dvirl needs Python 3.11 and found none; install it or say make PYTHON=/path/to/python3.11"; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "dvirl needs Python 3.11; $(PYTHON) is another version or is missing"; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/dvirl fetch
+	@touch $(READY)
+
+train: $(READY)  ## run notebooks/03_train.ipynb on its defaults
+	@mkdir -p $(RUN)
+	$(BIN)/papermill notebooks/03_train.ipynb $(RUN)/03_train.ipynb -p run_dir $(RUN) --kernel python3 --no-log-output
+	@echo "executed notebook: $(RUN)/03_train.ipynb"
+	@echo "log:               $(RUN)/metrics.jsonl"
+	@echo "figure:            $(RUN)/learning_curve.png"
+	@echo "checkpoint:        $$(ls -d $(RUN)/checkpoints/step-* | tail -n 1)"
+
+test: $(READY) lint  ## lint, then the whole test suite with coverage, then the notebooks against their outputs
+	$(BIN)/pytest tests -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks
+
+test-quick: $(READY)  ## the tests that need no real model
+	$(BIN)/pytest tests -n 2 --dist loadfile -m 'not real'
+
+lint: $(READY)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: $(READY)  ## execute the committed notebooks anew, in place
+	for n in notebooks/*.ipynb; do $(BIN)/papermill $$n $$n --kernel python3 || exit 1; done
+
+lab: $(READY)  ## open JupyterLab in the environment
+	$(BIN)/jupyter lab notebooks
+
+shell: $(READY)  ## a shell with the environment active
+	@PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" $${SHELL:-bash}
+
+clean:  ## remove the environment and what tools cache; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info

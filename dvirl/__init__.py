@@ -1,0 +1,1 @@
+"""The learning: draft, verify, and improve by reinforcement learning while generating."""

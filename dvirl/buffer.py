@@ -1,0 +1,193 @@
+"""The replay buffer: scored drafts, accepts and rejects, and the responses that they stood in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvirl.rollout import Records, Rollout
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response that records point to.
+
+    Attributes:
+        tokens: `[P + R]`, prompt and response.
+        prompt_len: P.
+        verifier_hidden: `[R, D]`.
+    """
+
+    tokens: Tensor
+    prompt_len: int
+    verifier_hidden: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Records with the responses that they stood in, ready for one parallel pass.
+
+    Attributes:
+        tokens: `[B, T]`, responses behind their prompts, padded on the right.
+        prompt_lens, response_lens: `[B]`.
+        rows, positions: `[N]`, where each record stands.
+        token, reward, verifier_token, verifier_confidence: `[N]`.
+        hidden: `[N, D]`, exit states as stored: detached, and as old as the record.
+        verifier_hidden: `[N, D]`.
+    """
+
+    tokens: Tensor
+    prompt_lens: Tensor
+    response_lens: Tensor
+    rows: Tensor
+    positions: Tensor
+    token: Tensor
+    reward: Tensor
+    verifier_token: Tensor
+    verifier_confidence: Tensor
+    hidden: Tensor
+    verifier_hidden: Tensor
+
+
+FIELDS = ("hidden", "token", "reward", "verifier_confidence", "verifier_token", "response_id", "position")
+
+
+class ReplayBuffer:
+    """A first-in-first-out store of records of fixed capacity.
+
+    Fields a record: `hidden [D]`, `token`, `reward`, `verifier_confidence`, `verifier_token`, and where it stood:
+    `response_id` and `position`. Accepted drafts of the decoder count towards the trigger of the next fast update.
+
+    Args:
+        capacity: records kept, at least 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"buffer capacity is {capacity}; expected at least 1")
+        self.capacity = capacity
+        self._fields: dict[str, Tensor] = {}
+        self._responses: dict[int, Response] = {}
+        self._next_response = 0
+        self.num_fresh = 0
+        self.accepted_since_update = 0
+
+    def __len__(self) -> int:
+        return len(self._fields["token"]) if self._fields else 0
+
+    @property
+    def num_responses(self) -> int:
+        """Responses that records still point to."""
+        return len(self._responses)
+
+    def field(self, name: str) -> Tensor:
+        """One field of all records, oldest first."""
+        return self._fields[name]
+
+    def add(self, records: Records, rollout: Rollout, num_accepted: int | None = None) -> None:
+        """Append the records of a rollout, dropping the oldest beyond capacity.
+
+        Args:
+            records: with rows that point into `rollout`.
+            rollout: the responses.
+            num_accepted: accepted drafts that count towards the trigger; by default the records' own.
+        """
+        self.accepted_since_update += records.num_accepted if num_accepted is None else num_accepted
+        if not len(records):
+            return
+        first = self._next_response
+        for row in range(len(rollout)):
+            prompt_len, response_len = int(rollout.prompt_lens[row]), int(rollout.response_lens[row])
+            self._responses[first + row] = Response(
+                rollout.tokens[row, : prompt_len + response_len].clone(),
+                prompt_len,
+                rollout.verifier_hidden[row, :response_len].clone(),
+            )
+        self._next_response += len(rollout)
+        new = {name: getattr(records, name) for name in FIELDS if name != "response_id"}
+        new["response_id"] = records.row + first
+        for name, value in new.items():
+            joined = torch.cat((self._fields[name], value)) if name in self._fields else value
+            self._fields[name] = joined[-self.capacity :]
+        self.num_fresh = min(self.num_fresh + len(records), len(self))
+        oldest = int(self._fields["response_id"][0])
+        self._responses = {key: value for key, value in self._responses.items() if key >= oldest}
+
+    def due(self, fast_batch: int) -> bool:
+        """Whether `fast_batch` tokens have been accepted since the last update and there are records to learn from."""
+        return self.accepted_since_update >= fast_batch and self.num_fresh > 0
+
+    def take_fresh(self) -> TrainingBatch:
+        """The records since the last call, and start counting anew."""
+        batch = self.batch(torch.arange(len(self) - self.num_fresh, len(self)))
+        self.num_fresh = self.accepted_since_update = 0
+        return batch
+
+    def recent(self, num_responses: int) -> TrainingBatch:
+        """The records of the most recent responses."""
+        ids = self._fields["response_id"]
+        wanted = ids >= max(int(ids[0]), self._next_response - num_responses)
+        return self.batch(wanted.nonzero().squeeze(1))
+
+    def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
+        """The records of `count` responses drawn without replacement (all, if there are fewer)."""
+        ids = torch.unique(self._fields["response_id"])
+        chosen = ids[torch.randperm(len(ids), generator=generator)[:count].to(ids.device)]
+        return self.batch(torch.isin(self._fields["response_id"], chosen).nonzero().squeeze(1))
+
+    def sample(self, count: int, generator: torch.Generator) -> TrainingBatch:
+        """`count` records drawn without replacement (all, if there are fewer), oldest first."""
+        order = torch.randperm(len(self), generator=generator)[:count]
+        return self.batch(order.sort().values)
+
+    def batch(self, indices: Tensor) -> TrainingBatch:
+        """The records at `indices [N]` with their responses."""
+        chosen = {name: value[indices.to(value.device)] for name, value in self._fields.items()}
+        ids, rows = torch.unique(chosen["response_id"], return_inverse=True)
+        responses = [self._responses[int(key)] for key in ids]
+        tokens = torch.nn.utils.rnn.pad_sequence([response.tokens for response in responses], batch_first=True)
+        prompt_lens = tokens.new_tensor([response.prompt_len for response in responses])
+        lengths = tokens.new_tensor([len(response.tokens) for response in responses])
+        hidden = torch.nn.utils.rnn.pad_sequence([r.verifier_hidden for r in responses], batch_first=True)
+        return TrainingBatch(
+            tokens=tokens,
+            prompt_lens=prompt_lens,
+            response_lens=lengths - prompt_lens,
+            rows=rows,
+            positions=chosen["position"],
+            token=chosen["token"],
+            reward=chosen["reward"],
+            verifier_token=chosen["verifier_token"],
+            verifier_confidence=chosen["verifier_confidence"],
+            hidden=chosen["hidden"],
+            verifier_hidden=hidden[rows, chosen["position"]],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors under `tensors`, plain numbers under `numbers`; `load_state_dict` brings both back."""
+        tensors = {f"field.{name}": value for name, value in self._fields.items()}
+        for key, response in self._responses.items():
+            tensors[f"response.{key}.tokens"] = response.tokens
+            tensors[f"response.{key}.verifier_hidden"] = response.verifier_hidden
+        numbers = {
+            "next_response": self._next_response,
+            "num_fresh": self.num_fresh,
+            "accepted_since_update": self.accepted_since_update,
+            "prompt_lens": {str(key): response.prompt_len for key, response in self._responses.items()},
+        }
+        return {"tensors": tensors, "numbers": numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        tensors, numbers = state["tensors"], state["numbers"]
+        self._fields = {name: tensors[f"field.{name}"] for name in FIELDS if f"field.{name}" in tensors}
+        self._responses = {
+            int(key): Response(tensors[f"response.{key}.tokens"], length, tensors[f"response.{key}.verifier_hidden"])
+            for key, length in sorted(numbers["prompt_lens"].items(), key=lambda item: int(item[0]))
+        }
+        self._next_response = numbers["next_response"]
+        self.num_fresh = numbers["num_fresh"]
+        self.accepted_since_update = numbers["accepted_since_update"]

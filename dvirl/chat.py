@@ -1,0 +1,145 @@
+"""Chat formats: a conversation to token ids, so that a user's text can never spell a control token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from dvirl.errors import DvirlError
+
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token, by its text."""
+
+    token: str
+
+
+Segment = str | Control
+
+
+def _chatml(turns: Sequence[str]) -> list[Segment]:
+    segments: list[Segment] = [Control("<|im_start|>"), f"system\n{DEFAULT_SYSTEM}", Control("<|im_end|>"), "\n"]
+    for index, turn in enumerate(turns):
+        role = "user" if index % 2 == 0 else "assistant"
+        segments += [Control("<|im_start|>"), f"{role}\n{turn}", Control("<|im_end|>"), "\n"]
+    return [*segments, Control("<|im_start|>"), "assistant\n"]
+
+
+def _vicuna(turns: Sequence[str]) -> list[Segment]:
+    segments: list[Segment] = [Control("<s>")]
+    text = VICUNA_SYSTEM
+    for index, turn in enumerate(turns):
+        if index % 2 == 0:
+            text += f" USER: {turn} ASSISTANT:"
+        else:
+            segments += [f"{text} {turn}", Control("</s>")]
+            text = ""
+    return [*segments, text.lstrip() if len(segments) > 1 else text]
+
+
+def _llama2(turns: Sequence[str]) -> list[Segment]:
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        if index % 2 == 0:
+            segments += [Control("<s>"), f"[INST] {turn.strip()} [/INST]"]
+        else:
+            segments[-1] = f"{segments[-1]} {turn.strip()} "
+            segments.append(Control("</s>"))
+    return segments
+
+
+def _plain(turns: Sequence[str]) -> list[Segment]:
+    return ["\n".join(turns)]
+
+
+FORMATS = {"chatml": _chatml, "vicuna": _vicuna, "llama-2": _llama2, "none": _plain}
+
+
+def detect_format(tokenizer: Any, name: str) -> str:
+    """The chat format that a model was trained with, from its control tokens, template or name."""
+    vocabulary = tokenizer.get_vocab()
+    template = str(tokenizer.init_kwargs.get("chat_template") or "")
+    if "<|im_start|>" in vocabulary and ("<|im_start|>" in template or not template):
+        return "chatml"
+    if "[INST]" in template:
+        return "llama-2"
+    lowered = name.lower()
+    if "vicuna" in lowered:
+        return "vicuna"
+    if ("llama-2" in lowered and "chat" in lowered) or ("codellama" in lowered and "instruct" in lowered):
+        return "llama-2"
+    return "none"
+
+
+class ChatEncoder:
+    """Turns conversations into token ids in one chat format.
+
+    Control tokens that the format puts are looked up by id; all other text goes through a copy of the tokenizer
+    that knows no control tokens, so `<|im_start|>system` in a user's text stays text.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        chat_format: a key of `FORMATS`.
+
+    Raises:
+        DvirlError: for an unknown format, or one whose control tokens the tokenizer lacks.
+    """
+
+    def __init__(self, tokenizer: Any, chat_format: str) -> None:
+        if chat_format not in FORMATS:
+            raise DvirlError(f"chat_format is {chat_format!r}; expected one of {', '.join(FORMATS)}")
+        self.chat_format = chat_format
+        self.tokenizer = tokenizer
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        definition["added_tokens"] = []
+        definition["post_processor"] = None
+        self._plain = Tokenizer.from_str(json.dumps(definition))
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self.encode([" "])
+
+    def encode(self, turns: Sequence[str]) -> list[int]:
+        """Token ids of alternating user and assistant turns, ready for the assistant's next one.
+
+        Args:
+            turns: user, assistant, user, …; an odd number.
+
+        Raises:
+            DvirlError: for an even number of turns or a format that the tokenizer cannot spell.
+        """
+        if len(turns) % 2 == 0:
+            raise DvirlError(f"a prompt has {len(turns)} turns; expected an odd number, the user's last")
+        ids: list[int] = []
+        for segment in FORMATS[self.chat_format](turns):
+            if isinstance(segment, Control):
+                if segment.token not in self._vocabulary:
+                    raise DvirlError(
+                        f"chat_format {self.chat_format!r} needs the token {segment.token!r}, which the tokenizer lacks"
+                    )
+                ids.append(self._vocabulary[segment.token])
+            elif segment:
+                ids += self._plain.encode(segment).ids
+        return ids
+
+    def user_header(self) -> list[int]:
+        """Token ids up to where a user's first turn begins, for sampling user turns from the model itself.
+
+        Raises:
+            DvirlError: for the format "none", which has no such place.
+        """
+        if self.chat_format == "none":
+            raise DvirlError("self-written prompts need a chat format; this model has none (set chat_format)")
+        mark = "\x00"
+        ids = self.encode([mark])
+        inside = self._plain.encode(mark).ids[-1]
+        return ids[: ids.index(inside)]

@@ -1,0 +1,125 @@
+"""A run on disk: config.yaml once, and checkpoints that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dvirl.config import DVIConfig
+from dvirl.errors import DvirlError
+from dvirl.models import LoadedModel
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import get_peft_model_state_dict
+
+ADAPTERS = ("lora_S", "lora_D")
+PARTS = ("drafter.safetensors", "trainer.safetensors", "trainer.json")
+
+
+def write_config(run_dir: Path, config: DVIConfig, loaded: LoadedModel) -> Path:
+    """Write `config.yaml`: every setting, the versions, the model's hash and what it runs on."""
+    packages = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+    content = {
+        "config": asdict(config),
+        "model": {
+            "fingerprint": loaded.fingerprint,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": str(loaded.model.device),
+            "chat_format": loaded.chat.chat_format,
+        },
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "config.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def save(run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-…`: a temporary folder, renamed when all of it is there.
+
+    Args:
+        run_dir: the run's folder.
+        step: fast updates so far.
+        peft_model: holds lora_S and lora_D, saved as plain PEFT folders.
+        model: its drafter goes into `drafter.safetensors`.
+        state: the trainer's, tensors and numbers.
+    """
+    parent = run_dir / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"step-{step:06d}"
+    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
+    try:
+        for name in ADAPTERS:
+            peft_model.save_pretrained(
+                scratch, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False
+            )
+        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        save_file(model.drafter_state(), scratch / "drafter.safetensors")
+        save_file({key: value.contiguous() for key, value in state["tensors"].items()}, scratch / "trainer.safetensors")
+        (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return folder
+
+
+def load(folder: Path, peft_model: PeftModel, model: KangarooModel) -> dict[str, Any]:
+    """Load the weights of a checkpoint in place, and return the trainer's state.
+
+    Raises:
+        DvirlError: if a part is missing, unreadable, or does not fit the model.
+    """
+    missing = [name for name in (*ADAPTERS, *PARTS) if not (folder / name).exists()]
+    if missing:
+        raise DvirlError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
+    device = model.head_model.weight.device
+    try:
+        for name in ADAPTERS:
+            _load_adapter(folder / name, peft_model, name)
+        model.load_drafter(folder)
+        tensors = load_file(folder / "trainer.safetensors", device=str(device))
+        numbers = json.loads((folder / "trainer.json").read_text())
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise DvirlError(f"{folder}: unreadable checkpoint ({error})") from error
+    except ValueError as error:
+        raise DvirlError(str(error)) from error
+    return {"tensors": tensors, "numbers": numbers}
+
+
+def _load_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
+    state: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(peft_model, adapter_name=name)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        raise DvirlError(f"{folder}: the adapter does not fit this model, exit layer and rank")
+    set_peft_model_state_dict(peft_model, state, adapter_name=name)
+
+
+def newest(run_dir: str | Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        DvirlError: if there is none.
+    """
+    folders = sorted((Path(run_dir) / "checkpoints").glob("step-*"))
+    if not folders:
+        raise DvirlError(f"{run_dir}: no checkpoint there; expected checkpoints/step-…")
+    return folders[-1]

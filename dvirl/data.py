@@ -1,0 +1,345 @@
+"""Prompts: readers for every source, and one stream whose position can be saved and restored."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from dvirl.config import DVIConfig
+from dvirl.errors import DvirlError
+from dvirl.models import LoadedModel
+from dvirl.rollout import generate
+
+MAGPIE_TEMPERATURE = 1.0
+MAGPIE_TOP_P = 0.95
+MAGPIE_TOKENS = 48
+HUB_ROWS = 10_000
+"""Rows streamed from a hub data set at most."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends with the user's turn.
+
+    Attributes:
+        turns: user, assistant, user, …; an odd number.
+        category: what kind of prompt, if the source says.
+    """
+
+    turns: tuple[str, ...]
+    category: str = ""
+
+    @property
+    def key(self) -> str:
+        """Equal for prompts that differ only in case, punctuation and white space."""
+        kept = "".join(letter if letter.isalnum() else " " for letter in " ".join(self.turns).lower())
+        return " ".join(kept.split())
+
+
+# Rows of files and hub data sets
+
+
+def read_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a JSON array, a JSONL file, or a hub data set, each with its place for messages.
+
+    Raises:
+        DvirlError: if there is no such file or data set; a line that is no JSON is a row that holds the error.
+    """
+    path = Path(source)
+    if not path.exists():
+        yield from _read_hub(source)
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DvirlError(f"{path}: not a readable UTF-8 file ({error})") from error
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DvirlError(f"{path}: not valid JSON ({error})") from error
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield where, DvirlError(f"{where}: not valid JSON ({error})")
+
+
+def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
+    if not name or name.startswith((".", "/")) or name.count("/") > 1 or Path(name).suffix in (".json", ".jsonl"):
+        raise DvirlError(f"prompts_path is {name!r}: no such file")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        for number, row in enumerate(islice(rows, HUB_ROWS), start=1):
+            yield f"{name}: row {number}", row
+    except Exception as error:  # datasets raises a dozen kinds for what is all one thing to the user
+        reason = " ".join(str(error).split())
+        raise DvirlError(
+            f"prompts_path is {name!r}: no such file, and no readable data set on the hub ({reason})"
+        ) from error
+
+
+def _text(row: Any, key: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
+        raise DvirlError(f"expected an object with a non-empty string {key!r}")
+    value: str = row[key]
+    return value
+
+
+def _texts(values: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+        raise DvirlError(f"expected {what!r} to be a list of non-empty strings")
+    return tuple(values)
+
+
+def parse_sharegpt(row: Any) -> Prompt:
+    """`{"conversations": [{"from": "human", "value": …}, …]}`: its first human turn."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list):
+        raise DvirlError("expected an object with a list 'conversations'")
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("from") in ("human", "user"):
+            return Prompt((_text(turn, "value"),))
+    raise DvirlError("expected a turn with from 'human'")
+
+
+def parse_dolly(row: Any) -> Prompt:
+    """`{"instruction", "context", "response", "category"}`: instruction and, if there is one, its context."""
+    instruction = _text(row, "instruction")
+    context = row.get("context") or row.get("input") or ""
+    if not isinstance(context, str):
+        raise DvirlError("expected 'context' to be a string")
+    category = row.get("category", "")
+    return Prompt((f"{instruction}\n\n{context}" if context.strip() else instruction,), str(category))
+
+
+def parse_jsonl(row: Any) -> Prompt:
+    """`{"prompt": …}`, or `{"turns": [user, assistant, user, …]}` that ends with the user."""
+    if isinstance(row, dict) and "turns" in row:
+        turns = _texts(row["turns"], "turns")
+        if len(turns) % 2 == 0:
+            raise DvirlError(f"'turns' has {len(turns)} entries; expected an odd number, the user's last")
+        return Prompt(turns, str(row.get("category", "")))
+    return Prompt((_text(row, "prompt"),), str(row.get("category", "")))
+
+
+def parse_spec_bench(row: Any) -> Prompt:
+    """Spec-Bench's `{"question_id", "category", "turns": [user, user, …]}`: the first turn."""
+    if not isinstance(row, dict) or "question_id" not in row:
+        raise DvirlError("expected an object with 'question_id', 'category' and 'turns'")
+    return Prompt((_texts(row.get("turns"), "turns")[0],), _text(row, "category"))
+
+
+PARSERS: dict[str, Callable[[Any], Prompt]] = {
+    "sharegpt": parse_sharegpt,
+    "dolly": parse_dolly,
+    "jsonl": parse_jsonl,
+    "spec_bench": parse_spec_bench,
+}
+
+
+def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Prompt]:
+    """All prompts of a file or hub data set, without repeats.
+
+    Args:
+        kind: a key of `PARSERS`.
+        source: path or hub id.
+        on_bad_row: "refuse" raises at the first malformed row, "skip" reports it on standard error.
+
+    Raises:
+        DvirlError: for a malformed row, with its file and line, or when no prompt is left.
+    """
+    prompts: dict[str, Prompt] = {}
+    for where, row in read_rows(source):
+        try:
+            if isinstance(row, DvirlError):
+                raise row
+            prompt = PARSERS[kind](row)
+        except DvirlError as error:
+            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            if on_bad_row == "refuse":
+                raise DvirlError(message) from error
+            tqdm.write(f"skipped {message}", file=sys.stderr)
+            continue
+        prompts.setdefault(prompt.key, prompt)
+    if not prompts:
+        raise DvirlError(f"{source}: no prompts found; expected {kind} rows")
+    return list(prompts.values())
+
+
+def chatterbot_prompts() -> list[Prompt]:
+    """The openings of the English conversations that the package chatterbot-corpus ships, without repeats."""
+    prompts: dict[str, Prompt] = {}
+    folder = resources.files("chatterbot_corpus") / "data" / "english"
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".yml"):
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            for conversation in content["conversations"]:
+                prompt = Prompt((str(conversation[0]),), file.name.removesuffix(".yml"))
+                prompts.setdefault(prompt.key, prompt)
+    return list(prompts.values())
+
+
+# Prompts that the model writes itself
+
+
+def top_p_sampler(
+    generator: torch.Generator, temperature: float, top_p: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Nucleus sampling (Holtzman et al. 2020) of tokens `[B]` from logits `[B, V]`."""
+
+    def sample(logits: torch.Tensor) -> torch.Tensor:
+        probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        probabilities[probabilities.cumsum(dim=-1) - probabilities > top_p] = 0.0
+        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
+        return order.gather(1, drawn).squeeze(1)
+
+    return sample
+
+
+def magpie_prompts(loaded: LoadedModel, count: int, seed: int, batch: int = 64) -> list[Prompt]:
+    """User turns that the model samples behind the chat template's user header (Magpie, arXiv 2406.08464).
+
+    Kept are turns that the model ended itself, with at least three words, no control tokens, and no repeats.
+
+    Raises:
+        DvirlError: if the model's format has no user header, or too few turns pass the filter.
+    """
+    header = loaded.chat.user_header()
+    sampler = top_p_sampler(torch.Generator().manual_seed(seed), MAGPIE_TEMPERATURE, MAGPIE_TOP_P)
+    prompts: dict[str, Prompt] = {}
+    with tqdm(total=count, desc="writing prompts", unit="prompt", leave=False) as bar:
+        for _ in range(4 + 8 * count // batch):
+            rollout = generate(loaded.model, [header] * batch, MAGPIE_TOKENS, loaded.eos_ids, sampler=sampler)
+            for row in range(len(rollout)):
+                turn = _own_turn(loaded, rollout.response(row))
+                if turn is not None and turn.key not in prompts and len(prompts) < count:
+                    prompts[turn.key] = turn
+                    bar.update()
+            if len(prompts) == count:
+                return list(prompts.values())
+    raise DvirlError(f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source")
+
+
+def _own_turn(loaded: LoadedModel, tokens: list[int]) -> Prompt | None:
+    if not tokens or tokens[-1] not in loaded.eos_ids:
+        return None
+    special = set(loaded.tokenizer.all_special_ids)
+    if special & set(tokens[:-1]):
+        return None
+    text = loaded.tokenizer.decode(tokens[:-1]).strip()
+    return Prompt((text,), "magpie") if len(text.split()) >= 3 else None
+
+
+# The stream
+
+
+class PromptStream:
+    """Encoded prompts in seeded random order, without end: each pass over the prompts is shuffled anew.
+
+    Args:
+        prompts: encoded, none empty.
+        seed: of the order.
+
+    Attributes:
+        position: prompts taken so far; setting it moves the stream there.
+
+    Raises:
+        DvirlError: if there are no prompts.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+        if not prompts:
+            raise DvirlError("the prompt stream is empty; expected at least one prompt")
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._seed = seed
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order
+
+    def take(self, count: int) -> list[list[int]]:
+        """The next `count` prompts."""
+        taken: list[list[int]] = []
+        while len(taken) < count:
+            epoch, start = divmod(self.position, len(self._prompts))
+            indices = self._order(epoch)[start : start + count - len(taken)]
+            taken += [self._prompts[index] for index in indices]
+            self.position += len(indices)
+        return taken
+
+    def peek(self, count: int) -> list[list[int]]:
+        """The next `count` prompts, without taking them."""
+        before = self.position
+        prompts = self.take(count)
+        self.position = before
+        return prompts
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Move to where `state_dict` was taken."""
+        self.position = state["position"]
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    """Encoded prompts for training, as a stream, and others that it never yields."""
+
+    stream: PromptStream
+    held_out: list[list[int]]
+
+
+def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
+    """Read the configured source, encode it, and keep `held_out` prompts apart.
+
+    Raises:
+        DvirlError: for a malformed or empty source, or when nothing is left to train on.
+    """
+    prompts = _read_source(config, loaded)
+    encoded = [loaded.chat.encode(prompt.turns) for prompt in prompts]
+    short = [ids for ids in encoded if 0 < len(ids) <= config.max_prompt_tokens]
+    if len(short) < len(encoded):
+        tqdm.write(
+            f"left out {len(encoded) - len(short)} prompts over {config.max_prompt_tokens} tokens", file=sys.stderr
+        )
+    random.Random(config.seed).shuffle(short)
+    if len(short) <= config.held_out:
+        raise DvirlError(
+            f"{config.prompts_source} has {len(short)} prompts; held_out={config.held_out} leaves none for training"
+        )
+    return PromptSplit(PromptStream(short[config.held_out :], config.seed), short[: config.held_out])
+
+
+def _read_source(config: DVIConfig, loaded: LoadedModel) -> list[Prompt]:
+    if config.prompts_source == "chatterbot":
+        return chatterbot_prompts()
+    if config.prompts_source == "magpie":
+        return magpie_prompts(loaded, config.num_prompts + config.held_out, config.seed)
+    if not config.prompts_path:
+        raise DvirlError(f"prompts_source {config.prompts_source!r} needs prompts_path, a file or a hub id")
+    return read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)

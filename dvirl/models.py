@@ -1,0 +1,124 @@
+"""Models by name: the embedded default, a local folder, or a hub id of any Llama."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from dvirl.chat import ChatEncoder, detect_format
+from dvirl.embedded import EMBEDDED, ensure_embedded
+from dvirl.errors import DvirlError
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with all that belongs to it.
+
+    Attributes:
+        model: frozen, in evaluation mode.
+        tokenizer: Hugging Face's.
+        chat: encodes conversations.
+        eos_ids: tokens that end a response.
+        name: as asked for.
+        fingerprint: sha256 of the weight files, or the hub's commit.
+    """
+
+    model: EarlyExitLlamaForCausalLM
+    tokenizer: Any
+    chat: ChatEncoder
+    eos_ids: tuple[int, ...]
+    name: str
+    fingerprint: str
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        DvirlError: for a device that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise DvirlError(f"device is {device!r}; expected auto, cpu or cuda") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DvirlError(f"device is {device!r}, but this machine has no CUDA device")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes it fast, else float32.
+
+    Raises:
+        DvirlError: for an unknown name.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise DvirlError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load(
+    name_or_path: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", chat_format: str = "auto"
+) -> LoadedModel:
+    """Load a Llama-architecture model for drafting and verifying.
+
+    Args:
+        name_or_path: "smollm2-135m" (fetched once), a local Hugging Face folder, or a hub id.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda, cuda:1, …
+        chat_format: auto, chatml, vicuna, llama-2 or none.
+
+    Raises:
+        DvirlError: for another architecture, a missing file, no network, a wrong hash or a full disk.
+    """
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    source = str(ensure_embedded(name_or_path)) if name_or_path in EMBEDDED else name_or_path
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
+        try:
+            config = AutoConfig.from_pretrained(source)
+            if config.model_type != "llama":
+                raise DvirlError(f"{name_or_path}: architecture is {config.model_type!r}, expected 'llama'")
+            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+            model = EarlyExitLlamaForCausalLM.from_pretrained(source, torch_dtype=torch_dtype)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, DvirlError):
+                raise
+            raise DvirlError(f"could not load the model {name_or_path!r}: {' '.join(str(error).split())}") from error
+    if not tokenizer.is_fast:
+        raise DvirlError(f"{name_or_path}: no tokenizer.json; expected a model with a fast tokenizer")
+    model = model.to(where).requires_grad_(False).eval()
+    chat = ChatEncoder(tokenizer, detect_format(tokenizer, name_or_path) if chat_format == "auto" else chat_format)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos_ids = tuple(int(token) for token in ends if token is not None)
+    return LoadedModel(model, tokenizer, chat, eos_ids, name_or_path, _fingerprint(source, config))
+
+
+def _fingerprint(source: str, config: Any) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"commit:{getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,63 @@
+"""What notebooks share: their parameters, checked, and a run folder of their own."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dvirl.config import DVIConfig, from_mapping
+from dvirl.errors import DvirlError
+
+INJECTED = "# Parameters"
+"""First line of the cell in which papermill puts `-p` parameters."""
+DECLARED = "# Parameters of this notebook"
+"""First line of the cell in which a notebook declares its own."""
+
+
+def assigned_names(source: str) -> list[str]:
+    """Names that a cell assigns at its top level, in order."""
+    names: list[str] = []
+    for statement in ast.parse(source).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
+    """Settings from a notebook's parameters.
+
+    Every setting of `DVIConfig` may be given with `-p`, and every parameter that the notebook declares.
+
+    Args:
+        namespace: the notebook's `globals()`.
+        fixed: settings that the notebook decides itself.
+
+    Raises:
+        DvirlError: for a parameter that is neither, or a value out of range.
+    """
+    cells = [cell for cell in namespace["In"] if cell.startswith(INJECTED)]
+    declared = [name for cell in cells if cell.startswith(DECLARED) for name in assigned_names(cell)]
+    injected = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
+    settings = {spec.name for spec in dataclasses.fields(DVIConfig)}
+    known = settings | set(declared)
+    unknown = sorted(set(injected) - known)
+    if unknown:
+        raise DvirlError(f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    given = {name: namespace[name] for name in (*declared, *injected) if name in settings}
+    return from_mapping(DVIConfig, {**given, **fixed}, "notebook parameters")
+
+
+def new_run_dir(wished: str, name: str) -> str:
+    """The wished run folder, or if none was wished a new one, `runs/NAME-DATE-TIME`."""
+    if wished:
+        return wished
+    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, count = base, 1
+    while folder.exists():
+        count += 1
+        folder = base.with_name(f"{base.name}-{count}")
+    return str(folder)

@@ -1,0 +1,119 @@
+"""Figures: one style, a palette that colour-blind readers can tell apart, labels at the lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+"""From Okabe and Ito's palette."""
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE)
+
+STYLE: Any = {
+    "figure.dpi": 110,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+}
+
+
+def _smooth(values: pd.Series) -> pd.Series:
+    """Centred mean over a twentieth of the run, to see the trend through the noise of small updates."""
+    return values.rolling(max(3, len(values) // 20), center=True, min_periods=1).mean()
+
+
+def _label_end(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", color=colour, va="center")
+
+
+def _finish(figure: Figure, save: str | Path | None) -> None:
+    if save is not None:
+        Path(save).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(save, bbox_inches="tight")
+    plt.show()
+    plt.close(figure)
+
+
+def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> None:
+    """Faint points a step, a line through them, and the line's name at its end."""
+    axes.plot(x, y, ".", color=colour, alpha=0.2, markersize=4)
+    smooth = _smooth(y)
+    axes.plot(x, smooth, color=colour)
+    _label_end(axes, x.iloc[-1], smooth.iloc[-1], text, colour)
+
+
+def learning_curve(
+    metrics: pd.DataFrame, held_out: tuple[float, float] | None = None, save: str | Path | None = None
+) -> None:
+    """Accept rate, reward and baseline above, the distillation loss below, over response tokens.
+
+    Args:
+        metrics: of one run, as `read_metrics` gives it.
+        held_out: accept rate on unseen prompts before and after, drawn at both ends.
+        save: also write the figure here.
+    """
+    with plt.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7.5, 5.2), height_ratios=(3, 2))
+        tokens = metrics.tokens / 1000
+        _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
+        above.plot(tokens, metrics.baseline, color=ORANGE)
+        _label_end(above, tokens.iloc[-1], metrics.baseline.iloc[-1], "baseline\n(sampled draft)", ORANGE)
+        if held_out is not None:
+            above.plot([0, tokens.iloc[-1]], held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
+            above.annotate(
+                "unseen prompts",
+                (tokens.iloc[-1], held_out[1]),
+                xytext=(-8, 10),
+                textcoords="offset points",
+                color=GREEN,
+                ha="right",
+            )
+        above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
+        _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
+        below.set(xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None))
+        _finish(figure, save)
+
+
+def compare_runs(runs: Mapping[str, pd.DataFrame], save: str | Path | None = None) -> None:
+    """The served draft's accept rate of several runs over response tokens.
+
+    Args:
+        runs: metrics by the name to write at each curve.
+        save: also write the figure here.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 3.4))
+        for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False):
+            _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
+        axes.set(xlabel="response tokens (thousands)", ylabel="accept rate", ylim=(0, None))
+        axes.set_title("What the reward alone teaches on the same responses")
+        _finish(figure, save)
+
+
+def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
+    """Where the wall time of a run went, as one bar.
+
+    Args:
+        seconds: by part.
+        save: also write the figure here.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 1.3))
+        left, total = 0.0, sum(seconds.values())
+        for (name, value), colour in zip(seconds.items(), PALETTE, strict=False):
+            axes.barh([0], [value], left=left, color=colour)
+            axes.text(left + value / 2, 0.52, f"{name}\n{value / total:.0%}", ha="center", va="bottom", color=colour)
+            left += value
+        axes.set(yticks=[], xlabel="seconds", ylim=(-0.4, 0.5))
+        axes.grid(False)
+        _finish(figure, save)

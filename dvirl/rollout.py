@@ -1,0 +1,445 @@
+"""Rollouts: the verifier's greedy text for a batch of prompts, and the draft's decisions on it in one pass.
+
+In greedy decoding every scored draft stands behind verified text. So the drafts of a whole response follow from
+one parallel shallow pass over that text, and replaying the block rule over them gives exactly the records that
+`spec_decode_step` gives one block at a time (`tests/test_rollout.py` holds the two equal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo.adapter import KVCache
+from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, choose_tokens
+from kangaroo.kangaroo_model import Decoded, KangarooModel
+
+Sampler = Callable[[Tensor], Tensor]
+"""Picks tokens `[B]` from float32 logits `[B, V]`."""
+
+Answer = Callable[[list[list[int]]], "Rollout"]
+"""Responses for a batch of prompts."""
+
+COMPACT_BELOW = 0.75
+"""Share of unfinished rows under which finished ones are dropped from a batch."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The verifier's responses to a batch of prompts.
+
+    Attributes:
+        tokens: `[B, P + R]`, prompt and response without a gap, padded on the right with zeros.
+        prompt_lens, response_lens: `[B]`; an end-of-sequence token counts.
+        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token.
+        verifier_confidence: `[B, R]`, its probability of the token that it chose.
+        max_new_tokens: the length limit, which the block rule needs.
+    """
+
+    tokens: Tensor
+    prompt_lens: Tensor
+    response_lens: Tensor
+    verifier_hidden: Tensor
+    verifier_confidence: Tensor
+    max_new_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens, all rows together."""
+        return int(self.response_lens.sum())
+
+    def rows(self, start: int, stop: int) -> Rollout:
+        """Rows start…stop-1, cut to their longest."""
+        width = int((self.prompt_lens + self.response_lens)[start:stop].max())
+        reach = int(self.response_lens[start:stop].max())
+        return Rollout(
+            tokens=self.tokens[start:stop, :width],
+            prompt_lens=self.prompt_lens[start:stop],
+            response_lens=self.response_lens[start:stop],
+            verifier_hidden=self.verifier_hidden[start:stop, :reach],
+            verifier_confidence=self.verifier_confidence[start:stop, :reach],
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def prompts(self) -> list[list[int]]:
+        """The prompts' tokens."""
+        return [self.tokens[row, : int(length)].tolist() for row, length in enumerate(self.prompt_lens)]
+
+    def response(self, row: int) -> list[int]:
+        """One response's tokens."""
+        start = int(self.prompt_lens[row])
+        tokens: list[int] = self.tokens[row, start : start + int(self.response_lens[row])].tolist()
+        return tokens
+
+
+class Tape:
+    """Responses of one run, in order, so that another objective can learn from the very same ones."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+
+    def recording(self, answer: Answer) -> Answer:
+        """The same answers, kept on the tape."""
+
+        def record(prompts: list[list[int]]) -> Rollout:
+            self.rollouts.append(answer(prompts))
+            return self.rollouts[-1]
+
+        return record
+
+    def playing(self) -> Answer:
+        """The answers on the tape, from its start.
+
+        Raises:
+            ValueError: when asked, if the tape holds the answers to other prompts.
+        """
+        rollouts = iter(self.rollouts)
+
+        def play(prompts: list[list[int]]) -> Rollout:
+            rollout = next(rollouts, None)
+            if rollout is None or rollout.prompts() != prompts:
+                raise ValueError(
+                    "the tape holds no answers to these prompts; play it with the settings it was recorded with"
+                )
+            return rollout
+
+        return play
+
+
+@dataclass(frozen=True)
+class Block:
+    """One verification, without its tensors: the first token's response index and what became of the drafts."""
+
+    start: int
+    num_drafted: int
+    num_accepted: int
+    block_len: int
+
+
+@dataclass(frozen=True)
+class Records:
+    """Scored drafts, one a row: every drafted position up to and including the first reject.
+
+    Attributes:
+        hidden: `[N, D]`, exit states, detached.
+        token: `[N]`, drafted vocabulary ids.
+        reward: `[N]`, 1.0 accepted, 0.0 rejected.
+        verifier_confidence: `[N]`.
+        verifier_token: `[N]`, what the verifier committed there.
+        row: `[N]`, row of the rollout.
+        position: `[N]`, response index.
+    """
+
+    hidden: Tensor
+    token: Tensor
+    reward: Tensor
+    verifier_confidence: Tensor
+    verifier_token: Tensor
+    row: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @property
+    def num_accepted(self) -> int:
+        """Accepted drafts."""
+        return int(self.reward.sum())
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What drafting does on a rollout: the records, and each row's blocks."""
+
+    records: Records
+    blocks: list[list[Block]]
+
+
+class _Batch:
+    """Rows under generation: caches, and where each row stands."""
+
+    def __init__(
+        self, model: EarlyExitLlamaForCausalLM, tokens: Tensor, lengths: Tensor, capacity: int, target: str
+    ) -> None:
+        self.model, self.target = model, target
+        layers, split = model.config.num_hidden_layers, model.exit_layer
+        like = model.model.norm.weight
+        self.shallow = KVCache(model.config, split, len(tokens), capacity, like)
+        self.deep = KVCache(model.config, layers - split, len(tokens), capacity, like)
+        shared = common_prefix(tokens, lengths)
+        if shared:
+            self._fill_prefix(tokens[:1, :shared])
+        hidden = self._forward(tokens[:, shared:])
+        self.rows = torch.arange(len(tokens), device=tokens.device)
+        self.shallow.length = self.deep.length = lengths
+        self.last = hidden[self.rows, lengths - shared - 1]
+
+    def _fill_prefix(self, prefix: Tensor) -> None:
+        """Compute the prefix `[1, C]` that all rows share once, and copy its keys and values to every row."""
+        own = self.shallow, self.deep
+        config, like = self.model.config, self.model.model.norm.weight
+        self.shallow, self.deep = (KVCache(config, len(c.keys), 1, prefix.shape[1], like) for c in own)
+        self._forward(prefix)
+        for target, source in zip(own, (self.shallow, self.deep), strict=True):
+            for wide, one in zip(target.keys + target.values, source.keys + source.values, strict=True):
+                wide[:, :, : prefix.shape[1]] = one
+            target.length = prefix.shape[1]
+        self.shallow, self.deep = own
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        with self.model.without_adapters(*(("lora_S",) if self.target == "base" else ())):
+            exit_hidden = self.model.forward_shallow(tokens, cache=self.shallow)
+        return self.model.forward_deep(exit_hidden, cache=self.deep)
+
+    def append(self, tokens: Tensor) -> None:
+        self.last = self._forward(tokens[:, None])[:, -1]
+
+    def keep(self, alive: Tensor) -> None:
+        self.rows = self.rows[alive]
+        for cache in (self.shallow, self.deep):
+            cache.keys = [keys[alive] for keys in cache.keys]
+            cache.values = [values[alive] for values in cache.values]
+            assert isinstance(cache.length, Tensor)
+            cache.length = cache.length[alive]
+
+
+def common_prefix(tokens: Tensor, lengths: Tensor) -> int:
+    """Length of the prefix that all rows of `tokens [B, P]` share, short of every row's last token."""
+    if len(tokens) == 1:
+        return 0
+    reach = int(lengths.min()) - 1
+    differs = (tokens[:, :reach] != tokens[:1, :reach]).any(dim=0).nonzero()
+    return int(differs[0]) if len(differs) else reach
+
+
+@torch.no_grad()
+def generate(
+    model: EarlyExitLlamaForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    target: str = "base",
+    sampler: Sampler | None = None,
+) -> Rollout:
+    """The verifier's own responses, all prompts in one batch.
+
+    Args:
+        model: lora_S is left out if `target` is "base"; lora_D counts.
+        prompts: token ids, none empty.
+        max_new_tokens: length limit, at least 1.
+        eos_ids: tokens that end a response.
+        target: "base" or "adapted".
+        sampler: None for greedy.
+
+    Raises:
+        ValueError: for an empty prompt or a limit below 1.
+    """
+    if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    tokens = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(list(prompt), device=device)
+    with model.folded():
+        return _answer(model, tokens, lengths, max_new_tokens, eos_ids, target, sampler)
+
+
+def _answer(
+    model: EarlyExitLlamaForCausalLM,
+    tokens: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    target: str,
+    sampler: Sampler | None,
+) -> Rollout:
+    """Fill the room behind the prompts in `tokens [B, P + max_new_tokens]`."""
+    count, width, device = len(tokens), int(lengths.max()), tokens.device
+    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    hidden = model.lm_head.weight.new_zeros(count, max_new_tokens, model.config.hidden_size)
+    confidence = torch.zeros(count, max_new_tokens, device=device)
+    response_lens = torch.zeros_like(lengths)
+    batch = _Batch(model, tokens[:, :width], lengths, width + max_new_tokens, target)
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        logits = model.lm_head(batch.last).float()
+        probabilities = logits.softmax(dim=-1)
+        chosen = probabilities.argmax(dim=-1) if sampler is None else sampler(logits)
+        rows = batch.rows[alive]
+        hidden[rows, step] = batch.last[alive]
+        confidence[rows, step] = probabilities.gather(1, chosen[:, None])[alive, 0]
+        tokens[rows, lengths[rows] + step] = chosen[alive]
+        response_lens[rows] = step + 1
+        alive = alive & ~torch.isin(chosen, ends)
+        if step + 1 == max_new_tokens or not bool(alive.any()):
+            break
+        if float(alive.float().mean()) < COMPACT_BELOW:
+            batch.keep(alive)
+            chosen, alive = chosen[alive], alive[alive]
+        batch.append(chosen)
+    reach = int(response_lens.max())
+    return Rollout(
+        tokens=tokens[:, : int((lengths + response_lens).max())],
+        prompt_lens=lengths,
+        response_lens=response_lens,
+        verifier_hidden=hidden[:, :reach],
+        verifier_confidence=confidence[:, :reach],
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def replay_blocks(
+    accepted: Sequence[bool], confidence: Sequence[float], settings: DecodeConfig, max_new_tokens: int
+) -> list[Block]:
+    """Walk the block rule over one response.
+
+    Args:
+        accepted: for each response index but the first (the prefill's), whether the draft there is the text's token.
+        confidence: the draft's, aligned with `accepted`.
+        settings: draft_len and threshold.
+        max_new_tokens: the length limit under which the response came about.
+
+    Returns:
+        The blocks behind the prefill, as the step-by-step decoder commits them.
+    """
+    length, start = len(accepted) + 1, 1
+    blocks: list[Block] = []
+    while start < length:
+        count = min(settings.draft_len, max_new_tokens - start - 1, length - start)
+        drafted = taken = 0
+        while drafted < count:
+            at = start + drafted - 1
+            drafted += 1
+            taken += accepted[at]
+            if not accepted[at] or confidence[at] < settings.threshold:
+                break
+        block_len = min(taken + 1, length - start)
+        blocks.append(Block(start, drafted, taken, block_len))
+        start += block_len
+    return blocks
+
+
+def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
+    counts = (response_lens - 1).clamp(min=0)
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    starts = torch.cumsum(counts, 0) - counts
+    positions = torch.arange(len(rows), device=counts.device) - starts[rows] + 1
+    return rows, positions
+
+
+def draft_logits_at(
+    model: KangarooModel, tokens: Tensor, prompt_lens: Tensor, rows: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One parallel shallow pass: the draft's logits for chosen response tokens, with gradients if enabled.
+
+    Args:
+        model: drafts.
+        tokens: `[B, T]`, prompts and responses.
+        prompt_lens: `[B]`.
+        rows, positions: `[N]`, which response tokens to draft.
+
+    Returns:
+        Logits `[N, V']`, float32, and exit states `[N, D]`.
+    """
+    exit_hidden = model.base_model.forward_shallow(tokens)
+    states = model.drafter_states(exit_hidden)
+    before = prompt_lens[rows] + positions - 1
+    return model.head_logits(states[rows, before]), exit_hidden[rows, before]
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The draft policy at every draftable position of a rollout, before anything is chosen or scored.
+
+    Attributes:
+        rows, positions: `[M]`, as `response_index` gives them.
+        logits: `[M, V']`, float32.
+        exit_hidden: `[M, D]`.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    logits: Tensor
+    exit_hidden: Tensor
+
+
+@torch.no_grad()
+def draft_rollout(model: KangarooModel, rollout: Rollout) -> Drafts:
+    """The draft's logits behind the verified text, for all response tokens but the first, in one pass."""
+    rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    return Drafts(rows, positions, *draft_logits_at(model, rollout.tokens, rollout.prompt_lens, rows, positions))
+
+
+@torch.no_grad()
+def score_drafts(
+    model: KangarooModel, rollout: Rollout, drafts: Drafts, settings: DecodeConfig, noise: Tensor | None = None
+) -> Judgement:
+    """Choose a draft at each position, and score the drafts by the block rule.
+
+    Args:
+        model: maps the exit head's rows to token ids.
+        rollout: the verifier's greedy responses.
+        drafts: what `draft_rollout` made of them.
+        settings: draft_len, threshold and the draft's temperature.
+        noise: uniform `[B, R]`, one number a response position, for sampled drafts.
+    """
+    rows, positions = drafts.rows, drafts.positions
+    index, confidence = choose_tokens(
+        drafts.logits, settings.draft_temperature, None if noise is None else noise[rows, positions]
+    )
+    drafted = model.token_ids(index)
+    own = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
+    agrees, sure = (drafted == own).tolist(), confidence.tolist()
+    blocks: list[list[Block]] = []
+    scored: list[int] = []
+    offset = 0
+    for length in rollout.response_lens.tolist():
+        stop = offset + max(length - 1, 0)
+        row_blocks = replay_blocks(agrees[offset:stop], sure[offset:stop], settings, rollout.max_new_tokens)
+        scored += [offset + block.start - 1 + i for block in row_blocks for i in range(block.num_drafted)]
+        blocks.append(row_blocks)
+        offset = stop
+    keep = torch.tensor(scored, dtype=torch.long, device=rows.device)
+    records = Records(
+        hidden=drafts.exit_hidden[keep],
+        token=drafted[keep],
+        reward=(drafted == own)[keep].float(),
+        verifier_confidence=rollout.verifier_confidence[rows[keep], positions[keep]],
+        verifier_token=own[keep],
+        row=rows[keep],
+        position=positions[keep],
+    )
+    return Judgement(records, blocks)
+
+
+def judge(model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None) -> Judgement:
+    """What drafting by these settings does on a rollout; arguments as in `score_drafts`."""
+    return score_drafts(model, rollout, draft_rollout(model, rollout), settings, noise)
+
+
+def records_of(decoded: Decoded, prompt_len: int, row: int = 0) -> Records:
+    """The records of one step-by-step decoding, in the same form."""
+    blocks = [block for block in decoded.blocks if block.num_drafted]
+    device = decoded.blocks[0].verifier_confidence.device
+    count = [block.num_drafted for block in blocks]
+    rewards = [float(i < block.num_accepted) for block in blocks for i in range(block.num_drafted)]
+    positions = [block.start - prompt_len + i for block in blocks for i in range(block.num_drafted)]
+    own = [decoded.tokens[position] for position in positions]
+    return Records(
+        hidden=torch.cat([block.draft.exit_hidden[:n] for block, n in zip(blocks, count, strict=True)]),
+        token=torch.cat([block.draft.tokens[:n] for block, n in zip(blocks, count, strict=True)]),
+        reward=torch.tensor(rewards, device=device),
+        verifier_confidence=torch.cat([block.verifier_confidence[:n] for block, n in zip(blocks, count, strict=True)]),
+        verifier_token=torch.tensor(own, device=device),
+        row=torch.full((len(own),), row, device=device),
+        position=torch.tensor(positions, device=device),
+    )

@@ -1,0 +1,107 @@
+"""The log of a run: one JSON object a line, written at once, read as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import pandas as pd
+
+from dvirl.errors import DvirlError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One fast step, and the slow update that followed it if one did. None where there is nothing to say.
+
+    Attributes:
+        step: fast updates so far.
+        phase: objective in force: reinforce, kl, ce, or kl_to_rl's kl and ramp.
+        loss: what the fast update minimised.
+        loss_rl, loss_kl, loss_ce: its parts, measured whether or not they count.
+        loss_slow: the slow update's loss.
+        accept_rate, mat: of the served decoder (argmax drafts) on the responses of this step, before its update.
+        reward: mean reward of the records learned from (sampled or argmax drafts).
+        baseline: subtracted from the rewards in this step.
+        ppl_sample: perplexity of the responses under the verifier that wrote them.
+        drift_kl: KL of the verifier to the untouched model, nats a token, measured at slow updates.
+        drift_tokens: share of its greedy tokens that differ from the untouched model's, measured likewise.
+        prompts: prompts seen so far.
+        tokens: response tokens seen so far.
+        tok_per_s: response tokens over wall seconds since the step before, generation and training together.
+        grad_norm: before clipping.
+        lr: of lora_S.
+        buffer_size: records held.
+        skipped: updates left out so far because a loss or gradient was not finite.
+        rollout_s, fast_s, slow_s: seconds spent so far on generation, on drafting and fast updates, on slow updates.
+        wall_s: seconds since the run began.
+    """
+
+    step: int
+    phase: str
+    loss: float
+    loss_rl: float
+    loss_kl: float
+    loss_ce: float
+    loss_slow: float | None
+    accept_rate: float
+    mat: float
+    reward: float
+    baseline: float
+    ppl_sample: float
+    drift_kl: float | None
+    drift_tokens: float | None
+    prompts: int
+    tokens: int
+    tok_per_s: float
+    grad_norm: float
+    lr: float
+    buffer_size: int
+    skipped: int
+    rollout_s: float
+    fast_s: float
+    slow_s: float
+    wall_s: float
+
+
+class MetricsLog:
+    """Appends steps to a JSONL file, each line complete on disk when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one line; numbers that JSON cannot spell become null."""
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(metrics).items()
+        }
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> pd.DataFrame:
+    """The table of a `metrics.jsonl`, one row a step.
+
+    Raises:
+        DvirlError: if there is no such file or a line is no JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DvirlError(f"{path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DvirlError(f"{path}:{number}: not valid JSON ({error})") from error
+    return pd.DataFrame(rows)

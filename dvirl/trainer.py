@@ -1,0 +1,467 @@
+"""DVI-RL: draft, verify, improve. The loop reads as the method: collect, fast update, slow update, log, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from dvirl import checkpoint
+from dvirl.buffer import ReplayBuffer, TrainingBatch
+from dvirl.config import DVIConfig
+from dvirl.data import PromptSplit, load_prompts
+from dvirl.errors import DvirlError
+from dvirl.lora import deep_parameters, make_optimizer, shallow_parameters, train_only
+from dvirl.losses import FastLosses, kl_loss, log_prob_of, masked_ce_loss, reinforce_loss, reward_weight, slow_loss
+from dvirl.models import LoadedModel, load
+from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
+from dvirl.trace import MetricsLog, StepMetrics
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import inject_dual_lora
+
+COSINE_FLOOR = 0.1
+"""Share of lr_shallow that the cosine schedule ends with."""
+VOCAB_SAMPLE = 16
+"""Responses on which the draft vocabulary is counted."""
+REPLAYING = ("kl", "kl_to_rl")
+"""Schedules whose loss does not depend on who drew the token, so that old records can be learned from again."""
+DRIFT_EVERY = 16
+"""Steps between drift measurements where no slow update makes them."""
+
+
+class Baseline:
+    """Exponential moving average of the mean reward; the first one sets it.
+
+    Args:
+        momentum: 0 to below 1; the weight of the past.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.value: float | None = None
+
+    def update(self, reward: float) -> float:
+        """Take in a mean reward; return the average of the past before it, which is what to subtract."""
+        before = reward if self.value is None else self.value
+        self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+        return before
+
+
+@dataclass
+class Counters:
+    """How far a run is; all of it is in every checkpoint."""
+
+    step: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    rollout_s: float = 0.0
+    fast_s: float = 0.0
+    slow_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass
+class Served:
+    """What the served decoder did on the responses since the last step, pooled; in every checkpoint too."""
+
+    drafted: int = 0
+    accepted: int = 0
+    committed: int = 0
+    blocks: int = 0
+    tokens: int = 0
+    nll: float = 0.0
+    wall_s: float = 0.0
+
+    def add(self, rollout: Rollout, judgement: Judgement) -> None:
+        """Take in a group of responses."""
+        for block in (block for row in judgement.blocks for block in row):
+            self.drafted += block.num_drafted
+            self.accepted += block.num_accepted
+            self.committed += block.block_len
+            self.blocks += 1
+        reach = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
+        inside = reach < rollout.response_lens[:, None]
+        self.nll -= float(rollout.verifier_confidence[inside].log().sum())
+        self.tokens += rollout.num_tokens
+
+
+@dataclass(frozen=True)
+class FastResult:
+    """What a fast update measured; the update was left out if its gradient was not finite."""
+
+    phase: str
+    loss: float
+    loss_rl: float
+    loss_kl: float
+    loss_ce: float
+    reward: float
+    baseline: float
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class SlowResult:
+    """What a slow update, or a measurement in its place, says of the verifier."""
+
+    loss: float | None
+    drift_kl: float
+    drift_tokens: float
+
+
+def draft_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfig) -> list[int] | None:
+    """The tokens that the exit head covers, ascending, or None for all.
+
+    They are the most frequent of the model's responses to the stream's first prompts. Tokens not seen follow in
+    the vocabulary's order, which for byte-level BPE is the order of its merges and so roughly that of frequency.
+    """
+    size, vocab_size = config.draft_vocab, loaded.model.config.vocab_size
+    if size == 0 or size >= vocab_size:
+        return None
+    prompts = split.stream.peek(VOCAB_SAMPLE)
+    rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids)
+    seen = Counter(token for row in range(len(rollout)) for token in rollout.response(row))
+    return sorted(sorted(range(vocab_size), key=lambda token: (-seen[token], token))[:size])
+
+
+class DVITrainer:
+    """Trains the draft of one model on what verification says of it.
+
+    Args:
+        config: all settings.
+        loaded: a freshly loaded model, which is changed in place; loaded by `config` if not given.
+        split: prompts; read by `config` if not given.
+
+    Attributes:
+        model: the model with its draft.
+        peft_model: PEFT's view of the same weights, for saving the adapters.
+        buffer, baseline: the changing state outside the model and the optimizers; `counters`, `served` and
+            `generator` say how far the run is.
+        split: the prompt stream, and the held-out prompts.
+        answer: responses for prompts, by default the verifier's as it is then; a `Tape` can stand in.
+
+    Raises:
+        DvirlError: for settings that do not fit the model or the prompts.
+    """
+
+    def __init__(self, config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> None:
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+        self.split = split or load_prompts(config, self.loaded)
+        base = self.loaded.model
+        try:
+            base.set_exit_layer(config.exit_layer)
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+        args = Namespace(
+            drafter=config.drafter,
+            adapter_window=config.adapter_window,
+            head=config.head,
+            draft_vocab=draft_vocabulary(self.loaded, self.split, config),
+        )
+        self.peft_model = inject_dual_lora(
+            base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
+        )
+        self.model = KangarooModel(base, None, args, config.exit_layer)
+        self.shallow, self.deep = shallow_parameters(self.model), deep_parameters(self.model)
+        self.fast_optimizer = make_optimizer(self.shallow, config.lr_shallow)
+        self.slow_optimizer = make_optimizer(self.deep, config.lr_deep)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.buffer = ReplayBuffer(config.buffer_size)
+        self.baseline = Baseline(config.baseline_momentum)
+        self.counters, self.served = Counters(), Served()
+        self.answer: Answer = self._generate
+
+    # The loop
+
+    def train(self, show_progress: bool = True) -> None:
+        """Run until `num_prompts` are done, logging every step and writing checkpoints into `run_dir`.
+
+        Raises:
+            DvirlError: if `run_dir` holds another run already.
+        """
+        config, counters = self.config, self.counters
+        run_dir = Path(config.run_dir)
+        if counters.step == 0 and (run_dir / "metrics.jsonl").exists():
+            raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
+        checkpoint.write_config(run_dir, config, self.loaded)
+        log = MetricsLog(run_dir / "metrics.jsonl")
+        last_saved = counters.step
+        with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
+            while counters.prompts < config.num_prompts:
+                for group in self.collect():
+                    if self.buffer.due(config.fast_batch):
+                        metrics = self.step()
+                        log.write(metrics)
+                        bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
+                    bar.update(len(group))
+                if counters.step - last_saved >= config.checkpoint_every:
+                    self.save_checkpoint()
+                    last_saved = counters.step
+        log.close()
+        self.save_checkpoint()
+
+    def collect(self) -> Iterator[Rollout]:
+        """Let the verifier answer a batch of prompts, then draft on the answers group by group into the buffer.
+
+        Yields:
+            Each group of responses, its records in the buffer, so that the next group meets an improved draft.
+        """
+        config = self.config
+        with self._timed("rollout_s"):
+            prompts = self.split.stream.take(min(config.rollout_batch, config.num_prompts - self.counters.prompts))
+            rollout = self.answer(prompts)
+        for start in range(0, len(rollout), config.judge_batch):
+            group = rollout.rows(start, min(start + config.judge_batch, len(rollout)))
+            with self._timed("fast_s"):
+                self._judge(group)
+            yield group
+
+    def _generate(self, prompts: list[list[int]]) -> Rollout:
+        """The verifier's responses, as it is now."""
+        config = self.config
+        return generate(self.loaded.model, prompts, config.max_new_tokens, self.loaded.eos_ids, config.target)
+
+    def step(self) -> StepMetrics:
+        """A fast update on the fresh records, and a slow update when one is due."""
+        self.counters.step += 1
+        with self._timed("fast_s"):
+            fresh = self.buffer.take_fresh()
+            fast = self.fast_update(fresh)
+            if self.config.schedule in REPLAYING:
+                for _ in range(self.config.replay):
+                    self.replay_update(self.buffer.sample_responses(len(fresh.tokens), self.generator))
+        slow, due = None, self.config.slow_every
+        if due and self.counters.step % due == 0:
+            with self._timed("slow_s"):
+                slow = self.slow_update(self.buffer.recent(self.config.slow_batch))
+        elif not due and self.config.target == "adapted" and self.counters.step % DRIFT_EVERY == 0:
+            with self._timed("slow_s"):
+                slow = self.measure_drift(self.buffer.recent(self.config.slow_batch))
+        return self._metrics(fast, slow)
+
+    def _judge(self, group: Rollout) -> None:
+        """Draft on a group: serving drafts are counted, learning drafts become records."""
+        config = self.config
+        drafts = draft_rollout(self.model, group)
+        serving = learning = score_drafts(self.model, group, drafts, config.decode)
+        if config.actions == "sampled":
+            noise = torch.rand(group.verifier_confidence.shape, generator=self.generator).to(drafts.logits.device)
+            learning = score_drafts(self.model, group, drafts, config.learn, noise)
+        self.served.add(group, serving)
+        self.buffer.add(learning.records, group, serving.records.num_accepted)
+        self.counters.prompts += len(group)
+        self.counters.tokens += group.num_tokens
+
+    # Updates
+
+    def fast_update(self, batch: TrainingBatch) -> FastResult:
+        """One step of lora_S, drafter and exit head on a batch of records, and of nothing else.
+
+        The shallow pass is recomputed with gradients, since a stored exit state carries none to lora_S.
+        """
+        config = self.config
+        train_only(self.model, self.shallow)
+        reward = float(batch.reward.mean())
+        baseline = self.baseline.update(reward)
+        losses = self.fast_losses(batch, baseline)
+        share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
+        loss = losses.combine(config.schedule, share, config.kl_floor)
+        lr = self._fast_lr()
+        grad_norm = self._apply(self.fast_optimizer, self.shallow, loss, lr)
+        phase = config.schedule if config.schedule != "kl_to_rl" else ("ramp" if share else "kl")
+        return FastResult(
+            phase=phase,
+            loss=float(loss.detach()),
+            loss_rl=float(losses.rl.detach()),
+            loss_kl=float(losses.kl.detach()),
+            loss_ce=float(losses.ce.detach()),
+            reward=reward,
+            baseline=baseline,
+            grad_norm=grad_norm,
+            lr=lr,
+        )
+
+    def fast_losses(self, batch: TrainingBatch, baseline: float) -> FastLosses:
+        """All fast losses of a batch of records, with gradients to what `train_only` lets learn."""
+        temperature = self.config.action_temperature if self.config.actions == "sampled" else 1.0
+        logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
+        log_probs = log_prob_of(logits, self.model.draft_index(batch.token), temperature)
+        return FastLosses(
+            rl=reinforce_loss(log_probs, batch.reward, baseline),
+            kl=kl_loss(logits, self.model.verifier_logits(batch.verifier_hidden)),
+            ce=masked_ce_loss(log_probs, batch.reward),
+        )
+
+    def replay_update(self, batch: TrainingBatch) -> None:
+        """One more step of lora_S, drafter and exit head, on older responses and by distillation alone.
+
+        What the verifier said of an old position stays true, while the draft's old token was drawn from another
+        policy; so the KL may look back and the reward may not.
+        """
+        train_only(self.model, self.shallow)
+        self._apply(self.fast_optimizer, self.shallow, self.fast_losses(batch, 0.0).kl, self._fast_lr())
+
+    def slow_update(self, batch: TrainingBatch) -> SlowResult | None:
+        """One step of lora_D on the accepted tokens of some responses, and of nothing else; None if there are none."""
+        accepted = batch.reward > 0
+        if not bool(accepted.any()):
+            return None
+        train_only(self.model, self.deep)
+        logits = self._verifier_logits(batch, accepted)
+        frozen = self._verifier_logits(batch, accepted, without=("lora_D",))
+        loss, divergence = slow_loss(logits, batch.token[accepted], frozen, self.config.beta_kl)
+        drift = self.measure_drift(batch) if self.config.target == "adapted" else None
+        self._apply(self.slow_optimizer, self.deep, loss, self.config.lr_deep)
+        if drift is not None:
+            return SlowResult(float(loss.detach()), drift.drift_kl, drift.drift_tokens)
+        changed = (logits.argmax(dim=-1) != frozen.argmax(dim=-1)).float().mean()
+        return SlowResult(float(loss.detach()), float(divergence), float(changed))
+
+    @torch.no_grad()
+    def measure_drift(self, batch: TrainingBatch) -> SlowResult:
+        """How far the verifier, as it decodes now, is from the untouched model on some responses."""
+        everywhere = torch.ones_like(batch.reward, dtype=torch.bool)
+        own = self._verifier_logits(batch, everywhere).log_softmax(dim=-1)
+        untouched = self._verifier_logits(batch, everywhere, without=("lora_S", "lora_D")).log_softmax(dim=-1)
+        divergence = F.kl_div(untouched, own, log_target=True, reduction="batchmean")
+        changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).float().mean()
+        return SlowResult(None, float(divergence), float(changed))
+
+    def _verifier_logits(self, batch: TrainingBatch, chosen: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+        """The verifier's float32 logits `[N, V]` at the chosen records, some adapters left out.
+
+        Gradients reach lora_D only, and only if nothing is left out.
+        """
+        base = self.loaded.model
+        off = {*without, "lora_S"} if self.config.target == "base" else set(without)
+        with torch.no_grad(), base.without_adapters(*off):
+            exit_hidden = base.forward_shallow(batch.tokens)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not without), base.without_adapters(*without):
+            hidden = base.forward_deep(exit_hidden)
+            before = batch.prompt_lens[batch.rows] + batch.positions - 1
+            logits: Tensor = base.lm_head(hidden[batch.rows[chosen], before[chosen]]).float()
+        return logits
+
+    def _apply(self, optimizer: Optimizer, parameters: list[torch.nn.Parameter], loss: Tensor, lr: float) -> float:
+        """Clip and step; a gradient that is not finite leaves the weights as they are and is counted."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = float(clip_grad_norm_(parameters, self.config.grad_clip))
+        if math.isfinite(grad_norm):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        else:
+            self.counters.skipped += 1
+            tqdm.write(f"step {self.counters.step}: the gradient is not finite; this update is left out")
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's prompts that are done."""
+        return min(1.0, self.counters.prompts / self.config.num_prompts)
+
+    def _fast_lr(self) -> float:
+        """lr_shallow after warm-up and schedule."""
+        config = self.config
+        rate = config.lr_shallow * min(1.0, self.counters.step / max(1, config.warmup_steps))
+        if config.lr_schedule == "constant":
+            return rate
+        return rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * self.progress)) / 2)
+
+    # Log
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to one of the counters, and to the wall time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            setattr(self.counters, phase, getattr(self.counters, phase) + seconds)
+            self.counters.wall_s += seconds
+
+    def _metrics(self, fast: FastResult, slow: SlowResult | None) -> StepMetrics:
+        """One log line, and a fresh account of what is served until the next."""
+        served, counters = self.served, self.counters
+        self.served = Served(wall_s=counters.wall_s)
+        return StepMetrics(
+            **asdict(fast),
+            loss_slow=None if slow is None else slow.loss,
+            accept_rate=served.accepted / served.drafted if served.drafted else math.nan,
+            mat=served.committed / served.blocks if served.blocks else math.nan,
+            ppl_sample=math.exp(served.nll / max(1, served.tokens)),
+            drift_kl=None if slow is None else slow.drift_kl,
+            drift_tokens=None if slow is None else slow.drift_tokens,
+            tok_per_s=served.tokens / max(1e-9, counters.wall_s - served.wall_s),
+            buffer_size=len(self.buffer),
+            **asdict(counters),
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
+        buffer = self.buffer.state_dict()
+        tensors = {f"buffer.{name}": value for name, value in buffer["tensors"].items()}
+        tensors["generator"] = self.generator.get_state()
+        for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        numbers = {
+            "counters": asdict(self.counters),
+            "served": asdict(self.served),
+            "baseline": self.baseline.value,
+            "stream": self.split.stream.state_dict(),
+            "buffer": buffer["numbers"],
+        }
+        return {"tensors": tensors, "numbers": numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        tensors, numbers = state["tensors"], state["numbers"]
+        self.counters, self.served = Counters(**numbers["counters"]), Served(**numbers["served"])
+        self.baseline.value = numbers["baseline"]
+        self.split.stream.load_state_dict(numbers["stream"])
+        stored = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
+        self.buffer.load_state_dict({"tensors": stored, "numbers": numbers["buffer"]})
+        self.generator.set_state(tensors["generator"].cpu())
+        for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"{name}."):
+                    _, index, field = key.split(".")
+                    entries.setdefault(int(index), {})[field] = value
+            optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of the run as it stands; return its folder."""
+        return checkpoint.save(
+            Path(self.config.run_dir), self.counters.step, self.peft_model, self.model, self.state_dict()
+        )
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Continue from a checkpoint of a run with the same settings.
+
+        Raises:
+            DvirlError: if it is incomplete or belongs to another model or settings.
+        """
+        self.load_state_dict(checkpoint.load(Path(folder), self.peft_model, self.model))

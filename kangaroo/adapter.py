@@ -1,0 +1,343 @@
+"""Attention, rotary cache, masks, key/value cache and the Kangaroo adapter: parts of the slim decoder.
+
+Letters in shapes: B batch, T positions of this pass, S cache slots, H query heads, G key/value heads,
+E head size, D hidden. A cache slot *is* an absolute position, so a query at position p sees the slots 0…p
+and nothing else has to be masked: padding and rejected drafts sit in later slots until they are overwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+DRAFTERS = ("none", "adapter", "layer")
+
+
+class LlamaRotaryEmbedding(nn.Module):
+    """Rotary position factors (Su et al. 2021), tabulated in float32 and grown on demand.
+
+    The table is a plain attribute, not a buffer: casting the model to bfloat16 must not round the angles.
+
+    Args:
+        dim: head size E, even.
+        max_position_embeddings: positions tabulated at first.
+        base: `rope_theta`.
+        scaling_factor: linear position scaling; 1 leaves positions as they are.
+    """
+
+    def __init__(
+        self, dim: int, max_position_embeddings: int = 2048, base: float = 10000.0, scaling_factor: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.dim, self.base, self.scaling_factor = dim, base, scaling_factor
+        self._set_cos_sin_cache(max_position_embeddings, torch.device("cpu"), torch.float32)
+
+    def _set_cos_sin_cache(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Tabulate cos and sin for positions 0…seq_len-1, each `[seq_len, E]`."""
+        inverse = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
+        positions = torch.arange(seq_len, dtype=torch.float32) / self.scaling_factor
+        angles = torch.outer(positions, inverse)
+        angles = torch.cat((angles, angles), dim=-1)
+        self.max_seq_len_cached = seq_len
+        self.cos_cached = angles.cos().to(device, dtype)
+        self.sin_cached = angles.sin().to(device, dtype)
+
+    def forward(self, position_ids: Tensor, highest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cos and sin `[B, 1, T, E]` at `position_ids [B, T]`, whose largest entry is `highest`."""
+        if highest >= self.max_seq_len_cached or self.cos_cached.device != position_ids.device:
+            length = max(self.max_seq_len_cached, 2 * highest if highest >= self.max_seq_len_cached else 0)
+            self._set_cos_sin_cache(length, position_ids.device, torch.float32)
+        return (
+            self.cos_cached[position_ids].to(dtype).unsqueeze(1),
+            self.sin_cached[position_ids].to(dtype).unsqueeze(1),
+        )
+
+
+def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:
+    """The rotary table of a Llama configuration, `rope_theta` and linear `rope_scaling` honoured.
+
+    Raises:
+        ValueError: for a `rope_scaling` other than linear.
+    """
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type", "linear"))
+    if kind not in ("linear", "default"):
+        raise ValueError(f"rope_scaling type {kind!r} of the model's config is not supported; expected 'linear'")
+    head_dim = config.hidden_size // config.num_attention_heads
+    return LlamaRotaryEmbedding(
+        head_dim, config.max_position_embeddings, getattr(config, "rope_theta", 10000.0), scaling.get("factor", 1.0)
+    )
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[B, heads, T, E]` by the factors `[B, 1, T, E]`."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _prepare_decoder_attention_mask(position_ids: Tensor, slots: Tensor, window: int | None = None) -> Tensor:
+    """Which slots each query sees.
+
+    Args:
+        position_ids: `[B, T]`, the queries' absolute positions.
+        slots: `[S]` or `[B, S]`, the keys' absolute positions; negative ones are padding and never seen.
+        window: how many positions back a query sees, its own included; None for all.
+
+    Returns:
+        Boolean `[B, 1, T, S]`, True where the query sees the slot.
+    """
+    queries = position_ids[:, None, :, None]
+    keys = slots[None, None, None, :] if slots.dim() == 1 else slots[:, None, None, :]
+    visible = (keys <= queries) & (keys >= 0)
+    return visible if window is None else visible & (keys > queries - window)
+
+
+class KVCache:
+    """Preallocated keys and values of some layers; rolling back is setting `length`.
+
+    Attributes:
+        keys, values: one `[B, G, capacity, E]` tensor a layer.
+        length: positions filled so far: an int when all rows are alike, else a `[B]` tensor.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        num_layers: int,
+        batch_size: int,
+        capacity: int,
+        like: Tensor,
+        window: int | None = None,
+    ) -> None:
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (batch_size, config.num_key_value_heads, capacity, head_dim)
+        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.length: int | Tensor = 0
+        self.capacity, self.window = capacity, window
+
+    def update(self, layer: int, keys: Tensor, values: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """Store this pass's keys and values `[B, G, T, E]`; return the slots that its queries read."""
+        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        if isinstance(self.length, int):
+            stop = self.length + keys.shape[2]
+            stored_keys[:, :, self.length : stop] = keys
+            stored_values[:, :, self.length : stop] = values
+        else:
+            rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+            stored_keys[rows, :, plan.position_ids] = keys.transpose(1, 2)
+            stored_values[rows, :, plan.position_ids] = values.transpose(1, 2)
+        return stored_keys[:, :, plan.slots], stored_values[:, :, plan.slots]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What all layers of one pass share, made once a pass.
+
+    Attributes:
+        position_ids: `[B, T]`.
+        cos, sin: `[B, 1, T, E]`.
+        mask: boolean `[B, 1, T, S]`, or None: plain causal if `causal`, else everything is seen.
+        slots: the cache slots read.
+    """
+
+    position_ids: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    causal: bool
+    slots: slice
+
+
+def plan_cached(rotary: LlamaRotaryEmbedding, cache: KVCache, length: int, dtype: torch.dtype) -> AttentionPlan:
+    """Plan a pass over `length` new positions behind what `cache` holds.
+
+    Raises:
+        ValueError: if they do not fit into the cache.
+    """
+    device = cache.keys[0].device if cache.keys else torch.device("cpu")
+    highest = (cache.length if isinstance(cache.length, int) else int(cache.length.max())) + length - 1
+    if highest >= cache.capacity:
+        raise ValueError(f"the sequence needs {highest + 1} cache slots, the cache has {cache.capacity}")
+    steps = torch.arange(length, device=device)
+    if isinstance(cache.length, int):
+        position_ids, lowest = (cache.length + steps)[None], cache.length
+    else:
+        position_ids, lowest = cache.length[:, None] + steps, int(cache.length.min())
+    first = 0 if cache.window is None else max(0, lowest - cache.window + 1)
+    square = lowest == 0 and highest == length - 1
+    reach = cache.window is None or highest - first < cache.window
+    mask = None
+    if not (reach and (square or (length == 1 and lowest == highest))):
+        mask = _prepare_decoder_attention_mask(
+            position_ids, torch.arange(first, highest + 1, device=device), cache.window
+        )
+    cos, sin = rotary(position_ids, highest, dtype)
+    return AttentionPlan(position_ids, cos, sin, mask, mask is None and length > 1, slice(first, highest + 1))
+
+
+def plan_uncached(
+    rotary: LlamaRotaryEmbedding, states: Tensor, position_ids: Tensor | None = None, window: int | None = None
+) -> AttentionPlan:
+    """Plan a pass whose queries see only each other, as training does.
+
+    Args:
+        states: `[B, T, …]`, for batch, length, dtype and device.
+        position_ids: `[B, T]`, negative at padding; None for 0…T-1, where padding on the right needs no mask.
+        window: as in `_prepare_decoder_attention_mask`.
+    """
+    length = states.shape[1]
+    plain = position_ids is None
+    if position_ids is None:
+        position_ids = torch.arange(length, device=states.device)[None]
+    needs_mask = not plain or (window is not None and length > window)
+    mask = None
+    if needs_mask:
+        mask = _prepare_decoder_attention_mask(position_ids, position_ids, window)
+        mask = mask | torch.eye(
+            length, dtype=torch.bool, device=states.device
+        )  # a padding row sees itself, not nothing
+    highest = length - 1 if plain else int(position_ids.max())
+    cos, sin = rotary(position_ids.clamp(min=0), highest, states.dtype)
+    return AttentionPlan(position_ids, cos, sin, mask, mask is None, slice(0, length))
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
+    """Queries `[B, H, T, E]` on keys and values `[B, G, S, E]`: mixed values `[B, H, T, E]`."""
+    batch, heads, length, size = queries.shape
+    if length == 1:
+        # The queries of one group see the same keys, so they can stand as rows of one small product: a quarter of
+        # the time of enable_gqa for a batch of single tokens in bfloat16 on a CPU.
+        folded = queries.view(batch, keys.shape[1], -1, size)
+        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).view(queries.shape)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads
+    )
+
+
+class LlamaAttention(nn.Module):
+    """Multi-head attention with grouped queries and rotary positions, Llama's parameter names."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        bias = getattr(config, "attention_bias", False)
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor, plan: AttentionPlan, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """Attend from `hidden [B, T, D]` to the slots of the plan; the same shape comes back."""
+        batch, length, _ = hidden.shape
+        queries = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+        keys = self.k_proj(hidden).view(batch, length, self.num_groups, self.head_dim).transpose(1, 2)
+        values = self.v_proj(hidden).view(batch, length, self.num_groups, self.head_dim).transpose(1, 2)
+        queries = apply_rotary(queries, plan.cos, plan.sin)
+        keys = apply_rotary(keys, plan.cos, plan.sin)
+        if cache is not None:
+            keys, values = cache.update(layer, keys, values, plan)
+        mixed = _attend(queries, keys, values, plan)
+        projected: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return projected
+
+
+class LlamaMLP(nn.Module):
+    """The gated feed-forward block."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        bias = getattr(config, "mlp_bias", False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`."""
+        projected: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return projected
+
+
+class DecoderLayer(nn.Module):
+    """One Llama decoder layer; without its feed-forward half it is Kangaroo's adapter layer.
+
+    Args:
+        config: the model's.
+        feed_forward: False leaves out `post_attention_layernorm` and `mlp`.
+    """
+
+    def __init__(self, config: LlamaConfig, feed_forward: bool = True) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config)
+        self.feed_forward = feed_forward
+        if feed_forward:
+            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = LlamaMLP(config)
+
+    def forward(self, hidden: Tensor, plan: AttentionPlan, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), plan, cache, layer)
+        if self.feed_forward:
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+class AdapterModel(nn.Module):
+    """The drafter between the exit state and the exit head, its last norm (`exit_norm`) included.
+
+    Kangaroo's adapter (arXiv 2404.18911, Sec. 3.1) is one attention layer and two norms. The same class is the
+    identity drafter (no layer) and the full-layer drafter (with feed-forward), so that all three are called alike.
+
+    Args:
+        config: the model's.
+        kind: "none", "adapter" or "layer".
+        window: positions back that the drafter's attention sees, its own included.
+    """
+
+    def __init__(self, config: LlamaConfig, kind: str = "adapter", window: int = 64) -> None:
+        super().__init__()
+        if kind not in DRAFTERS:
+            raise ValueError(f"drafter is {kind!r}; expected one of {', '.join(DRAFTERS)}")
+        if window < 1:
+            raise ValueError(f"adapter window is {window}; expected at least 1")
+        self.config, self.kind, self.window = config, kind, window
+        count = 0 if kind == "none" else 1
+        self.layers = nn.ModuleList(DecoderLayer(config, feed_forward=kind == "layer") for _ in range(count))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary = rotary_for(config)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` positions of `batch_size` rows."""
+        return KVCache(self.config, len(self.layers), batch_size, capacity, self.norm.weight, self.window)
+
+    def forward_early_stop(
+        self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past_key_values: KVCache | None = None
+    ) -> Tensor:
+        """What the exit head reads.
+
+        Args:
+            inputs_embeds: `[B, T, D]`, exit states.
+            position_ids: `[B, T]` for passes without a cache, as in `plan_uncached`.
+            past_key_values: the drafter's cache; the T positions are appended to it.
+
+        Returns:
+            `[B, T, D]`, normed.
+        """
+        hidden = inputs_embeds
+        if len(self.layers):
+            if past_key_values is None:
+                plan = plan_uncached(self.rotary, hidden, position_ids, self.window)
+            else:
+                plan = plan_cached(self.rotary, past_key_values, hidden.shape[1], hidden.dtype)
+            for index, layer in enumerate(self.layers):
+                hidden = layer(hidden, plan, past_key_values, index)
+        if past_key_values is not None:
+            past_key_values.length = past_key_values.length + inputs_embeds.shape[1]
+        normed: Tensor = self.norm(hidden)
+        return normed

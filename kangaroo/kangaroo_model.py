@@ -1,0 +1,254 @@
+"""KangarooModel: the early-exit model together with what drafts, and decoding with both."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kangaroo.adapter import AdapterModel, KVCache
+from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
+
+HEADS = ("frozen", "full")
+
+
+@dataclass(frozen=True)
+class DualLogits:
+    """What `KangarooModel.forward` computes.
+
+    Attributes:
+        exit_logits: `[B, T, V']`, the draft's, float32.
+        final_logits: `[B, T, V]`, the deep layers'.
+        exit_hidden: `[B, T, D]`, with gradient.
+    """
+
+    exit_logits: Tensor
+    final_logits: Tensor
+    exit_hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoded response.
+
+    Attributes:
+        tokens: the response, its end-of-sequence token included if it came.
+        blocks: one verification a block; the first is the prefill's, without drafts.
+    """
+
+    tokens: list[int]
+    blocks: list[Verification]
+
+
+class KangarooModel(nn.Module):
+    """One Llama whose shallow layers draft: `softmax(exit_proj(exit_norm(drafter(h))))`.
+
+    Trainable parts are float32 and compute in the base model's dtype. Fresh parts start from the base model:
+    the drafter's layer is a copy of base layer k, `exit_norm` of the final norm, `exit_proj` of `lm_head`'s rows.
+
+    Args:
+        base_model_name_or_path: a loaded `EarlyExitLlamaForCausalLM`, or a folder or hub id of one.
+        adapter_model_path: a folder with `drafter.safetensors`, or None for a fresh drafter.
+        args: `drafter` ("none", "adapter", "layer"), `adapter_window`, `head` ("frozen", "full") and `draft_vocab`
+            (vocabulary ids that the exit head covers, or None for all); what is missing takes its default.
+        EARLY_STOP_LAYER: k.
+    """
+
+    def __init__(
+        self,
+        base_model_name_or_path: EarlyExitLlamaForCausalLM | str | Path,
+        adapter_model_path: str | Path | None = None,
+        args: Namespace | None = None,
+        EARLY_STOP_LAYER: int = 2,  # noqa: N803
+    ) -> None:
+        super().__init__()
+        base = base_model_name_or_path
+        if not isinstance(base, EarlyExitLlamaForCausalLM):
+            base = EarlyExitLlamaForCausalLM.from_pretrained(str(base))
+        base.set_exit_layer(EARLY_STOP_LAYER)
+        base.requires_grad_(False).eval()
+        self.base_model = base
+        drafter = getattr(args, "drafter", "none")
+        self.adapter_model = AdapterModel(base.config, drafter, getattr(args, "adapter_window", 64))
+        draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
+        self.head = getattr(args, "head", "frozen")
+        if self.head not in HEADS:
+            raise ValueError(f"head is {self.head!r}; expected one of {', '.join(HEADS)}")
+        ids = None if draft_vocab is None else torch.as_tensor(list(draft_vocab), dtype=torch.long)
+        self.draft_ids: Tensor | None
+        self.register_buffer("draft_ids", ids)
+        weight = self.head_model.weight.detach()
+        self.head_rows: Tensor
+        self.register_buffer("head_rows", weight if ids is None else weight[ids.to(weight.device)], persistent=False)
+        self.exit_proj: nn.Linear = self._new_exit_proj()
+        self._start_from_base()
+        if adapter_model_path is not None:
+            self.load_drafter(adapter_model_path)
+
+    @property
+    def head_model(self) -> nn.Linear:
+        """The verifier's head, `lm_head`."""
+        return self.base_model.lm_head
+
+    @property
+    def exit_norm(self) -> nn.RMSNorm:
+        """The norm between drafter and exit head."""
+        return self.adapter_model.norm
+
+    def _new_exit_proj(self) -> nn.Linear:
+        exit_proj = nn.Linear(self.head_rows.shape[1], self.head_rows.shape[0], bias=False, device="meta")
+        if self.head == "full":
+            exit_proj.weight = nn.Parameter(self.head_rows.detach().clone().float())
+        else:
+            exit_proj.weight = nn.Parameter(self.head_rows, requires_grad=False)
+        return exit_proj
+
+    def _start_from_base(self) -> None:
+        base = self.base_model
+        device = base.model.norm.weight.device
+        self.adapter_model.norm.load_state_dict(base.model.norm.state_dict())
+        for layer in self.adapter_model.layers:
+            layer.load_state_dict(base.model.layers[base.exit_layer].state_dict(), strict=False)
+        self.adapter_model.to(device=device, dtype=torch.float32)
+        if self.draft_ids is not None:
+            self.draft_ids = self.draft_ids.to(device)
+            self._set_draft_index()
+
+    def _set_draft_index(self) -> None:
+        """The exit head's row of each vocabulary id, -1 where it has none."""
+        assert self.draft_ids is not None
+        index = self.draft_ids.new_full((self.head_model.weight.shape[0],), -1)
+        index[self.draft_ids] = torch.arange(len(self.draft_ids), device=index.device)
+        self._draft_index: Tensor
+        self.register_buffer("_draft_index", index, persistent=False)
+
+    def drafter_state(self) -> dict[str, Tensor]:
+        """What `drafter.safetensors` holds: drafter, exit norm, exit head and draft vocabulary where they are ours."""
+        state = {f"adapter_model.{k}": v for k, v in self.adapter_model.state_dict().items()}
+        if self.head == "full":
+            state["exit_proj.weight"] = self.exit_proj.weight
+        if self.draft_ids is not None:
+            state["draft_ids"] = self.draft_ids
+        return {key: value.detach().contiguous() for key, value in state.items()}
+
+    def load_drafter(self, folder: str | Path) -> None:
+        """Load `drafter.safetensors` of `folder`.
+
+        Raises:
+            ValueError: if it does not fit this model.
+        """
+        from safetensors.torch import load_file
+
+        state = load_file(Path(folder) / "drafter.safetensors")
+        own = self.drafter_state()
+        if set(state) != set(own):
+            raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
+        for key, value in own.items():
+            if state[key].shape != value.shape:
+                raise ValueError(f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}")
+            value.copy_(state[key])
+        if self.draft_ids is not None:
+            self.head_rows.copy_(self.head_model.weight[self.draft_ids])
+            self._set_draft_index()
+
+    # The draft policy
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache of the drafter."""
+        return self.adapter_model.new_cache(batch_size, capacity)
+
+    def drafter_states(self, exit_hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`."""
+        dtype = exit_hidden.dtype
+        if not len(self.adapter_model.layers):
+            return F.rms_norm(
+                exit_hidden, (exit_hidden.shape[-1],), self.exit_norm.weight.to(dtype), self.adapter_model.norm.eps
+            )
+        with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype == torch.bfloat16):
+            return self.adapter_model.forward_early_stop(exit_hidden, past_key_values=cache).to(dtype)
+
+    def head_logits(self, states: Tensor) -> Tensor:
+        """`[…, D]` to the draft's float32 logits `[…, V']`."""
+        return F.linear(states, self.exit_proj.weight.to(states.dtype)).float()
+
+    def token_ids(self, draft_index: Tensor) -> Tensor:
+        """Vocabulary ids of rows of the exit head."""
+        return draft_index if self.draft_ids is None else self.draft_ids[draft_index]
+
+    def draft_index(self, token_ids: Tensor) -> Tensor:
+        """Rows of the exit head for vocabulary ids; -1 for ids that it does not cover."""
+        if self.draft_ids is None:
+            return token_ids
+        return self._draft_index[token_ids]
+
+    def verifier_logits(self, verifier_hidden: Tensor) -> Tensor:
+        """The verifier's float32 logits over the draft's tokens, `[…, D]` to `[…, V']`."""
+        return F.linear(verifier_hidden, self.head_rows).float()
+
+    def forward(self, input_ids: Tensor, detach_exit: bool = False) -> DualLogits:
+        """Both heads over a whole sequence, for training.
+
+        Args:
+            input_ids: `[B, T]`, padded on the right if at all.
+            detach_exit: cut the deep layers' gradient off the shallow ones (shallow-gradient training).
+        """
+        exit_hidden = self.base_model.forward_shallow(input_ids)
+        exit_logits = self.head_logits(self.drafter_states(exit_hidden))
+        final = self.base_model.forward_deep(exit_hidden.detach() if detach_exit else exit_hidden)
+        return DualLogits(exit_logits, self.head_model(final), exit_hidden)
+
+    # Decoding
+
+    def decode_blocks(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        settings: DecodeConfig,
+        eos_ids: Sequence[int] = (),
+        noise: Tensor | None = None,
+    ) -> Iterator[Verification]:
+        """Decode greedily, yielding each verification as it is committed; the first one is the prefill.
+
+        Args:
+            prompt: token ids, at least one.
+            max_new_tokens: length limit of the response, at least 1.
+            settings: how to draft and verify.
+            eos_ids: tokens that end the response.
+            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts.
+
+        Raises:
+            ValueError: for an empty prompt or a limit below 1.
+        """
+        if not len(prompt):
+            raise ValueError("the prompt is empty; expected at least one token")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        tokens = torch.tensor([list(prompt)], device=self.head_model.weight.device)
+        stop = len(prompt) + max_new_tokens
+        with self.base_model.decoding(stop, self, settings.target):
+            while tokens.shape[1] < stop:
+                produced = tokens.shape[1] - len(prompt)
+                ahead = None if noise is None else noise[produced:]
+                verdict = self.base_model.spec_decode_step(tokens, self, settings, stop - tokens.shape[1], ahead)
+                verdict = verdict.end_at(eos_ids)
+                yield verdict
+                if verdict.committed[-1] in eos_ids:
+                    return
+                tokens = torch.cat((tokens, tokens.new_tensor([verdict.committed])), dim=1)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        settings: DecodeConfig,
+        eos_ids: Sequence[int] = (),
+        noise: Tensor | None = None,
+    ) -> Decoded:
+        """Decode greedily; arguments as in `decode_blocks`."""
+        blocks = list(self.decode_blocks(prompt, max_new_tokens, settings, eos_ids, noise))
+        return Decoded([token for block in blocks for token in block.committed], blocks)

@@ -1,0 +1,178 @@
+"""lora_S on the shallow layers and lora_D on the deep ones: two PEFT adapters on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+__all__ = ["AdapterSwitch", "get_peft_model_state_dict", "inject_dual_lora", "inject_lora", "lora_parameters"]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One linear layer that carries LoRA: where it hangs in the model, and the PEFT layer around it."""
+
+    parent: nn.Module
+    attribute: str
+    layer: LoraLinear
+
+    def put(self, module: nn.Module) -> None:
+        self.parent._modules[self.attribute] = module
+
+
+class AdapterSwitch:
+    """Turns adapters off for a while, or folds them into plain weights, without touching `requires_grad`.
+
+    PEFT's own `set_adapter` and `disable_adapter()` make every active adapter trainable again when they return,
+    which would let an update step weights that it must not. This switch only changes what a layer computes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sites = [
+            _Site(parent, attribute, child)
+            for parent in model.modules()
+            for attribute, child in parent.named_children()
+            if isinstance(child, LoraLinear)
+        ]
+        self._folded: list[nn.Module] | None = None
+
+    @contextmanager
+    def without(self, *names: str) -> Iterator[None]:
+        """Leave the named adapters out inside this context."""
+        touched = [(index, site) for index, site in enumerate(self._sites) if set(names) & set(site.layer.lora_A)]
+        before = [site.layer._active_adapter for _, site in touched]
+        for _, site in touched:
+            site.layer._active_adapter = [name for name in site.layer.active_adapters if name not in names]
+            if self._folded is not None:
+                site.put(_folded(site.layer))
+        try:
+            yield
+        finally:
+            for (index, site), active in zip(touched, before, strict=True):
+                site.layer._active_adapter = active
+                if self._folded is not None:
+                    site.put(self._folded[index])
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Compute with plain weights, the active adapters added in: for inference, which it makes faster.
+
+        The trained weights are untouched; what is added in is a copy. Inside another such context nothing happens.
+        """
+        if self._folded is not None:
+            yield
+            return
+        self._folded = [_folded(site.layer) for site in self._sites]
+        for site, module in zip(self._sites, self._folded, strict=True):
+            site.put(module)
+        try:
+            yield
+        finally:
+            self._folded = None
+            for site in self._sites:
+                site.put(site.layer)
+
+
+@torch.no_grad()
+def _folded(layer: LoraLinear) -> nn.Linear:
+    """A plain linear layer that computes what `layer` does with its active adapters."""
+    base: nn.Linear = layer.get_base_layer()
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return base
+    weight = base.weight.float() + sum(layer.get_delta_weight(name).float() for name in active)
+    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+    if base.bias is not None:
+        plain.bias = base.bias
+    return plain
+
+
+def _lora_config(layers: Sequence[int], rank: int, alpha: float, targets: Sequence[str]) -> LoraConfig:
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}; expected at least 1")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        layers_to_transform=list(layers),
+        layers_pattern="layers",
+        lora_dropout=0.0,
+        bias="none",
+    )
+
+
+def _check_exit_layer(base_model: nn.Module, exit_layer: int) -> int:
+    layers = int(base_model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    if not 1 <= exit_layer < layers:
+        raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
+    return layers
+
+
+def inject_lora(
+    base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
+) -> PeftModel:
+    """Put lora_S on layers[:exit_layer], freeze everything else.
+
+    Args:
+        base_model: a Llama model with `model.layers`; it is changed in place.
+        exit_layer: k.
+        rank, alpha: LoRA's (Hu et al. 2021); the update is scaled by alpha / rank.
+        targets: linear layers that get it.
+
+    Returns:
+        The PEFT model around `base_model`; lora_S is active and trainable.
+
+    Raises:
+        ValueError: for an exit layer or rank out of range.
+    """
+    _check_exit_layer(base_model, exit_layer)
+    peft_model = get_peft_model(
+        base_model, _lora_config(range(exit_layer), rank, alpha, targets), adapter_name="lora_S"
+    )
+    _finish(peft_model, base_model, ["lora_S"])
+    return peft_model
+
+
+def inject_dual_lora(
+    base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
+) -> PeftModel:
+    """Put lora_S on layers[:exit_layer] and lora_D on layers[exit_layer:]; both are active and trainable.
+
+    Arguments, returns and errors as in `inject_lora`.
+    """
+    layers = _check_exit_layer(base_model, exit_layer)
+    peft_model = inject_lora(base_model, exit_layer, rank, alpha, targets)
+    peft_model.add_adapter("lora_D", _lora_config(range(exit_layer, layers), rank, alpha, targets))
+    _finish(peft_model, base_model, ["lora_S", "lora_D"])
+    return peft_model
+
+
+def _finish(peft_model: PeftModel, base_model: nn.Module, names: list[str]) -> None:
+    """Activate the adapters, keep their weights in float32, and give the base model its switch."""
+    peft_model.base_model.set_adapter(names)
+    for parameter in lora_parameters(peft_model, names):
+        parameter.data = parameter.data.float()
+    base_model.adapter_switch = AdapterSwitch(base_model)  # type: ignore[assignment]
+
+
+def lora_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of the named adapters, in a fixed order."""
+    return [p for key, p in model.named_parameters() if any(f".{name}." in key for name in names) and "lora_" in key]
+
+
+def get_peft_model_state_dict(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """One adapter's weights under PEFT's names; unlike PEFT's own, it never asks the hub about the base model."""
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        peft_model, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return state

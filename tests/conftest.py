@@ -1,0 +1,117 @@
+"""Small random models for logic, the real default model for the few tests that need it."""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dvirl.chat import ChatEncoder
+from dvirl.data import PromptSplit, PromptStream
+from dvirl.models import LoadedModel, load
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
+
+torch.set_num_threads(1)
+
+VOCAB = 264
+EOS = 2
+
+
+def tiny_config(heads: int = 4, groups: int = 2, tied: bool = True, **changes) -> LlamaConfig:
+    settings = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        rope_theta=5000.0,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=None,
+    )
+    return LlamaConfig(**{**settings, **changes})
+
+
+def tiny_pair(seed: int = 0, **changes) -> tuple[LlamaForCausalLM, EarlyExitLlamaForCausalLM]:
+    """Hugging Face's model and ours with the same random weights."""
+    torch.manual_seed(seed)
+    theirs = LlamaForCausalLM(tiny_config(**changes)).eval()
+    ours = EarlyExitLlamaForCausalLM(theirs.config, EARLY_STOP_LAYER=2).eval()
+    state = {name: value for name, value in theirs.state_dict().items() if "inv_freq" not in name}
+    ours.load_state_dict(state)
+    return theirs, ours.requires_grad_(False)
+
+
+def tiny_model(seed: int = 0, deep_scale: float = 1.0) -> EarlyExitLlamaForCausalLM:
+    """A random model; a small `deep_scale` makes its upper half say little, so that drafts are often right."""
+    model = tiny_pair(seed)[1]
+    for layer in model.model.layers[2:]:
+        layer.mlp.down_proj.weight.data *= deep_scale
+        layer.self_attn.o_proj.weight.data *= deep_scale
+    return model
+
+
+def scramble_lora(model: torch.nn.Module, names: list[str], scale: float = 0.3, seed: int = 0) -> None:
+    """Give adapters weights that matter; a fresh LoRA computes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora_parameters(model, names):
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def tiny_kangaroo(
+    seed: int = 0, exit_layer: int = 2, lora: bool = True, deep_scale: float = 1.0, **args
+) -> KangarooModel:
+    """A model with its draft, both adapters scrambled."""
+    base = tiny_model(seed, deep_scale)
+    if lora:
+        inject_dual_lora(base, exit_layer, rank=4, alpha=8.0)
+    model = KangarooModel(base, None, Namespace(**args), exit_layer)
+    if lora:
+        scramble_lora(model, ["lora_S"], 0.15, seed)
+        scramble_lora(model, ["lora_D"], 0.05, seed + 1)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and ChatML's control tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(special + letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
+def tiny_loaded(seed: int = 0, deep_scale: float = 1.0) -> LoadedModel:
+    tokenizer = tiny_tokenizer()
+    return LoadedModel(
+        tiny_model(seed, deep_scale), tokenizer, ChatEncoder(tokenizer, "chatml"), (EOS,), "tiny", "sha256:tiny"
+    )
+
+
+def random_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, VOCAB) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+def tiny_split(count: int = 40, seed: int = 0) -> PromptSplit:
+    prompts = random_prompts(count + 8, seed)
+    return PromptSplit(PromptStream(prompts[8:], seed), prompts[:8])
+
+
+@pytest.fixture(scope="session")
+def real() -> LoadedModel:
+    """The default model in float32, which no test may change."""
+    return load(dtype="float32", device="cpu")

@@ -1,0 +1,123 @@
+"""Settings: every field is documented, checked, and reachable by flag, YAML and notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from dvirl.config import DVIConfig, from_mapping, from_namespace, read_yaml, with_help
+from dvirl.errors import DvirlError
+from dvirl.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
+from dvirl.train_dvi import parse_args
+
+ROOT = Path(__file__).parents[1]
+FIELDS = dataclasses.fields(DVIConfig)
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_a_value_of_the_wrong_type_is_refused(field):
+    with pytest.raises(DvirlError, match=f"^{field.name} is"):
+        DVIConfig(**{field.name: ["no"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exit_layer": 0}, "exit_layer is 0; expected a number from 1"),
+        ({"threshold": 1.1}, "threshold is 1.1; expected a number from 0 to 1"),
+        ({"schedule": "magic"}, "schedule is 'magic'; expected one of reinforce, kl, ce, kl_to_rl"),
+        ({"num_prompts": True}, "num_prompts is True"),
+        ({"seed": 1.5}, "seed is 1.5; expected int"),
+        ({"lr_shallow": float("nan")}, "lr_shallow is nan"),
+        ({"ramp_start": 0.8, "ramp_end": 0.2}, "ramp_end is 0.2; expected at least ramp_start, 0.8"),
+        ({"lora_targets": "q_proj,z_proj"}, "lora_targets has z_proj"),
+    ],
+)
+def test_values_out_of_range_name_field_value_and_range(changes, message):
+    with pytest.raises(DvirlError, match=message):
+        DVIConfig(**changes)
+
+
+def test_every_field_has_a_help_text_and_a_flag():
+    texts = {field.name: field.metadata["help"] for field in dataclasses.fields(with_help(DVIConfig))}
+    assert set(texts) == {field.name for field in FIELDS} and all(len(text) > 5 for text in texts.values())
+    config = parse_args(
+        [part for field in FIELDS for part in (f"--{field.name}", str(field.default)) if str(field.default)]
+    )
+    assert config == DVIConfig()
+
+
+def test_flags_override_yaml(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("exit_layer: 4\nseed: 3\n")
+    config = parse_args(["--config", str(path), "--seed", "5"])
+    assert (config.exit_layer, config.seed) == (4, 5)
+    assert parse_args([f"--config={path}"]).exit_layer == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("exit_layr: 4", "unknown setting exit_layr"), ("- 1", "expected a mapping"), ("a: [", "not valid YAML"),
+     ("exit_layer: six", "exit_layer is 'six'")],
+)  # fmt: skip
+def test_a_bad_yaml_is_said(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(DvirlError, match=message):
+        parse_args(["--config", str(path)])
+    with pytest.raises(DvirlError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_namespaces_are_read():
+    assert from_namespace(DVIConfig, Namespace(exit_layer=3)).exit_layer == 3
+    with pytest.raises(DvirlError, match="unknown setting exit_lay"):
+        from_namespace(DVIConfig, Namespace(exit_lay=3))
+    config = DVIConfig(seed=4)
+    assert from_namespace(DVIConfig, config) is config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_committed_config_is_valid(path):
+    assert from_mapping(DVIConfig, read_yaml(path), str(path))
+
+
+def test_decode_settings_follow():
+    config = DVIConfig(draft_len=5, threshold=0.3, target="adapted", action_temperature=0.7)
+    assert (
+        config.decode.draft_len == 5 and config.decode.draft_temperature == 0 and config.learn.draft_temperature == 0.7
+    )
+    assert dataclasses.replace(config, actions="argmax").learn == config.decode
+
+
+# Notebooks
+
+
+def namespace(injected="", **values):
+    declared = f"{DECLARED} (x)\nexit_layer = 6\neval_prompts = 4\nrun_dir = ''"
+    return {"In": ["", declared, injected], "exit_layer": 6, "eval_prompts": 4, "run_dir": "", **values}
+
+
+def test_notebook_parameters_become_settings():
+    config = notebook_config(
+        namespace("# Parameters\nexit_layer = 4\nthreads = 1\n", exit_layer=4, threads=1), run_dir="r"
+    )
+    assert (config.exit_layer, config.threads, config.run_dir) == (4, 1, "r")
+    assert notebook_config(namespace()).exit_layer == 6
+    assert assigned_names("a = 1\nb = c = 2\nprint(a)") == ["a", "b", "c"]
+
+
+def test_an_unknown_notebook_parameter_lists_the_known_ones():
+    with pytest.raises(DvirlError, match=r"unknown notebook parameter exit_layr; known are .*eval_prompts, exit_layer"):
+        notebook_config(namespace("# Parameters\nexit_layr = 4", exit_layr=4))
+
+
+def test_run_folders_are_new(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert new_run_dir("mine", "03") == "mine"
+    first = new_run_dir("", "03")
+    Path(first).mkdir(parents=True)
+    assert new_run_dir("", "03") != first

@@ -1,0 +1,152 @@
+"""Prompts: every source, malformed rows, and a stream that can be put back where it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import tiny_loaded
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer import tiny_settings
+
+from dvirl import data
+from dvirl.data import PromptStream, chatterbot_prompts, load_prompts, magpie_prompts, read_prompts
+from dvirl.errors import DvirlError
+
+ROWS = {
+    "sharegpt": [{"id": "a", "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Hi there"},
+                                               {"from": "gpt", "value": "Hello"}]}],
+    "dolly": [{"instruction": "Sum up", "context": "A long text", "response": "r", "category": "summarization"}],
+    "jsonl": [{"prompt": "One"}, {"turns": ["One", "answer", "Two"]}],
+    "spec_bench": [{"question_id": 81, "category": "writing", "turns": ["Write", "Rewrite"]}],
+}  # fmt: skip
+TURNS = {
+    "sharegpt": [("Hi there",)],
+    "dolly": [("Sum up\n\nA long text",)],
+    "jsonl": [("One",), ("One", "answer", "Two")],
+    "spec_bench": [("Write",)],
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_every_schema_is_read(tmp_path, kind, as_lines):
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(map(json.dumps, ROWS[kind])) if as_lines else json.dumps(ROWS[kind]))
+    assert [prompt.turns for prompt in read_prompts(kind, str(path))] == TURNS[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        ("jsonl", '{"prompt": 3}', "non-empty string 'prompt'"),
+        ("jsonl", "{nonsense", "not valid JSON"),
+        ("jsonl", '{"turns": ["a", "b"]}', "odd number"),
+        ("jsonl", '{"turns": []}', "list of non-empty strings"),
+        ("sharegpt", '{"conversations": "x"}', "list 'conversations'"),
+        ("sharegpt", '{"conversations": [{"from": "gpt", "value": "x"}]}', "from 'human'"),
+        ("dolly", '{"instruction": "x", "context": 3}', "'context' to be a string"),
+        ("spec_bench", '{"turns": ["x"]}', "question_id"),
+        ("spec_bench", "[]", "question_id"),
+    ],
+)
+def test_a_malformed_row_is_named_or_skipped(tmp_path, capsys, kind, line, message):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[kind][0])
+    path.write_text(f"{good}\n\n{line}\n")
+    with pytest.raises(DvirlError, match=message) as caught:
+        read_prompts(kind, str(path))
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert [prompt.turns for prompt in read_prompts(kind, str(path), "skip")] == TURNS[kind][:1]
+    assert f"skipped {path}:3" in capsys.readouterr().err
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "array.json").write_text("[1,")
+    for name, message in [("empty.jsonl", "no prompts"), ("bytes.jsonl", "UTF-8"), ("array.json", "not valid JSON")]:
+        with pytest.raises(DvirlError, match=message):
+            read_prompts("jsonl", str(tmp_path / name))
+    with pytest.raises(DvirlError, match="no such file"):
+        read_prompts("jsonl", str(tmp_path / "missing.jsonl"))
+
+
+def test_the_hub_is_streamed(monkeypatch):
+    import datasets
+
+    rows = [{"instruction": f"Do {n}", "context": "", "response": "", "category": "c"} for n in range(5)]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or iter(rows))
+    monkeypatch.setattr(data, "HUB_ROWS", 3)
+    assert len(read_prompts("dolly", "owner/name")) == 3
+    assert asked == [("owner/name", {"split": "train", "streaming": True})]
+
+    def offline(name, **how):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DvirlError, match="no route to host"):
+        read_prompts("dolly", "owner/name")
+
+
+def test_the_default_corpus():
+    prompts = chatterbot_prompts()
+    assert len(prompts) > 700 and len({prompt.key for prompt in prompts}) == len(prompts)
+    assert any(prompt.turns == ("What is AI?",) and prompt.category == "ai" for prompt in prompts)
+
+
+@given(count=st.integers(1, 7), seed=st.integers(0, 3), taken=st.integers(0, 20), more=st.integers(0, 9))
+def test_a_stream_goes_on_from_a_saved_position(count, seed, taken, more):
+    prompts = [[n] for n in range(count)]
+    stream = PromptStream(prompts, seed)
+    stream.take(taken)
+    saved = stream.state_dict()
+    peeked = stream.peek(more)
+    expected = stream.take(more)
+    again = PromptStream(prompts, seed)
+    again.load_state_dict(saved)
+    assert again.take(more) == expected == peeked
+
+
+def test_a_stream_passes_over_all_before_it_repeats_any():
+    stream = PromptStream([[n] for n in range(10)], 0)
+    first, second = stream.take(10), stream.take(10)
+    assert sorted(first) == sorted(second) == [[n] for n in range(10)] and first != second
+    assert PromptStream([[n] for n in range(10)], 1).take(10) != first
+    with pytest.raises(DvirlError, match="stream is empty"):
+        PromptStream([], 0)
+
+
+def test_held_out_prompts_never_come_up():
+    loaded = tiny_loaded()
+    split = load_prompts(tiny_settings(held_out=64), loaded)
+    seen = split.stream.take(len(split.stream))
+    assert len(split.held_out) == 64 and not {tuple(p) for p in seen} & {tuple(p) for p in split.held_out}
+    with pytest.raises(DvirlError, match="leaves none for training"):
+        load_prompts(tiny_settings(held_out=5000), loaded)
+    with pytest.raises(DvirlError, match="needs prompts_path"):
+        load_prompts(tiny_settings(prompts_source="jsonl"), loaded)
+
+
+def test_long_prompts_are_left_out(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("short one", "another", "long " * 500)))
+    config = tiny_settings(prompts_source="jsonl", prompts_path=str(path), held_out=1)
+    assert len(load_prompts(config, tiny_loaded()).stream) == 1
+    assert "left out 1 prompts over 512 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_the_model_writes_its_own_prompts(real):
+    prompts = magpie_prompts(real, 6, seed=1, batch=16)
+    assert len({prompt.key for prompt in prompts}) == 6
+    assert all(len(prompt.turns[0].split()) >= 3 and "<|" not in prompt.turns[0] for prompt in prompts)
+    assert magpie_prompts(real, 6, seed=1, batch=16) == prompts
+
+
+def test_a_model_that_writes_nothing_usable_is_said():
+    loaded = tiny_loaded()
+    with pytest.raises(DvirlError, match="usable prompts of 50"):
+        magpie_prompts(loaded, 50, seed=0, batch=4)

@@ -1,0 +1,87 @@
+"""The house: one source of pins, imports in one direction, notebooks executed, and what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = [path for name in ("dvirl", "kangaroo") for path in (ROOT / name).rglob("*.py")]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_environment_yml_takes_its_pins_from_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert conda == ["python=3.11", "pip"] and pip == ["-e .[dev]"]
+    pins = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
+    assert project["requires-python"] == ">=3.11,<3.12"
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_imports_flow_one_way():
+    entry_points = {"cli.py", "train_dvi.py"}
+    for path in PACKAGES:
+        names = set(imported(path))
+        if "kangaroo" in path.parts:
+            assert not [n for n in names if n.startswith("dvirl")], path
+        if path.parent.name == "dvirl" and path.name not in entry_points:
+            assert not [n for n in names if n.startswith("dvirl.evaluation")], path
+        assert "sys.path" not in path.read_text(), path
+
+
+def test_thin_is_a_feature():
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGES) < 5000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_committed_notebooks_are_executed_in_order_and_plain(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any("parameters" in cell.metadata.get("tags", []) for cell in cells)
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 24 if "parameters" in cell.metadata.get("tags", []) else 15
+        assert not re.search(r"^(def|class) ", cell.source, re.M)
+        assert not any(output.output_type == "error" for output in cell.outputs)
+        assert not any("NBVAL_SKIP" in tag for tag in cell.metadata.get("tags", []))
+
+
+def test_the_licence_is_apache():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_every_make_target_in_the_readme_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text())) <= targets
+
+
+def test_a_missing_python_is_one_sentence():
+    result = subprocess.run(["make", "setup", "PYTHON=/nowhere/python3.11", "VENV=/tmp/dvirl-no-venv"], cwd=ROOT,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 2
+    assert "dvirl needs Python 3.11; /nowhere/python3.11 is another version or is missing" in result.stdout
+    result = subprocess.run(
+        ["make", "setup", "PYTHON=", "VENV=/tmp/dvirl-no-venv"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "found none" in result.stdout
+
+
+def test_the_ci_calls_the_readmes_test_command():
+    assert (ROOT / ".ci/run").read_text().rstrip().splitlines()[-1] == "make test"

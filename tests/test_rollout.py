@@ -1,0 +1,126 @@
+"""The batched rollout gives what the step-by-step decoder gives: the same text and the same records."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EOS, random_prompts, tiny_kangaroo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dvirl.rollout import Tape, common_prefix, generate, judge, records_of, replay_blocks
+from kangaroo.earlyexit import DecodeConfig
+
+LENGTH = 20
+
+
+def assert_same_records(found, expected):
+    for field in ("row", "position", "token", "reward", "verifier_token"):
+        assert getattr(found, field).tolist() == getattr(expected, field).tolist(), field
+    torch.testing.assert_close(found.hidden, expected.hidden, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found.verifier_confidence, expected.verifier_confidence, atol=1e-4, rtol=1e-4)
+
+
+def compare(model, config, prompts, eos, noise=None):
+    rollout = generate(model.base_model, prompts, LENGTH, eos, config.target)
+    judgement = judge(model, rollout, config, noise)
+    for row, prompt in enumerate(prompts):
+        decoded = model.generate(prompt, LENGTH, config, eos, None if noise is None else noise[row])
+        assert rollout.response(row) == decoded.tokens
+        blocks = [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in decoded.blocks[1:]]
+        assert [(b.start, b.num_drafted, b.num_accepted, b.block_len) for b in judgement.blocks[row]] == blocks
+    parts = [records_of(model.generate(p, LENGTH, config, eos, None if noise is None else noise[r]), len(p), r)
+             for r, p in enumerate(prompts)]  # fmt: skip
+    joined = type(parts[0])(*(torch.cat([getattr(p, f) for p in parts]) for f in parts[0].__dataclass_fields__))
+    assert_same_records(judgement.records, joined)
+    return judgement
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 6),
+    exit_layer=st.integers(1, 3),
+    draft_len=st.integers(1, 6),
+    threshold=st.sampled_from([0.0, 0.2, 0.6]),
+    drafter=st.sampled_from(["none", "adapter", "layer"]),
+    target=st.sampled_from(["base", "adapted"]),
+    sampled=st.booleans(),
+)
+def test_records_equal_the_step_by_step_decoders(seed, exit_layer, draft_len, threshold, drafter, target, sampled):
+    model = tiny_kangaroo(seed, exit_layer, drafter=drafter, adapter_window=6, draft_vocab=range(200))
+    config = DecodeConfig(draft_len, threshold, target, 0.5 if sampled else 0.0)
+    noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed)) if sampled else None
+    compare(model, config, random_prompts(4, seed), (EOS,), noise)
+
+
+def test_they_agree_where_drafts_are_often_right():
+    """With the exit near the end and weak adapters much is accepted, and ends fall inside blocks."""
+    model = tiny_kangaroo(0, 3, lora=False, deep_scale=0.1)
+    prompts = random_prompts(6, 5)
+    plain = generate(model.base_model, prompts, LENGTH)
+    ends = {plain.response(row)[7] for row in range(3)}
+    judgement = compare(model, DecodeConfig(4), prompts, tuple(ends))
+    rate = float(judgement.records.reward.mean())
+    assert rate > 0.4
+    assert any(block.block_len == block.num_accepted for row in judgement.blocks for block in row), (
+        "no end was accepted"
+    )
+
+
+def test_rewards_hold_accepts_and_rejects():
+    records = judge(
+        tiny_kangaroo(1, 3), generate(tiny_kangaroo(1, 3).base_model, random_prompts(6), LENGTH), DecodeConfig(3)
+    ).records
+    assert 0 < records.num_accepted < len(records)
+
+
+def test_a_shared_prefix_is_computed_once_and_changes_nothing():
+    model = tiny_kangaroo(2).base_model
+    prompts = [[7, 8, 9, 10, *prompt] for prompt in random_prompts(5, 2)]
+    together = generate(model, prompts, LENGTH)
+    for row, prompt in enumerate(prompts):
+        assert together.response(row) == generate(model, [prompt], LENGTH).response(0)
+    assert together.prompts() == prompts
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    assert common_prefix(padded, torch.tensor([len(p) for p in prompts])) >= 4
+
+
+def test_rows_that_end_early_leave_the_batch():
+    model = tiny_kangaroo(3).base_model
+    prompts = random_prompts(8, 3)
+    free = [generate(model, [prompt], LENGTH).response(0) for prompt in prompts]
+    ends = tuple({response[index] for index, response in enumerate(free)})
+    stopped = generate(model, prompts, LENGTH, ends)
+    for row, response in enumerate(free):
+        cut = next((i + 1 for i, token in enumerate(response) if token in ends), LENGTH)
+        assert stopped.response(row) == response[:cut]
+
+
+def test_block_rule_by_hand():
+    config = DecodeConfig(2)
+    # Positions 1…6: right, right, right, wrong, right, right; 1+2 and bonus 3, then 4 rejected, then 5 and bonus 6.
+    blocks = replay_blocks([True, True, True, False, True, True], [1.0] * 6, config, 7)
+    assert [(b.start, b.num_drafted, b.num_accepted, b.block_len) for b in blocks] == [
+        (1, 2, 2, 3),
+        (4, 1, 0, 1),
+        (5, 1, 1, 2),
+    ]
+
+
+def test_a_tape_plays_the_same_answers_to_the_same_prompts():
+    model = tiny_kangaroo(0).base_model
+    prompts = random_prompts(4)
+    tape = Tape()
+    first = tape.recording(lambda batch: generate(model, batch, 6))(prompts)
+    play = tape.playing()
+    assert play(prompts) is first
+    with pytest.raises(ValueError, match="no answers to these prompts"):
+        play(prompts)
+    with pytest.raises(ValueError, match="no answers to these prompts"):
+        tape.playing()(prompts[:2])
+
+
+@pytest.mark.parametrize(("prompts", "length"), [([], 4), ([[3], []], 4), ([[3]], 0)])
+def test_bad_prompts_are_refused(prompts, length):
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(tiny_kangaroo(0).base_model, prompts, length)

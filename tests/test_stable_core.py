@@ -1,0 +1,56 @@
+"""The stable core: accept lengths on a fixed-seed batch are what they were.
+
+The golden values come from `python tests/test_stable_core.py`, run when the core was written (2026-11-22). They change
+only together with a benchmark before and after (see CONTRIBUTING.md).
+"""
+
+from __future__ import annotations
+
+import pytest
+from conftest import EOS, random_prompts, tiny_kangaroo
+
+from kangaroo.earlyexit import DecodeConfig
+
+CASES = {
+    "none-base": (dict(exit_layer=3), DecodeConfig(4)),
+    "adapter-base-threshold": (dict(exit_layer=3, drafter="adapter", adapter_window=5), DecodeConfig(6, 0.3)),
+    "layer-adapted": (dict(exit_layer=2, drafter="layer"), DecodeConfig(3, target="adapted")),
+}
+GOLDEN: dict[str, list[list[int]]] = {
+    "none-base": [
+        [1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1],
+    ],
+    "adapter-base-threshold": [
+        [1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1],
+    ],
+    "layer-adapted": [
+        [1, 4, 4, 1, 2, 3, 1, 4, 3, 1],
+        [1, 4, 2, 4, 3, 4, 3, 2, 1],
+        [1, 4, 4, 4, 1, 4, 1, 1, 2, 2],
+        [1, 4, 4, 3, 2, 4, 3, 3],
+    ],
+}
+
+
+def accept_lengths(name):
+    args, config = CASES[name]
+    model = tiny_kangaroo(4, deep_scale=0.2, **args)
+    return [
+        [block.block_len for block in model.generate(prompt, 24, config, (EOS,)).blocks]
+        for prompt in random_prompts(4, 4)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accept_lengths_are_unchanged(name):
+    assert accept_lengths(name) == GOLDEN[name]
+
+
+if __name__ == "__main__":
+    print({name: accept_lengths(name) for name in CASES})

@@ -1,0 +1,184 @@
+"""The loop as a whole, on a tiny model: it learns, logs, and can be put down and taken up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_loaded, tiny_split
+
+from dvirl.checkpoint import newest
+from dvirl.config import DVIConfig
+from dvirl.errors import DvirlError
+from dvirl.rollout import generate, judge
+from dvirl.trace import StepMetrics, read_metrics
+from dvirl.trainer import Baseline, DVITrainer
+
+
+def tiny_settings(**changes) -> DVIConfig:
+    settings = dict(
+        exit_layer=2,
+        num_prompts=24,
+        held_out=8,
+        rollout_batch=8,
+        judge_batch=2,
+        max_new_tokens=16,
+        fast_batch=3,
+        slow_every=3,
+        lora_rank=4,
+        lora_alpha=8.0,
+        draft_vocab=120,
+        warmup_steps=2,
+        threads=1,
+        checkpoint_every=4,
+        dtype="float32",
+        device="cpu",
+    )
+    return DVIConfig(**{**settings, **changes})
+
+
+def run(tmp_path, name="run", **changes):
+    trainer = DVITrainer(tiny_settings(run_dir=str(tmp_path / name), **changes), tiny_loaded(), tiny_split())
+    trainer.train(show_progress=False)
+    return trainer, read_metrics(tmp_path / name / "metrics.jsonl")
+
+
+def held_out_rate(trainer):
+    rollout = generate(trainer.loaded.model, trainer.split.held_out, 16, trainer.loaded.eos_ids)
+    return float(judge(trainer.model, rollout, trainer.config.decode).records.reward.mean())
+
+
+@pytest.mark.parametrize("schedule", ["reinforce", "kl", "ce", "kl_to_rl"])
+def test_every_schedule_runs_and_logs_every_step(tmp_path, schedule):
+    trainer, metrics = run(tmp_path, schedule=schedule)
+    assert list(metrics.columns) == [spec.name for spec in dataclasses.fields(StepMetrics)]
+    assert metrics.step.tolist() == list(range(1, trainer.counters.step + 1))
+    assert set(metrics.phase) <= ({"kl", "ramp"} if schedule == "kl_to_rl" else {schedule})
+    assert metrics.accept_rate.between(0, 1).all() and (metrics.mat >= 1).all()
+    assert metrics.tokens.is_monotonic_increasing and trainer.counters.prompts == 24
+    assert metrics.loss_slow.notna().tolist() == [step % 3 == 0 for step in metrics.step]
+    shares = metrics.iloc[-1][["rollout_s", "fast_s", "slow_s"]].sum()
+    assert 0 < shares <= metrics.iloc[-1].wall_s + 1e-6
+
+
+def test_the_draft_learns_on_unseen_prompts(tmp_path):
+    config = tiny_settings(num_prompts=160, run_dir=str(tmp_path), lr_shallow=5e-3, schedule="kl")
+    trainer = DVITrainer(config, tiny_loaded(deep_scale=0.3), tiny_split(160))
+    before = held_out_rate(trainer)
+    trainer.train(show_progress=False)
+    assert held_out_rate(trainer) > before + 0.1
+
+
+def test_logged_acceptance_is_the_served_decoders(tmp_path):
+    """On-policy: the first step's figure equals what the step-by-step decoder does with the untrained draft."""
+    trainer = DVITrainer(tiny_settings(run_dir=str(tmp_path), fast_batch=1, judge_batch=8), tiny_loaded(), tiny_split())
+    prompts = trainer.split.stream.peek(8)
+    blocks = [b for p in prompts for b in trainer.model.generate(p, 16, trainer.config.decode, (2,)).blocks[1:]]
+    next(trainer.collect())
+    metrics = trainer.step()
+    assert metrics.accept_rate == sum(b.num_accepted for b in blocks) / sum(b.num_drafted for b in blocks)
+    assert metrics.mat == sum(b.block_len for b in blocks) / len(blocks)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    first, second = (run(tmp_path, name)[1] for name in ("a", "b"))
+    timeless = [name for name in first.columns if not name.endswith("_s") and name != "tok_per_s"]
+    assert first[timeless].equals(second[timeless])
+
+
+def test_checkpoints_come_at_intervals_and_load_again(tmp_path):
+    trainer, _ = run(tmp_path)
+    folders = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert len(folders) > 1 and folders[-1] == f"step-{trainer.counters.step:06d}"
+    other = DVITrainer(tiny_settings(run_dir=str(tmp_path / "other")), tiny_loaded(), tiny_split())
+    other.load_checkpoint(newest(tmp_path / "run"))
+    mine, its = trainer.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(mine[name], its[name]) for name in mine)
+    state, loaded = trainer.state_dict(), other.state_dict()
+    assert state["numbers"] == loaded["numbers"]
+    assert state["tensors"].keys() == loaded["tensors"].keys()
+    assert all(torch.equal(value, loaded["tensors"][name]) for name, value in state["tensors"].items())
+
+
+def test_a_loaded_run_goes_on_as_the_first_would_have(tmp_path):
+    """Two rollouts in one go, or one, a checkpoint, and the other in a new process's trainer."""
+    whole = DVITrainer(tiny_settings(run_dir=str(tmp_path / "whole")), tiny_loaded(), tiny_split())
+    losses = {}
+    for part in range(2):
+        for _ in whole.collect():
+            if whole.buffer.due(3):
+                metrics = whole.step()
+                losses[metrics.step] = (metrics.loss, metrics.accept_rate, metrics.baseline)
+        if part == 0:
+            folder, reached = whole.save_checkpoint(), whole.counters.step
+    again = DVITrainer(tiny_settings(run_dir=str(tmp_path / "again")), tiny_loaded(), tiny_split())
+    again.load_checkpoint(folder)
+    for _ in again.collect():
+        if again.buffer.due(3):
+            metrics = again.step()
+            assert (metrics.loss, metrics.accept_rate, metrics.baseline) == losses[metrics.step]
+    assert again.counters.step == whole.counters.step > reached
+
+
+def test_broken_checkpoints_are_named(tmp_path):
+    trainer, _ = run(tmp_path)
+    folder = newest(tmp_path / "run")
+    (folder / "drafter.safetensors").write_bytes(b"garbage")
+    with pytest.raises(DvirlError, match="unreadable checkpoint"):
+        trainer.load_checkpoint(folder)
+    (folder / "drafter.safetensors").unlink()
+    with pytest.raises(DvirlError, match=r"not a complete checkpoint, drafter\.safetensors missing"):
+        trainer.load_checkpoint(folder)
+    with pytest.raises(DvirlError, match="no checkpoint there"):
+        newest(tmp_path)
+    other, _ = run(tmp_path, "rank", lora_rank=2)
+    with pytest.raises(DvirlError, match="does not fit"):
+        trainer.load_checkpoint(newest(tmp_path / "rank"))
+    assert other.counters.step
+
+
+def test_config_yaml_says_all(tmp_path):
+    trainer, _ = run(tmp_path)
+    content = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert content["config"] == dataclasses.asdict(trainer.config)
+    assert content["model"]["fingerprint"] == "sha256:tiny" and content["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_folder_in_use_is_not_touched(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(DvirlError, match="already holds a run"):
+        run(tmp_path)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_an_exit_layer_beyond_the_model_is_said():
+    with pytest.raises(DvirlError, match="exit_layer is 9; this model of 4 layers takes 1 to 3"):
+        DVITrainer(tiny_settings(exit_layer=9), tiny_loaded(), tiny_split())
+
+
+def test_the_adapted_target_trains_and_its_drift_is_logged(tmp_path):
+    _, metrics = run(tmp_path, target="adapted", slow_every=0, num_prompts=80, fast_batch=1)
+    assert metrics.drift_kl.notna().any() and metrics.drift_kl.max() > 0
+    assert metrics.loss_slow.isna().all()
+
+
+def test_the_baseline_averages_the_past():
+    baseline = Baseline(0.5)
+    assert [baseline.update(r) for r in (0.2, 0.4, 0.0)] == pytest.approx([0.2, 0.2, 0.3])
+    assert baseline.value == pytest.approx(0.15)
+
+
+def test_the_log_is_plain_json(tmp_path):
+    run(tmp_path)
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        assert all(v is None or isinstance(v, str | int) or math.isfinite(v) for v in json.loads(line).values())
+    with pytest.raises(DvirlError, match="No such file"):
+        read_metrics(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text("{}\n{")
+    with pytest.raises(DvirlError, match=r"bad\.jsonl:2"):
+        read_metrics(tmp_path / "bad.jsonl")
