@@ -1,4 +1,4 @@
-"""The command line: `dvirl train`, `dvirl fetch`."""
+"""The command line: `dvirl train`, `dvirl acceptance`, `dvirl fetch`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dvirl.errors import DvirlError
 USAGE = """usage: dvirl COMMAND [options]
 
 commands:
-  train   train a draft while it generates (dvirl train --help lists all settings)
-  fetch   fetch the default model into the cache, once, and print its folder
+  train        train a draft while it generates (dvirl train --help lists all settings)
+  acceptance   decode a run's held-out prompts step by step, before and after training
+  fetch        fetch the default model into the cache, once, and print its folder
 """
 
 
@@ -19,6 +20,12 @@ def _train(argv: Sequence[str]) -> None:
     from dvirl.train_dvi import main, parse_args
 
     main(parse_args(argv))
+
+
+def _acceptance(argv: Sequence[str]) -> None:
+    from dvirl.evaluation.acceptance import main
+
+    main(argv)
 
 
 def _fetch(argv: Sequence[str]) -> None:
@@ -31,7 +38,7 @@ def _fetch(argv: Sequence[str]) -> None:
     print(ensure_embedded(name))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "fetch": _fetch}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "acceptance": _acceptance, "fetch": _fetch}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

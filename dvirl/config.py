@@ -113,7 +113,7 @@ class DVIConfig:
     """kl and kl_to_rl: further steps after each fast update, each on as many older responses, by distillation."""
     slow_every: int = 16
     """Fast updates between slow updates; 0 turns the slow update off."""
-    slow_batch: int = 4
+    slow_batch: int = 2
     """Most recent responses that a slow update looks at."""
     beta_kl: float = 0.1
     """Weight of the slow update's KL to the frozen verifier."""

@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dvirl.errors import DvirlError
+
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 """From Okabe and Ito's palette."""
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE)
@@ -61,7 +63,12 @@ def learning_curve(
         metrics: of one run, as `read_metrics` gives it.
         held_out: accept rate on unseen prompts before and after, drawn at both ends.
         save: also write the figure here.
+
+    Raises:
+        DvirlError: if there is no step to draw.
     """
+    if metrics.empty:
+        raise DvirlError("the run made no fast update; give it more prompts, or a smaller fast_batch")
     with plt.rc_context(STYLE):
         figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7.5, 5.2), height_ratios=(3, 2))
         tokens = metrics.tokens / 1000

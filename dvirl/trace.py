@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
@@ -104,4 +104,4 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise DvirlError(f"{path}:{number}: not valid JSON ({error})") from error
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else [spec.name for spec in fields(StepMetrics)])

@@ -213,7 +213,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) 
         # The queries of one group see the same keys, so they can stand as rows of one small product: a quarter of
         # the time of enable_gqa for a batch of single tokens in bfloat16 on a CPU.
         folded = queries.view(batch, keys.shape[1], -1, size)
-        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).view(queries.shape)
+        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).reshape(queries.shape)
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads
     )

@@ -133,9 +133,11 @@ def inject_lora(
         The PEFT model around `base_model`; lora_S is active and trainable.
 
     Raises:
-        ValueError: for an exit layer or rank out of range.
+        ValueError: for an exit layer or rank out of range, or a model that carries adapters already.
     """
     _check_exit_layer(base_model, exit_layer)
+    if any(isinstance(module, LoraLinear) for module in base_model.modules()):
+        raise ValueError("the model carries adapters already; load it anew")
     peft_model = get_peft_model(
         base_model, _lora_config(range(exit_layer), rank, alpha, targets), adapter_name="lora_S"
     )

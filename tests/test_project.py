@@ -57,7 +57,8 @@ def test_committed_notebooks_are_executed_in_order_and_plain(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert any("parameters" in cell.metadata.get("tags", []) for cell in cells)
     for cell in cells:
-        assert len(cell.source.splitlines()) <= 24 if "parameters" in cell.metadata.get("tags", []) else 15
+        limit = 24 if "parameters" in cell.metadata.get("tags", []) else 15
+        assert len(cell.source.splitlines()) <= limit, cell.source
         assert not re.search(r"^(def|class) ", cell.source, re.M)
         assert not any(output.output_type == "error" for output in cell.outputs)
         assert not any("NBVAL_SKIP" in tag for tag in cell.metadata.get("tags", []))

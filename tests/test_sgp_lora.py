@@ -98,3 +98,10 @@ def test_bad_layer_or_rank_is_said():
         inject_dual_lora(tiny_model(), 4)
     with pytest.raises(ValueError, match="rank is 0"):
         inject_lora(tiny_model(), 2, rank=0)
+
+
+def test_a_second_injection_is_refused():
+    model = tiny_model()
+    inject_lora(model, 2, rank=2)
+    with pytest.raises(ValueError, match="carries adapters already"):
+        inject_dual_lora(model, 2, rank=2)

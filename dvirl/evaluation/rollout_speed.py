@@ -39,7 +39,8 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
     prompts = load_prompts(config, loaded).stream.take(num_prompts)
     loaded.model.set_exit_layer(config.exit_layer)
     inject_dual_lora(loaded.model, config.exit_layer, config.lora_rank, config.lora_alpha)
-    args = Namespace(drafter=config.drafter, head=config.head, draft_vocab=range(config.draft_vocab))
+    covered = range(min(config.draft_vocab, loaded.model.config.vocab_size)) if config.draft_vocab else None
+    args = Namespace(drafter=config.drafter, head=config.head, draft_vocab=covered)
     model = KangarooModel(loaded.model, None, args, config.exit_layer)
 
     def step_by_step() -> int:

@@ -1,0 +1,87 @@
+"""Measures by hand, a run judged from its folder, and figures that can be drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import matplotlib as mpl
+import pandas as pd
+import pytest
+from conftest import EOS, random_prompts, tiny_kangaroo
+from test_cli import TINY
+from test_models import save_tiny
+from test_trainer import tiny_settings
+
+from dvirl import cli, plots
+from dvirl.errors import DvirlError
+from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.evaluation.rollout_speed import compare
+from dvirl.trace import read_metrics
+from kangaroo.earlyexit import DecodeConfig
+
+mpl.use("Agg")
+
+
+def test_measures_are_pooled_and_leave_the_prefill_out():
+    model, prompts = tiny_kangaroo(0, 3, deep_scale=0.2), random_prompts(5)
+    found = measure_acceptance(model, prompts, 20, DecodeConfig(3), (EOS,), show_progress=False)
+    blocks = [b for p in prompts for b in model.generate(p, 20, DecodeConfig(3), (EOS,)).blocks[1:]]
+    assert found.num_blocks == len(blocks)
+    assert found.accept_rate == sum(b.num_accepted for b in blocks) / sum(b.num_drafted for b in blocks)
+    assert found.mat == sum(b.block_len for b in blocks) / len(blocks) > 1
+    assert found.num_tokens == sum(map(len, found.responses)) and found.tok_per_s > 0
+
+
+def test_plain_decoding_commits_one_token_a_verification():
+    found = measure_acceptance(tiny_kangaroo(0), random_prompts(3), 8, DecodeConfig(0), show_progress=False)
+    assert found.mat == 1.0 and math.isnan(found.accept_rate)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    settings = ["--held_out", "5", "--seed", "3", *TINY]
+    assert (
+        cli.main(
+            ["train", "--model_name", str(save_tiny(folder / "model")), "--run_dir", str(folder / "run"), *settings]
+        )
+        == 0
+    )
+    return folder / "run"
+
+
+def test_a_run_is_judged_from_its_folder(run_dir, capsys, tmp_path):
+    assert cli.main(["acceptance", str(run_dir), "--out", str(tmp_path / "x.json")]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 responses equal those of the same verifier without drafts" in out
+    figures = json.loads((tmp_path / "x.json").read_text())["figures"]
+    assert figures["plain"]["mat"] == 1.0
+    assert figures["trained"]["num_drafted"] > 0 and figures["untrained"]["num_drafted"] > 0
+
+
+def test_a_folder_without_a_run_is_said(tmp_path, capsys):
+    assert cli.main(["acceptance", str(tmp_path)]) == 2
+    assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_figures_are_drawn(run_dir, tmp_path):
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    plots.learning_curve(metrics, (0.1, 0.2), save=tmp_path / "a.png")
+    plots.compare_runs({"one": metrics, "other": metrics}, save=tmp_path / "b.svg")
+    plots.time_shares({"generation": 3.0, "updates": 1.0}, save=tmp_path / "c.png")
+    assert all((tmp_path / name).stat().st_size > 2000 for name in ("a.png", "b.svg", "c.png"))
+
+
+def test_a_run_without_steps_is_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    empty = read_metrics(tmp_path / "metrics.jsonl")
+    assert isinstance(empty, pd.DataFrame) and "accept_rate" in empty
+    with pytest.raises(DvirlError, match="made no fast update"):
+        plots.learning_curve(empty)
+
+
+def test_rollouts_and_single_steps_are_timed_on_the_same_drafts(tmp_path):
+    config = tiny_settings(model_name=str(save_tiny(tmp_path)), held_out=4)
+    found = compare(config, num_prompts=6, repeats=1)
+    assert found["ratio"] > 0 and set(found["median_drafts_per_s"]) == {"batched", "step_by_step"}
