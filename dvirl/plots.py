@@ -77,14 +77,7 @@ def learning_curve(
         _label_end(above, tokens.iloc[-1], metrics.baseline.iloc[-1], "baseline\n(sampled draft)", ORANGE)
         if held_out is not None:
             above.plot([0, tokens.iloc[-1]], held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
-            above.annotate(
-                "unseen prompts",
-                (tokens.iloc[-1], held_out[1]),
-                xytext=(-8, 10),
-                textcoords="offset points",
-                color=GREEN,
-                ha="right",
-            )
+            above.text(0.01, 0.93, "\u25c6 unseen prompts, before and after", color=GREEN, transform=above.transAxes)
         above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
         _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
         below.set(xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None))
