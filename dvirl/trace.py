@@ -27,7 +27,8 @@ class StepMetrics:
         reward: mean reward of the records learned from (sampled or argmax drafts).
         baseline: subtracted from the rewards in this step.
         ppl_sample: perplexity of the responses under the verifier that wrote them.
-        drift_kl: KL of the verifier to the untouched model, nats a token, measured at slow updates.
+        drift_kl: KL of the verifier to the untouched model, nats a token, measured at slow updates. With target "base"
+            on accepted tokens only, which are the easier ones, before the update; with "adapted" on all records.
         drift_tokens: share of its greedy tokens that differ from the untouched model's, measured likewise.
         prompts: prompts seen so far.
         tokens: response tokens seen so far.
