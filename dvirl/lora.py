@@ -11,10 +11,11 @@ from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import lora_parameters
 
 
-def shallow_parameters(model: KangarooModel) -> list[nn.Parameter]:
-    """What the fast update steps: lora_S, the drafter with its norm, and the exit head if it is trained."""
-    head = list(model.exit_proj.parameters()) if model.head == "full" else []
-    return [*lora_parameters(model, ["lora_S"]), *model.adapter_model.parameters(), *head]
+def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[nn.Parameter]:
+    """What the fast update steps: lora_S unless that is off, the drafter with its norm, the exit head if trained."""
+    heads = {"full": list(model.exit_proj.parameters()), "frozen": []}
+    head = [model.head_down, model.head_up] if model.head == "lora" else heads[model.head]
+    return [*(lora_parameters(model, ["lora_S"]) if lora_shallow else []), *model.adapter_model.parameters(), *head]
 
 
 def deep_parameters(model: KangarooModel) -> list[nn.Parameter]:

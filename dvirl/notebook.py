@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvirl.config import DVIConfig, from_mapping
+from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
+from dvirl.settings import from_mapping
 
 INJECTED = "# Parameters"
 """First line of the cell in which papermill puts `-p` parameters."""

@@ -7,39 +7,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from dvirl.config import DVIConfig, from_mapping, from_namespace, read_yaml, with_help
+from dvirl import settings
+from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer
 
 
 def parse_args(argv: Sequence[str]) -> DVIConfig:
-    """Settings from flags, on top of a YAML file if `--config` names one.
-
-    Raises:
-        DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
-    """
-    parser = HfArgumentParser(with_help(DVIConfig), prog="dvirl train", description="Train a draft while it generates.")
-    parser.add_argument("--config", default="", help="YAML file of settings; flags override it")
-    path = parser.parse_known_args(["--config", _config_path(argv)])[0].config
-    if path:
-        values = read_yaml(path)
-        from_mapping(DVIConfig, values, path)
-        parser.set_defaults(**values)
-    args = parser.parse_args(list(argv))
-    del args.config
-    return from_mapping(DVIConfig, vars(args), "arguments")
-
-
-def _config_path(argv: Sequence[str]) -> str:
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag == "--config":
-            return value
-        if flag.startswith("--config="):
-            return flag.removeprefix("--config=")
-    return ""
+    """Settings from flags, on top of a YAML file if `--config` names one; errors as in `settings.parse_args`."""
+    return settings.parse_args(DVIConfig, "dvirl train", "Train a draft while it generates.", argv)
 
 
 def main(args: Namespace | DVIConfig) -> DVITrainer:
@@ -54,7 +31,7 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
     Raises:
         DvirlError: for bad settings, a bad source, or a run folder that holds a run already.
     """
-    trainer = DVITrainer(from_namespace(DVIConfig, args))
+    trainer = DVITrainer(settings.from_namespace(DVIConfig, args))
     trainer.train()
     run_dir = Path(trainer.config.run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")

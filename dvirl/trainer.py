@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,17 +168,12 @@ class DVITrainer:
             base.set_exit_layer(config.exit_layer)
         except ValueError as error:
             raise DvirlError(str(error)) from error
-        args = Namespace(
-            drafter=config.drafter,
-            adapter_window=config.adapter_window,
-            head=config.head,
-            draft_vocab=draft_vocabulary(self.loaded, self.split, config),
-        )
+        args = config.drafter_args(draft_vocabulary(self.loaded, self.split, config))
         self.peft_model = inject_dual_lora(
             base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
         )
         self.model = KangarooModel(base, None, args, config.exit_layer)
-        self.shallow, self.deep = shallow_parameters(self.model), deep_parameters(self.model)
+        self.shallow, self.deep = shallow_parameters(self.model, config.lora_shallow), deep_parameters(self.model)
         self.fast_optimizer = make_optimizer(self.shallow, config.lr_shallow)
         self.slow_optimizer = make_optimizer(self.deep, config.lr_deep)
         self.generator = torch.Generator().manual_seed(config.seed)

@@ -298,16 +298,17 @@ class AdapterModel(nn.Module):
         config: the model's.
         kind: "none", "adapter" or "layer".
         window: positions back that the drafter's attention sees, its own included.
+        num_layers: layers of that kind; "none" has no layer in any case.
     """
 
-    def __init__(self, config: LlamaConfig, kind: str = "adapter", window: int = 64) -> None:
+    def __init__(self, config: LlamaConfig, kind: str = "adapter", window: int = 64, num_layers: int = 1) -> None:
         super().__init__()
         if kind not in DRAFTERS:
             raise ValueError(f"drafter is {kind!r}; expected one of {', '.join(DRAFTERS)}")
-        if window < 1:
-            raise ValueError(f"adapter window is {window}; expected at least 1")
+        if window < 1 or num_layers < 1:
+            raise ValueError(f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each")
         self.config, self.kind, self.window = config, kind, window
-        count = 0 if kind == "none" else 1
+        count = 0 if kind == "none" else num_layers
         self.layers = nn.ModuleList(DecoderLayer(config, feed_forward=kind == "layer") for _ in range(count))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = rotary_for(config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kangaroo.adapter import AdapterModel, KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
 
-HEADS = ("frozen", "full")
+HEADS = ("frozen", "full", "lora")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,15 @@ class KangarooModel(nn.Module):
     """One Llama whose shallow layers draft: `softmax(exit_proj(exit_norm(drafter(h))))`.
 
     Trainable parts are float32 and compute in the base model's dtype. Fresh parts start from the base model:
-    the drafter's layer is a copy of base layer k, `exit_norm` of the final norm, `exit_proj` of `lm_head`'s rows.
+    the drafter's layers are copies of base layers k, k + 1, …, `exit_norm` of the final norm, `exit_proj` of
+    `lm_head`'s rows; with head "lora" these stay, and `head_down`, `head_up` add a low-rank change to them.
 
     Args:
         base_model_name_or_path: a loaded `EarlyExitLlamaForCausalLM`, or a folder or hub id of one.
         adapter_model_path: a folder with `drafter.safetensors`, or None for a fresh drafter.
-        args: `drafter` ("none", "adapter", "layer"), `adapter_window`, `head` ("frozen", "full") and `draft_vocab`
-            (vocabulary ids that the exit head covers, or None for all); what is missing takes its default.
+        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `head` ("frozen", "full",
+            "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers, or None for all); what
+            is missing takes its default.
         EARLY_STOP_LAYER: k.
     """
 
@@ -74,7 +76,8 @@ class KangarooModel(nn.Module):
         base.requires_grad_(False).eval()
         self.base_model = base
         drafter = getattr(args, "drafter", "none")
-        self.adapter_model = AdapterModel(base.config, drafter, getattr(args, "adapter_window", 64))
+        window, layers = getattr(args, "adapter_window", 64), getattr(args, "drafter_layers", 1)
+        self.adapter_model = AdapterModel(base.config, drafter, window, layers)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -86,6 +89,11 @@ class KangarooModel(nn.Module):
         self.head_rows: Tensor
         self.register_buffer("head_rows", weight if ids is None else weight[ids.to(weight.device)], persistent=False)
         self.exit_proj: nn.Linear = self._new_exit_proj()
+        if self.head == "lora":
+            rows, width = self.head_rows.shape
+            rank = getattr(args, "head_rank", 64)
+            self.head_down = nn.Parameter(torch.randn(rank, width, device=weight.device) / width**0.5)
+            self.head_up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
         self._start_from_base()
         if adapter_model_path is not None:
             self.load_drafter(adapter_model_path)
@@ -112,8 +120,10 @@ class KangarooModel(nn.Module):
         base = self.base_model
         device = base.model.norm.weight.device
         self.adapter_model.norm.load_state_dict(base.model.norm.state_dict())
-        for layer in self.adapter_model.layers:
-            layer.load_state_dict(base.model.layers[base.exit_layer].state_dict(), strict=False)
+        for index, layer in enumerate(self.adapter_model.layers, start=base.exit_layer):
+            source = base.model.layers[min(index, base.config.num_hidden_layers - 1)].state_dict()
+            plain = {name.replace(".base_layer", ""): value for name, value in source.items()}  # LoRA may sit there
+            layer.load_state_dict({name: plain[name] for name in layer.state_dict()})
         self.adapter_model.to(device=device, dtype=torch.float32)
         if self.draft_ids is not None:
             self.draft_ids = self.draft_ids.to(device)
@@ -132,6 +142,8 @@ class KangarooModel(nn.Module):
         state = {f"adapter_model.{k}": v for k, v in self.adapter_model.state_dict().items()}
         if self.head == "full":
             state["exit_proj.weight"] = self.exit_proj.weight
+        if self.head == "lora":
+            state["head_down"], state["head_up"] = self.head_down, self.head_up
         if self.draft_ids is not None:
             state["draft_ids"] = self.draft_ids
         return {key: value.detach().contiguous() for key, value in state.items()}
@@ -174,7 +186,10 @@ class KangarooModel(nn.Module):
 
     def head_logits(self, states: Tensor) -> Tensor:
         """`[…, D]` to the draft's float32 logits `[…, V']`."""
-        return F.linear(states, self.exit_proj.weight.to(states.dtype)).float()
+        logits = F.linear(states, self.exit_proj.weight.to(states.dtype))
+        if self.head == "lora":
+            logits = logits + F.linear(F.linear(states, self.head_down.to(states.dtype)), self.head_up.to(states.dtype))
+        return logits.float()
 
     def token_ids(self, draft_index: Tensor) -> Tensor:
         """Vocabulary ids of rows of the exit head."""

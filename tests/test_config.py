@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dvirl.config import DVIConfig, from_mapping, from_namespace, read_yaml, with_help
+from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
+from dvirl.settings import from_mapping, from_namespace, read_yaml, with_help
 from dvirl.train_dvi import parse_args
 
 ROOT = Path(__file__).parents[1]

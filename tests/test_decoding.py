@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import EOS, tiny_kangaroo, tiny_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kangaroo.earlyexit import DecodeConfig, choose_tokens, count_accepted
@@ -138,3 +139,28 @@ def test_sampled_drafts_follow_the_policy():
     torch.testing.assert_close(torch.bincount(tokens, minlength=4) / 40_000, expected, atol=0.01, rtol=0)
     torch.testing.assert_close(confidence[0], expected.max())
     assert torch.equal(choose_tokens(logits, 0.7, noise)[0], tokens)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "layer"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_fresh_drafter_starts_from_the_base_layers_behind_the_exit(kind, lora):
+    """Once the base carries LoRA its weights have other names; a drafter that missed them started from noise."""
+    model = tiny_kangaroo(3, 2, lora=lora, drafter=kind, drafter_layers=3)
+    base = model.base_model.model.layers
+    for layer, source in zip(model.adapter_model.layers, (base[2], base[3], base[3]), strict=True):
+        own = {name: value for name, value in source.state_dict().items() if "lora_" not in name}
+        own = {name.replace(".base_layer", ""): value for name, value in own.items()}
+        assert all(torch.equal(value, own[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_lora_head_starts_as_the_base_heads_rows_and_survives_saving(tmp_path):
+    args = dict(head="lora", head_rank=3, draft_vocab=range(50))
+    model, other = tiny_kangaroo(1, **args), tiny_kangaroo(1, **args)
+    states = torch.randn(5, 32)
+    torch.testing.assert_close(model.head_logits(states), states @ model.head_model.weight[:50].T)
+    model.head_up.data += 1.0
+    expected = states @ (model.head_model.weight[:50] + model.head_up @ model.head_down).T
+    torch.testing.assert_close(model.head_logits(states), expected, atol=1e-4, rtol=1e-4)
+    save_file(model.drafter_state(), tmp_path / "drafter.safetensors")
+    other.load_drafter(tmp_path)
+    assert torch.equal(other.head_logits(states), model.head_logits(states))

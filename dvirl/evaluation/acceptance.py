@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dvirl.checkpoint import newest
-from dvirl.config import DVIConfig, from_mapping, read_yaml
+from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
+from dvirl.settings import from_mapping, read_yaml
 from dvirl.trainer import DVITrainer
 from kangaroo.earlyexit import DecodeConfig
 

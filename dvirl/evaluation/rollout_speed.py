@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,8 +39,7 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
     loaded.model.set_exit_layer(config.exit_layer)
     inject_dual_lora(loaded.model, config.exit_layer, config.lora_rank, config.lora_alpha)
     covered = range(min(config.draft_vocab, loaded.model.config.vocab_size)) if config.draft_vocab else None
-    args = Namespace(drafter=config.drafter, head=config.head, draft_vocab=covered)
-    model = KangarooModel(loaded.model, None, args, config.exit_layer)
+    model = KangarooModel(loaded.model, None, config.drafter_args(covered), config.exit_layer)
 
     def step_by_step() -> int:
         return measure_acceptance(

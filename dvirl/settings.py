@@ -1,0 +1,147 @@
+"""How settings work: frozen dataclasses, checked when made, read from flags, YAML, namespaces and notebooks."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from dvirl.errors import DvirlError
+
+MANY = 1e9
+"""Upper limit of counts that have no natural one."""
+
+Config = TypeVar("Config")
+
+
+def number(default: float, lowest: float, highest: float = MANY) -> Any:
+    """A numeric field and its range, both ends included."""
+    return field(default=default, metadata={"range": (lowest, highest)})
+
+
+def choice(default: str, allowed: Sequence[str]) -> Any:
+    """A text field that takes one of a few values."""
+    return field(default=default, metadata={"allowed": tuple(allowed)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings: every field is checked for its type, range or choice when an object is made.
+
+    Raises:
+        DvirlError: when made with a bad value; the message names field, value and range.
+    """
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            allowed, limits = spec.metadata.get("allowed"), spec.metadata.get("range")
+            if allowed and value not in allowed:
+                raise DvirlError(f"{spec.name} is {value!r}; expected one of {', '.join(allowed)}")
+            if limits and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not limits[0] <= value <= limits[1]
+            ):
+                raise DvirlError(f"{spec.name} is {value!r}; expected a number from {limits[0]:g} to {limits[1]:g}")
+            if spec.type in ("int", "str", "bool") and type(value).__name__ != spec.type:
+                raise DvirlError(f"{spec.name} is {value!r}; expected {spec.type}")
+
+
+def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """A settings object from names and values.
+
+    Args:
+        kind: a settings dataclass.
+        values: field names and values; what is missing takes its default.
+        where: what the values came from, for messages.
+
+    Raises:
+        DvirlError: for an unknown name or a value out of range.
+    """
+    known = [spec.name for spec in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise DvirlError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return kind(**values)
+
+
+def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
+    """A settings object from argparse's namespace; a settings object passes through."""
+    return from_mapping(kind, vars(args), "arguments") if isinstance(args, Namespace) else args
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML settings file.
+
+    Raises:
+        DvirlError: if it cannot be read or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise DvirlError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DvirlError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise DvirlError(f"{path}: expected a mapping of settings to values")
+    return {str(name): value for name, value in values.items()}
+
+
+def _field_docs(kind: type[Any]) -> dict[str, str]:
+    """The docstring under each field, those of base classes included."""
+    texts: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        if owner in (object, Settings) or not dataclasses.is_dataclass(owner):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                assert isinstance(statement.target, ast.Name) and isinstance(following.value, ast.Constant)
+                texts[statement.target.id] = str(following.value.value).replace("%", "%%")
+    return texts
+
+
+def with_help(kind: type[Config]) -> type[Config]:
+    """The same settings class with each field's docstring as its `help` metadata, which HfArgumentParser shows."""
+    texts, types = _field_docs(kind), {"int": int, "float": float, "str": str, "bool": bool}
+    specs = [
+        (spec.name, types[str(spec.type)], field(default=spec.default, metadata={"help": texts[spec.name]}))
+        for spec in dataclasses.fields(kind)  # type: ignore[arg-type]
+    ]
+    return dataclasses.make_dataclass(kind.__name__, specs)
+
+
+def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
+    """Settings from flags, on top of a YAML file if `--config` names one.
+
+    Raises:
+        DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
+    """
+    parser = HfArgumentParser(with_help(kind), prog=prog, description=description)
+    parser.add_argument("--config", default="", help="YAML file of settings; flags override it")
+    path = parser.parse_known_args(["--config", _config_path(argv)])[0].config
+    if path:
+        values = read_yaml(path)
+        from_mapping(kind, values, path)
+        parser.set_defaults(**values)
+    args = parser.parse_args(list(argv))
+    del args.config
+    return from_mapping(kind, vars(args), "arguments")
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--config":
+            return value
+        if flag.startswith("--config="):
+            return flag.removeprefix("--config=")
+    return ""
