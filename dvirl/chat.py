@@ -131,15 +131,20 @@ class ChatEncoder:
                 ids += self._plain.encode(segment).ids
         return ids
 
-    def user_header(self) -> list[int]:
-        """Token ids up to where a user's first turn begins, for sampling user turns from the model itself.
+    def frame(self) -> tuple[list[int], list[int], list[int]]:
+        """Token ids before a user's first turn, between a user's turn and the answer, and between answer and next turn.
 
         Raises:
-            DvirlError: for the format "none", which has no such place.
+            DvirlError: for the format "none", which has no such places.
         """
         if self.chat_format == "none":
             raise DvirlError("self-written prompts need a chat format; this model has none (set chat_format)")
         mark = "\x00"
-        ids = self.encode([mark])
-        inside = self._plain.encode(mark).ids[-1]
-        return ids[: ids.index(inside)]
+        ids, inside = self.encode([mark, mark, mark]), self._plain.encode(mark).ids[-1]
+        first, second, third = (index for index, token in enumerate(ids) if token == inside)
+        return ids[:first], ids[third + 1 :], ids[second + 1 : third]
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text, in which nothing is a control token."""
+        ids: list[int] = self._plain.encode(text).ids
+        return ids

@@ -19,17 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.config import DVIConfig
+from dvirl.config import ModelSettings
 from dvirl.errors import DvirlError
 from dvirl.models import LoadedModel
+from dvirl.settings import read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
-ADAPTERS = ("lora_S", "lora_D")
 PARTS = ("drafter.safetensors", "trainer.safetensors", "trainer.json")
 
 
-def write_config(run_dir: Path, config: DVIConfig, loaded: LoadedModel) -> Path:
+def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> Path:
     """Write `config.yaml`: every setting, the versions, the model's hash and what it runs on."""
     packages = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
     content = {
@@ -64,10 +64,7 @@ def save(run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, 
     folder = parent / f"step-{step:06d}"
     scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
     try:
-        for name in ADAPTERS:
-            peft_model.save_pretrained(
-                scratch, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False
-            )
+        peft_model.save_pretrained(scratch, selected_adapters=list(peft_model.peft_config), save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         save_file(model.drafter_state(), scratch / "drafter.safetensors")
         save_file({key: value.contiguous() for key, value in state["tensors"].items()}, scratch / "trainer.safetensors")
@@ -88,12 +85,13 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel) -> dict[str,
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    missing = [name for name in (*ADAPTERS, *PARTS) if not (folder / name).exists()]
+    adapters = list(peft_model.peft_config)
+    missing = [name for name in (*adapters, *PARTS) if not (folder / name).exists()]
     if missing:
         raise DvirlError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
     device = model.head_model.weight.device
     try:
-        for name in ADAPTERS:
+        for name in adapters:
             _load_adapter(folder / name, peft_model, name)
         model.load_drafter(folder)
         tensors = load_file(folder / "trainer.safetensors", device=str(device))
@@ -123,3 +121,18 @@ def newest(run_dir: str | Path) -> Path:
     if not folders:
         raise DvirlError(f"{run_dir}: no checkpoint there; expected checkpoints/step-…")
     return folders[-1]
+
+
+def claim(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> None:
+    """Write `config.yaml` into a new run folder, or see that a run that is to go on has the same settings.
+
+    Raises:
+        DvirlError: if the settings of the run there differ; the message names them.
+    """
+    path = run_dir / "config.yaml"
+    if path.exists():
+        before, now = read_yaml(path).get("config", {}), asdict(config)
+        differ = [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]
+        if differ:
+            raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; choose another run_dir")
+    write_config(run_dir, config, loaded)

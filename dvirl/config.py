@@ -91,7 +91,7 @@ class DVIConfig(DraftSettings):
     prompts_source: str = choice("chatterbot", SOURCES)
     """chatterbot, magpie, sharegpt, dolly, jsonl or spec_bench."""
     prompts_path: str = ""
-    """File (JSON or JSONL) or hub id for the sources that need one."""
+    """File (JSON or JSONL) or hub id for the sources that need one; magpie: kinds of prompts, by commas, or all."""
     on_bad_row: str = choice("refuse", ("refuse", "skip"))
     """A malformed row is an error (refuse) or is reported and left out (skip)."""
     num_prompts: int = number(256, 1)

@@ -12,18 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tqdm import tqdm
 
 from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
+from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedModel
-from dvirl.rollout import generate
 
-MAGPIE_TEMPERATURE = 1.0
-MAGPIE_TOP_P = 0.95
-MAGPIE_TOKENS = 48
 HUB_ROWS = 10_000
 """Rows streamed from a hub data set at most."""
 
@@ -197,60 +193,6 @@ def chatterbot_prompts() -> list[Prompt]:
     return list(prompts.values())
 
 
-# Prompts that the model writes itself
-
-
-def top_p_sampler(
-    generator: torch.Generator, temperature: float, top_p: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Nucleus sampling (Holtzman et al. 2020) of tokens `[B]` from logits `[B, V]`."""
-
-    def sample(logits: torch.Tensor) -> torch.Tensor:
-        probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        probabilities[probabilities.cumsum(dim=-1) - probabilities > top_p] = 0.0
-        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
-        return order.gather(1, drawn).squeeze(1)
-
-    return sample
-
-
-def magpie_prompts(loaded: LoadedModel, count: int, seed: int, batch: int = 64) -> list[Prompt]:
-    """User turns that the model samples behind the chat template's user header (Magpie, arXiv 2406.08464).
-
-    Kept are turns that the model ended itself, with at least three words, no control tokens, and no repeats.
-
-    Raises:
-        DvirlError: if the model's format has no user header, or too few turns pass the filter.
-    """
-    header = loaded.chat.user_header()
-    sampler = top_p_sampler(torch.Generator().manual_seed(seed), MAGPIE_TEMPERATURE, MAGPIE_TOP_P)
-    prompts: dict[str, Prompt] = {}
-    with tqdm(total=count, desc="writing prompts", unit="prompt", leave=False) as bar:
-        for _ in range(4 + 8 * count // batch):
-            rollout = generate(loaded.model, [header] * batch, MAGPIE_TOKENS, loaded.eos_ids, sampler=sampler)
-            for row in range(len(rollout)):
-                turn = _own_turn(loaded, rollout.response(row))
-                if turn is not None and turn.key not in prompts and len(prompts) < count:
-                    prompts[turn.key] = turn
-                    bar.update()
-            if len(prompts) == count:
-                return list(prompts.values())
-    raise DvirlError(f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source")
-
-
-def _own_turn(loaded: LoadedModel, tokens: list[int]) -> Prompt | None:
-    if not tokens or tokens[-1] not in loaded.eos_ids:
-        return None
-    special = set(loaded.tokenizer.all_special_ids)
-    if special & set(tokens[:-1]):
-        return None
-    text = loaded.tokenizer.decode(tokens[:-1]).strip()
-    return Prompt((text,), "magpie") if len(text.split()) >= 3 else None
-
-
-# The stream
-
-
 class PromptStream:
     """Encoded prompts in seeded random order, without end: each pass over the prompts is shuffled anew.
 
@@ -320,8 +262,7 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     Raises:
         DvirlError: for a malformed or empty source, or when nothing is left to train on.
     """
-    prompts = _read_source(config, loaded)
-    encoded = [loaded.chat.encode(prompt.turns) for prompt in prompts]
+    encoded = _encoded_prompts(config, loaded)
     short = [ids for ids in encoded if 0 < len(ids) <= config.max_prompt_tokens]
     if len(short) < len(encoded):
         tqdm.write(
@@ -335,11 +276,14 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     return PromptSplit(PromptStream(short[config.held_out :], config.seed), short[: config.held_out])
 
 
-def _read_source(config: DVIConfig, loaded: LoadedModel) -> list[Prompt]:
-    if config.prompts_source == "chatterbot":
-        return chatterbot_prompts()
+def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
     if config.prompts_source == "magpie":
-        return magpie_prompts(loaded, config.num_prompts + config.held_out, config.seed)
-    if not config.prompts_path:
+        openers = Openers([kind for kind in config.prompts_path.split(",") if kind])
+        return write_prompts(loaded, config.num_prompts + config.held_out, config.seed, openers)
+    if config.prompts_source == "chatterbot":
+        prompts = chatterbot_prompts()
+    elif config.prompts_path:
+        prompts = read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)
+    else:
         raise DvirlError(f"prompts_source {config.prompts_source!r} needs prompts_path, a file or a hub id")
-    return read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)
+    return [loaded.chat.encode(prompt.turns) for prompt in prompts]

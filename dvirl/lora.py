@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
-from torch.optim import AdamW
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import lora_parameters
@@ -37,3 +38,19 @@ def train_only(model: nn.Module, wanted: Iterable[nn.Parameter]) -> None:
 def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
     """AdamW without weight decay: the weights start as a good model and must not shrink towards zero."""
     return AdamW(parameters, lr=lr, weight_decay=0.0)
+
+
+def optimizer_tensors(optimizer: Optimizer, name: str) -> dict[str, Tensor]:
+    """An optimizer's state as tensors, `name.PARAMETER.FIELD`, for safetensors."""
+    states = optimizer.state_dict()["state"].items()
+    return {f"{name}.{index}.{key}": torch.as_tensor(value) for index, entry in states for key, value in entry.items()}
+
+
+def load_optimizer(optimizer: Optimizer, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave; other names are passed over."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{name}."):
+            _, index, field = key.split(".")
+            entries.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -31,6 +31,21 @@ def kl_loss(draft_logits: Tensor, verifier_logits: Tensor) -> Tensor:
     return F.kl_div(draft_logits.log_softmax(dim=-1), target, log_target=True, reduction="batchmean")
 
 
+def distillation_loss(draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, ce_weight: float) -> Tensor:
+    """`(1 - c) KL(verifier || draft) + c CE(draft, the verifier's token)`, in nats.
+
+    Args:
+        draft_logits: `[N, V']`, with gradient.
+        verifier_logits: `[N, V']`, over the same tokens.
+        index: `[N]`, the verifier's tokens as rows of the exit head; -1 for those it lacks, which the CE leaves out.
+        ce_weight: c.
+    """
+    loss = kl_loss(draft_logits, verifier_logits)
+    if ce_weight:
+        loss = (1 - ce_weight) * loss + ce_weight * F.cross_entropy(draft_logits, index, ignore_index=-1)
+    return loss
+
+
 def masked_ce_loss(log_probs: Tensor, rewards: Tensor) -> Tensor:
     """Cross-entropy on accepted tokens alone (arXiv 2510.05421): `-sum(reward * log pi) / max(1, sum(reward))`.
 

@@ -106,6 +106,8 @@ def load(
     if not tokenizer.is_fast:
         raise DvirlError(f"{name_or_path}: no tokenizer.json; expected a model with a fast tokenizer")
     model = model.to(where).requires_grad_(False).eval()
+    if where.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew for every new shape, 30 ms each
     chat = ChatEncoder(tokenizer, detect_format(tokenizer, name_or_path) if chat_format == "auto" else chat_format)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     eos_ids = tuple(int(token) for token in ends if token is not None)

@@ -25,6 +25,8 @@ Answer = Callable[[list[list[int]]], "Rollout"]
 
 COMPACT_BELOW = 0.75
 """Share of unfinished rows under which finished ones are dropped from a batch."""
+LOOK_EVERY = 16
+"""Tokens between looks at which rows are finished, on a device that a look would make wait."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Rollout:
     Attributes:
         tokens: `[B, P + R]`, prompt and response without a gap, padded on the right with zeros.
         prompt_lens, response_lens: `[B]`; an end-of-sequence token counts.
-        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token.
+        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token; `[B, R, 0]`
+            if they were not kept.
         verifier_confidence: `[B, R]`, its probability of the token that it chose.
         max_new_tokens: the length limit, which the block rule needs.
     """
@@ -70,6 +73,11 @@ class Rollout:
     def prompts(self) -> list[list[int]]:
         """The prompts' tokens."""
         return [self.tokens[row, : int(length)].tolist() for row, length in enumerate(self.prompt_lens)]
+
+    def responses(self) -> list[list[int]]:
+        """All responses' tokens, without padding."""
+        spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.response_lens.tolist(), strict=True)
+        return [tokens[start : start + length] for tokens, start, length in spans]
 
     def response(self, row: int) -> list[int]:
         """One response's tokens."""
@@ -226,6 +234,7 @@ def generate(
     eos_ids: Sequence[int] = (),
     target: str = "base",
     sampler: Sampler | None = None,
+    keep_states: bool = True,
 ) -> Rollout:
     """The verifier's own responses, all prompts in one batch.
 
@@ -236,6 +245,7 @@ def generate(
         eos_ids: tokens that end a response.
         target: "base" or "adapted".
         sampler: None for greedy.
+        keep_states: keep `verifier_hidden`.
 
     Raises:
         ValueError: for an empty prompt or a limit below 1.
@@ -243,57 +253,79 @@ def generate(
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
     device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    tokens = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(list(prompt), device=device)
+    rows = [torch.tensor(list(prompt)) for prompt in prompts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
     with model.folded():
-        return _answer(model, tokens, lengths, max_new_tokens, eos_ids, target, sampler)
+        batch = _Batch(model, tokens.to(device), lengths.to(device), tokens.shape[1] + max_new_tokens, target)
+        ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+        chosen, hidden, confidence = _answer(batch, max_new_tokens, ends, sampler, keep_states)
+    ended = torch.isin(chosen, ends)
+    response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
+    return _rollout(tokens.to(device), lengths.to(device), response_lens, chosen, hidden, confidence)
 
 
 def _answer(
-    model: EarlyExitLlamaForCausalLM,
-    tokens: Tensor,
-    lengths: Tensor,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    target: str,
-    sampler: Sampler | None,
-) -> Rollout:
-    """Fill the room behind the prompts in `tokens [B, P + max_new_tokens]`."""
-    count, width, device = len(tokens), int(lengths.max()), tokens.device
-    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
-    hidden = model.lm_head.weight.new_zeros(count, max_new_tokens, model.config.hidden_size)
-    confidence = torch.zeros(count, max_new_tokens, device=device)
-    response_lens = torch.zeros_like(lengths)
-    batch = _Batch(model, tokens[:, :width], lengths, width + max_new_tokens, target)
-    alive = torch.ones(count, dtype=torch.bool, device=device)
+    batch: _Batch, max_new_tokens: int, ends: Tensor, sampler: Sampler | None, keep_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, states and confidences `[B, max_new_tokens, …]`, whatever stands behind a row's end included."""
+    count, width = batch.last.shape[0], batch.last.shape[1] if keep_states else 0
+    tokens = batch.rows.new_zeros(count, max_new_tokens)
+    hidden = batch.last.new_zeros(count, max_new_tokens, width)
+    confidence = torch.zeros(count, max_new_tokens, device=tokens.device)
+    alive = torch.ones(count, dtype=torch.bool, device=tokens.device)
+    look_every = 1 if tokens.device.type == "cpu" else LOOK_EVERY
     for step in range(max_new_tokens):
-        logits = model.lm_head(batch.last).float()
+        logits = batch.model.lm_head(batch.last).float()
         probabilities = logits.softmax(dim=-1)
         chosen = probabilities.argmax(dim=-1) if sampler is None else sampler(logits)
-        rows = batch.rows[alive]
-        hidden[rows, step] = batch.last[alive]
-        confidence[rows, step] = probabilities.gather(1, chosen[:, None])[alive, 0]
-        tokens[rows, lengths[rows] + step] = chosen[alive]
-        response_lens[rows] = step + 1
+        hidden[batch.rows, step] = batch.last[:, :width]
+        confidence[batch.rows, step] = probabilities.gather(1, chosen[:, None])[:, 0]
+        tokens[batch.rows, step] = chosen
         alive = alive & ~torch.isin(chosen, ends)
-        if step + 1 == max_new_tokens or not bool(alive.any()):
+        if step + 1 == max_new_tokens:
             break
-        if float(alive.float().mean()) < COMPACT_BELOW:
-            batch.keep(alive)
-            chosen, alive = chosen[alive], alive[alive]
+        if step % look_every == 0:
+            share = float(alive.float().mean())
+            if share == 0.0:
+                break
+            if share < COMPACT_BELOW:
+                batch.keep(alive)
+                chosen, alive = chosen[alive], alive[alive]
         batch.append(chosen)
+    return tokens, hidden, confidence
+
+
+def _rollout(
+    prompts: Tensor, prompt_lens: Tensor, response_lens: Tensor, chosen: Tensor, hidden: Tensor, confidence: Tensor
+) -> Rollout:
+    """Set each response behind its prompt, and clear what was computed behind its end."""
     reach = int(response_lens.max())
+    inside = torch.arange(reach, device=chosen.device) < response_lens[:, None]
+    tokens = torch.nn.functional.pad(prompts, (0, int((prompt_lens + response_lens).max()) - prompts.shape[1]))
+    rows, positions = inside.nonzero(as_tuple=True)
+    tokens[rows, prompt_lens[rows] + positions] = chosen[rows, positions]
     return Rollout(
-        tokens=tokens[:, : int((lengths + response_lens).max())],
-        prompt_lens=lengths,
+        tokens=tokens,
+        prompt_lens=prompt_lens,
         response_lens=response_lens,
-        verifier_hidden=hidden[:, :reach],
-        verifier_confidence=confidence[:, :reach],
-        max_new_tokens=max_new_tokens,
+        verifier_hidden=hidden[:, :reach] * inside[:, :, None],
+        verifier_confidence=confidence[:, :reach] * inside,
+        max_new_tokens=chosen.shape[1],
     )
+
+
+def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> list[int] | None:
+    """The ids that an exit head of `size` rows covers, ascending; None for all.
+
+    They are the most frequent of the response tokens `[M]`. Tokens not seen follow in the vocabulary's order, which
+    for byte-level BPE is the order of its merges and so roughly that of frequency.
+    """
+    if size == 0 or size >= vocab_size:
+        return None
+    counts = torch.bincount(tokens.long().cpu(), minlength=vocab_size)
+    ids: list[int] = counts.argsort(descending=True, stable=True)[:size].sort().values.tolist()
+    return ids
 
 
 def replay_blocks(

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -75,8 +75,8 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Append one line; numbers that JSON cannot spell become null."""
+    def write(self, metrics: Any) -> None:
+        """Append a metrics dataclass as one line; numbers that JSON cannot spell become null."""
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(metrics).items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,10 +22,26 @@ from dvirl.buffer import ReplayBuffer, TrainingBatch
 from dvirl.config import DVIConfig
 from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
-from dvirl.lora import deep_parameters, make_optimizer, shallow_parameters, train_only
+from dvirl.lora import (
+    deep_parameters,
+    load_optimizer,
+    make_optimizer,
+    optimizer_tensors,
+    shallow_parameters,
+    train_only,
+)
 from dvirl.losses import FastLosses, kl_loss, log_prob_of, masked_ce_loss, reinforce_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
+from dvirl.rollout import (
+    Answer,
+    Judgement,
+    Rollout,
+    draft_logits_at,
+    draft_rollout,
+    draft_vocabulary,
+    generate,
+    score_drafts,
+)
 from dvirl.trace import MetricsLog, StepMetrics
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
@@ -122,19 +137,13 @@ class SlowResult:
     drift_tokens: float
 
 
-def draft_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfig) -> list[int] | None:
-    """The tokens that the exit head covers, ascending, or None for all.
-
-    They are the most frequent of the model's responses to the stream's first prompts. Tokens not seen follow in
-    the vocabulary's order, which for byte-level BPE is the order of its merges and so roughly that of frequency.
-    """
-    size, vocab_size = config.draft_vocab, loaded.model.config.vocab_size
-    if size == 0 or size >= vocab_size:
+def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfig) -> list[int] | None:
+    """The tokens that the exit head covers, counted on the model's responses to the stream's first prompts."""
+    if config.draft_vocab == 0:
         return None
-    prompts = split.stream.peek(VOCAB_SAMPLE)
-    rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids)
-    seen = Counter(token for row in range(len(rollout)) for token in rollout.response(row))
-    return sorted(sorted(range(vocab_size), key=lambda token: (-seen[token], token))[:size])
+    rollout = generate(loaded.model, split.stream.peek(VOCAB_SAMPLE), config.max_new_tokens, loaded.eos_ids)
+    tokens = torch.tensor([token for response in rollout.responses() for token in response])
+    return draft_vocabulary(tokens, loaded.model.config.vocab_size, config.draft_vocab)
 
 
 class DVITrainer:
@@ -168,7 +177,7 @@ class DVITrainer:
             base.set_exit_layer(config.exit_layer)
         except ValueError as error:
             raise DvirlError(str(error)) from error
-        args = config.drafter_args(draft_vocabulary(self.loaded, self.split, config))
+        args = config.drafter_args(counted_vocabulary(self.loaded, self.split, config))
         self.peft_model = inject_dual_lora(
             base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
         )
@@ -418,8 +427,7 @@ class DVITrainer:
         tensors = {f"buffer.{name}": value for name, value in buffer["tensors"].items()}
         tensors["generator"] = self.generator.get_state()
         for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
-            for index, entry in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+            tensors |= optimizer_tensors(optimizer, name)
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
@@ -439,12 +447,7 @@ class DVITrainer:
         self.buffer.load_state_dict({"tensors": stored, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
         for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
-            entries: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"{name}."):
-                    _, index, field = key.split(".")
-                    entries.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+            load_optimizer(optimizer, name, tensors)
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands; return its folder."""

@@ -101,7 +101,7 @@ class KVCache:
 
     Attributes:
         keys, values: one `[B, G, capacity, E]` tensor a layer.
-        length: positions filled so far: an int when all rows are alike, else a `[B]` tensor.
+        span: the shortest and the longest row's length, kept on the host so that a pass need not ask the device.
     """
 
     def __init__(
@@ -117,8 +117,23 @@ class KVCache:
         shape = (batch_size, config.num_key_value_heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.length: int | Tensor = 0
         self.capacity, self.window = capacity, window
+        self.length = 0
+
+    @property
+    def length(self) -> int | Tensor:
+        """Positions filled so far: an int when all rows are alike, else a `[B]` tensor. Setting it rolls back."""
+        return self._length
+
+    @length.setter
+    def length(self, length: int | Tensor) -> None:
+        self._length = length
+        self.span = (length, length) if isinstance(length, int) else (int(length.min()), int(length.max()))
+
+    def advance(self, count: int) -> None:
+        """Count `count` more positions as filled in every row."""
+        self._length = self._length + count
+        self.span = (self.span[0] + count, self.span[1] + count)
 
     def update(self, layer: int, keys: Tensor, values: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Store this pass's keys and values `[B, G, T, E]`; return the slots that its queries read."""
@@ -160,14 +175,11 @@ def plan_cached(rotary: LlamaRotaryEmbedding, cache: KVCache, length: int, dtype
         ValueError: if they do not fit into the cache.
     """
     device = cache.keys[0].device if cache.keys else torch.device("cpu")
-    highest = (cache.length if isinstance(cache.length, int) else int(cache.length.max())) + length - 1
+    lowest, highest = cache.span[0], cache.span[1] + length - 1
     if highest >= cache.capacity:
         raise ValueError(f"the sequence needs {highest + 1} cache slots, the cache has {cache.capacity}")
     steps = torch.arange(length, device=device)
-    if isinstance(cache.length, int):
-        position_ids, lowest = (cache.length + steps)[None], cache.length
-    else:
-        position_ids, lowest = cache.length[:, None] + steps, int(cache.length.min())
+    position_ids = (cache.length + steps)[None] if isinstance(cache.length, int) else cache.length[:, None] + steps
     first = 0 if cache.window is None else max(0, lowest - cache.window + 1)
     square = lowest == 0 and highest == length - 1
     reach = cache.window is None or highest - first < cache.window
@@ -213,6 +225,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) 
         # The queries of one group see the same keys, so they can stand as rows of one small product: a quarter of
         # the time of enable_gqa for a batch of single tokens in bfloat16 on a CPU.
         folded = queries.view(batch, keys.shape[1], -1, size)
+        if folded.is_cuda:
+            # cuDNN's kernel is planned anew for every length that the cache grows to, 30 ms each; products are not.
+            scores = (folded * size**-0.5) @ keys.transpose(-1, -2)
+            if plan.mask is not None:
+                scores = scores.masked_fill(~plan.mask, float("-inf"))
+            return (scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values).reshape(queries.shape)
         return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).reshape(queries.shape)
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads
@@ -339,6 +357,6 @@ class AdapterModel(nn.Module):
             for index, layer in enumerate(self.layers):
                 hidden = layer(hidden, plan, past_key_values, index)
         if past_key_values is not None:
-            past_key_values.length = past_key_values.length + inputs_embeds.shape[1]
+            past_key_values.advance(inputs_embeds.shape[1])
         normed: Tensor = self.norm(hidden)
         return normed

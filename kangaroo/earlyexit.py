@@ -251,7 +251,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         for index in range(first, stop):
             hidden = self.model.layers[index](hidden, plan, cache, index - first)
         if cache is not None:
-            cache.length = cache.length + hidden.shape[1]
+            cache.advance(hidden.shape[1])
         return hidden
 
     def _plan(self, states: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> AttentionPlan:

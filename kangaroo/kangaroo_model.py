@@ -182,7 +182,8 @@ class KangarooModel(nn.Module):
                 exit_hidden, (exit_hidden.shape[-1],), self.exit_norm.weight.to(dtype), self.adapter_model.norm.eps
             )
         with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype == torch.bfloat16):
-            return self.adapter_model.forward_early_stop(exit_hidden, past_key_values=cache).to(dtype)
+            own = exit_hidden.to(self.exit_norm.weight.dtype)
+            return self.adapter_model.forward_early_stop(own, past_key_values=cache).to(dtype)
 
     def head_logits(self, states: Tensor) -> Tensor:
         """`[…, D]` to the draft's float32 logits `[…, V']`."""

@@ -1,0 +1,185 @@
+"""Cached greedy responses at scale: conversations that the model holds with itself, in shards on disk."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dvirl.errors import DvirlError
+from dvirl.magpie import Openers, sample_turns
+from dvirl.models import LoadedModel
+from dvirl.rollout import generate
+
+NGRAM = 13
+"""Tokens in a row that training data may not share with a question (GPT-3's decontamination counts 13 words)."""
+SCANNED = 16384
+"""Rows hashed at once."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Greedy responses behind their prompts, on the CPU.
+
+    Attributes:
+        tokens: `[N, W]` int32, prompt and response without a gap, padded on the right with zeros.
+        prompt_lens, response_lens: `[N]` int64.
+    """
+
+    tokens: Tensor
+    prompt_lens: Tensor
+    response_lens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def response_tokens(self) -> Tensor:
+        """All response tokens, `[num_tokens]`."""
+        steps = torch.arange(self.tokens.shape[1])
+        starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
+        return self.tokens[(steps >= starts) & (steps < ends)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return int(self.response_lens.sum())
+
+    def take(self, rows: Tensor) -> Responses:
+        """Some rows, cut to their longest."""
+        prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
+        width = int((prompt_lens + response_lens).max()) if len(rows) else 0
+        return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
+
+
+def join(parts: Sequence[Responses]) -> Responses:
+    """All parts' rows, in order."""
+    width = max(part.tokens.shape[1] for part in parts)
+    padded = [torch.nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
+    return Responses(
+        torch.cat(padded), torch.cat([p.prompt_lens for p in parts]), torch.cat([p.response_lens for p in parts])
+    )
+
+
+def answer(loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch: int) -> Responses:
+    """The untouched model's greedy answers, prompts of like length answered together."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    rows: list[Tensor] = [torch.empty(0)] * len(prompts)
+    lengths = torch.zeros(len(prompts), dtype=torch.long)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        rollout = generate(
+            loaded.model, [prompts[i] for i in chosen], max_new_tokens, loaded.eos_ids, keep_states=False
+        )
+        tokens, ends = rollout.tokens.int().cpu(), (rollout.prompt_lens + rollout.response_lens).tolist()
+        for row, index in enumerate(chosen):
+            rows[index] = tokens[row, : ends[row]]
+        lengths[torch.tensor(chosen)] = rollout.response_lens.cpu()
+    return Responses(pad_sequence(rows, batch_first=True), torch.tensor([len(p) for p in prompts]), lengths)
+
+
+def write_conversations(
+    loaded: LoadedModel, count: int, seed: int, max_new_tokens: int, follow_up: float, batch: int
+) -> Responses:
+    """Conversations that the model holds with itself: a turn, its answer, for some a second turn and its answer.
+
+    Args:
+        loaded: writes turns by sampling and answers greedily.
+        count: first turns begun; those that do not end are left out.
+        seed: of openers and samples.
+        max_new_tokens: length limit of an answer.
+        follow_up: share of answers that get a second turn.
+        batch: rows generated at once.
+    """
+    start, answer_frame, again = loaded.chat.frame()
+    openers, rng = Openers(), random.Random(f"{seed}/conversations")
+    contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(count)]
+
+    def turns(contexts: list[list[int]], salt: int) -> list[list[int]]:
+        prompts: dict[tuple[int, ...], None] = {}
+        for at in range(0, len(contexts), batch):
+            part = contexts[at : at + batch]
+            for context, turn in zip(part, sample_turns(loaded, part, seed * 1000 + salt + at), strict=True):
+                if turn is not None:
+                    prompts.setdefault((*context, *turn, *answer_frame))
+        return [list(prompt) for prompt in prompts]
+
+    first = answer(loaded, turns(contexts, 0), max_new_tokens, batch)
+    longer = []
+    for row in range(len(first)):
+        stop = int(first.prompt_lens[row] + first.response_lens[row])
+        if rng.random() < follow_up and int(first.tokens[row, stop - 1]) in loaded.eos_ids:
+            longer.append([*first.tokens[row, : stop - 1].tolist(), *again])
+    second = turns(longer, 1) if longer else []
+    return join([first, answer(loaded, second, max_new_tokens, batch)]) if second else first
+
+
+def without_repeats(responses: Responses) -> Responses:
+    """The first row of every prompt."""
+    seen: dict[bytes, int] = {}
+    tokens = responses.tokens.numpy()
+    for row, length in enumerate(responses.prompt_lens.tolist()):
+        seen.setdefault(tokens[row, :length].tobytes(), row)
+    return responses.take(torch.tensor(list(seen.values())))
+
+
+def write_shard(path: Path, responses: Responses) -> None:
+    """Write one shard, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(vars(responses), scratch)
+    os.replace(scratch, path)
+
+
+def read_shard(path: Path) -> Responses:
+    """Read one shard.
+
+    Raises:
+        DvirlError: if it is unreadable or not one.
+    """
+    try:
+        return Responses(**load_file(path))
+    except (SafetensorError, TypeError, OSError) as error:
+        raise DvirlError(
+            f"{path}: not a readable shard of responses ({error}); remove it to have it made anew"
+        ) from error
+
+
+# Overlap
+
+
+def _hashes(tokens: Tensor, n: int) -> Tensor:
+    """A 64-bit hash of every run of `n` tokens, `[…, W]` to `[…, W - n + 1]`."""
+    width = tokens.shape[-1] - n + 1
+    total = torch.zeros(*tokens.shape[:-1], max(0, width), dtype=torch.long)
+    for step in range(n if width > 0 else 0):
+        total = (total * 6364136223846793005 + tokens[..., step : step + width].long() + 1) ^ (total >> 29)
+    return total
+
+
+def overlapping(responses: Responses, questions: Sequence[Sequence[int]], n: int = NGRAM) -> Tensor:
+    """Which rows share a run of `n` tokens with a question; shorter questions are compared whole.
+
+    Args:
+        responses: N rows; what stands behind their ends is zero.
+        questions: token ids of the questions' texts, without chat template.
+        n: length of the runs.
+
+    Returns:
+        Boolean `[N]`.
+    """
+    found = torch.zeros(len(responses), dtype=torch.bool)
+    texts = [torch.tensor(list(question)) for question in questions if len(question)]
+    for length in sorted({min(n, len(text)) for text in texts}):
+        wanted = torch.cat([_hashes(text, length) for text in texts if min(n, len(text)) == length])
+        for start in range(0, len(responses), SCANNED):
+            own = _hashes(responses.tokens[start : start + SCANNED], length)
+            found[start : start + SCANNED] |= torch.isin(own, wanted).any(dim=1)
+    return found

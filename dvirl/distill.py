@@ -1,0 +1,314 @@
+"""Training at scale: distil the verifier into the draft over cached greedy responses to prompts it wrote itself.
+
+Every position of a greedy response has a verified prefix, so the verifier's logits there and the draft's follow from
+two parallel passes; nothing is decoded twice, and one cached response serves any number of passes.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from dvirl import checkpoint
+from dvirl.config import DraftSettings
+from dvirl.corpus import Responses, join, read_shard, without_repeats, write_conversations, write_shard
+from dvirl.errors import DvirlError
+from dvirl.lora import load_optimizer, make_optimizer, optimizer_tensors, shallow_parameters, train_only
+from dvirl.losses import distillation_loss
+from dvirl.models import LoadedModel, load
+from dvirl.rollout import draft_logits_at, draft_vocabulary, response_index
+from dvirl.settings import choice, number
+from dvirl.trace import MetricsLog
+from kangaroo.adapter import DRAFTERS
+from kangaroo.kangaroo_model import HEADS, KangarooModel
+from kangaroo.sgp_lora import inject_lora
+
+SHARD = 16384
+"""Conversations begun a shard."""
+SORTED_TOGETHER = 16
+"""Updates whose responses are drawn together and sorted by length, so that batches hold little padding."""
+TEACHER_BATCHES = 4
+"""Updates for which the verifier reads the responses in one pass."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(DraftSettings):
+    """Everything that a distillation depends on."""
+
+    run_dir: str = "runs/distill"
+    """Folder of this run: config.yaml, responses/, metrics.jsonl, checkpoints/; an unfinished run there goes on."""
+    exit_layer: int = number(2, 1, 1000)
+    """k: layers[:k] draft, layers[k:] verify."""
+    lora_rank: int = number(64, 1, 4096)
+    """Rank of lora_S."""
+    lora_alpha: float = number(64.0, 1e-9, 1e6)
+    """The LoRA update is scaled by lora_alpha / lora_rank."""
+    drafter: str = choice("layer", DRAFTERS)
+    """Between exit state and exit head: none, adapter (Kangaroo's attention and norms), layer (a decoder layer)."""
+    adapter_window: int = number(4096, 1)
+    """Positions back that the drafter's own attention sees."""
+    head: str = choice("full", HEADS)
+    """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
+
+    responses_from: str = ""
+    """Folder with another run's shards of responses; they are read there and none are written."""
+    num_tokens: int = number(10_000_000, 1, 1e12)
+    """Response tokens to write, before a thousandth is held out and repeats are dropped."""
+    answer_tokens: int = number(128, 2)
+    """Length limit of a response."""
+    follow_up: float = number(0.25, 0, 1)
+    """Share of answers that get a second turn and another answer."""
+    write_batch: int = number(4096, 1, 65536)
+    """Responses generated at once."""
+    passes: int = number(1, 1, 10_000)
+    """Times that each response is learned from."""
+    max_minutes: float = number(0.0, 0, 1e6)
+    """Training stops by the clock, its schedules stretched over this time; 0 for no limit."""
+    batch: int = number(32, 1, 65536)
+    """Responses an update."""
+    lr: float = number(2e-3, 0, 10)
+    """AdamW rate at its highest; it grows over the warm-up and falls along a cosine to zero."""
+    warmup_steps: int = number(200, 0)
+    """Updates over which the rate grows from 0."""
+    grad_clip: float = number(1.0, 1e-9)
+    """Norm to which gradients are clipped."""
+    ce_weight: float = number(0.0, 0, 1)
+    """Share of cross-entropy to the verifier's token in the loss; the rest is KL to the verifier."""
+    temperature: float = number(1.0, 1e-2, 100)
+    """Of the verifier's distribution in the KL; below 1 sharpens it towards its argmax."""
+    log_every: int = number(50, 1)
+    """Updates between log lines."""
+    checkpoint_every: int = number(2000, 1)
+    """Updates between checkpoints; one is always written at the end."""
+
+
+@dataclass(frozen=True)
+class DistillMetrics:
+    """One log line, means over the updates since the line before.
+
+    Attributes:
+        step: updates so far.
+        tokens: response tokens learned from so far.
+        loss: what was minimised, nats a token.
+        agreement: share of positions where the draft's argmax was the verifier's token, before the update.
+        lr, grad_norm: of the last update, the norm before clipping.
+        tok_per_s: response tokens learned from over wall seconds.
+        memory_gb: highest memory use so far, of the accelerator if there is one.
+        wall_s: seconds of training so far.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    agreement: float
+    lr: float
+    grad_norm: float
+    tok_per_s: float
+    memory_gb: float
+    wall_s: float
+
+
+class Distiller:
+    """One distillation: its responses, its draft, its optimizer.
+
+    Args:
+        config: all settings.
+        loaded: a freshly loaded model, which is changed in place; loaded by `config` if not given.
+
+    Attributes:
+        responses: what is learned from.
+        model, peft_model: the model with its draft, and PEFT's view of it, which holds lora_S.
+        step, tokens, wall_s: how far the run is; all of it is in every checkpoint.
+
+    Raises:
+        DvirlError: for settings that do not fit the model, or a run folder with other settings.
+    """
+
+    def __init__(self, config: DistillConfig, loaded: LoadedModel | None = None) -> None:
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+        self.run_dir = Path(config.run_dir)
+        checkpoint.claim(self.run_dir, config, self.loaded)
+        self.responses = self._ready_responses()
+        base = self.loaded.model
+        try:
+            self.peft_model = inject_lora(
+                base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
+            )
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+        vocabulary = draft_vocabulary(self.responses.response_tokens(), base.config.vocab_size, config.draft_vocab)
+        self.model = KangarooModel(base, None, config.drafter_args(vocabulary), config.exit_layer)
+        self.parameters = shallow_parameters(self.model, config.lora_shallow)
+        self.optimizer = make_optimizer(self.parameters, config.lr)
+        self.step, self.tokens, self.wall_s = 0, 0, 0.0
+        if (self.run_dir / "checkpoints").is_dir():
+            self.load_checkpoint(checkpoint.newest(self.run_dir))
+
+    def _ready_responses(self) -> Responses:
+        """The run's responses, written as far as they are not on disk yet, without repeats."""
+        config = self.config
+        if config.responses_from:
+            paths = sorted(Path(config.responses_from).glob("shard-*.safetensors"))
+            if not paths:
+                raise DvirlError(
+                    f"responses_from is {config.responses_from!r}; expected a folder of shard-*.safetensors"
+                )
+            return without_repeats(join([read_shard(path) for path in paths]))
+        parts: list[Responses] = []
+        with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
+            while (done := sum(part.num_tokens for part in parts)) < config.num_tokens:
+                path = self.run_dir / "responses" / f"shard-{len(parts):05d}.safetensors"
+                if not path.exists():
+                    write_shard(path, self._write_shard(len(parts), config.num_tokens - done))
+                parts.append(read_shard(path))
+                bar.update(parts[-1].num_tokens)
+        return without_repeats(join(parts))
+
+    def _write_shard(self, index: int, wanted: int) -> Responses:
+        """Shard `index`: fewer conversations than usual where `wanted` tokens are few."""
+        config = self.config
+        count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
+        seed = config.seed * 1_000_003 + index
+        return write_conversations(self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch)
+
+    # The loop
+
+    def train(self) -> None:
+        """Learn from all responses `passes` times or until `max_minutes` are over; log and write checkpoints."""
+        config = self.config
+        train_only(self.model, self.parameters)
+        self.optimizer.param_groups[0]["fused"] = self.loaded.model.device.type == "cuda"
+        log, began, saved = MetricsLog(self.run_dir / "metrics.jsonl"), time.perf_counter() - self.wall_s, self.step
+        window: list[tuple[Tensor, Tensor, Tensor]] = []
+        mark, marked_s = self.tokens, self.wall_s
+        with tqdm(total=self.num_steps, initial=self.step, unit="update") as bar:
+            for batch, states in self.batches():
+                window.append(self.update(batch, states))
+                self.wall_s = time.perf_counter() - began
+                bar.update()
+                if self.step % config.log_every == 0 or self.progress >= 1.0:
+                    metrics = self._metrics(window, (self.tokens - mark) / (self.wall_s - marked_s))
+                    log.write(metrics)
+                    bar.set_postfix_str(f"agreement {metrics.agreement:.3f}, {metrics.tok_per_s:,.0f} tok/s")
+                    window, mark, marked_s = [], self.tokens, self.wall_s
+                if self.step - saved >= config.checkpoint_every:
+                    self.save_checkpoint()
+                    saved = self.step
+                if self.progress >= 1.0:
+                    break
+        log.close()
+        self.save_checkpoint()
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of the whole run, if the clock does not end it before."""
+        return self.config.passes * math.ceil(len(self.responses) / self.config.batch)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by updates or by the clock."""
+        by_clock = self.wall_s / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        return min(1.0, max(self.step / self.num_steps, by_clock))
+
+    def batches(self) -> Iterator[tuple[Responses, Tensor]]:
+        """From the next update on: responses, tokens on the device, and the verifier's states `[B, T, D]` on them."""
+        config, size = self.config, self.config.batch
+        per_pass = math.ceil(len(self.responses) / size)
+        for number_ in range(self.step // per_pass, config.passes):
+            groups = torch.split(self._order(number_), TEACHER_BATCHES * size)
+            done = self.step - number_ * per_pass
+            for index, rows in enumerate(groups):
+                first = index * TEACHER_BATCHES
+                if first + TEACHER_BATCHES <= done:
+                    continue
+                group = self.responses.take(rows)
+                tokens = group.tokens.to(self.loaded.model.device)
+                states = self._verifier_states(tokens)
+                for start in range(max(0, done - first) * size, len(rows), size):
+                    part = slice(start, start + size)
+                    yield Responses(tokens[part], group.prompt_lens[part], group.response_lens[part]), states[part]
+
+    def _order(self, number_: int) -> Tensor:
+        """All rows in the random order of a pass, sorted by length within every few updates."""
+        generator = torch.Generator().manual_seed(self.config.seed * 10_007 + number_)
+        order = torch.randperm(len(self.responses), generator=generator)
+        lengths = self.responses.prompt_lens + self.responses.response_lens
+        parts = [part[lengths[part].argsort()] for part in torch.split(order, SORTED_TOGETHER * self.config.batch)]
+        groups = [group for part in parts[:-1] for group in torch.split(part, TEACHER_BATCHES * self.config.batch)]
+        shuffle = torch.randperm(len(groups), generator=generator).tolist()
+        return torch.cat([*(groups[i] for i in shuffle), *parts[-1:]])
+
+    @torch.no_grad()
+    def _verifier_states(self, tokens: Tensor) -> Tensor:
+        base = self.loaded.model
+        with base.without_adapters("lora_S"):
+            return base.forward_deep(base.forward_shallow(tokens))
+
+    def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One update on some responses; its loss, agreement and gradient norm, left on the device."""
+        config, model, device = self.config, self.model, batch.tokens.device
+        rows, positions = (index.to(device) for index in response_index(batch.prompt_lens, batch.response_lens))
+        before = batch.prompt_lens.to(device)[rows] + positions - 1
+        own = batch.tokens[rows, before + 1].long()
+        target = model.verifier_logits(states[rows, before])
+        with torch.autocast(device.type, torch.bfloat16, enabled=states.dtype == torch.bfloat16):
+            logits, _ = draft_logits_at(model, batch.tokens, batch.prompt_lens.to(device), rows, positions)
+        loss = distillation_loss(logits, target / config.temperature, model.draft_index(own), config.ce_weight)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = clip_grad_norm_(self.parameters, config.grad_clip)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        self.optimizer.step()
+        self.step += 1
+        self.tokens += len(rows)
+        agreement = (model.token_ids(logits.detach().argmax(dim=-1)) == own).float().mean()
+        return loss.detach(), agreement, norm
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next update."""
+        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        return self.config.lr * warm * (1 + math.cos(math.pi * self.progress)) / 2
+
+    def _metrics(self, window: list[tuple[Tensor, Tensor, Tensor]], tok_per_s: float) -> DistillMetrics:
+        loss, agreement, _ = (float(torch.stack(values).mean()) for values in zip(*window, strict=True))
+        norm = float(window[-1][2])
+        if not math.isfinite(loss):
+            raise DvirlError(f"step {self.step}: the loss is not finite; the last checkpoint is before it")
+        cuda = self.loaded.model.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return DistillMetrics(
+            self.step, self.tokens, loss, agreement, self.lr, norm, tok_per_s, peak / 1e9, self.wall_s
+        )
+
+    # State
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of the run as it stands; return its folder."""
+        numbers: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "wall_s": self.wall_s}
+        state = {"tensors": optimizer_tensors(self.optimizer, "fast"), "numbers": numbers}
+        return checkpoint.save(self.run_dir, self.step, self.peft_model, self.model, state)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            DvirlError: if it is incomplete or belongs to another model or settings.
+        """
+        state = checkpoint.load(folder, self.peft_model, self.model)
+        load_optimizer(self.optimizer, "fast", state["tensors"])
+        for name, value in state["numbers"].items():
+            setattr(self, name, value)

@@ -1,0 +1,115 @@
+"""Prompts that the model writes itself: user turns sampled behind the chat template's header (arXiv 2406.08464)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from dvirl.errors import DvirlError
+from dvirl.models import LoadedModel
+from dvirl.rollout import generate
+
+TEMPERATURE = 1.0
+TOP_P = 0.95
+CANDIDATES = 512
+"""Likeliest tokens among which the nucleus is sought, so that a large batch need not be sorted whole."""
+TURN_TOKENS = 96
+"""Length limit of a turn behind its opener; turns that reach it are left out."""
+SHORTEST = 4
+"""Tokens that a turn must have."""
+
+
+def top_p_sampler(generator: torch.Generator, temperature: float, top_p: float) -> Callable[[Tensor], Tensor]:
+    """Nucleus sampling (Holtzman et al. 2020) of tokens `[B]` from logits `[B, V]`, on the generator's device."""
+
+    def sample(logits: Tensor) -> Tensor:
+        probabilities = (logits / temperature).softmax(dim=-1)
+        likeliest, order = probabilities.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+        below = likeliest.cumsum(dim=-1)
+        kept = (likeliest * (below - likeliest <= top_p)).cumsum(dim=-1)
+        draw = torch.rand(len(kept), 1, generator=generator, device=generator.device).to(kept.device) * kept[:, -1:]
+        return order.gather(1, torch.searchsorted(kept, draw, right=True).clamp(max=order.shape[1] - 1)).squeeze(1)
+
+    return sample
+
+
+class Openers:
+    """How first turns begin, by kind and share: the packaged `openers.yaml`, filled in at random.
+
+    Args:
+        kinds: restrict to these, or None for all.
+
+    Raises:
+        DvirlError: for an unknown kind.
+    """
+
+    def __init__(self, kinds: Sequence[str] | None = None) -> None:
+        table: dict[str, Any] = yaml.safe_load((resources.files("dvirl") / "openers.yaml").read_text("utf-8"))
+        self.names, self.topics = table.pop("names"), table.pop("topics")
+        unknown = set(kinds or ()) - set(table)
+        if unknown:
+            raise DvirlError(f"unknown kind of prompt {', '.join(sorted(unknown))}; known are {', '.join(table)}")
+        self.table = {kind: table[kind] for kind in kinds or table}
+
+    def draw(self, rng: random.Random) -> str:
+        """One beginning."""
+        kind = rng.choices(list(self.table), [entry["share"] for entry in self.table.values()])[0]
+        opener: str = rng.choice(self.table[kind]["openers"])
+        name, other = rng.sample(self.names, 2)
+        filled = opener.format(name=name, other=other, n=rng.randint(2, 60), topic=rng.choice(self.topics))
+        return filled.rstrip(" ")
+
+
+def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) -> list[list[int] | None]:
+    """Let the model go on from each context to the end of the turn, sampled.
+
+    Returns:
+        The tokens behind each context without the end token; None where the turn did not end, is shorter than
+        `SHORTEST`, or holds a control token.
+    """
+    generator = torch.Generator(loaded.model.device).manual_seed(seed)
+    sampler = top_p_sampler(generator, TEMPERATURE, TOP_P)
+    rollout = generate(loaded.model, contexts, TURN_TOKENS, loaded.eos_ids, sampler=sampler, keep_states=False)
+    special, ends = set(loaded.tokenizer.all_special_ids), set(loaded.eos_ids)
+    turns: list[list[int] | None] = []
+    for tokens in rollout.responses():
+        whole = len(tokens) > SHORTEST and tokens[-1] in ends and not special & set(tokens[:-1])
+        turns.append(tokens[:-1] if whole else None)
+    return turns
+
+
+def write_prompts(
+    loaded: LoadedModel, count: int, seed: int, openers: Openers | None = None, batch: int = 64
+) -> list[list[int]]:
+    """Prompts of one user turn each, encoded, without repeats.
+
+    Args:
+        loaded: writes them.
+        count: how many.
+        seed: of openers and samples.
+        openers: how they begin; all of the packaged ones if not given.
+        batch: turns sampled at once.
+
+    Raises:
+        DvirlError: if the model's chat format has no user turns, or too few turns pass.
+    """
+    start, answer, _ = loaded.chat.frame()
+    openers, rng = openers or Openers(), random.Random(f"{seed}/openers")
+    prompts: dict[tuple[int, ...], None] = {}
+    with tqdm(total=count, desc="writing prompts", unit="prompt", leave=False) as bar:
+        for turn in range(4 + 8 * count // batch):
+            contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(batch)]
+            for context, turn_tokens in zip(contexts, sample_turns(loaded, contexts, seed + turn), strict=True):
+                if turn_tokens is not None and len(prompts) < count:
+                    prompts.setdefault((*context, *turn_tokens, *answer))
+            bar.update(len(prompts) - bar.n)
+            if len(prompts) == count:
+                return [list(prompt) for prompt in prompts]
+    raise DvirlError(f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source")
