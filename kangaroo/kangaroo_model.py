@@ -181,7 +181,7 @@ class KangarooModel(nn.Module):
             return F.rms_norm(
                 exit_hidden, (exit_hidden.shape[-1],), self.exit_norm.weight.to(dtype), self.adapter_model.norm.eps
             )
-        with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype == torch.bfloat16):
+        with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             return self.adapter_model.forward_early_stop(exit_hidden, past_key_values=cache).to(dtype)
 
     def head_logits(self, states: Tensor) -> Tensor:
