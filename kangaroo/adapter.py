@@ -315,15 +315,17 @@ class AdapterModel(nn.Module):
     Args:
         config: the model's.
         kind: "none", "adapter" or "layer".
-        window: positions back that the drafter's attention sees, its own included.
+        window: positions back that the drafter's attention sees, its own included; None for all.
         num_layers: layers of that kind; "none" has no layer in any case.
     """
 
-    def __init__(self, config: LlamaConfig, kind: str = "adapter", window: int = 64, num_layers: int = 1) -> None:
+    def __init__(
+        self, config: LlamaConfig, kind: str = "adapter", window: int | None = 64, num_layers: int = 1
+    ) -> None:
         super().__init__()
         if kind not in DRAFTERS:
             raise ValueError(f"drafter is {kind!r}; expected one of {', '.join(DRAFTERS)}")
-        if window < 1 or num_layers < 1:
+        if (window is not None and window < 1) or num_layers < 1:
             raise ValueError(f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each")
         self.config, self.kind, self.window = config, kind, window
         count = 0 if kind == "none" else num_layers

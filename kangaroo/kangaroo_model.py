@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
+from kangaroo.published import read_published
 
 HEADS = ("frozen", "full", "lora")
 
@@ -54,7 +56,9 @@ class KangarooModel(nn.Module):
 
     Args:
         base_model_name_or_path: a loaded `EarlyExitLlamaForCausalLM`, or a folder or hub id of one.
-        adapter_model_path: a folder with `drafter.safetensors`, or None for a fresh drafter.
+        adapter_model_path: a folder with `drafter.safetensors`; or a published Kangaroo adapter's (`config.json`
+            and weights, see `read_published`), which is the drafter whatever `args` say of one, while the exit head
+            stays as they say; or None for a fresh drafter.
         args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `head` ("frozen", "full",
             "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers, or None for all); what
             is missing takes its default.
@@ -149,14 +153,19 @@ class KangarooModel(nn.Module):
         return {key: value.detach().contiguous() for key, value in state.items()}
 
     def load_drafter(self, folder: str | Path) -> None:
-        """Load `drafter.safetensors` of `folder`.
+        """Load `drafter.safetensors` of `folder`, or where it has none the published Kangaroo adapter there.
+
+        A published adapter replaces `adapter_model`, so load it before an optimizer holds the drafter's parameters.
 
         Raises:
             ValueError: if it does not fit this model.
         """
-        from safetensors.torch import load_file
-
-        state = load_file(Path(folder) / "drafter.safetensors")
+        path = Path(folder) / "drafter.safetensors"
+        if not path.exists():
+            adapter = read_published(path.parent, self.base_model.config.hidden_size)
+            self.adapter_model = adapter.to(self.head_model.weight.device)
+            return
+        state = load_file(path)
         own = self.drafter_state()
         if set(state) != set(own):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
@@ -181,7 +190,7 @@ class KangarooModel(nn.Module):
             return F.rms_norm(
                 exit_hidden, (exit_hidden.shape[-1],), self.exit_norm.weight.to(dtype), self.adapter_model.norm.eps
             )
-        with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype == torch.bfloat16):
+        with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             own = exit_hidden.to(self.exit_norm.weight.dtype)
             return self.adapter_model.forward_early_stop(own, past_key_values=cache).to(dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def tiny_kangaroo(
         scramble_lora(model, ["lora_S"], 0.15, seed)
         scramble_lora(model, ["lora_D"], 0.05, seed + 1)
     return model
+
+
+def write_published(folder: Path, seed: int = 0, **changes) -> dict[str, torch.Tensor]:
+    """A random adapter in the published Kangaroo layout; heads, epsilon and rope are not the tiny model's."""
+    config = tiny_config(
+        **{**dict(heads=8, groups=4, num_hidden_layers=1, rope_theta=100.0, rms_norm_eps=1e-3), **changes}
+    )
+    generator = torch.Generator().manual_seed(seed)
+    size, narrow = config.hidden_size, config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    shapes = {"q_proj": (size, size), "k_proj": (narrow, size), "v_proj": (narrow, size), "o_proj": (size, size)}
+    state = {
+        f"layers.0.self_attn.{name}.weight": 0.2 * torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+    for name in ("layers.0.input_layernorm.weight", "norm.weight"):
+        state[name] = 0.7 + 1.4 * torch.rand(size, generator=generator)  # sure and doubtful drafts both occur
+    config.save_pretrained(folder)
+    torch.save(state, folder / "pytorch_model.bin")
+    return state
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

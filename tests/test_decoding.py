@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 import torch
 from conftest import EOS, tiny_kangaroo, tiny_model
@@ -164,3 +166,11 @@ def test_a_lora_head_starts_as_the_base_heads_rows_and_survives_saving(tmp_path)
     save_file(model.drafter_state(), tmp_path / "drafter.safetensors")
     other.load_drafter(tmp_path)
     assert torch.equal(other.head_logits(states), model.head_logits(states))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # the drafter's norms stay float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["none", "adapter", "layer"])
+def test_a_half_precision_model_drafts_with_any_drafter(kind, dtype):
+    model = KangarooModel(tiny_model(0).to(dtype), None, Namespace(drafter=kind), 2)
+    assert len(model.generate(PROMPT, 12, DecodeConfig(3)).tokens) == 12

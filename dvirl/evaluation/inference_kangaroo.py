@@ -43,7 +43,14 @@ def kangaroo_forward(
     settings: DecodeConfig,
     eos_ids: Sequence[int] = (),
 ) -> tuple[Decoded, float]:
-    """Decode one prompt; return the response and the wall seconds it took, the device synchronised."""
+    """Decode one prompt; return the response and the wall seconds it took, the device synchronised.
+
+    The blocks' `block_len` are the accept lengths of the published Kangaroo (arXiv 2404.18911): the prefill's 1, then
+    accepted drafts and the verifier's own token; a draft below `threshold` is its block's last, and verified too.
+    Three ends differ on purpose. Published decoding stops as soon as fewer than `draft_len + 1` tokens have room,
+    where shorter blocks here fill the limit; it reads on behind an end-of-sequence token that the prefill gives; and
+    it cuts prompt and response at 2,048 tokens together.
+    """
     cuda = model.head_model.weight.is_cuda
     if cuda:
         torch.cuda.synchronize()

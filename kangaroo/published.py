@@ -1,0 +1,75 @@
+"""Reads an adapter in the layout of the published Kangaroo: a folder of `config.json` and one file of weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from kangaroo.adapter import AdapterModel
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+_FIELDS = (*_NEEDED, "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings")
+
+
+def read_published(folder: Path, hidden_size: int) -> AdapterModel:
+    """The adapter in `folder`, float32 on the CPU: full attention; heads, epsilon and rope as its own config says.
+
+    The published code itself computes with a rope base of 10000 whatever the config says; it ships configs without
+    `rope_theta`, which mean 10000 here too.
+
+    Args:
+        folder: holds `config.json`, and `model.safetensors` or else `pytorch_model.bin`.
+        hidden_size: D of the base model.
+
+    Raises:
+        ValueError: if a file is missing or unreadable, or something in it does not fit.
+    """
+    adapter = _build(folder / "config.json", hidden_size)
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{folder}: the adapter's weights are missing; expected {' or '.join(WEIGHTS)}")
+    state, own = _read_tensors(path), adapter.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"{path}: tensor {name} is {'missing' if name in own else 'foreign to a Kangaroo adapter'}")
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise ValueError(f"{path}: {name} is {list(state[name].shape)}, expected {list(value.shape)}")
+    adapter.load_state_dict(state)
+    return adapter
+
+
+def _build(path: Path, hidden_size: int) -> AdapterModel:
+    """An adapter of the shape that the config at `path` gives, its weights still random."""
+    if not path.exists():
+        raise ValueError(f"{path.parent}: neither drafter.safetensors nor a published adapter's config.json is there")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        config = LlamaConfig(**{name: raw[name] for name in _FIELDS if name in _NEEDED or name in raw})
+        if config.hidden_size != hidden_size:
+            raise ValueError(f"its hidden_size is {config.hidden_size}, the base model's {hidden_size}")
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        if hidden_size % (2 * heads) or heads % groups:
+            raise ValueError(f"{heads} query and {groups} key/value heads do not split a hidden_size of {hidden_size}")
+        return AdapterModel(config, "adapter", None, config.num_hidden_layers)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing") from error
+    except (OSError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path}: not the config of a Kangaroo adapter for this model ({error})") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name, rotary tables of older transformers left out; nothing that a pickle asks for is run."""
+    try:
+        tensors = path.suffix == ".safetensors"
+        state = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) and value.is_floating_point() for value in state.values()):
+            raise TypeError("a value is not a floating-point tensor")
+        return {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path}: unreadable, or more than a plain dict of floating-point tensors") from error
