@@ -19,9 +19,10 @@ class StepMetrics:
 
     Attributes:
         step: fast updates so far.
-        phase: objective in force: reinforce, kl, ce, or kl_to_rl's kl and ramp.
+        phase: objective in force: the schedule, or kl_to_rl's kl and ramp.
         loss: what the fast update minimised.
-        loss_rl, loss_kl, loss_ce: its parts, measured whether or not they count.
+        loss_rl, loss_kl, loss_ce: REINFORCE, the KL by kl_kind and kl_top_k, and the cross-entropy on accepted tokens,
+            measured whether or not they count.
         loss_slow: the slow update's loss.
         accept_rate, mat: of the served decoder (argmax drafts) on the responses of this step, before its update.
         reward: mean reward of the records learned from (sampled or argmax drafts).

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dvirl.config import DVIConfig
 from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
 from dvirl.lora import deep_parameters, make_optimizer, shallow_parameters, train_only
-from dvirl.losses import FastLosses, kl_loss, log_prob_of, masked_ce_loss, reinforce_loss, reward_weight, slow_loss
+from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, fast_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
 from dvirl.trace import MetricsLog, StepMetrics
@@ -35,8 +36,8 @@ COSINE_FLOOR = 0.1
 """Share of lr_shallow that the cosine schedule ends with."""
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
-REPLAYING = ("kl", "kl_to_rl")
-"""Schedules whose loss does not depend on who drew the token, so that old records can be learned from again."""
+LOGGED = {"loss_rl": "reinforce", "loss_kl": "kl", "loss_ce": "masked_ce"}
+"""Objectives that the log has of every fast update, whether or not they count."""
 DRIFT_EVERY = 16
 """Steps between drift measurements where no slow update makes them."""
 
@@ -274,43 +275,46 @@ class DVITrainer:
         train_only(self.model, self.shallow)
         reward = float(batch.reward.mean())
         baseline = self.baseline.update(reward)
-        losses = self.fast_losses(batch, baseline)
         share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
-        loss = losses.combine(config.schedule, share, config.kl_floor)
+        decisions = self.decisions(batch, baseline, share)
+        loss = fast_loss(decisions)
+        with torch.no_grad():
+            parts = {key: float(OBJECTIVES[name](decisions)) for key, name in LOGGED.items()}
         lr = self._fast_lr()
         grad_norm = self._apply(self.fast_optimizer, self.shallow, loss, lr)
         phase = config.schedule if config.schedule != "kl_to_rl" else ("ramp" if share else "kl")
         return FastResult(
             phase=phase,
             loss=float(loss.detach()),
-            loss_rl=float(losses.rl.detach()),
-            loss_kl=float(losses.kl.detach()),
-            loss_ce=float(losses.ce.detach()),
+            **parts,
             reward=reward,
             baseline=baseline,
             grad_norm=grad_norm,
             lr=lr,
         )
 
-    def fast_losses(self, batch: TrainingBatch, baseline: float) -> FastLosses:
-        """All fast losses of a batch of records, with gradients to what `train_only` lets learn."""
-        temperature = self.config.action_temperature if self.config.actions == "sampled" else 1.0
+    def decisions(self, batch: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0) -> Decisions:
+        """A batch of records as the objectives see it, with gradients to what `train_only` lets learn."""
         logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
-        log_probs = log_prob_of(logits, self.model.draft_index(batch.token), temperature)
-        return FastLosses(
-            rl=reinforce_loss(log_probs, batch.reward, baseline),
-            kl=kl_loss(logits, self.model.verifier_logits(batch.verifier_hidden)),
-            ce=masked_ce_loss(log_probs, batch.reward),
+        return Decisions(
+            config=self.config,
+            logits=logits,
+            verifier=cache(lambda: self.model.verifier_logits(batch.verifier_hidden)),
+            drafted=self.model.draft_index(batch.token),
+            verified=self.model.draft_index(batch.verifier_token),
+            rewards=batch.reward,
+            baseline=baseline,
+            reward_share=reward_share,
         )
 
     def replay_update(self, batch: TrainingBatch) -> None:
-        """One more step of lora_S, drafter and exit head, on older responses and by distillation alone.
+        """One more step of lora_S, drafter and exit head, on older responses and without the reward of any draft.
 
         What the verifier said of an old position stays true, while the draft's old token was drawn from another
-        policy; so the KL may look back and the reward may not.
+        policy; so a loss may look back if it asks the verifier alone.
         """
         train_only(self.model, self.shallow)
-        self._apply(self.fast_optimizer, self.shallow, self.fast_losses(batch, 0.0).kl, self._fast_lr())
+        self._apply(self.fast_optimizer, self.shallow, fast_loss(self.decisions(batch)), self._fast_lr())
 
     def slow_update(self, batch: TrainingBatch) -> SlowResult | None:
         """One step of lora_D on the accepted tokens of some responses, and of nothing else; None if there are none."""
@@ -397,10 +401,11 @@ class DVITrainer:
         """One log line, and a fresh account of what is served until the next."""
         served, counters = self.served, self.counters
         self.served = Served(wall_s=counters.wall_s)
+        accept_rate = served.accepted / served.drafted if served.drafted else math.nan
         return StepMetrics(
             **asdict(fast),
             loss_slow=None if slow is None else slow.loss,
-            accept_rate=served.accepted / served.drafted if served.drafted else math.nan,
+            accept_rate=accept_rate,
             mat=served.committed / served.blocks if served.blocks else math.nan,
             ppl_sample=math.exp(served.nll / max(1, served.tokens)),
             drift_kl=None if slow is None else slow.drift_kl,
