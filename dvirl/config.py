@@ -146,8 +146,10 @@ class DVIConfig(DraftSettings):
     """Most recent responses that a slow update looks at."""
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
+    baseline: str = choice("ema", ("ema", "mean", "none"))
+    """What REINFORCE subtracts from the reward: its moving average, the mean of all before, or nothing."""
     baseline_momentum: float = number(0.9, 0, 0.999999)
-    """Of the moving average of the reward that REINFORCE subtracts; 0 to below 1."""
+    """Of the ema baseline; 0 to below 1."""
     buffer_size: int = number(16384, 1)
     """Records kept, first in, first out."""
     lr_shallow: float = number(4e-3, 0, 10)

@@ -43,20 +43,27 @@ DRIFT_EVERY = 16
 
 
 class Baseline:
-    """Exponential moving average of the mean reward; the first one sets it.
+    """What REINFORCE subtracts from the rewards. It knows the past alone, so that it adds no bias.
 
     Args:
-        momentum: 0 to below 1; the weight of the past.
+        kind: ema, exponential moving average of the batches' means, the first (the exception) its own past; mean, of
+            all rewards before, 0 before the first; or none, 0.
+        momentum: of the ema, 0 to below 1; the weight of the past.
     """
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
-        self.value: float | None = None
+    def __init__(self, kind: str = "ema", momentum: float = 0.9) -> None:
+        self.kind, self.momentum = kind, momentum
+        self.value: float | None = None if kind == "ema" else 0.0
+        self.count = 0
 
-    def update(self, reward: float) -> float:
-        """Take in a mean reward; return the average of the past before it, which is what to subtract."""
+    def update(self, reward: float, count: int = 1) -> float:
+        """Take in the mean of `count` rewards; return the average of the past before it, which is what to subtract."""
         before = reward if self.value is None else self.value
-        self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+        self.count += count
+        if self.kind == "ema":
+            self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+        elif self.kind == "mean":
+            self.value = before + (reward - before) * count / self.count
         return before
 
 
@@ -179,7 +186,7 @@ class DVITrainer:
         self.slow_optimizer = make_optimizer(self.deep, config.lr_deep)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
-        self.baseline = Baseline(config.baseline_momentum)
+        self.baseline = Baseline(config.baseline, config.baseline_momentum)
         self.counters, self.served = Counters(), Served()
         self.answer: Answer = self._generate
 
@@ -274,7 +281,7 @@ class DVITrainer:
         config = self.config
         train_only(self.model, self.shallow)
         reward = float(batch.reward.mean())
-        baseline = self.baseline.update(reward)
+        baseline = self.baseline.update(reward, len(batch.reward))
         share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
         decisions = self.decisions(batch, baseline, share)
         loss = fast_loss(decisions)
@@ -428,7 +435,7 @@ class DVITrainer:
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
-            "baseline": self.baseline.value,
+            "baseline": [self.baseline.value, self.baseline.count],
             "stream": self.split.stream.state_dict(),
             "buffer": buffer["numbers"],
         }
@@ -438,7 +445,7 @@ class DVITrainer:
         """Restore what `state_dict` gave."""
         tensors, numbers = state["tensors"], state["numbers"]
         self.counters, self.served = Counters(**numbers["counters"]), Served(**numbers["served"])
-        self.baseline.value = numbers["baseline"]
+        self.baseline.value, self.baseline.count = numbers["baseline"]
         self.split.stream.load_state_dict(numbers["stream"])
         stored = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
         self.buffer.load_state_dict({"tensors": stored, "numbers": numbers["buffer"]})

@@ -34,6 +34,7 @@ def test_a_value_of_the_wrong_type_is_refused(field):
             "schedule is 'magic'; expected one of reinforce, exact_pg, ce, masked_ce, kl, tv, kl_to_rl",
         ),
         ({"kl_kind": "backward"}, "kl_kind is 'backward'; expected one of forward, reverse, js"),
+        ({"baseline": "max"}, "baseline is 'max'; expected one of ema, mean, none"),
         ({"kl_top_k": -1}, "kl_top_k is -1; expected a number from 0"),
         ({"entropy_weight": -0.1}, "entropy_weight is -0.1; expected a number from 0"),
         ({"num_prompts": True}, "num_prompts is True"),

@@ -191,9 +191,28 @@ def test_the_adapted_target_trains_and_its_drift_is_logged(tmp_path):
 
 
 def test_the_baseline_averages_the_past():
-    baseline = Baseline(0.5)
+    baseline = Baseline("ema", 0.5)
     assert [baseline.update(r) for r in (0.2, 0.4, 0.0)] == pytest.approx([0.2, 0.2, 0.3])
     assert baseline.value == pytest.approx(0.15)
+    baseline = Baseline("mean")
+    assert [baseline.update(r, n) for r, n in ((0.5, 2), (1.0, 1), (0.0, 6), (0, 1))] == pytest.approx(
+        [0, 1 / 2, 2 / 3, 2 / 9]
+    )
+    assert [Baseline("none").update(r) for r in (0.2, 0.4)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["mean", "none"])
+def test_other_baselines_are_subtracted_and_come_back_with_a_checkpoint(tmp_path, kind):
+    trainer, metrics = run(tmp_path, schedule="reinforce", baseline=kind)
+    assert metrics.baseline.iloc[0] == 0.0
+    if kind == "mean":
+        assert trainer.baseline.value == pytest.approx(trainer.buffer.field("reward").mean().item())
+        assert trainer.baseline.count == len(trainer.buffer)
+    else:
+        assert not metrics.baseline.any()
+    other = DVITrainer(trainer.config, tiny_loaded(), tiny_split())
+    other.load_checkpoint(newest(tmp_path / "run"))
+    assert vars(other.baseline) == vars(trainer.baseline)
 
 
 def test_the_log_is_plain_json(tmp_path):
