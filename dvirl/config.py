@@ -146,6 +146,8 @@ class DVIConfig(DraftSettings):
     """Most recent responses that a slow update looks at."""
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
+    drift_bound: float = number(0.05, 0, 1e6)
+    """Nats a token that the verifier may drift before a rising accept rate is called suspect; 0 never does."""
     baseline: str = choice("ema", ("ema", "mean", "none"))
     """What REINFORCE subtracts from the reward: its moving average, the mean of all before, or nothing."""
     baseline_momentum: float = number(0.9, 0, 0.999999)

@@ -31,6 +31,7 @@ class StepMetrics:
         drift_kl: KL of the verifier to the untouched model, nats a token, measured at slow updates. With target "base"
             on accepted tokens only, which are the easier ones, before the update; with "adapted" on all records.
         drift_tokens: share of its greedy tokens that differ from the untouched model's, measured likewise.
+        drift_flag: from the first step on at which acceptance rose while the drift passed its bound.
         prompts: prompts seen so far.
         tokens: response tokens seen so far.
         tok_per_s: response tokens over wall seconds since the step before, generation and training together.
@@ -56,6 +57,7 @@ class StepMetrics:
     ppl_sample: float
     drift_kl: float | None
     drift_tokens: float | None
+    drift_flag: bool
     prompts: int
     tokens: int
     tok_per_s: float

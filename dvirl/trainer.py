@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ LOGGED = {"loss_rl": "reinforce", "loss_kl": "kl", "loss_ce": "masked_ce"}
 """Objectives that the log has of every fast update, whether or not they count."""
 DRIFT_EVERY = 16
 """Steps between drift measurements where no slow update makes them."""
+DRIFT_WINDOW = 8
+"""Steps at either end of a run whose accept rates the drift guard compares."""
 
 
 class Baseline:
@@ -75,6 +79,7 @@ class Counters:
     prompts: int = 0
     tokens: int = 0
     skipped: int = 0
+    drift_flag: bool = False
     rollout_s: float = 0.0
     fast_s: float = 0.0
     slow_s: float = 0.0
@@ -145,6 +150,18 @@ def draft_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfig)
     return sorted(sorted(range(vocab_size), key=lambda token: (-seen[token], token))[:size])
 
 
+def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
+    """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
+
+    Args:
+        rates: accept rates of the first and of the last `DRIFT_WINDOW` steps; no suspicion before there are both.
+        drift_kl: KL of the verifier to the untouched model, nats a token.
+        bound: the most that it may be; 0 for anything.
+    """
+    full = len(rates) == 2 * DRIFT_WINDOW
+    return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
+
+
 class DVITrainer:
     """Trains the draft of one model on what verification says of it.
 
@@ -156,7 +173,7 @@ class DVITrainer:
     Attributes:
         model: the model with its draft.
         peft_model: PEFT's view of the same weights, for saving the adapters.
-        buffer, baseline: the changing state outside the model and the optimizers; `counters`, `served` and
+        buffer, baseline: the changing state outside the model and the optimizers; `counters`, `served`, `rates` and
             `generator` say how far the run is.
         split: the prompt stream, and the held-out prompts.
         answer: responses for prompts, by default the verifier's as it is then; a `Tape` can stand in.
@@ -188,6 +205,7 @@ class DVITrainer:
         self.buffer = ReplayBuffer(config.buffer_size)
         self.baseline = Baseline(config.baseline, config.baseline_momentum)
         self.counters, self.served = Counters(), Served()
+        self.rates: list[float] = []
         self.answer: Answer = self._generate
 
     # The loop
@@ -409,6 +427,7 @@ class DVITrainer:
         served, counters = self.served, self.counters
         self.served = Served(wall_s=counters.wall_s)
         accept_rate = served.accepted / served.drafted if served.drafted else math.nan
+        self._guard_drift(accept_rate, slow)
         return StepMetrics(
             **asdict(fast),
             loss_slow=None if slow is None else slow.loss,
@@ -421,6 +440,20 @@ class DVITrainer:
             buffer_size=len(self.buffer),
             **asdict(counters),
         )
+
+    def _guard_drift(self, accept_rate: float, slow: SlowResult | None) -> None:
+        """Warn, once, if drift is suspected when it is measured."""
+        counters, bound = self.counters, self.config.drift_bound
+        first, last = self.rates[:DRIFT_WINDOW], self.rates[DRIFT_WINDOW:]
+        self.rates = [*first, *last[1 - DRIFT_WINDOW :], accept_rate]
+        if slow and not counters.drift_flag and drift_suspected(self.rates, slow.drift_kl, bound):
+            counters.drift_flag = True
+            tqdm.write(
+                f"step {counters.step}: the accept rate rose from {fmean(first):.3f} to "
+                f"{fmean(self.rates[DRIFT_WINDOW:]):.3f} while the verifier drifted {slow.drift_kl:.3g} nats a token, "
+                f"past drift_bound {bound:g}; it may accept more because it got worse",
+                file=sys.stderr,
+            )
 
     # State
 
@@ -435,6 +468,7 @@ class DVITrainer:
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
+            "rates": self.rates,
             "baseline": [self.baseline.value, self.baseline.count],
             "stream": self.split.stream.state_dict(),
             "buffer": buffer["numbers"],
@@ -445,6 +479,7 @@ class DVITrainer:
         """Restore what `state_dict` gave."""
         tensors, numbers = state["tensors"], state["numbers"]
         self.counters, self.served = Counters(**numbers["counters"]), Served(**numbers["served"])
+        self.rates = numbers["rates"]
         self.baseline.value, self.baseline.count = numbers["baseline"]
         self.split.stream.load_state_dict(numbers["stream"])
         stored = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}

@@ -16,7 +16,7 @@ from dvirl.config import SCHEDULES, DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.rollout import generate, judge
 from dvirl.trace import StepMetrics, read_metrics
-from dvirl.trainer import Baseline, DVITrainer
+from dvirl.trainer import DRIFT_WINDOW, Baseline, DVITrainer, drift_suspected
 
 
 def tiny_settings(**changes) -> DVIConfig:
@@ -213,6 +213,44 @@ def test_other_baselines_are_subtracted_and_come_back_with_a_checkpoint(tmp_path
     other = DVITrainer(trainer.config, tiny_loaded(), tiny_split())
     other.load_checkpoint(newest(tmp_path / "run"))
     assert vars(other.baseline) == vars(trainer.baseline)
+
+
+def test_drift_is_suspected_when_acceptance_rises_and_the_bound_is_passed():
+    rising, falling = ([0.1] * DRIFT_WINDOW + [0.2] * DRIFT_WINDOW, [0.2] * DRIFT_WINDOW + [0.1] * DRIFT_WINDOW)
+    assert drift_suspected(rising, 0.06, 0.05)
+    assert not drift_suspected(rising, 0.05, 0.05) and not drift_suspected(rising, 9.0, 0.0)
+    assert not drift_suspected(falling, 0.06, 0.05) and not drift_suspected([0.1] * len(rising), 0.06, 0.05)
+    assert not drift_suspected(rising[1:], 0.06, 0.05)
+
+
+def drifting(tmp_path, name="run", **changes):
+    """A draft that the verifier reads: it learns, and takes the verifier with it."""
+    settings = dict(target="adapted", slow_every=0, num_prompts=160, lr_shallow=1e-2, schedule="ce", **changes)
+    return run(tmp_path, name, **settings)
+
+
+def test_suspected_drift_is_flagged_from_then_on_and_said_once(tmp_path, capsys):
+    trainer, metrics = drifting(tmp_path)
+    flags = metrics.drift_flag.tolist()
+    assert flags == sorted(flags) and flags[-1] and not any(flags[: 2 * DRIFT_WINDOW - 1])
+    first = metrics[metrics.drift_flag].iloc[0]
+    assert first.drift_kl > 0.05
+    head, tail = metrics.accept_rate[:DRIFT_WINDOW], metrics.accept_rate[: first.step].tail(DRIFT_WINDOW)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == [
+        f"step {first.step}: the accept rate rose from {head.mean():.3f} to {tail.mean():.3f} while the verifier "
+        f"drifted {first.drift_kl:.3g} nats a token, past drift_bound 0.05; it may accept more because it got worse"
+    ]
+    other = DVITrainer(trainer.config, tiny_loaded(), tiny_split())
+    other.load_checkpoint(newest(tmp_path / "run"))
+    assert other.counters.drift_flag and other.rates == trainer.rates and len(other.rates) == 2 * DRIFT_WINDOW
+    assert other.rates == [*head, *metrics.accept_rate.tail(DRIFT_WINDOW)]
+
+
+@pytest.mark.parametrize("changes", [dict(drift_bound=0.0), dict(target="base", slow_every=3)])
+def test_the_guard_is_silent_when_off_or_when_the_verifier_stays(tmp_path, capsys, changes):
+    _, metrics = run(tmp_path, **{**dict(target="adapted", slow_every=0, num_prompts=80, lr_shallow=1e-2), **changes})
+    assert not metrics.drift_flag.any() and metrics.drift_kl.notna().any() and not capsys.readouterr().err
 
 
 def test_the_log_is_plain_json(tmp_path):
