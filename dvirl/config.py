@@ -14,7 +14,7 @@ from kangaroo.kangaroo_model import HEADS
 from kangaroo.sgp_lora import LORA_TARGETS
 
 SOURCES = ("chatterbot", "magpie", "sharegpt", "dolly", "jsonl", "spec_bench")
-SCHEDULES = ("reinforce", "kl", "ce", "kl_to_rl")
+SCHEDULES = ("reinforce", "exact_pg", "ce", "masked_ce", "kl", "tv", "kl_to_rl")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,16 @@ class DVIConfig(DraftSettings):
     """Temperature of sampled actions."""
 
     schedule: str = choice("kl_to_rl", SCHEDULES)
-    """Fast objective: reinforce, kl, ce, or kl_to_rl (distil first, then ramp to reward)."""
+    """Fast objective, see `dvirl.losses`: by reward (reinforce, exact_pg, masked_ce), by imitation (ce, kl, tv), or
+    kl_to_rl (distil first, then ramp to reward)."""
+    kl_kind: str = choice("forward", ("forward", "reverse", "js"))
+    """Divergence of kl, kl_to_rl and kl_weight: forward, from verifier to draft, reverse, or js (Jensen-Shannon)."""
+    kl_top_k: int = number(0, 0)
+    """That divergence sees the verifier's K likeliest tokens, and the rest as one; 0 for all tokens of the draft."""
+    kl_weight: float = number(0.0, 0, 1e6)
+    """Weight of that divergence when added to any schedule; 0.2 keeps drafts trained by reward alone calibrated."""
+    entropy_weight: float = number(0.0, 0, 1e6)
+    """Weight of the policy's entropy in nats, a bonus in any schedule."""
     ramp_start: float = number(0.5, 0, 1)
     """kl_to_rl: share of the run after which the reward's weight begins to grow."""
     ramp_end: float = number(1.0, 0, 1)
@@ -129,15 +138,20 @@ class DVIConfig(DraftSettings):
     fast_batch: int = number(8, 1)
     """Accepted tokens that trigger a fast update."""
     replay: int = number(1, 0, 1000)
-    """kl and kl_to_rl: further steps after each fast update, each on as many older responses, by distillation."""
+    """Steps after each fast update on as many older responses, by the same loss (kl_to_rl: KL); none if that is
+    reinforce or masked_ce, which need fresh drafts."""
     slow_every: int = number(16, 0)
     """Fast updates between slow updates; 0 turns the slow update off."""
     slow_batch: int = number(2, 1, 65536)
     """Most recent responses that a slow update looks at."""
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
+    drift_bound: float = number(0.05, 0, 1e6)
+    """Nats a token that the verifier may drift before a rising accept rate is called suspect; 0 never does."""
+    baseline: str = choice("ema", ("ema", "mean", "none"))
+    """What REINFORCE subtracts from the reward: its moving average, the mean of all before, or nothing."""
     baseline_momentum: float = number(0.9, 0, 0.999999)
-    """Of the moving average of the reward that REINFORCE subtracts; 0 to below 1."""
+    """Of the ema baseline; 0 to below 1."""
     buffer_size: int = number(16384, 1)
     """Records kept, first in, first out."""
     lr_shallow: float = number(4e-3, 0, 10)
@@ -167,3 +181,8 @@ class DVIConfig(DraftSettings):
     def learn(self) -> DecodeConfig:
         """How the drafts are made that are learned from."""
         return replace(self.decode, draft_temperature=self.action_temperature if self.actions == "sampled" else 0.0)
+
+    @property
+    def policy_temperature(self) -> float:
+        """Of the policy that the objectives speak of: that of sampled actions, 1 for argmax."""
+        return self.action_temperature if self.actions == "sampled" else 1.0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dvirl.config import DVIConfig
 
 
 def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tensor:
@@ -20,15 +24,76 @@ def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tenso
     return -((rewards - baseline) * log_probs).mean()
 
 
-def kl_loss(draft_logits: Tensor, verifier_logits: Tensor) -> Tensor:
-    """`KL(verifier || draft)` per record, in nats: online distillation (arXiv 2310.07177).
+def exact_pg_loss(log_probs: Tensor, covered: Tensor) -> Tensor:
+    """Minus the expected reward, `-mean(pi(verifier's token | h))`: its gradient is REINFORCE's expected one.
+
+    One action alone is rewarded, so the sum over all actions (arXiv 1709.00503) has one term, and needs no baseline.
+
+    Args:
+        log_probs: `[N]`, of the verifier's tokens, with gradient.
+        covered: `[N]`, 1 where the exit head has the verifier's token, 0 where its probability is 0.
+    """
+    return -(covered * log_probs.exp()).mean()
+
+
+def masked_ce_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy to some of the tokens, in nats: `-sum(mask * log pi) / max(1, sum(mask))`.
+
+    Args:
+        log_probs: `[N]`, of the tokens, with gradient.
+        mask: `[N]`. Of drafted tokens, their rewards (reward-masked, arXiv 2510.05421); of the verifier's tokens, 1
+            where the exit head has them (plain; elsewhere it is infinite).
+    """
+    return -(mask * log_probs).sum() / mask.sum().clamp(min=1.0)
+
+
+def kl_loss(draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forward", top_k: int = 0) -> Tensor:
+    """Divergence of the draft q from the verifier p per record, in nats: online distillation (arXiv 2310.07177).
+
+    Both are distributions over the draft's tokens. Kinds (arXiv 2310.08461): forward `KL(p || q)`, reverse
+    `KL(q || p)`, js (Jensen-Shannon) `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`, at most ln 2.
+    With 0 < `top_k` = K < V' they are over K + 1 outcomes: each of the K tokens likeliest under p, and all others as
+    one, with their summed probability. This never exceeds the divergence over all tokens.
+
+    Args:
+        draft_logits: `[N, V']`, with gradient.
+        verifier_logits: `[N, V']`, over the same tokens; no gradient is taken to them.
+        kind: forward, reverse or js.
+        top_k: K, or 0 for all tokens.
+    """
+    p, q = verifier_logits.detach().log_softmax(dim=-1), draft_logits.log_softmax(dim=-1)
+    if 0 < top_k < p.shape[-1]:
+        top = p.topk(top_k).indices
+        p, q = (_top_and_rest(log_probs, top) for log_probs in (p, q))
+    if kind == "js":
+        m = torch.logaddexp(p, q) - math.log(2)
+        return (_kl(p, m) + _kl(q, m)) / 2
+    return _kl(q, p) if kind == "reverse" else _kl(p, q)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """`KL(p || q)` per row of log-probabilities."""
+    return F.kl_div(q, p, log_target=True, reduction="batchmean")
+
+
+def _top_and_rest(log_probs: Tensor, top: Tensor) -> Tensor:
+    """Log-probabilities `[N, K + 1]`: of the tokens `top [N, K]`, and of all others together."""
+    rest = log_probs.scatter(1, top, -math.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat((log_probs.gather(1, top), rest), dim=-1)
+
+
+def tv_loss(draft_logits: Tensor, verifier_logits: Tensor) -> Tensor:
+    """Total variation distance `1 - sum(min(p, q))` per record, 0 to 1.
+
+    The probability that speculative sampling rejects a draft from q for a verifier p (arXiv 2211.17192, theorem 3.5;
+    as an objective, arXiv 2310.08461, 2602.23881), both over the draft's tokens: exact if these are all there are.
 
     Args:
         draft_logits: `[N, V']`, with gradient.
         verifier_logits: `[N, V']`, over the same tokens; no gradient is taken to them.
     """
-    target = verifier_logits.detach().log_softmax(dim=-1)
-    return F.kl_div(draft_logits.log_softmax(dim=-1), target, log_target=True, reduction="batchmean")
+    p, q = verifier_logits.detach().softmax(dim=-1), draft_logits.softmax(dim=-1)
+    return 1 - torch.minimum(p, q).sum(dim=-1).mean()
 
 
 def distillation_loss(draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, ce_weight: float) -> Tensor:
@@ -46,14 +111,15 @@ def distillation_loss(draft_logits: Tensor, verifier_logits: Tensor, index: Tens
     return loss
 
 
-def masked_ce_loss(log_probs: Tensor, rewards: Tensor) -> Tensor:
-    """Cross-entropy on accepted tokens alone (arXiv 2510.05421): `-sum(reward * log pi) / max(1, sum(reward))`.
+def mean_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy `-sum(pi log pi)` of the policy per record, in nats (as a bonus: Williams and Peng 1991).
 
     Args:
-        log_probs: `[N]`, of the drafted tokens, with gradient.
-        rewards: `[N]`.
+        logits: `[N, V']`, with gradient.
+        temperature: of the policy.
     """
-    return -(rewards * log_probs).sum() / rewards.sum().clamp(min=1.0)
+    log_probs = (logits / temperature).log_softmax(dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
 
 
 def reward_weight(progress: float, ramp_start: float, ramp_end: float) -> float:
@@ -61,28 +127,6 @@ def reward_weight(progress: float, ramp_start: float, ramp_end: float) -> float:
     if progress <= ramp_start:
         return 0.0
     return 1.0 if progress >= ramp_end else (progress - ramp_start) / (ramp_end - ramp_start)
-
-
-@dataclass(frozen=True)
-class FastLosses:
-    """The parts of every fast objective, 0-d each, with gradient."""
-
-    rl: Tensor
-    kl: Tensor
-    ce: Tensor
-
-    def combine(self, schedule: str, reward_share: float, kl_floor: float) -> Tensor:
-        """The objective of a schedule.
-
-        Args:
-            schedule: reinforce, kl, ce, or kl_to_rl: `(1 - w (1 - floor)) KL + w (CE + REINFORCE)`, with w the
-                reward's share, which starts as distillation and ends as reward with a KL floor (arXiv 2510.05421).
-            reward_share: w, see `reward_weight`.
-            kl_floor: weight that the KL keeps at w = 1.
-        """
-        if schedule == "kl_to_rl":
-            return (1 - reward_share * (1 - kl_floor)) * self.kl + reward_share * (self.ce + self.rl)
-        return {"reinforce": self.rl, "kl": self.kl, "ce": self.ce}[schedule]
 
 
 def slow_loss(verifier_logits: Tensor, tokens: Tensor, frozen_logits: Tensor, beta_kl: float) -> tuple[Tensor, Tensor]:
@@ -107,3 +151,73 @@ def log_prob_of(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tens
     """`[N]` log-probabilities of `index [N]` under `logits [N, V']` at a temperature."""
     log_probs = (logits / temperature).log_softmax(dim=-1)
     return torch.gather(log_probs, 1, index[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """N records, as the fast objectives see them.
+
+    The policy is the draft at the temperature of its actions; KL and TV look at temperature 1.
+
+    Attributes:
+        config: schedule, kinds and weights.
+        logits: `[N, V']`, the draft's, with gradient.
+        verifier: gives the verifier's logits `[N, V']` over the same tokens, for the objectives that ask.
+        drafted, verified: `[N]`, the exit head's row of the draft's and of the verifier's token; -1 if it has none.
+        rewards: `[N]`.
+        baseline: subtracted from the rewards.
+        reward_share: weight of kl_to_rl's reward terms, see `reward_weight`.
+    """
+
+    config: DVIConfig
+    logits: Tensor
+    verifier: Callable[[], Tensor]
+    drafted: Tensor
+    verified: Tensor
+    rewards: Tensor
+    baseline: float = 0.0
+    reward_share: float = 0.0
+
+    def on_drafted(self) -> Tensor:
+        """The policy's log-probabilities `[N]` of the drafted tokens."""
+        return log_prob_of(self.logits, self.drafted, self.config.policy_temperature)
+
+    def on_verified(self) -> tuple[Tensor, Tensor]:
+        """The policy's log-probabilities `[N]` of the verifier's tokens, and which of them it covers."""
+        log_probs = log_prob_of(self.logits, self.verified.clamp(min=0), self.config.policy_temperature)
+        return log_probs, (self.verified >= 0).float()
+
+
+def _kl_to_rl(on: Decisions) -> Tensor:
+    """`(1 - w (1 - floor)) KL + w (masked CE + REINFORCE)`, w the reward's share (arXiv 2510.05421)."""
+    share, kl = on.reward_share, OBJECTIVES["kl"](on)
+    if not share:
+        return kl
+    log_probs = on.on_drafted()
+    reward_terms = masked_ce_loss(log_probs, on.rewards) + reinforce_loss(log_probs, on.rewards, on.baseline)
+    return (1 - share * (1 - on.config.kl_floor)) * kl + share * reward_terms
+
+
+OBJECTIVES: dict[str, Callable[[Decisions], Tensor]] = {
+    "reinforce": lambda on: reinforce_loss(on.on_drafted(), on.rewards, on.baseline),
+    "exact_pg": lambda on: exact_pg_loss(*on.on_verified()),
+    "ce": lambda on: masked_ce_loss(*on.on_verified()),
+    "masked_ce": lambda on: masked_ce_loss(on.on_drafted(), on.rewards),
+    "kl": lambda on: kl_loss(on.logits, on.verifier(), on.config.kl_kind, on.config.kl_top_k),
+    "tv": lambda on: tv_loss(on.logits, on.verifier()),
+    "kl_to_rl": _kl_to_rl,
+}
+"""What each schedule minimises, regularisers left out."""
+REPLAYING = ("exact_pg", "ce", "kl", "tv", "kl_to_rl")
+"""Those that, the reward's share being 0, do not depend on who drew the token: old records may teach again."""
+
+
+def fast_loss(on: Decisions) -> Tensor:
+    """The schedule's objective, plus `kl_weight * KL - entropy_weight * entropy`."""
+    config = on.config
+    loss = OBJECTIVES[config.schedule](on)
+    if config.kl_weight:
+        loss = loss + config.kl_weight * OBJECTIVES["kl"](on)
+    if config.entropy_weight:
+        loss = loss - config.entropy_weight * mean_entropy(on.logits, config.policy_temperature)
+    return loss

@@ -19,9 +19,10 @@ class StepMetrics:
 
     Attributes:
         step: fast updates so far.
-        phase: objective in force: reinforce, kl, ce, or kl_to_rl's kl and ramp.
+        phase: objective in force: the schedule, or kl_to_rl's kl and ramp.
         loss: what the fast update minimised.
-        loss_rl, loss_kl, loss_ce: its parts, measured whether or not they count.
+        loss_rl, loss_kl, loss_ce: REINFORCE, the KL by kl_kind and kl_top_k, and the cross-entropy on accepted tokens,
+            measured whether or not they count.
         loss_slow: the slow update's loss.
         accept_rate, mat: of the served decoder (argmax drafts) on the responses of this step, before its update.
         reward: mean reward of the records learned from (sampled or argmax drafts).
@@ -30,6 +31,7 @@ class StepMetrics:
         drift_kl: KL of the verifier to the untouched model, nats a token, measured at slow updates. With target "base"
             on accepted tokens only, which are the easier ones, before the update; with "adapted" on all records.
         drift_tokens: share of its greedy tokens that differ from the untouched model's, measured likewise.
+        drift_flag: from the first step on at which acceptance rose while the drift passed its bound.
         prompts: prompts seen so far.
         tokens: response tokens seen so far.
         tok_per_s: response tokens over wall seconds since the step before, generation and training together.
@@ -55,6 +57,7 @@ class StepMetrics:
     ppl_sample: float
     drift_kl: float | None
     drift_tokens: float | None
+    drift_flag: bool
     prompts: int
     tokens: int
     tok_per_s: float

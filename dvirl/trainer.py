@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from dvirl.lora import (
     shallow_parameters,
     train_only,
 )
-from dvirl.losses import FastLosses, kl_loss, log_prob_of, masked_ce_loss, reinforce_loss, reward_weight, slow_loss
+from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, fast_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import (
     Answer,
@@ -50,27 +53,36 @@ COSINE_FLOOR = 0.1
 """Share of lr_shallow that the cosine schedule ends with."""
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
-REPLAYING = ("kl", "kl_to_rl")
-"""Schedules whose loss does not depend on who drew the token, so that old records can be learned from again."""
+LOGGED = {"loss_rl": "reinforce", "loss_kl": "kl", "loss_ce": "masked_ce"}
+"""Objectives that the log has of every fast update, whether or not they count."""
 DRIFT_EVERY = 16
 """Steps between drift measurements where no slow update makes them."""
+DRIFT_WINDOW = 8
+"""Steps at either end of a run whose accept rates the drift guard compares."""
 
 
 class Baseline:
-    """Exponential moving average of the mean reward; the first one sets it.
+    """What REINFORCE subtracts from the rewards. It knows the past alone, so that it adds no bias.
 
     Args:
-        momentum: 0 to below 1; the weight of the past.
+        kind: ema, exponential moving average of the batches' means, the first (the exception) its own past; mean, of
+            all rewards before, 0 before the first; or none, 0.
+        momentum: of the ema, 0 to below 1; the weight of the past.
     """
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
-        self.value: float | None = None
+    def __init__(self, kind: str = "ema", momentum: float = 0.9) -> None:
+        self.kind, self.momentum = kind, momentum
+        self.value: float | None = None if kind == "ema" else 0.0
+        self.count = 0
 
-    def update(self, reward: float) -> float:
-        """Take in a mean reward; return the average of the past before it, which is what to subtract."""
+    def update(self, reward: float, count: int = 1) -> float:
+        """Take in the mean of `count` rewards; return the average of the past before it, which is what to subtract."""
         before = reward if self.value is None else self.value
-        self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+        self.count += count
+        if self.kind == "ema":
+            self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+        elif self.kind == "mean":
+            self.value = before + (reward - before) * count / self.count
         return before
 
 
@@ -82,6 +94,7 @@ class Counters:
     prompts: int = 0
     tokens: int = 0
     skipped: int = 0
+    drift_flag: bool = False
     rollout_s: float = 0.0
     fast_s: float = 0.0
     slow_s: float = 0.0
@@ -146,6 +159,18 @@ def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfi
     return draft_vocabulary(tokens, loaded.model.config.vocab_size, config.draft_vocab)
 
 
+def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
+    """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
+
+    Args:
+        rates: accept rates of the first and of the last `DRIFT_WINDOW` steps; no suspicion before there are both.
+        drift_kl: KL of the verifier to the untouched model, nats a token.
+        bound: the most that it may be; 0 for anything.
+    """
+    full = len(rates) == 2 * DRIFT_WINDOW
+    return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
+
+
 class DVITrainer:
     """Trains the draft of one model on what verification says of it.
 
@@ -157,7 +182,7 @@ class DVITrainer:
     Attributes:
         model: the model with its draft.
         peft_model: PEFT's view of the same weights, for saving the adapters.
-        buffer, baseline: the changing state outside the model and the optimizers; `counters`, `served` and
+        buffer, baseline: the changing state outside the model and the optimizers; `counters`, `served`, `rates` and
             `generator` say how far the run is.
         split: the prompt stream, and the held-out prompts.
         answer: responses for prompts, by default the verifier's as it is then; a `Tape` can stand in.
@@ -187,8 +212,9 @@ class DVITrainer:
         self.slow_optimizer = make_optimizer(self.deep, config.lr_deep)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
-        self.baseline = Baseline(config.baseline_momentum)
+        self.baseline = Baseline(config.baseline, config.baseline_momentum)
         self.counters, self.served = Counters(), Served()
+        self.rates: list[float] = []
         self.answer: Answer = self._generate
 
     # The loop
@@ -282,44 +308,47 @@ class DVITrainer:
         config = self.config
         train_only(self.model, self.shallow)
         reward = float(batch.reward.mean())
-        baseline = self.baseline.update(reward)
-        losses = self.fast_losses(batch, baseline)
+        baseline = self.baseline.update(reward, len(batch.reward))
         share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
-        loss = losses.combine(config.schedule, share, config.kl_floor)
+        decisions = self.decisions(batch, baseline, share)
+        loss = fast_loss(decisions)
+        with torch.no_grad():
+            parts = {key: float(OBJECTIVES[name](decisions)) for key, name in LOGGED.items()}
         lr = self._fast_lr()
         grad_norm = self._apply(self.fast_optimizer, self.shallow, loss, lr)
         phase = config.schedule if config.schedule != "kl_to_rl" else ("ramp" if share else "kl")
         return FastResult(
             phase=phase,
             loss=float(loss.detach()),
-            loss_rl=float(losses.rl.detach()),
-            loss_kl=float(losses.kl.detach()),
-            loss_ce=float(losses.ce.detach()),
+            **parts,
             reward=reward,
             baseline=baseline,
             grad_norm=grad_norm,
             lr=lr,
         )
 
-    def fast_losses(self, batch: TrainingBatch, baseline: float) -> FastLosses:
-        """All fast losses of a batch of records, with gradients to what `train_only` lets learn."""
-        temperature = self.config.action_temperature if self.config.actions == "sampled" else 1.0
+    def decisions(self, batch: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0) -> Decisions:
+        """A batch of records as the objectives see it, with gradients to what `train_only` lets learn."""
         logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
-        log_probs = log_prob_of(logits, self.model.draft_index(batch.token), temperature)
-        return FastLosses(
-            rl=reinforce_loss(log_probs, batch.reward, baseline),
-            kl=kl_loss(logits, self.model.verifier_logits(batch.verifier_hidden)),
-            ce=masked_ce_loss(log_probs, batch.reward),
+        return Decisions(
+            config=self.config,
+            logits=logits,
+            verifier=cache(lambda: self.model.verifier_logits(batch.verifier_hidden)),
+            drafted=self.model.draft_index(batch.token),
+            verified=self.model.draft_index(batch.verifier_token),
+            rewards=batch.reward,
+            baseline=baseline,
+            reward_share=reward_share,
         )
 
     def replay_update(self, batch: TrainingBatch) -> None:
-        """One more step of lora_S, drafter and exit head, on older responses and by distillation alone.
+        """One more step of lora_S, drafter and exit head, on older responses and without the reward of any draft.
 
         What the verifier said of an old position stays true, while the draft's old token was drawn from another
-        policy; so the KL may look back and the reward may not.
+        policy; so a loss may look back if it asks the verifier alone.
         """
         train_only(self.model, self.shallow)
-        self._apply(self.fast_optimizer, self.shallow, self.fast_losses(batch, 0.0).kl, self._fast_lr())
+        self._apply(self.fast_optimizer, self.shallow, fast_loss(self.decisions(batch)), self._fast_lr())
 
     def slow_update(self, batch: TrainingBatch) -> SlowResult | None:
         """One step of lora_D on the accepted tokens of some responses, and of nothing else; None if there are none."""
@@ -406,10 +435,12 @@ class DVITrainer:
         """One log line, and a fresh account of what is served until the next."""
         served, counters = self.served, self.counters
         self.served = Served(wall_s=counters.wall_s)
+        accept_rate = served.accepted / served.drafted if served.drafted else math.nan
+        self._guard_drift(accept_rate, slow)
         return StepMetrics(
             **asdict(fast),
             loss_slow=None if slow is None else slow.loss,
-            accept_rate=served.accepted / served.drafted if served.drafted else math.nan,
+            accept_rate=accept_rate,
             mat=served.committed / served.blocks if served.blocks else math.nan,
             ppl_sample=math.exp(served.nll / max(1, served.tokens)),
             drift_kl=None if slow is None else slow.drift_kl,
@@ -418,6 +449,20 @@ class DVITrainer:
             buffer_size=len(self.buffer),
             **asdict(counters),
         )
+
+    def _guard_drift(self, accept_rate: float, slow: SlowResult | None) -> None:
+        """Warn, once, if drift is suspected when it is measured."""
+        counters, bound = self.counters, self.config.drift_bound
+        first, last = self.rates[:DRIFT_WINDOW], self.rates[DRIFT_WINDOW:]
+        self.rates = [*first, *last[1 - DRIFT_WINDOW :], accept_rate]
+        if slow and not counters.drift_flag and drift_suspected(self.rates, slow.drift_kl, bound):
+            counters.drift_flag = True
+            tqdm.write(
+                f"step {counters.step}: the accept rate rose from {fmean(first):.3f} to "
+                f"{fmean(self.rates[DRIFT_WINDOW:]):.3f} while the verifier drifted {slow.drift_kl:.3g} nats a token, "
+                f"past drift_bound {bound:g}; it may accept more because it got worse",
+                file=sys.stderr,
+            )
 
     # State
 
@@ -431,7 +476,8 @@ class DVITrainer:
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
-            "baseline": self.baseline.value,
+            "rates": self.rates,
+            "baseline": [self.baseline.value, self.baseline.count],
             "stream": self.split.stream.state_dict(),
             "buffer": buffer["numbers"],
         }
@@ -441,7 +487,8 @@ class DVITrainer:
         """Restore what `state_dict` gave."""
         tensors, numbers = state["tensors"], state["numbers"]
         self.counters, self.served = Counters(**numbers["counters"]), Served(**numbers["served"])
-        self.baseline.value = numbers["baseline"]
+        self.rates = numbers["rates"]
+        self.baseline.value, self.baseline.count = numbers["baseline"]
         self.split.stream.load_state_dict(numbers["stream"])
         stored = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
         self.buffer.load_state_dict({"tensors": stored, "numbers": numbers["buffer"]})

@@ -29,7 +29,14 @@ def test_a_value_of_the_wrong_type_is_refused(field):
     [
         ({"exit_layer": 0}, "exit_layer is 0; expected a number from 1"),
         ({"threshold": 1.1}, "threshold is 1.1; expected a number from 0 to 1"),
-        ({"schedule": "magic"}, "schedule is 'magic'; expected one of reinforce, kl, ce, kl_to_rl"),
+        (
+            {"schedule": "magic"},
+            "schedule is 'magic'; expected one of reinforce, exact_pg, ce, masked_ce, kl, tv, kl_to_rl",
+        ),
+        ({"kl_kind": "backward"}, "kl_kind is 'backward'; expected one of forward, reverse, js"),
+        ({"baseline": "max"}, "baseline is 'max'; expected one of ema, mean, none"),
+        ({"kl_top_k": -1}, "kl_top_k is -1; expected a number from 0"),
+        ({"entropy_weight": -0.1}, "entropy_weight is -0.1; expected a number from 0"),
         ({"num_prompts": True}, "num_prompts is True"),
         ({"seed": 1.5}, "seed is 1.5; expected int"),
         ({"lr_shallow": float("nan")}, "lr_shallow is nan"),
@@ -91,7 +98,9 @@ def test_decode_settings_follow():
     assert (
         config.decode.draft_len == 5 and config.decode.draft_temperature == 0 and config.learn.draft_temperature == 0.7
     )
-    assert dataclasses.replace(config, actions="argmax").learn == config.decode
+    argmax = dataclasses.replace(config, actions="argmax")
+    assert argmax.learn == config.decode
+    assert (config.policy_temperature, argmax.policy_temperature) == (0.7, 1.0)
 
 
 # Notebooks

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from conftest import scramble_lora, tiny_loaded, tiny_split
 from test_trainer import tiny_settings
 
+from dvirl.config import SCHEDULES
 from dvirl.lora import train_only
+from dvirl.losses import OBJECTIVES, REPLAYING, fast_loss
 from dvirl.trainer import DVITrainer
 
 
@@ -36,7 +38,7 @@ def layers(names):
     return {int(name.split("layers.")[1].split(".")[0]) for name in names}
 
 
-@pytest.mark.parametrize("schedule", ["reinforce", "kl", "ce", "kl_to_rl"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
 def test_a_fast_update_changes_lora_s_and_nothing_else(schedule, exit_layer):
     trainer = collected(schedule=schedule, exit_layer=exit_layer, head="frozen", drafter="none", draft_vocab=0)
@@ -45,6 +47,39 @@ def test_a_fast_update_changes_lora_s_and_nothing_else(schedule, exit_layer):
     moved = changed(trainer, before)
     assert moved - {"adapter_model.norm.weight"} and all("lora_S" in n for n in moved - {"adapter_model.norm.weight"})
     assert layers(moved - {"adapter_model.norm.weight"}) == set(range(exit_layer))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(schedule="reinforce", kl_weight=0.2, entropy_weight=0.01),
+        dict(schedule="kl", kl_kind="reverse"),
+        dict(schedule="kl", kl_kind="js", kl_top_k=4),
+    ],
+)
+def test_regularisers_and_other_divergences_move_the_same_weights(changes):
+    trainer = collected(head="full", draft_vocab=100, **changes)
+    before = snapshot(trainer)
+    trainer.fast_update(trainer.buffer.take_fresh())
+    moved = changed(trainer, before)
+    assert "exit_proj.weight" in moved and any("lora_S" in name for name in moved)
+    assert not [n for n in moved if "lora_S" not in n and not n.startswith(("exit_proj", "adapter_model"))]
+
+
+@pytest.mark.parametrize("schedule", REPLAYING)
+def test_a_replay_does_not_look_at_the_draw(schedule):
+    """The same old responses with other drafts and rewards move the weights to the same place."""
+    ends = []
+    for other in (False, True):
+        trainer = collected(schedule=schedule, draft_vocab=100)
+        batch = trainer.buffer.recent(4)
+        if other:
+            batch = replace(batch, token=batch.token.flip(0), reward=1 - batch.reward)
+        before = snapshot(trainer)
+        trainer.replay_update(batch)
+        assert changed(trainer, before)
+        ends.append(snapshot(trainer))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_with_a_trained_head_and_drafter_these_move_too():
@@ -82,7 +117,7 @@ def test_a_guard_left_open_would_be_seen():
     trainer = collected()
     batch = trainer.buffer.take_fresh()
     train_only(trainer.model, trainer.shallow)
-    trainer.fast_losses(batch, 0.0).kl.backward()
+    OBJECTIVES["kl"](trainer.decisions(batch)).backward()
     assert all(p.grad is None for p in trainer.deep)
     assert all(p.grad is not None for p in trainer.shallow if p.numel())
 
@@ -97,7 +132,8 @@ def test_the_fast_gradient_equals_an_independent_recomputation(actions):
     batch = trainer.buffer.take_fresh()
     baseline = 0.37
     train_only(trainer.model, trainer.shallow)
-    found = torch.autograd.grad(trainer.fast_losses(batch, baseline).rl, trainer.shallow, allow_unused=True)
+    loss = fast_loss(trainer.decisions(batch, baseline))
+    found = torch.autograd.grad(loss, trainer.shallow, allow_unused=True)
     model, total = trainer.model, 0.0
     ids = model.draft_ids.tolist()
     for n in range(len(batch.token)):

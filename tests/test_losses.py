@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
 
-from dvirl.losses import FastLosses, kl_loss, log_prob_of, masked_ce_loss, reinforce_loss, reward_weight, slow_loss
+from dvirl.config import SCHEDULES, DVIConfig
+from dvirl.losses import (
+    OBJECTIVES,
+    REPLAYING,
+    Decisions,
+    exact_pg_loss,
+    fast_loss,
+    kl_loss,
+    log_prob_of,
+    masked_ce_loss,
+    mean_entropy,
+    reinforce_loss,
+    reward_weight,
+    slow_loss,
+    tv_loss,
+)
 
 
 def random_logits(rows, columns, seed):
@@ -39,20 +57,61 @@ def test_reinforce_on_a_bandit_has_the_analytic_gradient():
         torch.testing.assert_close(-total, analytic)
 
 
-def test_sampled_reinforce_agrees_with_the_analytic_gradient_and_argmax_does_not():
-    logits = torch.tensor([0.3, -0.7, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
-    reward_of = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+@pytest.mark.parametrize("baseline", [0.0, 0.4, -3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_exact_gradient_is_reinforces_over_all_actions(baseline, temperature):
+    """Three positions, every action in turn weighted by the policy; the last wanted token is not in the vocabulary."""
+    logits, wanted = random_logits(3, 5, 6).requires_grad_(), torch.tensor([4, 0, -1])
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    for action in range(5):
+        actions = torch.full((3,), action)
+        for n in range(3):
+            reward = torch.tensor([0.0] * 3, dtype=torch.float64)
+            reward[n] = float(action == wanted[n])
+            log_probs = log_prob_of(logits, actions, temperature)
+            gradient = torch.autograd.grad(reinforce_loss(log_probs, reward, baseline), logits)[0]
+            expected[n] += (logits[n].detach() / temperature).softmax(-1)[action] * gradient[n]
+    log_probs = log_prob_of(logits, wanted.clamp(min=0), temperature)
+    found = torch.autograd.grad(exact_pg_loss(log_probs, (wanted >= 0).double()), logits)[0]
+    torch.testing.assert_close(found, expected)
+    assert found[:2].abs().min() > 1e-5 and not found[2].any()
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.5])
+def test_sampled_reinforce_agrees_with_the_exact_gradient_and_argmax_does_not(baseline):
+    logits, wanted = torch.tensor([0.3, -0.7, 1.1, 0.0], dtype=torch.float64, requires_grad=True), 1
     probabilities = logits.softmax(-1).detach()
-    analytic = probabilities * (reward_of - (probabilities * reward_of).sum())
+    exact = torch.autograd.grad(
+        exact_pg_loss(log_prob_of(logits[None], torch.tensor([wanted])), torch.ones(1)), logits
+    )[0]
+    by_hand = -probabilities[wanted] * (torch.eye(4, dtype=torch.float64)[wanted] - probabilities)
+    torch.testing.assert_close(exact, by_hand)
     actions = torch.multinomial(probabilities, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    baseline = float((probabilities * reward_of).sum())
 
     def gradient(chosen):
-        loss = reinforce_loss(log_prob_of(logits.expand(len(chosen), 4), chosen), reward_of[chosen], baseline)
-        return -torch.autograd.grad(loss, logits)[0]
+        log_probs = log_prob_of(logits.expand(len(chosen), 4), chosen)
+        return torch.autograd.grad(reinforce_loss(log_probs, (chosen == wanted).double(), baseline), logits)[0]
 
-    torch.testing.assert_close(gradient(actions), analytic, atol=5e-3, rtol=0)
-    assert (gradient(torch.full((100,), 2)) - analytic).abs().max() > 0.1
+    torch.testing.assert_close(gradient(actions), exact, atol=5e-3, rtol=0)
+    assert (gradient(torch.full((100,), 2)) - exact).abs().max() > 0.05
+
+
+def test_cross_entropy_leaves_out_what_the_head_has_not():
+    logits, wanted = random_logits(4, 6, 7).requires_grad_(), torch.tensor([2, -1, 5, 0])
+    found = masked_ce_loss(log_prob_of(logits, wanted.clamp(min=0)), (wanted >= 0).double())
+    expected = F.cross_entropy(logits, wanted, ignore_index=-1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
+
+
+def test_exact_pg_against_a_plain_loop():
+    logits, wanted = random_logits(4, 6, 7), [2, -1, 5, 0]
+    expected = 0.0
+    for row, token in zip((logits / 0.7).tolist(), wanted, strict=True):
+        expected -= math.exp(row[token]) / sum(math.exp(x) for x in row) / 4 if token >= 0 else 0.0
+    index = torch.tensor(wanted)
+    found = exact_pg_loss(log_prob_of(logits, index.clamp(min=0), 0.7), (index >= 0).double())
+    assert float(found) == pytest.approx(expected)
 
 
 def test_kl_against_a_plain_sum():
@@ -63,10 +122,91 @@ def test_kl_against_a_plain_sum():
     assert float(kl_loss(draft, draft)) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_kl_gives_no_gradient_to_the_verifier():
+def outcomes(draft, verifier, top_k):
+    """Plain lists of probabilities a row, the verifier's and the draft's, the tail summed up if there is one."""
+    for row, q in enumerate(draft.softmax(-1).tolist()):
+        p = verifier.softmax(-1)[row].tolist()
+        order = sorted(range(len(p)), key=lambda token: -p[token])
+        head, tail = (order[:top_k], order[top_k:]) if top_k else (order, [])
+        yield tuple([x[t] for t in head] + ([sum(x[t] for t in tail)] if tail else []) for x in (p, q))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 6, 7, 50])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_every_kl_against_plain_loops(kind, top_k):
+    draft, verifier = random_logits(4, 7, 1), 2 * random_logits(4, 7, 2)
+
+    def kl(p, q):
+        return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+
+    def divergence(p, q):
+        m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+        return {"forward": kl(p, q), "reverse": kl(q, p), "js": (kl(p, m) + kl(q, m)) / 2}[kind]
+
+    expected = sum(divergence(p, q) for p, q in outcomes(draft, verifier, top_k)) / 4
+    found = float(kl_loss(draft, verifier, kind, top_k))
+    assert found == pytest.approx(expected) and found > 1e-3
+    assert float(kl_loss(draft, draft, kind, top_k)) == pytest.approx(0.0, abs=1e-12)
+    whole = float(kl_loss(draft, verifier, kind))
+    assert found == pytest.approx(whole) if top_k in (0, 6, 7, 50) else found < whole - 1e-3
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_every_kls_gradient_is_that_of_torchs_distributions(kind):
+    draft, verifier = random_logits(4, 7, 1).requires_grad_(), random_logits(4, 7, 2)
+    p, q = Categorical(logits=verifier), Categorical(logits=draft)
+    m = Categorical(probs=(p.probs + q.probs) / 2)
+    both = (kl_divergence(p, m) + kl_divergence(q, m)) / 2
+    expected = {"forward": kl_divergence(p, q), "reverse": kl_divergence(q, p), "js": both}[kind].mean()
+    found = kl_loss(draft, verifier, kind)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, draft)[0] for loss in (found, expected)))
+
+
+def test_far_apart_distributions_stay_finite():
+    """Logits a float32 softmax takes to exact zeros, with and without a tail."""
+    draft = torch.tensor([[0.0, 200.0, -200.0, 0.0]], requires_grad=True)
+    verifier = torch.tensor([[300.0, 0.0, 0.0, -300.0]])
+    for kind in ("forward", "reverse", "js"):
+        for top_k in (0, 1, 2):
+            loss = kl_loss(draft, verifier, kind, top_k)
+            gradient = torch.autograd.grad(loss, draft)[0]
+            assert loss.isfinite() and gradient.isfinite().all()
+            assert kind != "js" or float(loss.detach()) == pytest.approx(math.log(2))
+    assert float(tv_loss(draft.detach(), verifier)) == 1.0
+
+
+LOSSES = {
+    "kl": kl_loss,
+    "reverse top": lambda draft, verifier: kl_loss(draft, verifier, "reverse", 3),
+    "js top": lambda draft, verifier: kl_loss(draft, verifier, "js", 3),
+    "top": lambda draft, verifier: kl_loss(draft, verifier, top_k=2),
+    "tv": tv_loss,
+    "entropy": lambda draft, verifier: mean_entropy(draft, 0.7),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_against_finite_differences_and_none_to_the_verifier(name):
     draft, verifier = random_logits(4, 7, 1).requires_grad_(), random_logits(4, 7, 2).requires_grad_()
-    kl_loss(draft, verifier).backward()
-    assert draft.grad is not None and verifier.grad is None
+    assert torch.autograd.gradcheck(lambda logits: LOSSES[name](logits, verifier.detach()), draft)
+    LOSSES[name](draft, verifier).backward()
+    assert draft.grad is not None and draft.grad.abs().max() > 1e-3 and verifier.grad is None
+
+
+def test_total_variation_is_the_rejection_rate_of_speculative_sampling():
+    draft, verifier = random_logits(3, 6, 8), random_logits(3, 6, 9)
+    p, q = verifier.softmax(-1), draft.softmax(-1)
+    torch.testing.assert_close(tv_loss(draft, verifier), ((p - q).abs().sum(-1) / 2).mean())
+    by_rule = sum(float(q[n, x]) * (1 - min(1.0, float(p[n, x] / q[n, x]))) for n in range(3) for x in range(6)) / 3
+    assert float(tv_loss(draft, verifier)) == pytest.approx(by_rule)
+    assert float(tv_loss(draft, draft)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_entropy_against_torchs_distributions():
+    logits = random_logits(4, 6, 10)
+    torch.testing.assert_close(mean_entropy(logits, 0.7), Categorical(logits=logits / 0.7).entropy().mean())
+    assert float(mean_entropy(torch.zeros(2, 8))) == pytest.approx(math.log(8))
 
 
 def test_masked_ce_counts_accepted_tokens_only():
@@ -96,8 +236,66 @@ def test_the_ramp():
     assert reward_weight(0.5, 0.5, 0.5) == 0.0 and reward_weight(0.6, 0.5, 0.5) == 1.0
 
 
-def test_schedules_combine_their_parts():
-    parts = FastLosses(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0))
-    assert [float(parts.combine(name, 0.5, 0.2)) for name in ("reinforce", "kl", "ce")] == [2.0, 3.0, 5.0]
-    assert float(parts.combine("kl_to_rl", 0.0, 0.2)) == 3.0
-    assert float(parts.combine("kl_to_rl", 0.5, 0.2)) == pytest.approx(0.6 * 3 + 0.5 * 7)
+def decisions(asked=None, **changes) -> Decisions:
+    """Four records, one verifier's token outside the exit head; `asked` counts looks at the verifier's logits."""
+    config = DVIConfig(**{"action_temperature": 0.7, "kl_floor": 0.2, "kl_kind": "reverse", "kl_top_k": 3, **changes})
+
+    def verifier():
+        if asked is not None:
+            asked.append(1)
+        return random_logits(4, 7, 2)
+
+    drafted, verified = torch.tensor([1, 0, 6, 2]), torch.tensor([1, 3, 6, -1])
+    return Decisions(
+        config, random_logits(4, 7, 1), verifier, drafted, verified, (drafted == verified).double(), 0.3, 0.5
+    )
+
+
+def by_hand() -> dict[str, float]:
+    draft, verifier, tempered = random_logits(4, 7, 1), random_logits(4, 7, 2), random_logits(4, 7, 1) / 0.7
+    log_pi = tempered.log_softmax(-1)
+    parts = {
+        "reinforce": -sum((r - 0.3) * float(log_pi[n, x]) for n, x, r in [(0, 1, 1), (1, 0, 0), (2, 6, 1), (3, 2, 0)])
+        / 4,
+        "exact_pg": -sum(math.exp(log_pi[n, x]) for n, x in [(0, 1), (1, 3), (2, 6)]) / 4,
+        "ce": -sum(float(log_pi[n, x]) for n, x in [(0, 1), (1, 3), (2, 6)]) / 3,
+        "masked_ce": -sum(float(log_pi[n, x]) for n, x in [(0, 1), (2, 6)]) / 2,
+        "kl": sum(sum(y * math.log(y / x) for x, y in zip(p, q, strict=True)) for p, q in outcomes(draft, verifier, 3))
+        / 4,
+        "tv": float((verifier.softmax(-1) - draft.softmax(-1)).abs().sum() / 8),
+    }
+    return {**parts, "kl_to_rl": 0.6 * parts["kl"] + 0.5 * (parts["masked_ce"] + parts["reinforce"])}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_what_it_says_and_takes_regularisers(schedule):
+    parts, on = by_hand(), decisions(schedule=schedule)
+    assert float(fast_loss(on)) == pytest.approx(parts[schedule])
+    entropy = float(Categorical(logits=on.logits / 0.7).entropy().mean())
+    regularised = decisions(schedule=schedule, kl_weight=0.2, entropy_weight=0.05)
+    assert float(fast_loss(regularised)) == pytest.approx(parts[schedule] + 0.2 * parts["kl"] - 0.05 * entropy)
+
+
+def test_argmax_actions_come_from_the_policy_at_temperature_one():
+    found = fast_loss(decisions(schedule="ce", actions="argmax"))
+    expected = F.cross_entropy(random_logits(4, 7, 1), torch.tensor([1, 3, 6, -1]), ignore_index=-1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_schedules_have_their_objectives_and_kl_to_rl_starts_as_kl():
+    assert tuple(OBJECTIVES) == SCHEDULES and set(REPLAYING) < set(SCHEDULES)
+    assert float(fast_loss(replace(decisions(), reward_share=0.0))) == pytest.approx(by_hand()["kl"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_may_be_replayed_does_not_look_at_the_draw(schedule):
+    on = replace(decisions(schedule=schedule), reward_share=0.0)
+    other = replace(on, drafted=torch.tensor([5, 5, 0, 0]), rewards=torch.tensor([0.0, 1, 1, 0]), baseline=0.9)
+    assert (float(fast_loss(on)) == float(fast_loss(other))) == (schedule in REPLAYING)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_verifiers_logits_are_computed_for_those_who_ask(schedule):
+    asked = []
+    fast_loss(decisions(asked, schedule=schedule))
+    assert bool(asked) == (schedule in ("kl", "tv", "kl_to_rl"))
