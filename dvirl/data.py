@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -82,7 +83,7 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
     if not name or name.startswith((".", "/")) or name.count("/") > 1 or Path(name).suffix in (".json", ".jsonl"):
-        raise DvirlError(f"prompts_path is {name!r}: no such file")
+        raise DvirlError(f"{name!r}: no such file")
     from datasets import load_dataset
 
     try:
@@ -91,9 +92,7 @@ def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}: row {number}", row
     except Exception as error:  # datasets raises a dozen kinds for what is all one thing to the user
         reason = " ".join(str(error).split())
-        raise DvirlError(
-            f"prompts_path is {name!r}: no such file, and no readable data set on the hub ({reason})"
-        ) from error
+        raise DvirlError(f"{name!r}: no such file, and no readable data set on the hub ({reason})") from error
 
 
 def _text(row: Any, key: str) -> str:
@@ -195,6 +194,18 @@ def chatterbot_prompts() -> list[Prompt]:
                 prompt = Prompt((str(conversation[0]),), file.name.removesuffix(".yml"))
                 prompts.setdefault(prompt.key, prompt)
     return list(prompts.values())
+
+
+def most_frequent(responses: Iterable[Sequence[int]], size: int, vocab_size: int) -> list[int] | None:
+    """A draft vocabulary: the `size` most frequent tokens of some responses, ascending, or None where it is all.
+
+    Tokens not seen follow in the vocabulary's order, which for byte-level BPE is the order of its merges and so
+    roughly that of frequency.
+    """
+    if size == 0 or size >= vocab_size:
+        return None
+    seen = Counter(token for response in responses for token in response)
+    return sorted(sorted(range(vocab_size), key=lambda token: (-seen[token], token))[:size])
 
 
 # Prompts that the model writes itself

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -68,6 +68,11 @@ class StepMetrics:
     wall_s: float
 
 
+def plain(values: Any) -> Any:
+    """The same for JSON: numbers that it cannot spell become None."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
 class MetricsLog:
     """Appends steps to a JSONL file, each line complete on disk when `write` returns."""
 
@@ -75,13 +80,10 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
         """Append one line; numbers that JSON cannot spell become null."""
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(metrics).items()
-        }
-        self._file.write(json.dumps(plain) + "\n")
+        values = asdict(metrics) if isinstance(metrics, StepMetrics) else metrics
+        self._file.write(json.dumps(plain(values)) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,16 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dvirl import checkpoint
 from dvirl.buffer import ReplayBuffer, TrainingBatch
 from dvirl.config import DVIConfig
-from dvirl.data import PromptSplit, load_prompts
+from dvirl.data import PromptSplit, load_prompts, most_frequent
 from dvirl.errors import DvirlError
-from dvirl.lora import deep_parameters, make_optimizer, shallow_parameters, train_only
+from dvirl.lora import clipped_step, cosine_rate, deep_parameters, make_optimizer, shallow_parameters, train_only
 from dvirl.losses import FastLosses, kl_loss, log_prob_of, masked_ce_loss, reinforce_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
@@ -31,8 +29,6 @@ from dvirl.trace import MetricsLog, StepMetrics
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
 
-COSINE_FLOOR = 0.1
-"""Share of lr_shallow that the cosine schedule ends with."""
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
 REPLAYING = ("kl", "kl_to_rl")
@@ -123,18 +119,13 @@ class SlowResult:
 
 
 def draft_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfig) -> list[int] | None:
-    """The tokens that the exit head covers, ascending, or None for all.
+    """The most frequent tokens of the model's responses to the stream's first prompts, or None for all tokens."""
 
-    They are the most frequent of the model's responses to the stream's first prompts. Tokens not seen follow in
-    the vocabulary's order, which for byte-level BPE is the order of its merges and so roughly that of frequency.
-    """
-    size, vocab_size = config.draft_vocab, loaded.model.config.vocab_size
-    if size == 0 or size >= vocab_size:
-        return None
-    prompts = split.stream.peek(VOCAB_SAMPLE)
-    rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids)
-    seen = Counter(token for row in range(len(rollout)) for token in rollout.response(row))
-    return sorted(sorted(range(vocab_size), key=lambda token: (-seen[token], token))[:size])
+    def responses() -> Iterator[list[int]]:
+        rollout = generate(loaded.model, split.stream.peek(VOCAB_SAMPLE), config.max_new_tokens, loaded.eos_ids)
+        yield from (rollout.response(row) for row in range(len(rollout)))
+
+    return most_frequent(responses(), config.draft_vocab, loaded.model.config.vocab_size)
 
 
 class DVITrainer:
@@ -192,8 +183,8 @@ class DVITrainer:
         """
         config, counters = self.config, self.counters
         run_dir = Path(config.run_dir)
-        if counters.step == 0 and (run_dir / "metrics.jsonl").exists():
-            raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
+        if counters.step == 0:
+            checkpoint.refuse_used(run_dir)
         checkpoint.write_config(run_dir, config, self.loaded)
         log = MetricsLog(run_dir / "metrics.jsonl")
         last_saved = counters.step
@@ -355,16 +346,10 @@ class DVITrainer:
 
     def _apply(self, optimizer: Optimizer, parameters: list[torch.nn.Parameter], loss: Tensor, lr: float) -> float:
         """Clip and step; a gradient that is not finite leaves the weights as they are and is counted."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = float(clip_grad_norm_(parameters, self.config.grad_clip))
-        if math.isfinite(grad_norm):
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-        else:
+        grad_norm = clipped_step(optimizer, parameters, loss, lr, self.config.grad_clip)
+        if not math.isfinite(grad_norm):
             self.counters.skipped += 1
             tqdm.write(f"step {self.counters.step}: the gradient is not finite; this update is left out")
-        optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
     @property
@@ -375,10 +360,8 @@ class DVITrainer:
     def _fast_lr(self) -> float:
         """lr_shallow after warm-up and schedule."""
         config = self.config
-        rate = config.lr_shallow * min(1.0, self.counters.step / max(1, config.warmup_steps))
-        if config.lr_schedule == "constant":
-            return rate
-        return rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * self.progress)) / 2)
+        progress = 0.0 if config.lr_schedule == "constant" else self.progress
+        return cosine_rate(config.lr_shallow, self.counters.step, config.warmup_steps, progress)
 
     # Log
 
