@@ -12,6 +12,7 @@ USAGE = """usage: dvirl COMMAND [options]
 
 commands:
   train             train a draft while it generates (dvirl train --help lists all settings)
+  sgp               fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)
   acceptance        decode a run's held-out prompts step by step, before and after training
   fetch             fetch the default model into the cache, once, and print its folder
 """
@@ -39,6 +40,7 @@ def _fetch(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": _run("dvirl.train_dvi"),
+    "sgp": _run("dvirl.train_sgp"),
     "acceptance": _run("dvirl.evaluation.acceptance"),
     "fetch": _fetch,
 }
