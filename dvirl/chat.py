@@ -131,6 +131,11 @@ class ChatEncoder:
                 ids += self._plain.encode(segment).ids
         return ids
 
+    def encode_response(self, text: str) -> list[int]:
+        """Token ids of the assistant's answer behind what `encode` gives, without an end-of-sequence token."""
+        ids: list[int] = self._plain.encode(f"\n{text}" if self.chat_format == "none" else text).ids
+        return ids
+
     def frame(self) -> tuple[list[int], list[int], list[int]]:
         """Token ids before a user's first turn, between a user's turn and the answer, and between answer and next turn.
 

@@ -8,6 +8,8 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +28,14 @@ from dvirl.settings import read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
-PARTS = ("drafter.safetensors", "trainer.safetensors", "trainer.json")
+DRAFTER = "drafter.safetensors"
+STATE = ("trainer.safetensors", "trainer.json")
+
+
+def refuse_used(run_dir: Path) -> None:
+    """Raise `DvirlError` if a run has been logged in this folder."""
+    if (run_dir / "metrics.jsonl").exists():
+        raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
 
 
 def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> Path:
@@ -49,26 +58,13 @@ def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> P
     return path
 
 
-def save(run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: dict[str, Any]) -> Path:
-    """Write `checkpoints/step-…`: a temporary folder, renamed when all of it is there.
-
-    Args:
-        run_dir: the run's folder.
-        step: fast updates so far.
-        peft_model: holds lora_S and lora_D, saved as plain PEFT folders.
-        model: its drafter goes into `drafter.safetensors`.
-        state: the trainer's, tensors and numbers.
-    """
-    parent = run_dir / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f"step-{step:06d}"
-    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
     try:
-        peft_model.save_pretrained(scratch, selected_adapters=list(peft_model.peft_config), save_embedding_layers=False)
-        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        save_file(model.drafter_state(), scratch / "drafter.safetensors")
-        save_file({key: value.contiguous() for key, value in state["tensors"].items()}, scratch / "trainer.safetensors")
-        (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
+        yield scratch
         scratch.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -76,17 +72,42 @@ def save(run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, 
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def save(
+    run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: dict[str, Any] | None = None
+) -> Path:
+    """Write `checkpoints/step-…`, whole or not at all.
+
+    Args:
+        run_dir: the run's folder.
+        step: updates so far.
+        peft_model: its adapters are saved as plain PEFT folders.
+        model: its drafter goes into `drafter.safetensors`.
+        state: the trainer's, tensors and numbers; None for weights alone.
+    """
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    with whole_folder(folder) as scratch:
+        peft_model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
+        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        save_file(model.drafter_state(), scratch / DRAFTER)
+        if state is not None:
+            tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
+            save_file(tensors, scratch / "trainer.safetensors")
+            (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
     return folder
 
 
-def load(folder: Path, peft_model: PeftModel, model: KangarooModel) -> dict[str, Any]:
+def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: bool = False) -> dict[str, Any]:
     """Load the weights of a checkpoint in place, and return the trainer's state.
+
+    With `draft_only`, what drafts is loaded, lora_S and drafter, from any checkpoint, and no state is returned.
 
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    adapters = list(peft_model.peft_config)
-    missing = [name for name in (*adapters, *PARTS) if not (folder / name).exists()]
+    adapters = ["lora_S"] if draft_only else list(peft_model.peft_config)
+    missing = [name for name in (*adapters, DRAFTER, *(() if draft_only else STATE)) if not (folder / name).exists()]
     if missing:
         raise DvirlError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
     device = model.head_model.weight.device
@@ -94,6 +115,8 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel) -> dict[str,
         for name in adapters:
             _load_adapter(folder / name, peft_model, name)
         model.load_drafter(folder)
+        if draft_only:
+            return {}
         tensors = load_file(folder / "trainer.safetensors", device=str(device))
         numbers = json.loads((folder / "trainer.json").read_text())
     except (SafetensorError, json.JSONDecodeError, OSError) as error:

@@ -1,31 +1,32 @@
-"""The command line: `dvirl train`, `dvirl acceptance`, `dvirl fetch`."""
+"""The command line: `dvirl COMMAND`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from dvirl.errors import DvirlError
 
 USAGE = """usage: dvirl COMMAND [options]
 
 commands:
-  train        train a draft while it generates (dvirl train --help lists all settings)
-  acceptance   decode a run's held-out prompts step by step, before and after training
-  fetch        fetch the default model into the cache, once, and print its folder
+  train             train a draft while it generates (dvirl train --help lists all settings)
+  sgp               fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)
+  acceptance        decode a run's held-out prompts step by step, before and after training
+  average-adapters  average the adapters or checkpoints of several clients, weighted by tokens
+  fetch             fetch the default model into the cache, once, and print its folder
 """
 
 
-def _train(argv: Sequence[str]) -> None:
-    from dvirl.train_dvi import main, parse_args
+def _run(module: str) -> Callable[[Sequence[str]], object]:
+    """The command of a module, which is imported when it is called: its `main`, behind its `parse_args` if any."""
 
-    main(parse_args(argv))
+    def run(argv: Sequence[str]) -> object:
+        entry = import_module(module)
+        return entry.main(entry.parse_args(argv) if hasattr(entry, "parse_args") else argv)
 
-
-def _acceptance(argv: Sequence[str]) -> None:
-    from dvirl.evaluation.acceptance import main
-
-    main(argv)
+    return run
 
 
 def _fetch(argv: Sequence[str]) -> None:
@@ -38,11 +39,27 @@ def _fetch(argv: Sequence[str]) -> None:
     print(ensure_embedded(name))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "acceptance": _acceptance, "fetch": _fetch}
+COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
+    "train": _run("dvirl.train_dvi"),
+    "sgp": _run("dvirl.train_sgp"),
+    "acceptance": _run("dvirl.evaluation.acceptance"),
+    "average-adapters": _run("dvirl.federated"),
+    "fetch": _fetch,
+}
+
+
+def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
+    """Run a command; bad input is one sentence on standard error and exit code 2."""
+    try:
+        command(argv)
+    except DvirlError as error:
+        print(f"dvirl: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input is one sentence on standard error and exit code 2."""
+    """Run the command that the first argument names; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -50,12 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"dvirl: unknown command {arguments[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        COMMANDS[arguments[0]](arguments[1:])
-    except DvirlError as error:
-        print(f"dvirl: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(COMMANDS[arguments[0]], arguments[1:])
 
 
 if __name__ == "__main__":

@@ -186,3 +186,36 @@ class DVIConfig(DraftSettings):
     def policy_temperature(self) -> float:
         """Of the policy that the objectives speak of: that of sampled actions, 1 for argmax."""
         return self.action_temperature if self.actions == "sampled" else 1.0
+
+
+@dataclass(frozen=True)
+class SGPConfig(DraftSettings):
+    """Everything that shallow-gradient fine-tuning depends on; AdamW, warm-up, then a cosine down to a tenth."""
+
+    run_dir: str = "runs/sgp"
+    """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
+    records_path: str = ""
+    """JSON or JSONL file or hub id of supervised records, in Dolly's or self-instruct's schema."""
+    on_bad_row: str = choice("refuse", ("refuse", "skip"))
+    """A malformed row is an error (refuse) or is reported and left out (skip)."""
+    held_out_share: float = number(0.1, 0, 0.9)
+    """Share of the records kept out of training, for evaluation before and after; 0 evaluates nothing."""
+    max_tokens: int = number(256, 2)
+    """Longer records are cut at their end; those whose prompt alone is this long are left out."""
+    detach_exit: bool = True
+    """Cut loss_main off the shallow layers. As no deep layer is trained, it then trains nothing and is a figure to
+    watch, which moves as lora_S changes what the deep layers read; off, it trains lora_S through the frozen layers."""
+    beta_exit: float = number(0.7, 0, 1e6)
+    """Weight of loss_exit next to loss_main."""
+    epochs: int = number(1, 1)
+    """Passes over the training records."""
+    max_steps: int = number(0, 0)
+    """Steps at most; 0 for no limit but the epochs'."""
+    batch_size: int = number(8, 1, 65536)
+    """Records a step."""
+    lr: float = number(2e-4, 0, 10)
+    """AdamW's highest rate."""
+    warmup_steps: int = number(10, 0)
+    """Steps over which the rate grows from 0."""
+    grad_clip: float = number(1.0, 1e-9, MANY)
+    """Norm to which gradients are clipped."""

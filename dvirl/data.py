@@ -6,7 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -31,10 +31,12 @@ class Prompt:
     Attributes:
         turns: user, assistant, user, …; an odd number.
         category: what kind of prompt, if the source says.
+        response: what to learn to answer, of supervised sources.
     """
 
     turns: tuple[str, ...]
     category: str = ""
+    response: str = ""
 
     @property
     def key(self) -> str:
@@ -78,7 +80,7 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
     if not name or name.startswith((".", "/")) or name.count("/") > 1 or Path(name).suffix in (".json", ".jsonl"):
-        raise DvirlError(f"prompts_path is {name!r}: no such file")
+        raise DvirlError(f"{name!r}: no such file")
     from datasets import load_dataset
 
     try:
@@ -87,9 +89,7 @@ def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}: row {number}", row
     except Exception as error:  # datasets raises a dozen kinds for what is all one thing to the user
         reason = " ".join(str(error).split())
-        raise DvirlError(
-            f"prompts_path is {name!r}: no such file, and no readable data set on the hub ({reason})"
-        ) from error
+        raise DvirlError(f"{name!r}: no such file, and no readable data set on the hub ({reason})") from error
 
 
 def _text(row: Any, key: str) -> str:
@@ -143,11 +143,22 @@ def parse_spec_bench(row: Any) -> Prompt:
     return Prompt((_texts(row.get("turns"), "turns")[0],), _text(row, "category"))
 
 
-PARSERS: dict[str, Callable[[Any], Prompt]] = {
+def parse_supervised(row: Any) -> list[Prompt]:
+    """Dolly's schema, response included, or self-instruct's `{"instruction", "instances": [{"input", "output"}]}`."""
+    if not isinstance(row, dict) or "instances" not in row:
+        return [replace(parse_dolly(row), response=_text(row, "response"))]
+    instances = row["instances"]
+    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
+        raise DvirlError("expected 'instances' to be a list of objects with 'input' and 'output'")
+    return [replace(parse_dolly({**row, **one}), response=_text(one, "output")) for one in instances]
+
+
+PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
     "sharegpt": parse_sharegpt,
     "dolly": parse_dolly,
     "jsonl": parse_jsonl,
     "spec_bench": parse_spec_bench,
+    "supervised": parse_supervised,
 }
 
 
@@ -167,14 +178,15 @@ def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Pro
         try:
             if isinstance(row, DvirlError):
                 raise row
-            prompt = PARSERS[kind](row)
+            found = PARSERS[kind](row)
         except DvirlError as error:
             message = str(error) if str(error).startswith(where) else f"{where}: {error}"
             if on_bad_row == "refuse":
                 raise DvirlError(message) from error
             tqdm.write(f"skipped {message}", file=sys.stderr)
             continue
-        prompts.setdefault(prompt.key, prompt)
+        for prompt in found if isinstance(found, list) else [found]:
+            prompts.setdefault(prompt.key, prompt)
     if not prompts:
         raise DvirlError(f"{source}: no prompts found; expected {kind} rows")
     return list(prompts.values())

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -23,10 +24,10 @@ from dvirl import checkpoint
 from dvirl.config import DraftSettings
 from dvirl.corpus import Responses, join, read_shard, without_repeats, write_conversations, write_shard
 from dvirl.errors import DvirlError
-from dvirl.lora import load_optimizer, make_optimizer, optimizer_tensors, shallow_parameters, train_only
+from dvirl.lora import cosine_rate, load_optimizer, make_optimizer, optimizer_tensors, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import draft_logits_at, draft_vocabulary, response_index
+from dvirl.rollout import draft_vocabulary, response_index
 from dvirl.settings import choice, number
 from dvirl.trace import MetricsLog
 from kangaroo.adapter import DRAFTERS
@@ -37,8 +38,10 @@ SHARD = 16384
 """Conversations begun a shard."""
 SORTED_TOGETHER = 16
 """Updates whose responses are drawn together and sorted by length, so that batches hold little padding."""
-TEACHER_BATCHES = 4
+TEACHER_BATCHES = 8
 """Updates for which the verifier reads the responses in one pass."""
+WIDTH_STEP = 64
+"""On CUDA sequences are padded to a multiple of this, each width one captured graph."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,34 @@ class DistillMetrics:
     wall_s: float
 
 
+class _Objective(nn.Module):
+    """Loss and agreement as a function of tensors alone, in fixed shapes."""
+
+    def __init__(self, model: KangarooModel, config: DistillConfig) -> None:
+        super().__init__()
+        self.model, self.temperature, self.ce_weight = model, config.temperature, config.ce_weight
+
+    def forward(
+        self, tokens: Tensor, at: Tensor, index: Tensor, verifier_hidden: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draft behind the chosen positions.
+
+        Args:
+            tokens: `[B, T]`.
+            at: `[N]`, positions to draft behind, counted through all rows.
+            index: `[N]`, the verifier's tokens there, as rows of the exit head.
+            verifier_hidden: `[N, D]`, the states that it chose them from.
+            weight: `[N]`, 0 at padding.
+        """
+        half = verifier_hidden.dtype == torch.bfloat16
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            states = self.model.drafter_states(self.model.base_model.forward_shallow(tokens))
+            logits = self.model.head_logits(states.flatten(0, 1)[at])
+        target = self.model.verifier_logits(verifier_hidden) / self.temperature
+        agrees = (logits.detach().argmax(dim=-1) == index) * weight
+        return distillation_loss(logits, target, index, weight, self.ce_weight), agrees.sum() / weight.sum()
+
+
 class Distiller:
     """One distillation: its responses, its draft, its optimizer.
 
@@ -154,6 +185,7 @@ class Distiller:
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         self.optimizer = make_optimizer(self.parameters, config.lr)
         self.step, self.tokens, self.wall_s = 0, 0, 0.0
+        self._captured: dict[int, Any] = {}
         if (self.run_dir / "checkpoints").is_dir():
             self.load_checkpoint(checkpoint.newest(self.run_dir))
 
@@ -259,29 +291,46 @@ class Distiller:
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses; its loss, agreement and gradient norm, left on the device."""
-        config, model, device = self.config, self.model, batch.tokens.device
-        rows, positions = (index.to(device) for index in response_index(batch.prompt_lens, batch.response_lens))
-        before = batch.prompt_lens.to(device)[rows] + positions - 1
-        own = batch.tokens[rows, before + 1].long()
-        target = model.verifier_logits(states[rows, before])
-        with torch.autocast(device.type, torch.bfloat16, enabled=states.dtype == torch.bfloat16):
-            logits, _ = draft_logits_at(model, batch.tokens, batch.prompt_lens.to(device), rows, positions)
-        loss = distillation_loss(logits, target / config.temperature, model.draft_index(own), config.ce_weight)
+        loss, agreement = self.objective(*self._positions(batch, states))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = clip_grad_norm_(self.parameters, config.grad_clip)
+        norm = clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         self.step += 1
-        self.tokens += len(rows)
-        agreement = (model.token_ids(logits.detach().argmax(dim=-1)) == own).float().mean()
+        self.tokens += int((batch.response_lens - 1).sum())
         return loss.detach(), agreement, norm
+
+    def _positions(self, batch: Responses, states: Tensor) -> tuple[Tensor, ...]:
+        """What the objective asks for; on CUDA padded to one of a few shapes, so that each is captured once."""
+        rows, positions = response_index(batch.prompt_lens, batch.response_lens)
+        before = batch.prompt_lens[rows] + positions - 1
+        tokens, count = batch.tokens, len(rows)
+        if tokens.is_cuda:
+            count = self.config.batch * (self.config.answer_tokens - 1)
+            missing, ragged = self.config.batch - len(tokens), -tokens.shape[1] % WIDTH_STEP
+            tokens, states = F.pad(tokens, (0, ragged, 0, missing)), F.pad(states, (0, 0, 0, ragged, 0, missing))
+        at, weight = torch.zeros(count, dtype=torch.long), torch.zeros(count)
+        at[: len(rows)], weight[: len(rows)] = rows * tokens.shape[1] + before, 1.0
+        at, weight = at.to(tokens.device), weight.to(tokens.device)
+        index = self.model.draft_index(tokens.flatten()[at + 1].long())
+        return tokens, at, index, states.flatten(0, 1)[at], weight
+
+    def objective(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`_Objective` of these inputs, replayed from a CUDA graph of their shape where there is CUDA."""
+        width = inputs[0].shape[1]
+        if width not in self._captured:
+            objective: Any = _Objective(self.model, self.config)
+            if inputs[0].is_cuda:
+                objective = torch.cuda.make_graphed_callables(objective, inputs, allow_unused_input=True)
+            self._captured[width] = objective
+        loss, agreement = self._captured[width](*inputs)
+        return loss, agreement
 
     @property
     def lr(self) -> float:
         """The rate of the next update."""
-        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        return self.config.lr * warm * (1 + math.cos(math.pi * self.progress)) / 2
+        return cosine_rate(self.config.lr, self.step + 1, self.config.warmup_steps, self.progress, floor=0.0)
 
     def _metrics(self, window: list[tuple[Tensor, Tensor, Tensor]], tok_per_s: float) -> DistillMetrics:
         loss, agreement, _ = (float(torch.stack(values).mean()) for values in zip(*window, strict=True))

@@ -1,15 +1,20 @@
-"""Which weights an update may step: the two parameter sets, their optimizers, and the guard between them."""
+"""What an update may step, and how: the two parameter sets, the guard between them, optimizers, rates, steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import lora_parameters
+
+COSINE_FLOOR = 0.1
+"""Share of the peak rate that the cosine schedule ends with."""
 
 
 def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[nn.Parameter]:
@@ -54,3 +59,23 @@ def load_optimizer(optimizer: Optimizer, name: str, tensors: Mapping[str, Tensor
             _, index, field = key.split(".")
             entries.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floor: float = COSINE_FLOOR) -> float:
+    """The rate of step 1, 2, …: linear warm-up to `peak`, and a cosine down to the share `floor` at `progress` 1."""
+    rate = peak * min(1.0, step / max(1, warmup_steps))
+    return rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def clipped_step(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, lr: float, grad_clip: float
+) -> float:
+    """Step, unless the gradient is not finite, and return the gradient's norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grad_norm = float(clip_grad_norm_(parameters, grad_clip))
+    if math.isfinite(grad_norm):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm

@@ -96,19 +96,23 @@ def tv_loss(draft_logits: Tensor, verifier_logits: Tensor) -> Tensor:
     return 1 - torch.minimum(p, q).sum(dim=-1).mean()
 
 
-def distillation_loss(draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, ce_weight: float) -> Tensor:
-    """`(1 - c) KL(verifier || draft) + c CE(draft, the verifier's token)`, in nats.
+def distillation_loss(
+    draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, weight: Tensor, ce_weight: float
+) -> Tensor:
+    """`(1 - c) KL(verifier || draft) + c CE(draft, the verifier's token)`, mean over weighted positions, in nats.
 
     Args:
         draft_logits: `[N, V']`, with gradient.
         verifier_logits: `[N, V']`, over the same tokens.
-        index: `[N]`, the verifier's tokens as rows of the exit head; -1 for those it lacks, which the CE leaves out.
+        index: `[N]`, the verifier's tokens as rows of the exit head; -1 for those it lacks, whose CE is 0.
+        weight: `[N]`, 0 at padding, else 1.
         ce_weight: c.
     """
-    loss = kl_loss(draft_logits, verifier_logits)
+    own, target = draft_logits.log_softmax(dim=-1), verifier_logits.detach().log_softmax(dim=-1)
+    loss = (1 - ce_weight) * F.kl_div(own, target, log_target=True, reduction="none").sum(dim=-1)
     if ce_weight:
-        loss = (1 - ce_weight) * loss + ce_weight * F.cross_entropy(draft_logits, index, ignore_index=-1)
-    return loss
+        loss = loss + ce_weight * F.nll_loss(own, index, ignore_index=-1, reduction="none")
+    return (loss * weight).sum() / weight.sum()
 
 
 def mean_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

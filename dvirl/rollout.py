@@ -245,7 +245,7 @@ def generate(
         eos_ids: tokens that end a response.
         target: "base" or "adapted".
         sampler: None for greedy.
-        keep_states: keep `verifier_hidden`.
+        keep_states: keep `verifier_hidden` and `verifier_confidence`; without, they are empty and zero.
 
     Raises:
         ValueError: for an empty prompt or a limit below 1.
@@ -276,11 +276,14 @@ def _answer(
     alive = torch.ones(count, dtype=torch.bool, device=tokens.device)
     look_every = 1 if tokens.device.type == "cpu" else LOOK_EVERY
     for step in range(max_new_tokens):
-        logits = batch.model.lm_head(batch.last).float()
-        probabilities = logits.softmax(dim=-1)
-        chosen = probabilities.argmax(dim=-1) if sampler is None else sampler(logits)
-        hidden[batch.rows, step] = batch.last[:, :width]
-        confidence[batch.rows, step] = probabilities.gather(1, chosen[:, None])[:, 0]
+        logits = batch.model.lm_head(batch.last)
+        if not keep_states:
+            chosen = logits.argmax(dim=-1) if sampler is None else sampler(logits.float())
+        else:
+            probabilities = logits.float().softmax(dim=-1)
+            chosen = probabilities.argmax(dim=-1) if sampler is None else sampler(logits.float())
+            hidden[batch.rows, step] = batch.last
+            confidence[batch.rows, step] = probabilities.gather(1, chosen[:, None])[:, 0]
         tokens[batch.rows, step] = chosen
         alive = alive & ~torch.isin(chosen, ends)
         if step + 1 == max_new_tokens:

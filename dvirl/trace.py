@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,6 +71,11 @@ class StepMetrics:
     wall_s: float
 
 
+def plain(values: Any) -> Any:
+    """The same for JSON: numbers that it cannot spell become None."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
 class MetricsLog:
     """Appends steps to a JSONL file, each line complete on disk when `write` returns."""
 
@@ -79,12 +84,9 @@ class MetricsLog:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Any) -> None:
-        """Append a metrics dataclass as one line; numbers that JSON cannot spell become null."""
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(metrics).items()
-        }
-        self._file.write(json.dumps(plain) + "\n")
+        """Append one line, a dataclass or a mapping; numbers that JSON cannot spell become null."""
+        values = metrics if isinstance(metrics, Mapping) else asdict(metrics)
+        self._file.write(json.dumps(plain(values)) + "\n")
         self._file.flush()
 
     def close(self) -> None:

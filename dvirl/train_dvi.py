@@ -7,9 +7,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from dvirl import settings
+from dvirl import cli, settings
 from dvirl.config import DVIConfig
-from dvirl.errors import DvirlError
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer
 
@@ -50,8 +49,4 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args(sys.argv[1:]))
-    except DvirlError as error:
-        print(f"dvirl: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -26,6 +25,8 @@ from dvirl.config import DVIConfig
 from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
 from dvirl.lora import (
+    clipped_step,
+    cosine_rate,
     deep_parameters,
     load_optimizer,
     make_optimizer,
@@ -49,8 +50,6 @@ from dvirl.trace import MetricsLog, StepMetrics
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
 
-COSINE_FLOOR = 0.1
-"""Share of lr_shallow that the cosine schedule ends with."""
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
 LOGGED = {"loss_rl": "reinforce", "loss_kl": "kl", "loss_ce": "masked_ce"}
@@ -227,8 +226,8 @@ class DVITrainer:
         """
         config, counters = self.config, self.counters
         run_dir = Path(config.run_dir)
-        if counters.step == 0 and (run_dir / "metrics.jsonl").exists():
-            raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
+        if counters.step == 0:
+            checkpoint.refuse_used(run_dir)
         checkpoint.write_config(run_dir, config, self.loaded)
         log = MetricsLog(run_dir / "metrics.jsonl")
         last_saved = counters.step
@@ -393,16 +392,10 @@ class DVITrainer:
 
     def _apply(self, optimizer: Optimizer, parameters: list[torch.nn.Parameter], loss: Tensor, lr: float) -> float:
         """Clip and step; a gradient that is not finite leaves the weights as they are and is counted."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = float(clip_grad_norm_(parameters, self.config.grad_clip))
-        if math.isfinite(grad_norm):
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-        else:
+        grad_norm = clipped_step(optimizer, parameters, loss, lr, self.config.grad_clip)
+        if not math.isfinite(grad_norm):
             self.counters.skipped += 1
             tqdm.write(f"step {self.counters.step}: the gradient is not finite; this update is left out")
-        optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
     @property
@@ -413,10 +406,8 @@ class DVITrainer:
     def _fast_lr(self) -> float:
         """lr_shallow after warm-up and schedule."""
         config = self.config
-        rate = config.lr_shallow * min(1.0, self.counters.step / max(1, config.warmup_steps))
-        if config.lr_schedule == "constant":
-            return rate
-        return rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * self.progress)) / 2)
+        progress = 0.0 if config.lr_schedule == "constant" else self.progress
+        return cosine_rate(config.lr_shallow, self.counters.step, config.warmup_steps, progress)
 
     # Log
 

@@ -230,7 +230,8 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) 
             scores = (folded * size**-0.5) @ keys.transpose(-1, -2)
             if plan.mask is not None:
                 scores = scores.masked_fill(~plan.mask, float("-inf"))
-            return (scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values).reshape(queries.shape)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+            return torch.matmul(weights, values).reshape(queries.shape)
         return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).reshape(queries.shape)
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads

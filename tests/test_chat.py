@@ -36,8 +36,9 @@ def test_it_is_the_real_tokenizers_own_encoding(real):
     template = f"<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     assert real.chat.chat_format == "chatml"
     assert real.chat.encode([text]) == real.tokenizer(template).input_ids
-    header = real.chat.user_header()
-    assert real.tokenizer.decode(header).endswith("<|im_start|>user\n")
+    start, answer, again = (real.tokenizer.decode(part) for part in real.chat.frame())
+    assert start + text + answer == template
+    assert again == "<|im_end|>\n<|im_start|>user\n" and answer == "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_other_formats():
@@ -57,7 +58,7 @@ def test_the_other_formats():
     plain = ChatEncoder(TOKENIZER, "none")
     assert TOKENIZER.decode(plain.encode(["Once upon"])) == "Once upon"
     with pytest.raises(DvirlError, match="has none"):
-        plain.user_header()
+        plain.frame()
 
 
 def test_bad_conversations_and_formats_are_said():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_trainer import tiny_settings
 
 from dvirl import data
-from dvirl.data import PromptStream, chatterbot_prompts, load_prompts, magpie_prompts, read_prompts
+from dvirl.data import PromptStream, chatterbot_prompts, load_prompts, read_prompts
 from dvirl.errors import DvirlError
 
 ROWS = {
@@ -136,17 +136,3 @@ def test_long_prompts_are_left_out(tmp_path, capsys):
     config = tiny_settings(prompts_source="jsonl", prompts_path=str(path), held_out=1)
     assert len(load_prompts(config, tiny_loaded()).stream) == 1
     assert "left out 1 prompts over 512 tokens" in capsys.readouterr().err
-
-
-@pytest.mark.real
-def test_the_model_writes_its_own_prompts(real):
-    prompts = magpie_prompts(real, 6, seed=1, batch=16)
-    assert len({prompt.key for prompt in prompts}) == 6
-    assert all(len(prompt.turns[0].split()) >= 3 and "<|" not in prompt.turns[0] for prompt in prompts)
-    assert magpie_prompts(real, 6, seed=1, batch=16) == prompts
-
-
-def test_a_model_that_writes_nothing_usable_is_said():
-    loaded = tiny_loaded()
-    with pytest.raises(DvirlError, match="usable prompts of 50"):
-        magpie_prompts(loaded, 50, seed=0, batch=4)

@@ -1,0 +1,203 @@
+"""SGP, shallow-gradient fine-tuning: what drafts learns from supervised records, and nothing else moves."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from dvirl import checkpoint
+from dvirl.config import SGPConfig
+from dvirl.data import Prompt, PromptStream, read_prompts
+from dvirl.errors import DvirlError
+from dvirl.lora import clipped_step, cosine_rate, make_optimizer, shallow_parameters, train_only
+from dvirl.models import LoadedModel, load
+from dvirl.rollout import draft_vocabulary
+from dvirl.trace import MetricsLog
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import inject_lora
+
+
+def make_example(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """`[T, 2]`: a record's tokens, and behind each the next one where that is the response's, else -1."""
+    targets = [*[-1] * (len(prompt) - 1), *response, -1]
+    return torch.tensor([[*prompt, *response], targets]).T
+
+
+def collate(examples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and targets `[B, T]` of some examples, padded on the right; prompts and padding are no targets."""
+    padded = pad_sequence(list(examples), batch_first=True, padding_value=-1)
+    return padded[..., 0].clamp(min=0), padded[..., 1]
+
+
+class HeadSums(NamedTuple):
+    """Both heads on response tokens, summed, 0-d each; sums of batches add up.
+
+    Attributes:
+        main: negative log-likelihood under the deep layers' head, lora_S on, nats.
+        exit: under the exit head, nats, of covered tokens: those in the draft vocabulary.
+        tokens, covered: how many.
+        agreed: positions where both heads have the same argmax, so that greedy verification would accept the draft.
+    """
+
+    main: Tensor
+    exit: Tensor
+    tokens: Tensor
+    covered: Tensor
+    agreed: Tensor
+
+    def loss(self, beta_exit: float) -> Tensor:
+        """`loss_main + beta_exit * loss_exit`, each a mean; 0-d, with gradient."""
+        return self.main / self.tokens + beta_exit * self.exit / self.covered.clamp(min=1)
+
+    def figures(self) -> dict[str, float]:
+        """Means: loss_main, loss_exit in nats, their exponentials, and the shares agreement and coverage."""
+        main, exit_, tokens, covered, agreed = (one.detach().double() for one in self)
+        means = {"loss_main": main / tokens, "loss_exit": exit_ / covered}
+        means |= {"ppl_main": means["loss_main"].exp(), "ppl_exit": means["loss_exit"].exp()}
+        means |= {"agreement": agreed / tokens, "coverage": covered / tokens}
+        return {name: float(value) for name, value in means.items()}
+
+
+def head_sums(model: KangarooModel, tokens: Tensor, targets: Tensor, detach_exit: bool = True) -> HeadSums:
+    """Next-token cross-entropy of both heads, with gradients to what `train_only` lets learn.
+
+    Args:
+        model: drafts and verifies.
+        tokens: `[B, T]`, padded on the right.
+        targets: `[B, T]`, what to predict behind each token, -1 for nothing.
+        detach_exit: the deep layers read `exit_hidden.detach()`, so that `main` has no gradient to shallow layers.
+    """
+    logits, chosen = model(tokens, detach_exit=detach_exit), targets >= 0
+    final, early = logits.final_logits[chosen].float(), logits.exit_logits[chosen]
+    index = model.draft_index(targets[chosen])
+    return HeadSums(
+        main=F.cross_entropy(final, targets[chosen], reduction="sum"),
+        exit=F.cross_entropy(early, index, ignore_index=-1, reduction="sum"),
+        tokens=chosen.sum().float(),
+        covered=(index >= 0).sum().float(),
+        agreed=(model.token_ids(early.argmax(dim=-1)) == final.argmax(dim=-1)).sum().float(),
+    )
+
+
+@dataclass(frozen=True)
+class SGPResult:
+    """Figures of the held-out records before and after training, steps taken, and the checkpoint folder."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    checkpoint: str
+
+
+class SGPTrainer:
+    """Trains lora_S, drafter and exit head on supervised records.
+
+    Args:
+        config: all settings.
+        loaded: a freshly loaded model, which is changed in place; loaded by `config` if not given.
+        records: prompts with responses; read by `config` if not given.
+
+    Attributes:
+        model, peft_model: the model with its draft, and PEFT's view of the same weights.
+        train_set, held_out: encoded records, see `make_example`.
+        num_steps: of the whole run; the last step is filled up from the next pass over the records.
+
+    Raises:
+        DvirlError: for settings that do not fit the model or the records.
+    """
+
+    def __init__(
+        self, config: SGPConfig, loaded: LoadedModel | None = None, records: Sequence[Prompt] | None = None
+    ) -> None:
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        if records is None and not config.records_path:
+            raise DvirlError("records_path is empty; expected a JSON or JSONL file or a hub id of supervised records")
+        chosen = read_prompts("supervised", config.records_path, config.on_bad_row) if records is None else records
+        self.config = config
+        self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+        self.train_set, self.held_out = self._split(chosen)
+        planned = math.ceil(config.epochs * len(self.train_set) / config.batch_size)
+        self.num_steps = min(planned, config.max_steps or planned)
+        base, tokens = self.loaded.model, torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
+        args = config.drafter_args(draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab))
+        lora = (config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+        try:
+            self.peft_model = inject_lora(base, config.exit_layer, *lora)
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+        self.model = KangarooModel(base, None, args, config.exit_layer)
+        self.parameters = shallow_parameters(self.model, config.lora_shallow)
+        self.optimizer = make_optimizer(self.parameters, config.lr)
+
+    def _split(self, records: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:
+        """Records encoded, cut to `max_tokens`, shuffled; those for training and those held out."""
+        config, chat, examples = self.config, self.loaded.chat, []
+        for record in records:
+            prompt = chat.encode(record.turns)
+            response = [*chat.encode_response(record.response), *self.loaded.eos_ids[:1]]
+            if 0 < len(prompt) < config.max_tokens:
+                examples.append(make_example(prompt, response[: config.max_tokens - len(prompt)]))
+        if left_out := len(records) - len(examples):
+            tqdm.write(f"left out {left_out} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr)
+        random.Random(config.seed).shuffle(examples)
+        count = math.ceil(config.held_out_share * len(examples))
+        if len(examples) <= count:
+            raise DvirlError(f"{len(examples)} records fit max_tokens, {count} are held out; none is left for training")
+        return examples[count:], examples[:count]
+
+    def train(self, show_progress: bool = True) -> SGPResult:
+        """Evaluate, train, evaluate; log every step into `run_dir` and write a checkpoint at the end.
+
+        Raises:
+            DvirlError: if `run_dir` holds another run already.
+        """
+        config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter()
+        checkpoint.refuse_used(run_dir)
+        checkpoint.write_config(run_dir, config, self.loaded)
+        log, before = MetricsLog(run_dir / "metrics.jsonl"), self.evaluate()
+        stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
+        for step in tqdm(range(1, self.num_steps + 1), unit="step", disable=not show_progress):
+            metrics = self.step(step, [self.train_set[index] for (index,) in stream.take(config.batch_size)])
+            log.write({"step": step, **metrics, "wall_s": time.perf_counter() - began})
+        log.close()
+        folder = checkpoint.save(run_dir, self.num_steps, self.peft_model, self.model)
+        return SGPResult(before, self.evaluate(), self.num_steps, str(folder))
+
+    def step(self, step: int, examples: Sequence[Tensor]) -> dict[str, float]:
+        """Update number `step`, left out if its gradient is not finite.
+
+        Returns:
+            loss and the other figures of these examples before the update, grad_norm before clipping, and lr.
+        """
+        config = self.config
+        train_only(self.model, self.parameters)
+        sums = self._sums(examples)
+        loss = sums.loss(config.beta_exit)
+        lr = cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
+        grad_norm = clipped_step(self.optimizer, self.parameters, loss, lr, config.grad_clip)
+        return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": grad_norm, "lr": lr}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the held-out records, pooled; empty if there are none."""
+        size = self.config.batch_size
+        groups = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
+        parts = [torch.stack(self._sums(group)) for group in groups]
+        return HeadSums(*torch.stack(parts).sum(dim=0)).figures() if parts else {}
+
+    def _sums(self, examples: Sequence[Tensor]) -> HeadSums:
+        tokens, targets = (one.to(self.model.head_model.weight.device) for one in collate(examples))
+        return head_sums(self.model, tokens, targets, self.config.detach_exit)
