@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -38,9 +39,20 @@ def refuse_used(run_dir: Path) -> None:
         raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
 
 
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its settings: versions and machine."""
+    packages = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+    machine: dict[str, Any] = {"platform": platform.platform(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        machine["accelerator"] = torch.cuda.get_device_name()
+    return {
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        "machine": machine,
+    }
+
+
 def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> Path:
     """Write `config.yaml`: every setting, the versions, the model's hash and what it runs on."""
-    packages = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
     content = {
         "config": asdict(config),
         "model": {
@@ -49,8 +61,7 @@ def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> P
             "device": str(loaded.model.device),
             "chat_format": loaded.chat.chat_format,
         },
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        **environment(),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"

@@ -13,6 +13,7 @@ USAGE = """usage: dvirl COMMAND [options]
 commands:
   train             train a draft while it generates (dvirl train --help lists all settings)
   sgp               fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)
+  study             run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)
   acceptance        decode a run's held-out prompts step by step, before and after training
   average-adapters  average the adapters or checkpoints of several clients, weighted by tokens
   fetch             fetch the default model into the cache, once, and print its folder
@@ -42,6 +43,7 @@ def _fetch(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": _run("dvirl.train_dvi"),
     "sgp": _run("dvirl.train_sgp"),
+    "study": _run("dvirl.study"),
     "acceptance": _run("dvirl.evaluation.acceptance"),
     "average-adapters": _run("dvirl.federated"),
     "fetch": _fetch,

@@ -88,6 +88,8 @@ class DraftSettings(LoraSettings):
 class DVIConfig(DraftSettings):
     """Everything that a training run depends on."""
 
+    start_from: str = ""
+    """Checkpoint or drafter folder whose lora_S and drafter the run starts from; with the same drafter settings."""
     prompts_source: str = choice("chatterbot", SOURCES)
     """chatterbot, magpie, sharegpt, dolly, jsonl or spec_bench."""
     prompts_path: str = ""

@@ -193,14 +193,14 @@ def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Pro
 
 
 def chatterbot_prompts() -> list[Prompt]:
-    """The openings of the English conversations that the package chatterbot-corpus ships, without repeats."""
+    """The openings, with replies, of the English conversations that chatterbot-corpus ships, without repeats."""
     prompts: dict[str, Prompt] = {}
     folder = resources.files("chatterbot_corpus") / "data" / "english"
     for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if file.name.endswith(".yml"):
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             for conversation in content["conversations"]:
-                prompt = Prompt((str(conversation[0]),), file.name.removesuffix(".yml"))
+                prompt = Prompt((str(conversation[0]),), file.name.removesuffix(".yml"), str(conversation[-1]))
                 prompts.setdefault(prompt.key, prompt)
     return list(prompts.values())
 
@@ -213,6 +213,7 @@ class PromptStream:
         seed: of the order.
 
     Attributes:
+        prompts: as given.
         position: prompts taken so far; setting it moves the stream there.
 
     Raises:
@@ -222,15 +223,15 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
         if not prompts:
             raise DvirlError("the prompt stream is empty; expected at least one prompt")
-        self._prompts = [list(prompt) for prompt in prompts]
+        self.prompts = [list(prompt) for prompt in prompts]
         self._seed = seed
         self.position = 0
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self.prompts)
 
     def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
+        order = list(range(len(self.prompts)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
 
@@ -238,9 +239,9 @@ class PromptStream:
         """The next `count` prompts."""
         taken: list[list[int]] = []
         while len(taken) < count:
-            epoch, start = divmod(self.position, len(self._prompts))
+            epoch, start = divmod(self.position, len(self.prompts))
             indices = self._order(epoch)[start : start + count - len(taken)]
-            taken += [self._prompts[index] for index in indices]
+            taken += [self.prompts[index] for index in indices]
             self.position += len(indices)
         return taken
 

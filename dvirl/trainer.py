@@ -215,6 +215,8 @@ class DVITrainer:
         self.counters, self.served = Counters(), Served()
         self.rates: list[float] = []
         self.answer: Answer = self._generate
+        if config.start_from:
+            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
 
     # The loop
 
@@ -233,17 +235,22 @@ class DVITrainer:
         last_saved = counters.step
         with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
             while counters.prompts < config.num_prompts:
-                for group in self.collect():
-                    if self.buffer.due(config.fast_batch):
-                        metrics = self.step()
-                        log.write(metrics)
-                        bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
-                    bar.update(len(group))
+                for metrics in self.advance():
+                    log.write(metrics)
+                    bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
+                    bar.update(metrics.prompts - bar.n)
+                bar.update(counters.prompts - bar.n)
                 if counters.step - last_saved >= config.checkpoint_every:
                     self.save_checkpoint()
                     last_saved = counters.step
         log.close()
         self.save_checkpoint()
+
+    def advance(self) -> Iterator[StepMetrics]:
+        """One batch of prompts: collect, and step whenever enough has been accepted."""
+        for _ in self.collect():
+            if self.buffer.due(self.config.fast_batch):
+                yield self.step()
 
     def collect(self) -> Iterator[Rollout]:
         """Let the verifier answer a batch of prompts, then draft on the answers group by group into the buffer.

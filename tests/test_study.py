@@ -1,0 +1,264 @@
+"""Studies: every kind on a tiny model, what they measure against plain recomputation, and the committed YAML files."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, random_prompts, scramble_lora, tiny_loaded, tiny_split
+from safetensors.torch import load_file
+from test_lossless import as_hugging_face
+
+import dvirl.study as study_module
+from dvirl import checkpoint
+from dvirl.cli import main as cli
+from dvirl.config import SGPConfig
+from dvirl.data import Prompt, PromptSplit, PromptStream
+from dvirl.errors import DvirlError
+from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.settings import from_mapping, read_yaml
+from dvirl.study import Study, adaptation_figures, draft_cost, judge_prompts, judge_verifier, run, stale_gradients
+from dvirl.study import summary as summarise
+from dvirl.trainer import DVITrainer
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("study-*.yaml"))
+BASE = dict(
+    exit_layer=2, num_prompts=64, held_out=8, max_new_tokens=10, rollout_batch=8, judge_batch=2, fast_batch=1,
+    lora_rank=4, lr_shallow=1e-2, draft_vocab=200, dtype="float32", threads=1, slow_every=0, replay=0,
+    warmup_steps=0,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Studies load their models and prompts themselves; give them tiny ones."""
+
+    def prompts(config, loaded):
+        made = random_prompts(8, config.seed)  # few, and held out as well: nothing carries over in a random model
+        return PromptSplit(PromptStream(made, config.seed), made[: config.held_out])
+
+    replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
+    monkeypatch.setattr("dvirl.trainer.load", lambda *_: tiny_loaded(deep_scale=0.6))
+    monkeypatch.setattr("dvirl.sgp.load", lambda *_: tiny_loaded(deep_scale=0.6))
+    monkeypatch.setattr("dvirl.trainer.load_prompts", prompts)
+    monkeypatch.setattr(study_module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
+    monkeypatch.setattr(study_module, "load_prompts", prompts)
+    monkeypatch.setattr(study_module, "chatterbot_prompts", lambda: replies)
+
+
+def a_study(kind="grid", **changes) -> Study:
+    values = dict(question="?", kind=kind, seeds=[0], variants={"kl": {"schedule": "kl"}}, base=BASE)
+    return Study(**{**values, **changes})
+
+
+def a_trainer(tmp_path, **changes) -> DVITrainer:
+    return DVITrainer(a_study().config(0, tmp_path / "run", changes), tiny_loaded(deep_scale=0.6), tiny_split(8))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_committed_study_is_valid_in_both_sizes(path, tmp_path):
+    full = from_mapping(Study, read_yaml(path), str(path))
+    quick = full.small()
+    assert len(full.seeds) >= 3 and full.question.endswith("?") and set(quick.variants) <= set(full.variants)
+    for one in (full, quick):
+        for variant in one.variants.values():
+            own = {name: value for name, value in variant.items() if name not in ("replay_share", "mode")}
+            assert one.config(0, tmp_path, own)
+        for start in one.starts.values():
+            if start:
+                assert SGPConfig(**start["sgp"]) if "sgp" in start else one.config(0, tmp_path, start)
+        for domain in [*one.extra.get("clients", {}).values(), *(one.extra.get(k) for k in ("first", "then"))]:
+            assert domain is None or one.config(0, tmp_path, domain)
+    assert quick.config(0, tmp_path).num_prompts <= 256
+
+
+def test_a_grid_trains_every_variant_from_every_start_on_the_same_responses():
+    starts = {"untrained": None, "kl": {"schedule": "kl", "num_prompts": 32}, "sgp": {"sgp": {"epochs": 1, "lr": 1e-2}}}
+    variants = {"kl": {"schedule": "kl"}, "rl": {"schedule": "reinforce"}}
+    rows = run(a_study(starts=starts, variants=variants, seeds=[0, 1]))
+    assert [(r["start"], r["variant"], r["seed"]) for r in rows] == [
+        (s, v, seed) for seed in (0, 1) for s in starts for v in variants
+    ]
+    for row in rows:
+        figures = row["figures"]
+        assert figures["tokens"] == next(r for r in rows if r["seed"] == row["seed"])["figures"]["tokens"]
+        assert (figures["start_tokens"] == 0) == (row["start"] == "untrained")
+        assert 0 <= figures["accept_rate"] <= 1 and "ppl" not in figures and row["curve"]["tokens"][-1] > 0
+    found = {(r["start"], r["variant"]): r["figures"] for r in rows if r["seed"] == 0}
+    assert found["untrained", "kl"]["agreement"] > found["untrained", "kl"]["agreement_before"] + 0.05
+    assert found["kl", "kl"]["agreement_before"] > found["untrained", "kl"]["agreement_before"]
+
+
+def test_the_table_has_means_and_deviations_over_seeds():
+    rows = [{"variant": "a", "seed": s, "figures": {"x": v}} for s, v in enumerate((0.1, 0.4, 0.7))]
+    table = summarise([*rows, {"start": "s", "variant": "a", "seed": 0, "figures": {"x": 2.0}}])
+    assert table["a"]["x"] == {"mean": pytest.approx(0.4), "std": pytest.approx(0.3), "n": 3}
+    assert table["s/a"]["x"] == {"mean": 2.0, "std": 0.0, "n": 1}
+    assert table["a"]["x"]["std"] == pytest.approx(statistics.stdev([0.1, 0.4, 0.7]))
+
+
+def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
+    trainer = a_trainer(tmp_path, draft_len=3)
+    scramble_lora(trainer.model, ["lora_S"], 0.1)
+    prompts = random_prompts(6, 5)
+    found = judge_prompts(trainer, prompts)
+    steps = measure_acceptance(trainer.model, prompts, 10, trainer.config.decode, (EOS,), show_progress=False)
+    assert found["accept_rate"] == pytest.approx(steps.accept_rate) and found["mat"] == pytest.approx(steps.mat)
+
+
+def test_perplexity_and_drift_equal_hugging_faces(tmp_path):
+    trainer = a_trainer(tmp_path)
+    assert judge_verifier(trainer)["drift_kl"] == pytest.approx(0.0, abs=1e-6)
+    scramble_lora(trainer.model, ["lora_S", "lora_D"], 0.2)
+    for target, off in (("base", ["lora_S"]), ("adapted", [])):
+        trainer.config = replace(trainer.config, target=target)
+        found = judge_verifier(trainer, batch=4)
+        base, chat = trainer.loaded.model, trainer.loaded.chat
+        own, untouched = as_hugging_face(base, *off), as_hugging_face(base, "lora_S", "lora_D")
+        nll, drift, changed, count = 0.0, 0.0, 0, 0
+        for prompt in study_module.chatterbot_prompts():
+            context, reply = chat.encode(prompt.turns), chat.encode_response(prompt.response)
+            with torch.no_grad():
+                p, q = (m(torch.tensor([context + reply])).logits[0].log_softmax(-1) for m in (untouched, own))
+            for at, token in enumerate(reply, start=len(context) - 1):
+                nll -= float(q[at, token])
+                drift += float((p[at].exp() * (p[at] - q[at])).sum())
+                changed += int(p[at].argmax() != q[at].argmax())
+                count += 1
+        assert found["ppl"] == pytest.approx(math.exp(nll / count), rel=1e-3)
+        assert found["drift_kl"] == pytest.approx(drift / count, rel=1e-3) and found["drift_kl"] > 1e-3
+        assert found["drift_tokens"] == pytest.approx(changed / count)
+
+
+def test_the_cost_of_a_draft_is_the_weights_that_it_reads(tmp_path):
+    trainer = a_trainer(tmp_path, drafter="layer", draft_vocab=100)
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
+    head, norm = 264 * 32, 32
+    assert draft_cost(trainer.model) == pytest.approx((3 * layer + norm + 100 * 32) / (4 * layer + norm + head))
+
+
+def test_fresh_records_give_an_unbiased_gradient_and_old_ones_do_not(tmp_path):
+    trainer = a_trainer(tmp_path, schedule="kl", num_prompts=48, buffer_size=10000, draft_vocab=0, max_new_tokens=16)
+    trainer.answer = trainer._generate
+    for _ in trainer.collect():
+        pass
+    now = stale_gradients(trainer, trainer.buffer.recent(8), 64)
+    assert now["hidden_error"] < 1e-5 and now["cos_many"] > 0.9
+    trainer.buffer.take_fresh()
+    before = trainer.buffer.recent(8)
+    for _ in range(4):
+        for _ in trainer.advance():
+            pass
+    old = stale_gradients(trainer, before, 64)
+    assert old["hidden_error"] > 0.01 and old["reward_now"] > old["reward_stored"]
+    assert old["cos_many"] > 0.9 > old["cos_stale"]
+
+
+def test_staleness_has_a_row_for_every_age():
+    rows = run(a_study("staleness", extra={"ages": 3, "records": 30, "draws": 4}))
+    assert [row["variant"] for row in rows] == [f"kl, age {age} of 3" for age in (1, 2, 3)]
+    ages = [row["figures"]["age_responses"] for row in rows]
+    assert ages == sorted(ages) and rows[0]["figures"]["hidden_error"] < rows[-1]["figures"]["hidden_error"]
+
+
+def test_adaptation_probes_both_domains_and_says_what_was_forgotten():
+    extra = {"first": {"seed": 1}, "then": {"seed": 2}, "prompts": 64, "probes": 2}
+    rows = run(
+        a_study("adaptation", variants={"none": {"replay_share": 0.0}, "half": {"replay_share": 0.5}}, extra=extra)
+    )
+    assert [row["variant"] for row in rows] == ["none", "half"]
+    for row in rows:
+        assert row["curve"]["prompts"] == [0, 32, 64, 96, 128]
+        assert row["curve"]["first"][0] < row["curve"]["first"][2]
+    curve = {"prompts": [0, 8, 16, 24], "first": [0.1, 0.3, 0.5, 0.4], "then": [0.1, 0.1, 0.2, 0.6]}
+    assert adaptation_figures(curve, 16) == pytest.approx(
+        {"first_switch": 0.5, "first_end": 0.4, "then_switch": 0.2, "then_end": 0.6, "forgotten": 0.1}
+    )
+
+
+def test_federated_clients_are_averaged_by_tokens(monkeypatch, tmp_path):
+    seen = []
+    original = study_module.average_adapters
+
+    def spy(folders, tokens, out):
+        mean = original(folders, tokens, out)
+        seen.append(
+            ([load_file(f / "drafter.safetensors") for f in folders], tokens, load_file(mean / "drafter.safetensors"))
+        )
+        return mean
+
+    monkeypatch.setattr(study_module, "average_adapters", spy)
+    variants = {mode: {"mode": mode} for mode in ("averaged", "apart", "pooled")}
+    extra = {"clients": {"a": {"seed": 1}, "b": {"seed": 2}}, "rounds": 2, "prompts": 8}
+    rows = run(a_study("federated", variants=variants, extra=extra))
+    assert [row["variant"] for row in rows] == list(variants) and len(seen) == 2
+    for parts, tokens, mean in seen:
+        key = "exit_proj.weight"
+        expected = sum(part[key] * n for part, n in zip(parts, tokens, strict=True)) / sum(tokens)
+        torch.testing.assert_close(mean[key], expected)
+        assert not torch.equal(parts[0][key], parts[1][key])
+    figures = [row["figures"] for row in rows]
+    assert figures[0]["a_on_b"] == figures[0]["b_on_b"] and figures[1]["a_on_b"] != figures[1]["b_on_b"]
+    assert all(row["curve"]["round"] == [1, 2] for row in rows)
+
+
+def test_the_command_writes_what_repeats_it(tmp_path, capsys):
+    config, out = tmp_path / "study-tiny.yaml", tmp_path / "out.json"
+    config.write_text(json.dumps({"question": "?", "kind": "grid", "seeds": [0, 1], "base": BASE,
+                                  "variants": {"kl": {"schedule": "kl"}}, "quick": {"base": {"num_prompts": 4}}}))  # fmt: skip
+    assert cli(["study", str(config), "--quick", "--set", "draft_len=3", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert content["settings"]["base"] | {"draft_len": 3, "num_prompts": 4} == content["settings"]["base"]
+    assert content["settings"]["seeds"] == [0] and len(content["rows"]) == 1
+    assert content["command"].startswith("dvirl study") and "torch" in content["versions"]
+    assert "accept_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"kind": "poem"}, "kind is 'poem'; expected one of grid, staleness, adaptation, federated"),
+     ({"seeds": []}, "at least one seed"), ({"variants": {"x": {"exit_layr": 2}}}, "study: unknown setting exit_layr"),
+     ({"colour": 1}, "unknown setting colour")],
+)  # fmt: skip
+def test_bad_studies_are_one_sentence(tmp_path, capsys, content, message):
+    path = tmp_path / "x.yaml"
+    values = {"question": "?", "kind": "grid", "seeds": [0], "variants": {"kl": {}}, "base": BASE}
+    path.write_text(json.dumps({**values, **content}))
+    assert cli(["study", str(path), "--out", str(tmp_path / "o.json")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o.json").exists()
+
+
+def test_workers_spread_seeds_and_starts(monkeypatch):
+    class Pool:
+        """Stands in for processes, which could not see the tiny model."""
+
+        def __init__(self, workers, mp_context):
+            assert workers == 3
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        map = staticmethod(map)
+
+    monkeypatch.setattr(study_module, "ProcessPoolExecutor", Pool)
+    study = a_study(seeds=[0, 1])
+    drop = {"wall_s"}
+    one, other = ([{k: v for k, v in row["figures"].items() if k not in drop} for row in run(study, w)] for w in (1, 3))
+    assert one == other
+
+
+def test_a_start_that_does_not_fit_is_said(tmp_path):
+    trainer = a_trainer(tmp_path)
+    folder = checkpoint.save(tmp_path / "other", 0, trainer.peft_model, trainer.model)
+    with pytest.raises(DvirlError, match="does not fit this model"):
+        DVITrainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
+    with pytest.raises(DvirlError, match="lora_S, drafter.safetensors missing"):
+        DVITrainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))
