@@ -56,7 +56,7 @@ def test_answers_are_those_of_one_prompt_at_a_time_in_the_prompts_order(batch):
     assert rows_of(found) == alone and len({len(row) for row in alone}) > 3
     assert found.num_tokens == sum(map(len, alone)) - sum(map(len, prompts)) == len(found.response_tokens())
     expected = [row[len(prompt) :] for row, prompt in zip(alone, prompts, strict=True)]
-    assert found.response_tokens().tolist() == sum(expected, [])
+    assert found.response_tokens().tolist() == [token for row in expected for token in row]
 
 
 def test_conversations_stand_in_the_chat_frame_and_follow_ups_contain_the_first_turn():
@@ -114,13 +114,15 @@ texts = st.lists(st.integers(1, 3), min_size=0, max_size=9)
 
 
 @settings(max_examples=200, deadline=None)
-@given(rows=st.lists(texts.filter(bool), min_size=1, max_size=5), questions=st.lists(texts, max_size=4), n=st.integers(1, 5))
+@given(
+    rows=st.lists(texts.filter(bool), min_size=1, max_size=5),
+    questions=st.lists(texts, max_size=4),
+    n=st.integers(1, 5),
+)
 def test_overlaps_are_those_of_a_search_by_hand(rows, questions, n):
     def runs(tokens, length):
         return {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}
 
-    expected = [
-        any(runs(row, min(n, len(q))) & runs(q, min(n, len(q))) for q in questions if q) for row in rows
-    ]
+    expected = [any(runs(row, min(n, len(q))) & runs(q, min(n, len(q))) for q in questions if q) for row in rows]
     found = overlapping(of(rows, [0] * len(rows)), questions, n)
     assert found.tolist() == expected
