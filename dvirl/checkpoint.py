@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -24,10 +24,12 @@ from torch import Tensor
 
 from dvirl.config import ModelSettings
 from dvirl.errors import DvirlError
-from dvirl.models import LoadedModel
 from dvirl.settings import read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
+
+if TYPE_CHECKING:
+    from dvirl.models import LoadedModel
 
 DRAFTER = "drafter.safetensors"
 STATE = ("trainer.safetensors", "trainer.json")
@@ -51,10 +53,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> Path:
-    """Write `config.yaml`: every setting, the versions, the model's hash and what it runs on."""
-    content = {
-        "config": asdict(config),
+def circumstances(loaded: LoadedModel) -> dict[str, Any]:
+    """What else a result depends on: the model's hash and how it was loaded, the versions, the machine."""
+    return {
         "model": {
             "fingerprint": loaded.fingerprint,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -63,8 +64,13 @@ def write_config(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> P
         },
         **environment(),
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "config.yaml"
+
+
+def write_config(folder: Path, config: ModelSettings, loaded: LoadedModel, **more: Any) -> Path:
+    """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    content = {"config": asdict(config), **circumstances(loaded), **more}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
@@ -135,6 +141,37 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
     except ValueError as error:
         raise DvirlError(str(error)) from error
     return {"tensors": tensors, "numbers": numbers}
+
+
+def export(
+    folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: LoadedModel, **made: Any
+) -> Path:
+    """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
+
+    Args:
+        folder: where; `models.load_drafter` reads it.
+        peft_model, model: hold lora_S and the drafter.
+        config: of the run that made it.
+        loaded: the model that it drafts for.
+        made: how it was made and what it reached, plain numbers and text.
+    """
+    with whole_folder(folder) as scratch:
+        peft_model.save_pretrained(
+            scratch, selected_adapters=["lora_S"], safe_serialization=True, save_embedding_layers=False
+        )
+        (scratch / "README.md").unlink(missing_ok=True)
+        weights, about = (scratch / "lora_S" / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
+        save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
+        described = {**json.loads(about.read_text()), "base_model_name_or_path": loaded.name}  # not a path of here
+        about.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        save_file(_halved(model.drafter_state()), scratch / DRAFTER)
+        write_config(scratch, config, loaded, made=made)
+    return folder
+
+
+def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors in bfloat16, others as they are."""
+    return {key: value.to(torch.bfloat16) if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def _load_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:

@@ -13,6 +13,8 @@ USAGE = """usage: dvirl COMMAND [options]
 commands:
   train             train a draft while it generates (dvirl train --help lists all settings)
   sgp               fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)
+  distill           train a draft at scale on self-written text (dvirl distill --help lists all settings)
+  agreement         how often a drafter's argmax is the verifier's token, and how well it knows that
   study             run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)
   acceptance        decode a run's held-out prompts step by step, before and after training
   average-adapters  average the adapters or checkpoints of several clients, weighted by tokens
@@ -43,6 +45,8 @@ def _fetch(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": _run("dvirl.train_dvi"),
     "sgp": _run("dvirl.train_sgp"),
+    "distill": _run("dvirl.distill"),
+    "agreement": _run("dvirl.evaluation.agreement"),
     "study": _run("dvirl.study"),
     "acceptance": _run("dvirl.evaluation.acceptance"),
     "average-adapters": _run("dvirl.federated"),

@@ -97,27 +97,33 @@ def write_conversations(
         max_new_tokens: length limit of an answer.
         follow_up: share of answers that get a second turn.
         batch: rows generated at once.
+
+    Raises:
+        DvirlError: if the model's chat format has no user turns, or no turn ends.
     """
     start, answer_frame, again = loaded.chat.frame()
     openers, rng = Openers(), random.Random(f"{seed}/conversations")
     contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(count)]
 
-    def turns(contexts: list[list[int]], salt: int) -> list[list[int]]:
+    def turns(contexts: list[list[int]]) -> list[list[int]]:
         prompts: dict[tuple[int, ...], None] = {}
         for at in range(0, len(contexts), batch):
             part = contexts[at : at + batch]
-            for context, turn in zip(part, sample_turns(loaded, part, seed * 1000 + salt + at), strict=True):
+            for context, turn in zip(part, sample_turns(loaded, part, rng.getrandbits(63)), strict=True):
                 if turn is not None:
                     prompts.setdefault((*context, *turn, *answer_frame))
         return [list(prompt) for prompt in prompts]
 
-    first = answer(loaded, turns(contexts, 0), max_new_tokens, batch)
+    opening = turns(contexts)
+    if not opening:
+        raise DvirlError(f"the model wrote no usable turn of {count}; another model or chat_format may")
+    first = answer(loaded, opening, max_new_tokens, batch)
     longer = []
     for row in range(len(first)):
         stop = int(first.prompt_lens[row] + first.response_lens[row])
         if rng.random() < follow_up and int(first.tokens[row, stop - 1]) in loaded.eos_ids:
             longer.append([*first.tokens[row, : stop - 1].tolist(), *again])
-    second = turns(longer, 1) if longer else []
+    second = turns(longer)
     return join([first, answer(loaded, second, max_new_tokens, batch)]) if second else first
 
 

@@ -137,10 +137,18 @@ def parse_jsonl(row: Any) -> Prompt:
 
 
 def parse_spec_bench(row: Any) -> Prompt:
-    """Spec-Bench's `{"question_id", "category", "turns": [user, user, …]}`: the first turn."""
+    """Spec-Bench's `{"question_id", "category", "turns": [user, user, …]}`: the first turn; category may be missing."""
+    return parse_spec_bench_turns(row)[0]
+
+
+def parse_spec_bench_turns(row: Any) -> list[Prompt]:
+    """The same rows: every turn, as a prompt of its own."""
     if not isinstance(row, dict) or "question_id" not in row:
         raise DvirlError("expected an object with 'question_id', 'category' and 'turns'")
-    return Prompt((_texts(row.get("turns"), "turns")[0],), _text(row, "category"))
+    category = row.get("category") or ""
+    if not isinstance(category, str):
+        raise DvirlError("expected 'category' to be a string")
+    return [Prompt((turn,), category) for turn in _texts(row.get("turns"), "turns")]
 
 
 def parse_supervised(row: Any) -> list[Prompt]:
@@ -158,6 +166,7 @@ PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
     "dolly": parse_dolly,
     "jsonl": parse_jsonl,
     "spec_bench": parse_spec_bench,
+    "spec_bench_turns": parse_spec_bench_turns,
     "supervised": parse_supervised,
 }
 

@@ -7,10 +7,13 @@ two parallel passes; nothing is decoded twice, and one cached response serves an
 from __future__ import annotations
 
 import math
+import random
 import resource
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from dvirl import checkpoint
+from dvirl import checkpoint, settings
 from dvirl.config import DraftSettings
-from dvirl.corpus import Responses, join, read_shard, without_repeats, write_conversations, write_shard
+from dvirl.corpus import Responses, join, overlapping, read_shard, without_repeats, write_conversations, write_shard
+from dvirl.data import read_prompts
 from dvirl.errors import DvirlError
-from dvirl.lora import cosine_rate, load_optimizer, make_optimizer, optimizer_tensors, shallow_parameters, train_only
+from dvirl.lora import Optimizers, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import draft_vocabulary, response_index
 from dvirl.settings import choice, number
-from dvirl.trace import MetricsLog
+from dvirl.trace import MetricsLog, cut_log, read_metrics
 from kangaroo.adapter import DRAFTERS
 from kangaroo.kangaroo_model import HEADS, KangarooModel
 from kangaroo.sgp_lora import inject_lora
@@ -49,7 +53,7 @@ class DistillConfig(DraftSettings):
     """Everything that a distillation depends on."""
 
     run_dir: str = "runs/distill"
-    """Folder of this run: config.yaml, responses/, metrics.jsonl, checkpoints/; an unfinished run there goes on."""
+    """Folder of this run: config.yaml, responses/, metrics.jsonl, checkpoints/, drafter/; if unfinished, it goes on."""
     exit_layer: int = number(2, 1, 1000)
     """k: layers[:k] draft, layers[k:] verify."""
     lora_rank: int = number(64, 1, 4096)
@@ -58,29 +62,36 @@ class DistillConfig(DraftSettings):
     """The LoRA update is scaled by lora_alpha / lora_rank."""
     drafter: str = choice("layer", DRAFTERS)
     """Between exit state and exit head: none, adapter (Kangaroo's attention and norms), layer (a decoder layer)."""
+    drafter_layers: int = number(2, 1, 64)
+    """How many such layers, the first started from a copy of base layer k, the next from k + 1, and so on."""
     adapter_window: int = number(4096, 1)
     """Positions back that the drafter's own attention sees."""
-    head: str = choice("full", HEADS)
+    head: str = choice("lora", HEADS)
     """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
 
     responses_from: str = ""
     """Folder with another run's shards of responses; they are read there and none are written."""
     num_tokens: int = number(10_000_000, 1, 1e12)
-    """Response tokens to write, before a thousandth is held out and repeats are dropped."""
+    """Response tokens to write, before repeats and overlaps are dropped."""
     answer_tokens: int = number(128, 2)
     """Length limit of a response."""
     follow_up: float = number(0.25, 0, 1)
     """Share of answers that get a second turn and another answer."""
     write_batch: int = number(4096, 1, 65536)
     """Responses generated at once."""
+    exclude: str = ""
+    """Question files in Spec-Bench's schema, by commas: what shares a run of 13 tokens with a question is dropped."""
     passes: int = number(1, 1, 10_000)
     """Times that each response is learned from."""
     max_minutes: float = number(0.0, 0, 1e6)
     """Training stops by the clock, its schedules stretched over this time; 0 for no limit."""
-    batch: int = number(32, 1, 65536)
+    batch: int = number(16, 1, 65536)
     """Responses an update."""
-    lr: float = number(2e-3, 0, 10)
+    lr: float = number(4e-3, 0, 10)
     """AdamW rate at its highest; it grows over the warm-up and falls along a cosine to zero."""
+    muon: float = number(2.0, 0, 100)
+    """Rate of the drafter's matrices under Muon (Jordan et al. 2024) as a multiple of lr, matched to AdamW's update
+    size; 0 trains them by AdamW like all else."""
     warmup_steps: int = number(200, 0)
     """Updates over which the rate grows from 0."""
     grad_clip: float = number(1.0, 1e-9)
@@ -92,14 +103,18 @@ class DistillConfig(DraftSettings):
     log_every: int = number(50, 1)
     """Updates between log lines."""
     checkpoint_every: int = number(2000, 1)
-    """Updates between checkpoints; one is always written at the end."""
+    """Updates between checkpoints, which fall on log lines; one is always written at the end."""
 
 
 @dataclass(frozen=True)
 class DistillMetrics:
-    """One log line, means over the updates since the line before.
+    """One log line of training, means over the updates since the line before.
+
+    Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
+    (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
 
     Attributes:
+        phase: "train".
         step: updates so far.
         tokens: response tokens learned from so far.
         loss: what was minimised, nats a token.
@@ -110,6 +125,7 @@ class DistillMetrics:
         wall_s: seconds of training so far.
     """
 
+    phase: str
     step: int
     tokens: int
     loss: float
@@ -119,6 +135,30 @@ class DistillMetrics:
     tok_per_s: float
     memory_gb: float
     wall_s: float
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a finished run did, over all its starts.
+
+    Attributes:
+        written, write_s: response tokens generated, and the seconds that took; 0 if they are another run's.
+        learned, train_s: response tokens learned from, and the seconds that took.
+        steps: updates.
+        agreement: the last log line's.
+        memory_gb: highest memory use, of the accelerator if there is one.
+        checkpoint, drafter: folders of the last checkpoint and of the drafter to ship.
+    """
+
+    written: int
+    write_s: float
+    learned: int
+    train_s: float
+    steps: int
+    agreement: float
+    memory_gb: float
+    checkpoint: str
+    drafter: str
 
 
 class _Objective(nn.Module):
@@ -158,6 +198,7 @@ class Distiller:
 
     Attributes:
         responses: what is learned from.
+        left_out: rows that are not, by reason.
         model, peft_model: the model with its draft, and PEFT's view of it, which holds lora_S.
         step, tokens, wall_s: how far the run is; all of it is in every checkpoint.
 
@@ -167,30 +208,32 @@ class Distiller:
 
     def __init__(self, config: DistillConfig, loaded: LoadedModel | None = None) -> None:
         torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
         self.config = config
         self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
         self.run_dir = Path(config.run_dir)
         checkpoint.claim(self.run_dir, config, self.loaded)
-        self.responses = self._ready_responses()
+        self.responses, self.left_out = self._chosen(self._ready_responses())
         base = self.loaded.model
+        torch.manual_seed(config.seed)
         try:
             self.peft_model = inject_lora(
                 base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
             )
         except ValueError as error:
             raise DvirlError(str(error)) from error
+        self.longest = int(self.responses.response_lens.max())
         vocabulary = draft_vocabulary(self.responses.response_tokens(), base.config.vocab_size, config.draft_vocab)
         self.model = KangarooModel(base, None, config.drafter_args(vocabulary), config.exit_layer)
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        self.optimizer = make_optimizer(self.parameters, config.lr)
+        matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
+        self.optimizers = Optimizers(self.parameters, matrices if config.muon else [], config.muon)
         self.step, self.tokens, self.wall_s = 0, 0, 0.0
         self._captured: dict[int, Any] = {}
         if (self.run_dir / "checkpoints").is_dir():
             self.load_checkpoint(checkpoint.newest(self.run_dir))
 
     def _ready_responses(self) -> Responses:
-        """The run's responses, written as far as they are not on disk yet, without repeats."""
+        """The run's responses, written as far as they are not on disk yet."""
         config = self.config
         if config.responses_from:
             paths = sorted(Path(config.responses_from).glob("shard-*.safetensors"))
@@ -198,51 +241,107 @@ class Distiller:
                 raise DvirlError(
                     f"responses_from is {config.responses_from!r}; expected a folder of shard-*.safetensors"
                 )
-            return without_repeats(join([read_shard(path) for path in paths]))
+            return join([read_shard(path) for path in paths])
         parts: list[Responses] = []
         with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
             while (done := sum(part.num_tokens for part in parts)) < config.num_tokens:
                 path = self.run_dir / "responses" / f"shard-{len(parts):05d}.safetensors"
                 if not path.exists():
-                    write_shard(path, self._write_shard(len(parts), config.num_tokens - done))
+                    self._write_shard(path, len(parts), config.num_tokens - done)
                 parts.append(read_shard(path))
                 bar.update(parts[-1].num_tokens)
-        return without_repeats(join(parts))
+        return join(parts)
 
-    def _write_shard(self, index: int, wanted: int) -> Responses:
-        """Shard `index`: fewer conversations than usual where `wanted` tokens are few."""
-        config = self.config
+    def _write_shard(self, path: Path, index: int, wanted: int) -> None:
+        """Write shard `index`: fewer conversations than usual where `wanted` tokens are few."""
+        config, began = self.config, time.perf_counter()
         count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
         seed = config.seed * 1_000_003 + index
-        return write_conversations(self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch)
+        shard = write_conversations(
+            self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch
+        )
+        write_shard(path, shard)
+        figures = {"tokens": shard.num_tokens, "memory_gb": self._memory_gb(), "wall_s": time.perf_counter() - began}
+        self._log({"phase": "write", "shard": index, **figures})
+
+    def _chosen(self, responses: Responses) -> tuple[Responses, dict[str, int]]:
+        """The responses to learn from, and how many others there are: repeats, too short ones, excluded ones."""
+        chosen = without_repeats(responses)
+        left_out = {"repeats": len(responses) - len(chosen)}
+        files = [path for path in self.config.exclude.split(",") if path]
+        turns = [turn for path in files for prompt in read_prompts("spec_bench_turns", path) for turn in prompt.turns]
+        overlaps = overlapping(chosen, [self.loaded.chat.plain(turn) for turn in turns])
+        short = ~overlaps & (chosen.response_lens < 2)
+        left_out |= {"too_short": int(short.sum()), "excluded": int(overlaps.sum())}
+        if files:
+            tqdm.write(f"left out {left_out['excluded']} responses that overlap {', '.join(files)}", file=sys.stderr)
+        chosen = chosen.take((~overlaps & ~short).nonzero()[:, 0])
+        if not len(chosen):
+            raise DvirlError(f"none of {len(responses)} responses is left to learn from ({left_out})")
+        return chosen, left_out
 
     # The loop
 
-    def train(self) -> None:
-        """Learn from all responses `passes` times or until `max_minutes` are over; log and write checkpoints."""
-        config = self.config
+    def train(self) -> DistillResult:
+        """Learn from all responses `passes` times or until `max_minutes` are over; log, and write what was learned.
+
+        Raises:
+            DvirlError: at the first log line behind a loss or gradient that is not finite.
+        """
+        config, saved = self.config, self.step
         train_only(self.model, self.parameters)
-        self.optimizer.param_groups[0]["fused"] = self.loaded.model.device.type == "cuda"
-        log, began, saved = MetricsLog(self.run_dir / "metrics.jsonl"), time.perf_counter() - self.wall_s, self.step
+        cut_log(self.run_dir / "metrics.jsonl", self.step)
+        counts = {"rows": len(self.responses), "tokens": self.responses.num_tokens, **self.left_out}
+        self._log({"phase": "start", "step": self.step, **counts})
+        began, mark = time.perf_counter() - self.wall_s, (self.tokens, self.wall_s)
         window: list[tuple[Tensor, Tensor, Tensor]] = []
-        mark, marked_s = self.tokens, self.wall_s
+        batches = self.batches()
         with tqdm(total=self.num_steps, initial=self.step, unit="update") as bar:
-            for batch, states in self.batches():
-                window.append(self.update(batch, states))
+            while self.progress < 1.0:
+                window.append(self.update(*next(batches)))
                 self.wall_s = time.perf_counter() - began
                 bar.update()
-                if self.step % config.log_every == 0 or self.progress >= 1.0:
-                    metrics = self._metrics(window, (self.tokens - mark) / (self.wall_s - marked_s))
-                    log.write(metrics)
-                    bar.set_postfix_str(f"agreement {metrics.agreement:.3f}, {metrics.tok_per_s:,.0f} tok/s")
-                    window, mark, marked_s = [], self.tokens, self.wall_s
+                if self.step % config.log_every and self.progress < 1.0:
+                    continue
+                metrics = self._metrics(window, mark, began)
+                self._log(asdict(metrics))
+                bar.set_postfix_str(f"agreement {metrics.agreement:.3f}, {metrics.tok_per_s:,.0f} tok/s")
+                window, mark = [], (self.tokens, self.wall_s)
                 if self.step - saved >= config.checkpoint_every:
                     self.save_checkpoint()
                     saved = self.step
-                if self.progress >= 1.0:
-                    break
+        return self._finish()
+
+    def _finish(self) -> DistillResult:
+        """Write the last checkpoint and the drafter; sum up the log."""
+        folder, drafter = self.save_checkpoint(), self.run_dir / "drafter"
+        table = read_metrics(self.run_dir / "metrics.jsonl")
+        written = table[table.phase == "write"]
+        result = DistillResult(
+            written=int(written.tokens.sum()),
+            write_s=float(written.wall_s.sum()) if len(written) else 0.0,
+            learned=self.tokens,
+            train_s=self.wall_s,
+            steps=self.step,
+            agreement=float(table[table.phase == "train"].agreement.iloc[-1]),
+            memory_gb=float(table.memory_gb.max()),
+            checkpoint=str(folder),
+            drafter=str(drafter),
+        )
+        made = {**asdict(result), **self.left_out}
+        checkpoint.export(drafter, self.peft_model, self.model, self.config, self.loaded, **made)
+        return result
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        log = MetricsLog(self.run_dir / "metrics.jsonl")
+        log.write(line)
         log.close()
-        self.save_checkpoint()
+
+    def _memory_gb(self) -> float:
+        """Highest memory use so far, of the accelerator if there is one."""
+        cuda = self.loaded.model.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e9
 
     @property
     def num_steps(self) -> int:
@@ -275,7 +374,8 @@ class Distiller:
 
     def _order(self, number_: int) -> Tensor:
         """All rows in the random order of a pass, sorted by length within every few updates."""
-        generator = torch.Generator().manual_seed(self.config.seed * 10_007 + number_)
+        seed = random.Random(f"{self.config.seed}/{number_}").getrandbits(63)
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.responses), generator=generator)
         lengths = self.responses.prompt_lens + self.responses.response_lens
         parts = [part[lengths[part].argsort()] for part in torch.split(order, SORTED_TOGETHER * self.config.batch)]
@@ -291,23 +391,22 @@ class Distiller:
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses; its loss, agreement and gradient norm, left on the device."""
-        loss, agreement = self.objective(*self._positions(batch, states))
-        self.optimizer.zero_grad(set_to_none=True)
+        loss, agreement = self.objective(*self._positions(batch, states, states.is_cuda))
+        self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.parameters, self.config.grad_clip)
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        self.optimizer.step()
+        self.optimizers.step(self.lr)
         self.step += 1
         self.tokens += int((batch.response_lens - 1).sum())
         return loss.detach(), agreement, norm
 
-    def _positions(self, batch: Responses, states: Tensor) -> tuple[Tensor, ...]:
-        """What the objective asks for; on CUDA padded to one of a few shapes, so that each is captured once."""
+    def _positions(self, batch: Responses, states: Tensor, padded: bool) -> tuple[Tensor, ...]:
+        """What the objective asks for; for CUDA padded to one of a few shapes, so that each is captured once."""
         rows, positions = response_index(batch.prompt_lens, batch.response_lens)
         before = batch.prompt_lens[rows] + positions - 1
         tokens, count = batch.tokens, len(rows)
-        if tokens.is_cuda:
-            count = self.config.batch * (self.config.answer_tokens - 1)
+        if padded:
+            count = self.config.batch * (self.longest - 1)
             missing, ragged = self.config.batch - len(tokens), -tokens.shape[1] % WIDTH_STEP
             tokens, states = F.pad(tokens, (0, ragged, 0, missing)), F.pad(states, (0, 0, 0, ragged, 0, missing))
         at, weight = torch.zeros(count, dtype=torch.long), torch.zeros(count)
@@ -332,15 +431,27 @@ class Distiller:
         """The rate of the next update."""
         return cosine_rate(self.config.lr, self.step + 1, self.config.warmup_steps, self.progress, floor=0.0)
 
-    def _metrics(self, window: list[tuple[Tensor, Tensor, Tensor]], tok_per_s: float) -> DistillMetrics:
-        loss, agreement, _ = (float(torch.stack(values).mean()) for values in zip(*window, strict=True))
-        norm = float(window[-1][2])
-        if not math.isfinite(loss):
-            raise DvirlError(f"step {self.step}: the loss is not finite; the last checkpoint is before it")
-        cuda = self.loaded.model.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def _metrics(
+        self, window: list[tuple[Tensor, Tensor, Tensor]], mark: tuple[int, float], began: float
+    ) -> DistillMetrics:
+        """The line of the updates in `window`, since the tokens and seconds in `mark`; the device is waited for."""
+        loss, agreement, norm = (torch.stack(values) for values in zip(*window, strict=True))
+        broken = (~(loss.isfinite() & norm.isfinite())).nonzero()
+        if len(broken):
+            step = self.step - len(window) + 1 + int(broken[0])
+            raise DvirlError(f"step {step}: loss or gradient is not finite; the last checkpoint is before it")
+        self.wall_s = time.perf_counter() - began
         return DistillMetrics(
-            self.step, self.tokens, loss, agreement, self.lr, norm, tok_per_s, peak / 1e9, self.wall_s
+            phase="train",
+            step=self.step,
+            tokens=self.tokens,
+            loss=float(loss.mean()),
+            agreement=float(agreement.mean()),
+            lr=self.optimizers.lr,
+            grad_norm=float(norm[-1]),
+            tok_per_s=(self.tokens - mark[0]) / (self.wall_s - mark[1]),
+            memory_gb=self._memory_gb(),
+            wall_s=self.wall_s,
         )
 
     # State
@@ -348,7 +459,7 @@ class Distiller:
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands; return its folder."""
         numbers: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "wall_s": self.wall_s}
-        state = {"tensors": optimizer_tensors(self.optimizer, "fast"), "numbers": numbers}
+        state = {"tensors": self.optimizers.tensors(), "numbers": numbers}
         return checkpoint.save(self.run_dir, self.step, self.peft_model, self.model, state)
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -358,6 +469,31 @@ class Distiller:
             DvirlError: if it is incomplete or belongs to another model or settings.
         """
         state = checkpoint.load(folder, self.peft_model, self.model)
-        load_optimizer(self.optimizer, "fast", state["tensors"])
+        self.optimizers.load(state["tensors"])
         for name, value in state["numbers"].items():
             setattr(self, name, value)
+
+
+def parse_args(argv: Sequence[str]) -> DistillConfig:
+    """Settings from flags, on top of a YAML file if `--config` names one; errors as in `settings.parse_args`."""
+    return settings.parse_args(DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text.", argv)
+
+
+def main(args: Namespace | DistillConfig) -> DistillResult:
+    """Train or go on training; print what it took and where the results are.
+
+    Raises:
+        DvirlError: as `Distiller` does.
+    """
+    config = settings.from_namespace(DistillConfig, args)
+    result = Distiller(config).train()
+    for verb, tokens, seconds in (
+        ("written", result.written, result.write_s),
+        ("learned from", result.learned, result.train_s),
+    ):
+        if tokens:
+            print(f"{verb}: {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} tokens/s")
+    print(f"agreement: {result.agreement:.3f} over the last {config.log_every} of {result.steps} updates")
+    print(f"memory: {result.memory_gb:.2f} GB at most\nlog: {config.run_dir}/metrics.jsonl")
+    print(f"checkpoint: {result.checkpoint}\ndrafter: {result.drafter}")
+    return result

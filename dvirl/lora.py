@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import lora_parameters
@@ -59,6 +59,52 @@ def load_optimizer(optimizer: Optimizer, name: str, tensors: Mapping[str, Tensor
             _, index, field = key.split(".")
             entries.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Optimizers:
+    """AdamW for `parameters`, and Muon (Jordan et al. 2024) for those of them that are among `matrices`.
+
+    Muon's update is orthogonal and scaled to the size of AdamW's (arXiv 2502.16982), so both follow one rate.
+
+    Args:
+        parameters: all that are stepped.
+        matrices: 2-D ones for Muon, or none.
+        muon: Muon's rate as a multiple of AdamW's.
+
+    Attributes:
+        lr: AdamW's rate in the last step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], muon: float) -> None:
+        self.lr = 0.0
+        chosen = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in parameters if id(parameter) not in chosen]
+        adamw = AdamW(rest, weight_decay=0.0, fused=all(parameter.is_cuda for parameter in rest))
+        self._parts: dict[str, tuple[Optimizer, float]] = {"fast": (adamw, 1.0)}
+        if matrices:
+            self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), muon
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for optimizer, _ in self._parts.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self, lr: float) -> None:
+        """Step all parameters, AdamW's at the rate `lr`."""
+        self.lr = lr
+        for optimizer, multiple in self._parts.values():
+            optimizer.param_groups[0]["lr"] = lr * multiple
+            optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state, as `optimizer_tensors` names it."""
+        parts = (optimizer_tensors(optimizer, name) for name, (optimizer, _) in self._parts.items())
+        return {key: value for part in parts for key, value in part.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
+        for name, (optimizer, _) in self._parts.items():
+            load_optimizer(optimizer, name, tensors)
 
 
 def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floor: float = COSINE_FLOOR) -> float:

@@ -1,23 +1,31 @@
-"""Models by name: the embedded default, a local folder, or a hub id of any Llama."""
+"""Models by name: the embedded default, a local folder, or a hub id of any Llama; and drafters that ship for them."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
+from dvirl import checkpoint
 from dvirl.chat import ChatEncoder, detect_format
+from dvirl.config import DraftSettings
 from dvirl.embedded import EMBEDDED, ensure_embedded
 from dvirl.errors import DvirlError
+from dvirl.settings import from_mapping, read_yaml
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import inject_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODEL = "smollm2-135m"
+WEIGHTS = tuple(Path(__file__).parents[1] / name for name in ("weights", "dvirl_weights"))
+"""Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +132,78 @@ def _fingerprint(source: str, config: Any) -> str:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class LoadedDrafter:
+    """A model with its trained draft, nothing of which takes gradients.
+
+    Attributes:
+        model: drafts and verifies.
+        loaded: the model that it drafts for, the same weights.
+        peft_model: PEFT's view of them, which holds lora_S.
+        folder: where the drafter was read.
+    """
+
+    model: KangarooModel
+    loaded: LoadedModel
+    peft_model: PeftModel
+    folder: Path
+
+
+def drafter_folder(name_or_folder: str | Path) -> Path:
+    """The folder of a drafter, by its path or the name that it ships under.
+
+    Raises:
+        DvirlError: if there is none; the message lists the names.
+    """
+    found = (path for path in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)))
+    for folder in found:
+        if (folder / checkpoint.DRAFTER).exists():
+            return folder
+    names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
+    raise DvirlError(
+        f"no drafter {str(name_or_folder)!r}; expected a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, or "
+        f"one of the shipped ones ({', '.join(names) or 'none are'})"
+    )
+
+
+def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
+    """What drafts by a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
+    content = read_yaml(path)
+    try:
+        values = {spec.name: content["config"][spec.name] for spec in fields(DraftSettings)}
+        return from_mapping(DraftSettings, values, str(path)), content["model"]["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise DvirlError(f"{path}: expected a drafter's settings under 'config' and 'model'") from error
+
+
+def load_drafter(
+    name_or_folder: str | Path, loaded: LoadedModel | None = None, dtype: str = "auto", device: str = "auto"
+) -> LoadedDrafter:
+    """Load a drafter that `checkpoint.export` wrote, and its model.
+
+    Args:
+        name_or_folder: a shipped name or a folder.
+        loaded: a freshly loaded model, which is changed in place; the one it was made for if not given.
+        dtype, device: to load that one with, as in `load`.
+
+    Raises:
+        DvirlError: if there is no such drafter, or it is incomplete or was made for another model.
+    """
+    folder = drafter_folder(name_or_folder)
+    settings, made_for = _drafter_settings(folder / "config.yaml")
+    loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
+    if loaded.fingerprint != made_for:
+        raise DvirlError(f"{folder}: made for the model {made_for}, but {loaded.name!r} is {loaded.fingerprint}")
+    base = loaded.model
+    ids = range(settings.draft_vocab) if 0 < settings.draft_vocab < base.config.vocab_size else None  # not yet the ids
+    lora = settings.lora_rank, settings.lora_alpha, settings.lora_targets.split(",")
+    try:
+        peft_model = inject_lora(base, settings.exit_layer, *lora)
+        model = KangarooModel(base, None, settings.drafter_args(ids), settings.exit_layer)
+    except ValueError as error:
+        raise DvirlError(f"{folder}: {error}") from error
+    checkpoint.load(folder, peft_model, model, draft_only=True)
+    model.requires_grad_(False)
+    return LoadedDrafter(model, loaded, peft_model, folder)

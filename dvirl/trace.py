@@ -94,6 +94,13 @@ class MetricsLog:
         self._file.close()
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Drop lines of later steps and a torn last one, which a run that goes on from that checkpoint writes anew."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+
+
 def read_metrics(path: str | Path) -> pd.DataFrame:
     """The table of a `metrics.jsonl`, one row a step.
 

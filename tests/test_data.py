@@ -19,13 +19,17 @@ ROWS = {
                                                {"from": "gpt", "value": "Hello"}]}],
     "dolly": [{"instruction": "Sum up", "context": "A long text", "response": "r", "category": "summarization"}],
     "jsonl": [{"prompt": "One"}, {"turns": ["One", "answer", "Two"]}],
-    "spec_bench": [{"question_id": 81, "category": "writing", "turns": ["Write", "Rewrite"]}],
+    "spec_bench": [{"question_id": 81, "category": "writing", "turns": ["Write", "Rewrite"]},
+                   {"question_id": 82, "category": "", "turns": ["Sum up"]}, {"question_id": 83, "turns": ["Add"]}],
+    "spec_bench_turns": [{"question_id": 81, "category": "writing", "turns": ["Write"]},
+                         {"question_id": 82, "category": None, "turns": ["Sum up", "Shorter"]}],
 }  # fmt: skip
 TURNS = {
     "sharegpt": [("Hi there",)],
     "dolly": [("Sum up\n\nA long text",)],
     "jsonl": [("One",), ("One", "answer", "Two")],
-    "spec_bench": [("Write",)],
+    "spec_bench": [("Write",), ("Sum up",), ("Add",)],
+    "spec_bench_turns": [("Write",), ("Sum up",), ("Shorter",)],
 }
 
 
@@ -49,6 +53,8 @@ def test_every_schema_is_read(tmp_path, kind, as_lines):
         ("dolly", '{"instruction": "x", "context": 3}', "'context' to be a string"),
         ("spec_bench", '{"turns": ["x"]}', "question_id"),
         ("spec_bench", "[]", "question_id"),
+        ("spec_bench", '{"question_id": 1, "category": 3, "turns": ["x"]}', "'category' to be a string"),
+        ("spec_bench", '{"question_id": 1, "turns": [""]}', "'turns' to be a list of non-empty strings"),
     ],
 )
 def test_a_malformed_row_is_named_or_skipped(tmp_path, capsys, kind, line, message):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from dvirl.corpus import Responses
+from dvirl.checkpoint import DRAFTER, circumstances
+from dvirl.corpus import Responses, answer
+from dvirl.data import read_prompts
+from dvirl.errors import DvirlError
+from dvirl.magpie import Openers, write_prompts
+from dvirl.models import LoadedModel, load_drafter
 from dvirl.rollout import draft_logits_at, response_index
+from dvirl.trace import plain
 from kangaroo.kangaroo_model import KangarooModel
 
 BINS = 15
@@ -75,7 +88,74 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     return Agreement(
         rate=float(right.mean()),
         confidence=float(confidence.mean()),
-        ece=calibration_error(confidence, right),
+        ece=calibration_error(confidence, right) if len(right) else math.nan,
         covered=float(covered.mean()),
         positions=len(right),
     )
+
+
+def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
+    """Prompts to measure on: each file's first turns under its path, and `own N` self-written ones under each kind.
+
+    Args:
+        loaded: encodes, and writes its own.
+        files: in Spec-Bench's schema.
+        own: self-written prompts of each kind; 0 for none.
+        seed: of the self-written ones.
+
+    Raises:
+        DvirlError: for a malformed file, or nothing to measure on.
+    """
+    kinds = list(Openers().table) if own else []
+    if not files and not kinds:
+        raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
+    sets = {path: [loaded.chat.encode(p.turns) for p in read_prompts("spec_bench", path)] for path in files}
+    for kind in kinds:
+        sets[f"own {kind}"] = write_prompts(loaded, own, seed, Openers([kind]), batch=min(64, 4 * own))
+    return sets
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dvirl agreement", description=__doc__)
+    parser.add_argument("drafter", help="name of a shipped drafter, or a folder such as RUN_DIR/drafter")
+    parser.add_argument("--questions", nargs="+", default=[], help="question files in Spec-Bench's schema")
+    parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
+    args = parser.parse_args(list(argv))
+    for name, lowest in (("own", 0), ("max_new_tokens", 2)):
+        if getattr(args, name) < lowest:
+            raise DvirlError(f"{name} is {getattr(args, name)}; expected at least {lowest}")
+    return args
+
+
+def _sha256(path: Path) -> str | None:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.exists() else None
+
+
+def main(argv: Sequence[str]) -> dict[str, Agreement]:
+    """Measure a drafter in float32, print a table, and write the figures if asked to.
+
+    Raises:
+        DvirlError: for a drafter, file or setting that does not fit.
+    """
+    args = _parse(argv)
+    drafter = load_drafter(args.drafter, dtype="float32", device=args.device)
+    loaded, found = drafter.loaded, {}
+    sets = question_sets(loaded, args.questions, args.own, args.seed)
+    for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
+        found[name] = measure_agreement(drafter.model, answer(loaded, prompts, args.max_new_tokens, BATCH))
+    width = max(map(len, found))
+    print(" " * width, *(f"{title:>10}" for title in ("agreement", "confidence", "ece", "covered", "positions")))
+    for name, one in found.items():
+        shares = (f"{share:10.3f}" for share in (one.rate, one.confidence, one.ece, one.covered))
+        print(f"{name:{width}}", *shares, f"{one.positions:10d}")
+    if args.out:
+        files = {str(path): _sha256(Path(path)) for path in (drafter.folder / DRAFTER, *args.questions)}
+        figures = {name: asdict(one) for name, one in found.items()}
+        content = {"arguments": vars(args), "files": files, **circumstances(loaded), "figures": figures}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(plain(content), indent=1) + "\n")
+    return found

@@ -1,0 +1,392 @@
+"""Distillation at scale: the right loss on the right weights, a draft that learns, a run that can be killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import random_prompts, tiny_loaded
+from safetensors.torch import load_file
+from test_corpus import ENDS
+from test_models import save_tiny
+
+from dvirl import checkpoint, cli, distill
+from dvirl.corpus import Responses, answer, write_shard
+from dvirl.distill import DistillConfig, Distiller, _Objective
+from dvirl.errors import DvirlError
+from dvirl.evaluation.agreement import measure_agreement
+from dvirl.lora import train_only
+from dvirl.losses import distillation_loss
+from dvirl.models import load_drafter
+from dvirl.trace import read_metrics
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory) -> Path:
+    """A folder with a shard of the tiny model's answers to few prompts, of many lengths."""
+    folder = tmp_path_factory.mktemp("responses")
+    loaded = dataclasses.replace(tiny_loaded(), eos_ids=ENDS)
+    write_shard(folder / "shard-00000.safetensors", answer(loaded, random_prompts(29), 16, 8))
+    return folder
+
+
+def settings(run_dir, responses="", **changes) -> DistillConfig:
+    """Small; one drafter layer, since the default's two would be all that the tiny model has behind its exit."""
+    values = dict(
+        drafter_layers=1, run_dir=str(run_dir), responses_from=str(responses), lora_rank=4, head_rank=8, draft_vocab=100, batch=4,
+        passes=3, warmup_steps=3, log_every=5, checkpoint_every=5, answer_tokens=16, threads=1, dtype="float32",
+        device="cpu",
+    )  # fmt: skip
+    return DistillConfig(**{**values, **changes})
+
+
+def distiller(run_dir, responses="", **changes) -> Distiller:
+    return Distiller(settings(run_dir, responses, **changes), tiny_loaded())
+
+
+# The loss
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+def test_the_loss_is_that_of_a_plain_computation(ce_weight):
+    generator = torch.Generator().manual_seed(0)
+    draft, verifier = (3 * torch.randn(5, 7, generator=generator) for _ in range(2))
+    index, weight = torch.tensor([0, 6, -1, 3, 2]), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.5])
+
+    def log_softmax(row):
+        shift = math.log(sum(math.exp(x) for x in row))
+        return [x - shift for x in row]
+
+    total = 0.0
+    for q, p, i, w in zip(
+        draft.double().tolist(), verifier.double().tolist(), index.tolist(), weight.tolist(), strict=True
+    ):
+        q, p = log_softmax(q), log_softmax(p)
+        kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+        total += w * ((1 - ce_weight) * kl + ce_weight * (-q[i] if i >= 0 else 0.0))
+    assert float(distillation_loss(draft, verifier, index, weight, ce_weight)) == pytest.approx(total / 3.5, rel=1e-5)
+
+
+def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier():
+    generator = torch.Generator().manual_seed(0)
+    draft, verifier = (torch.randn(4, 6, generator=generator, requires_grad=True) for _ in range(2))
+    index, weight, c = torch.tensor([1, -1, 0, 5]), torch.tensor([1.0, 1.0, 0.0, 1.0]), 0.25
+    gradient, none = torch.autograd.grad(
+        distillation_loss(draft, verifier, index, weight, c), [draft, verifier], allow_unused=True
+    )
+    p, q = verifier.softmax(-1), draft.softmax(-1)
+    one_hot = torch.nn.functional.one_hot(index.clamp(min=0), 6) * (index >= 0)[:, None]
+    pulled = (index >= 0)[:, None] * q - one_hot
+    expected = ((1 - c) * (q - p) + c * pulled) * weight[:, None] / 3
+    torch.testing.assert_close(gradient, expected.detach())
+    assert none is None
+
+
+def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses):
+    """The shapes that CUDA graphs ask for: rows, widths and positions filled up; here for a short last batch too."""
+    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2)
+    train_only(mine.model, mine.parameters)
+    batches = list(mine.batches())
+    assert len(batches[-1][0]) < 4
+    for batch, states in (batches[0], batches[-1]):
+        found = []
+        for padded in (False, True):
+            inputs = mine._positions(batch, states, padded)
+            loss, agreement = _Objective(mine.model, mine.config)(*inputs)
+            found.append([loss, agreement, *torch.autograd.grad(loss, mine.parameters)])
+        assert inputs[0].shape == (4, distill.WIDTH_STEP) and len(inputs[1]) == 4 * 15
+        assert int(inputs[-1].sum()) == int((batch.response_lens - 1).sum())
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_and_the_logged_agreement_are_those_of_the_evaluation(tmp_path, responses):
+    mine = distiller(tmp_path, responses, passes=1, batch=64)
+    ((batch, states),) = mine.batches()
+    _, agreement = mine.objective(*mine._positions(batch, states, False))
+    found = measure_agreement(mine.model, mine.responses)
+    assert float(agreement) == pytest.approx(found.rate, abs=1e-6)
+    logits = mine.model.head_model(states)
+    for row, (start, length) in enumerate(zip(batch.prompt_lens.tolist(), batch.response_lens.tolist(), strict=True)):
+        chosen = logits[row, start - 1 : start + length - 1].argmax(-1)
+        assert chosen.tolist() == batch.tokens[row, start : start + length].tolist()
+
+
+# What it trains
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(muon=0.0), dict(head="full", drafter="adapter"), dict(drafter="none", ce_weight=0.5)]
+)
+def test_the_draft_learns(tmp_path, responses, changes):
+    """Few responses, many times; a random model has no pattern that carries over to others."""
+    mine = distiller(tmp_path / "a", responses, passes=25, draft_vocab=0, lr=1e-2, **changes)
+    before = measure_agreement(mine.model, mine.responses).rate
+    result = mine.train()
+    after = measure_agreement(mine.model, mine.responses)
+    assert before < 0.4 and after.rate > 0.75 and result.agreement == pytest.approx(after.rate, abs=0.1)
+
+
+def test_the_control_learns_nothing(tmp_path, responses):
+    mine = distiller(tmp_path, responses, lr=0.0)
+    before = measure_agreement(mine.model, mine.responses)
+    mine.train()
+    assert measure_agreement(mine.model, mine.responses) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "moving"),
+    [
+        ({}, {"lora_S", "adapter_model", "head_down", "head_up"}),
+        (dict(head="full"), {"lora_S", "adapter_model", "exit_proj"}),
+        (dict(head="frozen", drafter="none"), {"lora_S", "adapter_model"}),
+        (dict(lora_shallow=False), {"adapter_model", "head_down", "head_up"}),
+    ],
+)
+def test_only_what_drafts_moves(tmp_path, responses, changes, moving):
+    mine = distiller(tmp_path, responses, passes=1, **changes)
+    before = {name: value.clone() for name, value in mine.model.state_dict().items()}
+    mine.train()
+    moved = {name for name, value in mine.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"lora_S" if "lora_S" in name else name.split(".")[0] for name in moved} == moving
+    assert all("lora_S" in name for name in moved if name.startswith("base_model"))
+    owned = {name for name in before if "lora_S" in name or name.split(".")[0] in moving - {"lora_S"}}
+    assert moved == {name for name in owned if "lora_shallow" not in changes or "lora_S" not in name}
+
+
+def test_muon_steps_the_drafters_matrices_at_its_own_rate(tmp_path, responses):
+    """One step of Muon moves a matrix by 0.2 lr muon sqrt(max(A, B)) times an orthogonal one; AdamW by lr each entry."""
+    mine = distiller(tmp_path, responses, warmup_steps=0, muon=3.0, lr=1e-3)
+    batch, states = next(mine.batches())
+    train_only(mine.model, mine.parameters)
+    before = {name: value.clone() for name, value in mine.model.state_dict().items()}
+    mine.update(batch, states)
+    for name, value in mine.model.adapter_model.named_parameters():
+        change = (value - before[f"adapter_model.{name}"]) / 1e-3
+        if value.ndim == 2:
+            sizes = torch.linalg.svdvals(change.detach()) / (3.0 * 0.2 * max(value.shape) ** 0.5)
+            assert sizes.max() < 1.3 and sizes.median() > 0.5, name
+        else:
+            torch.testing.assert_close(change.abs(), torch.ones_like(change), atol=2e-2, rtol=0)
+    tensors = mine.optimizers.tensors()
+    matrices = [p for p in mine.model.adapter_model.parameters() if p.ndim == 2]
+    assert len([key for key in tensors if key.startswith("muon.")]) == len(matrices) == 7
+    assert len([key for key in tensors if key.startswith("fast.")]) == 3 * (len(mine.parameters) - len(matrices))
+
+
+# Runs
+
+
+def state_of(mine: Distiller):
+    return {**mine.model.state_dict(), **mine.optimizers.tensors()}
+
+
+def assert_same_end(one: Distiller, other: Distiller) -> None:
+    mine, its = state_of(one), state_of(other)
+    assert mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+    tables = [read_metrics(Path(d.config.run_dir) / "metrics.jsonl") for d in (one, other)]
+    timeless = ["step", "tokens", "loss", "agreement", "lr", "grad_norm"]
+    first, second = (table[table.phase == "train"][timeless].reset_index(drop=True) for table in tables)
+    assert first.equals(second)
+
+
+@pytest.mark.parametrize(("muon", "killed_at"), [(2.0, 7), (2.0, 13), (0.0, 19)])
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path, responses, monkeypatch, muon, killed_at):
+    whole = distiller(tmp_path / "whole", responses, muon=muon)
+    assert whole.train().steps == whole.num_steps == 3 * math.ceil(len(whole.responses) / 4)
+
+    class KilledError(Exception):
+        pass
+
+    victim, update = distiller(tmp_path / "killed", responses, muon=muon), Distiller.update
+
+    def dying(self, batch, states):
+        if self.step == killed_at:
+            raise KilledError
+        return update(self, batch, states)
+
+    monkeypatch.setattr(Distiller, "update", dying)
+    with pytest.raises(KilledError):
+        victim.train()
+    monkeypatch.undo()
+    with (tmp_path / "killed/metrics.jsonl").open("a") as log:
+        log.write('{"phase": "train", "st')
+    again = distiller(tmp_path / "killed", responses, muon=muon)
+    assert again.step == killed_at // 5 * 5 and again.tokens > 0
+    result = again.train()
+    assert result.steps == whole.step and result.learned == whole.tokens
+    assert_same_end(whole, again)
+    starts = read_metrics(tmp_path / "killed/metrics.jsonl").query("phase == 'start'")
+    assert starts.step.tolist() == [0, killed_at // 5 * 5]
+
+
+def test_a_run_killed_while_it_writes_goes_on_with_the_shards_it_has(tmp_path, monkeypatch):
+    loaded = dataclasses.replace(tiny_loaded(), eos_ids=ENDS)
+    monkeypatch.setattr(distill, "SHARD", 8)
+    config = settings(tmp_path / "run", num_tokens=150, passes=1)
+    whole = Distiller(dataclasses.replace(config, run_dir=str(tmp_path / "whole")), loaded)
+    shards = sorted(path.name for path in (tmp_path / "whole/responses").iterdir())
+    assert len(shards) > 2 and whole.responses.num_tokens + 40 > 150
+    (tmp_path / "run/responses").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole/responses" / shards[0], tmp_path / "run/responses")
+    again = Distiller(config, dataclasses.replace(tiny_loaded(), eos_ids=ENDS))
+    assert all(torch.equal(value, vars(again.responses)[name]) for name, value in vars(whole.responses).items())
+    for one, count in ((whole, len(shards)), (again, len(shards) - 1)):
+        result = one.train()
+        log = read_metrics(Path(one.config.run_dir) / "metrics.jsonl")
+        written = log[log.phase == "write"]
+        assert len(written) == count and result.written == written.tokens.sum() > 0
+        assert result.write_s == pytest.approx(written.wall_s.sum()) and result.write_s > 0
+    assert_same_end(whole, again)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, responses):
+    first = distiller(tmp_path, responses, passes=1)
+    result = first.train()
+    again = distiller(tmp_path, responses, passes=1)
+    assert dataclasses.replace(again.train(), memory_gb=0) == dataclasses.replace(result, memory_gb=0)
+    assert_same_end(first, again)
+
+
+def test_a_run_with_other_settings_is_left_alone(tmp_path, responses):
+    distiller(tmp_path, responses)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(DvirlError, match=r"other settings: lora_rank \(4, now 2\), lr \(0\.004, now 0\.001\); choose"):
+        distiller(tmp_path, responses, lr=1e-3, lora_rank=2)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_the_clock_ends_a_run_and_its_schedule(tmp_path, responses):
+    mine = distiller(tmp_path, responses, passes=10_000, max_minutes=0.01, lr=1e-3, warmup_steps=0)
+    result = mine.train()
+    assert 0 < result.steps < mine.num_steps and 0.6 <= result.train_s < 6
+    log = read_metrics(tmp_path / "metrics.jsonl").query("phase == 'train'")
+    assert log.step.iloc[-1] == result.steps and log.lr.iloc[-1] < 0.2e-3 < 0.9e-3 < log.lr.iloc[0]
+    again = distiller(tmp_path, responses, passes=10_000, max_minutes=0.01, lr=1e-3, warmup_steps=0)
+    assert again.train().steps == result.steps
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path, responses):
+    mine = distiller(tmp_path, responses, log_every=3, checkpoint_every=1)
+    update = mine.update
+
+    def breaking(batch, states):
+        if mine.step == 4:
+            mine.parameters[0].data[0] = math.nan
+        return update(batch, states)
+
+    mine.update = breaking
+    with pytest.raises(DvirlError, match="step 5: loss or gradient is not finite; the last checkpoint is before it"):
+        mine.train()
+    tensors = load_file(checkpoint.newest(tmp_path) / "trainer.safetensors")
+    assert checkpoint.newest(tmp_path).name == "step-000003" and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_batches_hold_every_response_once_a_pass_in_another_order(tmp_path, responses):
+    mine = distiller(tmp_path, responses, passes=2)
+    batches = []
+    for batch, states in mine.batches():
+        assert states.shape[:2] == batch.tokens.shape
+        batches.append(batch)
+        mine.step += 1
+
+    def rows(part):
+        return [
+            tuple(row[: int(p + r)].tolist())
+            for b in part
+            for row, p, r in zip(b.tokens, b.prompt_lens, b.response_lens, strict=True)
+        ]
+
+    half = len(batches) // 2
+    first, second = rows(batches[:half]), rows(batches[half:])
+    assert sorted(first) == sorted(second) == sorted(rows([mine.responses])) and first != second
+
+
+# Responses
+
+
+def question_file(path: Path, turns) -> str:
+    path.write_text("\n".join(json.dumps({"question_id": n, "category": "", "turns": t}) for n, t in enumerate(turns)))
+    return str(path)
+
+
+def test_rows_that_share_text_with_a_question_are_left_out_and_counted(tmp_path, capsys):
+    loaded = tiny_loaded()
+    plain = loaded.chat.plain
+    texts = ["Name a fruit, please", "What is the tallest mountain on Earth?", "Count to ten"]
+    rows = [[*plain(text), 3, 4, 5] for text in (*texts, texts[0], "short")]
+    rows[4] = rows[4][:-2]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
+    responses = Responses(
+        tokens, torch.tensor([len(r) - 3 for r in rows[:4]] + [len(rows[4]) - 1]), torch.tensor([3, 3, 3, 3, 1])
+    )
+    write_shard(tmp_path / "shard-00000.safetensors", responses)
+    one = question_file(tmp_path / "one.jsonl", [["And what is the tallest mountain?", "Why?"]])
+    two = question_file(tmp_path / "two.jsonl", [["Say", "Count to ten"], ["Nothing of the kind is asked here"]])
+    mine = distiller(tmp_path / "run", tmp_path, exclude=f"{one},{two}", passes=1)
+    assert mine.left_out == {"repeats": 1, "too_short": 1, "excluded": 2} and len(mine.responses) == 1
+    assert mine.responses.tokens[0].tolist()[:-3] == plain(texts[0])
+    assert f"left out 2 responses that overlap {one}, {two}" in capsys.readouterr().err
+    mine.train()
+    start = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert start == {"phase": "start", "step": 0, "rows": 1, "tokens": 3, "repeats": 1, "too_short": 1, "excluded": 2}
+    assert yaml.safe_load((tmp_path / "run/drafter/config.yaml").read_text())["made"]["excluded"] == 2
+    with pytest.raises(DvirlError, match="none of 5 responses is left"):
+        distiller(tmp_path / "none", tmp_path, exclude=question_file(tmp_path / "all.jsonl", [[*texts, "short"]]))
+    with pytest.raises(DvirlError, match="no such file"):
+        distiller(tmp_path / "other", tmp_path, exclude="none.jsonl")
+
+
+def test_responses_from_nowhere_are_an_error(tmp_path):
+    with pytest.raises(DvirlError, match=r"responses_from is .*; expected a folder of shard"):
+        distiller(tmp_path / "run", tmp_path)
+
+
+# The command line
+
+
+def test_the_command_trains_goes_on_and_says_where_things_are(tmp_path, capsys, responses):
+    model, run_dir = save_tiny(tmp_path / "model"), tmp_path / "run"
+    flags = ["distill", "--model_name", str(model), "--run_dir", str(run_dir), "--responses_from", str(responses),
+             "--exit_layer", "2", "--lora_rank", "2", "--head_rank", "4", "--draft_vocab", "100", "--batch", "8",
+             "--threads", "1", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    for _ in range(2):
+        assert cli.main(flags) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in out] == [
+            "learned from",
+            "agreement",
+            "memory",
+            "log",
+            "checkpoint",
+            "drafter",
+        ]
+        assert out[-2:] == [f"checkpoint: {run_dir}/checkpoints/step-000004", f"drafter: {run_dir}/drafter"]
+        assert out[0].endswith("tokens/s") and " GB at most" in out[2]
+    assert cli.main([*flags, "--lr", "0.5"]) == 2
+    assert "the run there has other settings: lr (0.004, now 0.5)" in capsys.readouterr().err
+    assert cli.main(["distill", "--muon", "-1"]) == 2 and "muon is -1.0" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
+    """What it answered it begins to predict, and the drafter that it ships says the same."""
+    prompts = [real.chat.encode([text]) for text in ("Hello!", "Name three colours.", "What is rain?", "Count to ten.")]
+    write_shard(tmp_path / "shard-00000.safetensors", answer(real, prompts, 20, 4))
+    mine = Distiller(
+        settings(tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99)
+    )
+    before = measure_agreement(mine.model, mine.responses).rate
+    result = mine.train()
+    after = measure_agreement(mine.model, mine.responses)
+    assert before < 0.2 and after.rate > before + 0.3 and after.covered == 1.0 and result.steps == 12
+    shipped = load_drafter(result.drafter, dtype="float32", device="cpu")
+    assert measure_agreement(shipped.model, mine.responses).rate == pytest.approx(after.rate, abs=0.06)
+    assert shipped.loaded.fingerprint == real.fingerprint
