@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick lint lab shell notebooks clean
+.PHONY: help setup train test test-quick experiments-quick lint lab shell notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,9 +33,14 @@ train: $(READY)  ## run notebooks/03_train.ipynb on its defaults
 	@echo "figure:            $(RUN)/learning_curve.png"
 	@echo "checkpoint:        $$(ls -d $(RUN)/checkpoints/step-* | tail -n 1)"
 
-test: $(READY) lint  ## lint, then the whole test suite with coverage, then the notebooks against their outputs
+test: $(READY) lint  ## lint, the whole test suite with coverage, the notebooks against their outputs, every study small
 	$(BIN)/pytest tests -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
 	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks
+	$(MAKE) --no-print-directory experiments-quick
+
+experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each
+	for s in configs/study-*.yaml; do \
+	  $(BIN)/dvirl study $$s --quick --out runs/quick/$$(basename $$s .yaml).json || exit 1; done
 
 test-quick: $(READY)  ## the tests that need no real model
 	$(BIN)/pytest tests -n 2 --dist loadfile -m 'not real'
