@@ -101,7 +101,7 @@ class Study:
         """The settings of one run, later changes first."""
         values: dict[str, Any] = {**self.base, "seed": seed, "run_dir": str(run_dir)}
         for change in changes:
-            values |= change
+            values |= {name: value for name, value in change.items() if name != "sgp"}
         return from_mapping(DVIConfig, values, "study")
 
 
@@ -205,16 +205,25 @@ def finish(trainer: DVITrainer, before: Mapping[str, float]) -> Row:
 
 
 def grid(study: Study, seed: int, folder: Path) -> list[Row]:
-    """Every variant from every start, on the very same responses where the verifier does not change."""
+    """Every variant from every start, on the very same responses where the verifier does not change.
+
+    Starts learn from prompts of their own, before those of the variants; nobody learns from the held-out ones.
+    """
     rows: list[Row] = []
-    split: PromptSplit | None = None
+    reserved, config = study.extra.get("reserved", 0), study.config(seed, folder)
+    split = load_prompts(replace(config, num_prompts=config.num_prompts + reserved), _load(study))
+    early, late = split.stream.prompts[:reserved], split.stream.prompts[reserved:]
+    if not late:
+        raise DvirlError(
+            f"the source has {len(early)} prompts, and the starts take {reserved}; none is left to compare on"
+        )
     for start, settings in study.starts.items():
-        origin, start_tokens = _begin(study, seed, folder / f"start-{start}", settings)
+        own = PromptSplit(PromptStream(early or late, seed), split.held_out)
+        origin, start_tokens = _begin(study.config(seed, folder / f"start-{start}", settings or {}), settings, own)
         tape: Tape | None = None
         for name, variant in study.variants.items():
             config = study.config(seed, folder / start / name, origin, variant)
-            trainer = DVITrainer(config, None, _fresh(split, seed))
-            split = trainer.split
+            trainer = DVITrainer(config, None, PromptSplit(PromptStream(late, seed), split.held_out))
             before = judge_prompts(trainer, split.held_out)
             if config.slow_every == 0 and config.target == "base":
                 trainer.answer = tape.playing() if tape else (tape := Tape()).recording(trainer.answer)
@@ -225,27 +234,24 @@ def grid(study: Study, seed: int, folder: Path) -> list[Row]:
     return rows
 
 
-def _begin(study: Study, seed: int, folder: Path, settings: Mapping[str, Any] | None) -> tuple[dict[str, Any], int]:
+def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptSplit) -> tuple[dict[str, Any], int]:
     """Train what the variants start from; the setting that says where it is, and the response tokens it learned from.
 
     Settings under `sgp` make it a shallow-gradient fine-tuning on chatterbot-corpus' human replies.
     """
     if settings is None:
         return {}, 0
-    if "sgp" not in settings:
-        first = DVITrainer(study.config(seed, folder, settings))
+    if not settings.get("sgp"):
+        first = DVITrainer(config, None, split)
         first.train(show_progress=False)
-        return {"start_from": str(checkpoint.newest(folder))}, first.counters.tokens
-    shared = {spec.name for spec in fields(DraftSettings)} & set(study.base)
-    values = {**{name: study.base[name] for name in shared}, **settings["sgp"], "seed": seed, "run_dir": str(folder)}
-    tuned = SGPTrainer(from_mapping(SGPConfig, values, "study"), None, chatterbot_prompts())
-    tokens = sum(int((one[:, 1] >= 0).sum()) for one in tuned.train_set) * tuned.config.epochs
+        return {"start_from": str(checkpoint.newest(config.run_dir))}, first.counters.tokens
+    shared = {spec.name: getattr(config, spec.name) for spec in fields(DraftSettings)}
+    loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
+    records = [one for one in chatterbot_prompts() if loaded.chat.encode(one.turns) not in split.held_out]
+    tuned = SGPTrainer(from_mapping(SGPConfig, {**shared, **settings["sgp"]}, "study"), loaded, records)
+    share = tuned.num_steps * tuned.config.batch_size / len(tuned.train_set)
+    tokens = round(share * sum(int((one[:, 1] >= 0).sum()) for one in tuned.train_set))
     return {"start_from": tuned.train(show_progress=False).checkpoint}, tokens
-
-
-def _fresh(split: PromptSplit | None, seed: int) -> PromptSplit | None:
-    """The same prompts with a stream that stands at its beginning."""
-    return None if split is None else PromptSplit(PromptStream(split.stream.prompts, seed), split.held_out)
 
 
 def _say(row: Row) -> None:
@@ -483,9 +489,13 @@ def run(study: Study, workers: int = 1) -> list[Row]:
         study: what to run.
         workers: processes at once; with several accelerators they take turns.
     """
-    starts = [{name: one} for name, one in study.starts.items()]
-    tasks = [(replace(study, starts=start), seed, 0) for seed in study.seeds for start in starts]
-    tasks = [(one, seed, turn) for turn, (one, seed, _) in enumerate(tasks)]
+    learned = [{**study.base, **one}["num_prompts"] for one in study.starts.values() if one and "sgp" not in one]
+    one_each = [
+        replace(study, starts={name: start}, extra={**study.extra, "reserved": max(learned, default=0)})
+        for name, start in study.starts.items()
+    ]
+    pairs = [(one, seed) for seed in study.seeds for one in one_each]
+    tasks = [(one, seed, turn) for turn, (one, seed) in enumerate(pairs)]
     if workers == 1:
         return [row for task in tasks for row in _task(task)]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

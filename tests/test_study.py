@@ -39,8 +39,8 @@ def tiny(monkeypatch):
     """Studies load their models and prompts themselves; give them tiny ones."""
 
     def prompts(config, loaded):
-        made = random_prompts(8, config.seed)  # few, and held out as well: nothing carries over in a random model
-        return PromptSplit(PromptStream(made, config.seed), made[: config.held_out])
+        made = random_prompts(16, config.seed)  # few, and held out as well: nothing carries over in a random model
+        return PromptSplit(PromptStream(made, config.seed), made[-config.held_out :])
 
     replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
     monkeypatch.setattr("dvirl.trainer.load", lambda *_: tiny_loaded(deep_scale=0.6))
@@ -71,14 +71,14 @@ def test_every_committed_study_is_valid_in_both_sizes(path, tmp_path):
             assert one.config(0, tmp_path, own)
         for start in one.starts.values():
             if start:
-                assert SGPConfig(**start["sgp"]) if "sgp" in start else one.config(0, tmp_path, start)
+                assert SGPConfig(**start.get("sgp", {})) and one.config(0, tmp_path, start)
         for domain in [*one.extra.get("clients", {}).values(), *(one.extra.get(k) for k in ("first", "then"))]:
             assert domain is None or one.config(0, tmp_path, domain)
     assert quick.config(0, tmp_path).num_prompts <= 256
 
 
 def test_a_grid_trains_every_variant_from_every_start_on_the_same_responses():
-    starts = {"untrained": None, "kl": {"schedule": "kl", "num_prompts": 32}, "sgp": {"sgp": {"epochs": 1, "lr": 1e-2}}}
+    starts = {"untrained": None, "kl": {"schedule": "kl", "num_prompts": 8}, "sgp": {"sgp": {"epochs": 1, "lr": 1e-2}}}
     variants = {"kl": {"schedule": "kl"}, "rl": {"schedule": "reinforce"}}
     rows = run(a_study(starts=starts, variants=variants, seeds=[0, 1]))
     assert [(r["start"], r["variant"], r["seed"]) for r in rows] == [
@@ -91,7 +91,25 @@ def test_a_grid_trains_every_variant_from_every_start_on_the_same_responses():
         assert 0 <= figures["accept_rate"] <= 1 and "ppl" not in figures and row["curve"]["tokens"][-1] > 0
     found = {(r["start"], r["variant"]): r["figures"] for r in rows if r["seed"] == 0}
     assert found["untrained", "kl"]["agreement"] > found["untrained", "kl"]["agreement_before"] + 0.05
-    assert found["kl", "kl"]["agreement_before"] > found["untrained", "kl"]["agreement_before"]
+    assert found["kl", "kl"]["start_tokens"] > 40
+    assert found["kl", "kl"]["agreement_before"] != found["untrained", "kl"]["agreement_before"]
+
+
+def test_starts_and_variants_learn_from_different_prompts(monkeypatch):
+    taken: dict[str, list] = {}
+    original = PromptStream.take
+
+    def take(stream, count):
+        prompts = original(stream, count)
+        taken.setdefault(id(stream), []).extend(map(tuple, prompts))
+        return prompts
+
+    monkeypatch.setattr(PromptStream, "take", take)
+    run(a_study(starts={"kl": {"schedule": "kl", "num_prompts": 8}}, base={**BASE, "num_prompts": 8}))
+    start, variant = (set(prompts) for prompts in taken.values())
+    assert len(start) == len(variant) == 8 and not start & variant
+    with pytest.raises(DvirlError, match="the source has 16 prompts, and the starts take 64"):
+        run(a_study(starts={"kl": {"schedule": "kl"}}))
 
 
 def test_the_table_has_means_and_deviations_over_seeds():
