@@ -511,12 +511,14 @@ def main(argv: Sequence[str]) -> Path:
     parser = argparse.ArgumentParser(prog="dvirl study", description=__doc__)
     parser.add_argument("config", help="YAML file of a study, see configs/study-*.yaml")
     parser.add_argument("--quick", action="store_true", help="the laptop-size version")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--workers", type=int, default=1, help="processes at once")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
     parser.add_argument("--out", default="", help="JSON file; results/STUDY.json by default")
     args = parser.parse_args(list(argv))
     study = from_mapping(Study, read_yaml(args.config), args.config)
     study = study.small() if args.quick else study
+    study = replace(study, seeds=args.seeds or study.seeds)
     if any("=" not in pair for pair in args.set):
         raise DvirlError(f"--set has {' '.join(args.set)}; expected NAME=VALUE")
     study = replace(

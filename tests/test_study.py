@@ -229,10 +229,10 @@ def test_the_command_writes_what_repeats_it(tmp_path, capsys):
     config, out = tmp_path / "study-tiny.yaml", tmp_path / "out.json"
     config.write_text(json.dumps({"question": "?", "kind": "grid", "seeds": [0, 1], "base": BASE,
                                   "variants": {"kl": {"schedule": "kl"}}, "quick": {"base": {"num_prompts": 4}}}))  # fmt: skip
-    assert cli(["study", str(config), "--quick", "--set", "draft_len=3", "--out", str(out)]) == 0
+    assert cli(["study", str(config), "--quick", "--seeds", "4", "--set", "draft_len=3", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert content["settings"]["base"] | {"draft_len": 3, "num_prompts": 4} == content["settings"]["base"]
-    assert content["settings"]["seeds"] == [0] and len(content["rows"]) == 1
+    assert content["settings"]["seeds"] == [4] and len(content["rows"]) == 1
     assert content["command"].startswith("dvirl study") and "torch" in content["versions"]
     assert "accept_rate" in capsys.readouterr().out
 
