@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,9 +126,10 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
     Raises:
         DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
     """
-    parser = HfArgumentParser(with_help(kind), prog=prog, description=description)
-    parser.add_argument("--config", default="", help="YAML file of settings; flags override it")
-    path = parser.parse_known_args(["--config", _config_path(argv)])[0].config
+    first = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="", help="YAML file of settings; flags override it")
+    parser = HfArgumentParser(with_help(kind), prog=prog, description=description, parents=[first])
+    path = first.parse_known_args(argv)[0].config
     if path:
         values = read_yaml(path)
         from_mapping(kind, values, path)
@@ -136,12 +137,3 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
     args = parser.parse_args(list(argv))
     del args.config
     return from_mapping(kind, vars(args), "arguments")
-
-
-def _config_path(argv: Sequence[str]) -> str:
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag == "--config":
-            return value
-        if flag.startswith("--config="):
-            return flag.removeprefix("--config=")
-    return ""
