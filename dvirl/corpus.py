@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,31 +161,41 @@ def read_shard(path: Path) -> Responses:
 # Overlap
 
 
-def _hashes(tokens: Tensor, n: int) -> Tensor:
-    """A 64-bit hash of every run of `n` tokens, `[…, W]` to `[…, W - n + 1]`."""
-    width = tokens.shape[-1] - n + 1
-    total = torch.zeros(*tokens.shape[:-1], max(0, width), dtype=torch.long)
-    for step in range(n if width > 0 else 0):
-        total = (total * 6364136223846793005 + tokens[..., step : step + width].long() + 1) ^ (total >> 29)
-    return total
+def _hashes(tokens: Tensor, longest: int) -> Iterator[tuple[int, Tensor]]:
+    """For each n up to `longest`: n, and a 64-bit hash of every run of n tokens, `[…, W]` to `[…, W - n + 1]`."""
+    tokens = tokens.long() + 1
+    total = torch.zeros_like(tokens)
+    for n in range(1, min(longest, tokens.shape[-1]) + 1):
+        total = total[..., : tokens.shape[-1] - n + 1]
+        total = (total * 6364136223846793005 + tokens[..., n - 1 :]) ^ (total >> 29)
+        yield n, total
 
 
-def overlapping(responses: Responses, questions: Sequence[Sequence[int]], n: int = NGRAM) -> Tensor:
+def overlapping(
+    responses: Responses, questions: Sequence[Sequence[int]], n: int = NGRAM, device: torch.device | None = None
+) -> Tensor:
     """Which rows share a run of `n` tokens with a question; shorter questions are compared whole.
 
     Args:
         responses: N rows; what stands behind their ends is zero.
         questions: token ids of the questions' texts, without chat template.
         n: length of the runs.
+        device: where to compare; the CPU if not given.
 
     Returns:
         Boolean `[N]`.
     """
+    wanted: dict[int, list[Tensor]] = {}
+    for question in questions:
+        for length, hashes in _hashes(torch.tensor(list(question)), n):
+            if length == min(n, len(question)):
+                wanted.setdefault(length, []).append(hashes)
+    sought = {length: torch.cat(parts).sort().values.to(device) for length, parts in wanted.items()}
     found = torch.zeros(len(responses), dtype=torch.bool)
-    texts = [torch.tensor(list(question)) for question in questions if len(question)]
-    for length in sorted({min(n, len(text)) for text in texts}):
-        wanted = torch.cat([_hashes(text, length) for text in texts if min(n, len(text)) == length])
-        for start in range(0, len(responses), SCANNED):
-            own = _hashes(responses.tokens[start : start + SCANNED], length)
-            found[start : start + SCANNED] |= torch.isin(own, wanted).any(dim=1)
+    for start in range(0, len(responses), SCANNED):
+        rows = slice(start, start + SCANNED)
+        for length, own in _hashes(responses.tokens[rows].to(device), n):
+            if length in sought:
+                at = torch.searchsorted(sought[length], own).clamp(max=len(sought[length]) - 1)
+                found[rows] |= (sought[length][at] == own).any(dim=1).cpu()
     return found

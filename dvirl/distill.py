@@ -270,7 +270,8 @@ class Distiller:
         left_out = {"repeats": len(responses) - len(chosen)}
         files = [path for path in self.config.exclude.split(",") if path]
         turns = [turn for path in files for prompt in read_prompts("spec_bench_turns", path) for turn in prompt.turns]
-        overlaps = overlapping(chosen, [self.loaded.chat.plain(turn) for turn in turns])
+        questions = [self.loaded.chat.plain(turn) for turn in turns]
+        overlaps = overlapping(chosen, questions, device=self.loaded.model.device)
         short = ~overlaps & (chosen.response_lens < 2)
         left_out |= {"too_short": int(short.sum()), "excluded": int(overlaps.sum())}
         if files:

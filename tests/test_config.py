@@ -135,3 +135,7 @@ def test_run_folders_are_new(tmp_path, monkeypatch):
     first = new_run_dir("", "03")
     Path(first).mkdir(parents=True)
     assert new_run_dir("", "03") != first
+
+
+def test_no_flag_at_all_gives_the_defaults():
+    assert parse_args([]) == DVIConfig()
