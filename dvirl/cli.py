@@ -15,6 +15,7 @@ commands:
   sgp               fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)
   distill           train a draft at scale on self-written text (dvirl distill --help lists all settings)
   agreement         how often a drafter's argmax is the verifier's token, and how well it knows that
+  check             are answers with drafts those without, token for token, and where not, is it a tie
   study             run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)
   acceptance        decode a run's held-out prompts step by step, before and after training
   average-adapters  average the adapters or checkpoints of several clients, weighted by tokens
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "sgp": _run("dvirl.train_sgp"),
     "distill": _run("dvirl.distill"),
     "agreement": _run("dvirl.evaluation.agreement"),
+    "check": _run("dvirl.evaluation.equal"),
     "study": _run("dvirl.study"),
     "acceptance": _run("dvirl.evaluation.acceptance"),
     "average-adapters": _run("dvirl.federated"),

@@ -17,11 +17,28 @@ from dvirl.trainer import DVITrainer
 from kangaroo.earlyexit import DecodeConfig
 
 
+def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
+    """The trainer of a run as it was before its first step, and the folder of its newest checkpoint.
+
+    Args:
+        run_dir: a run's folder, with `config.yaml` and at least one checkpoint.
+        changes: settings of the run to replace, such as dtype and device.
+
+    Raises:
+        DvirlError: if the folder holds no run.
+    """
+    path = Path(run_dir) / "config.yaml"
+    checkpoint, settings = newest(run_dir), read_yaml(path).get("config")
+    if not isinstance(settings, dict):
+        raise DvirlError(f"{path}: expected the settings of a run under 'config'")
+    return DVITrainer(from_mapping(DVIConfig, {**settings, **changes}, str(path))), checkpoint
+
+
 def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Acceptance]:
     """Decode held-out prompts with the untrained draft, the trained one, and without any.
 
     Args:
-        run_dir: a run's folder, with `config.yaml` and at least one checkpoint.
+        run_dir: as in `open_run`.
         num_prompts: how many of the held-out prompts; 0 for all.
 
     Returns:
@@ -30,11 +47,7 @@ def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Accepta
     Raises:
         DvirlError: if the folder holds no run, or nothing was held out.
     """
-    path = Path(run_dir) / "config.yaml"
-    checkpoint, settings = newest(run_dir), read_yaml(path).get("config")
-    if not isinstance(settings, dict):
-        raise DvirlError(f"{path}: expected the settings of a run under 'config'")
-    trainer = DVITrainer(from_mapping(DVIConfig, settings, str(path)))
+    trainer, checkpoint = open_run(run_dir)
     config, prompts = trainer.config, trainer.split.held_out[: num_prompts or None]
     if not prompts:
         raise DvirlError(f"{run_dir}: the run held out no prompts; expected held_out of at least 1")
