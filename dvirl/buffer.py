@@ -168,10 +168,10 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors under `tensors`, plain numbers under `numbers`; `load_state_dict` brings both back."""
-        tensors = {f"field.{name}": value for name, value in self._fields.items()}
+        tensors = {f"buffer.field.{name}": value for name, value in self._fields.items()}
         for key, response in self._responses.items():
-            tensors[f"response.{key}.tokens"] = response.tokens
-            tensors[f"response.{key}.verifier_hidden"] = response.verifier_hidden
+            tensors[f"buffer.response.{key}.tokens"] = response.tokens
+            tensors[f"buffer.response.{key}.verifier_hidden"] = response.verifier_hidden
         numbers = {
             "next_response": self._next_response,
             "num_fresh": self.num_fresh,
@@ -181,12 +181,13 @@ class ReplayBuffer:
         return {"tensors": tensors, "numbers": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; other tensors are passed over."""
         tensors, numbers = state["tensors"], state["numbers"]
-        self._fields = {name: tensors[f"field.{name}"] for name in FIELDS if f"field.{name}" in tensors}
+        stored = {name.removeprefix("buffer."): value for name, value in tensors.items()}
+        self._fields = {name: stored[f"field.{name}"] for name in FIELDS if f"field.{name}" in stored}
         self._responses = {
-            int(key): Response(tensors[f"response.{key}.tokens"], length, tensors[f"response.{key}.verifier_hidden"])
-            for key, length in sorted(numbers["prompt_lens"].items(), key=lambda item: int(item[0]))
+            int(key): Response(stored[f"response.{key}.tokens"], length, stored[f"response.{key}.verifier_hidden"])
+            for key, length in numbers["prompt_lens"].items()
         }
         self._next_response = numbers["next_response"]
         self.num_fresh = numbers["num_fresh"]

@@ -113,15 +113,14 @@ def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floo
     return rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def clipped_step(
-    optimizer: Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, lr: float, grad_clip: float
-) -> float:
+def clipped_step(optimizer: Optimizer, loss: Tensor, lr: float, grad_clip: float) -> float:
     """Step, unless the gradient is not finite, and return the gradient's norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    grad_norm = float(clip_grad_norm_(parameters, grad_clip))
+    (group,) = optimizer.param_groups
+    grad_norm = float(clip_grad_norm_(group["params"], grad_clip))
     if math.isfinite(grad_norm):
-        optimizer.param_groups[0]["lr"] = lr
+        group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm

@@ -187,7 +187,7 @@ class SGPTrainer:
         sums = self._sums(examples)
         loss = sums.loss(config.beta_exit)
         lr = cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
-        grad_norm = clipped_step(self.optimizer, self.parameters, loss, lr, config.grad_clip)
+        grad_norm = clipped_step(self.optimizer, loss, lr, config.grad_clip)
         return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": grad_norm, "lr": lr}
 
     @torch.no_grad()

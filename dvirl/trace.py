@@ -13,7 +13,7 @@ import pandas as pd
 from dvirl.errors import DvirlError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """One fast step, and the slow update that followed it if one did. None where there is nothing to say.
 
@@ -49,14 +49,14 @@ class StepMetrics:
     loss_rl: float
     loss_kl: float
     loss_ce: float
-    loss_slow: float | None
+    loss_slow: float | None = None
     accept_rate: float
     mat: float
     reward: float
     baseline: float
     ppl_sample: float
-    drift_kl: float | None
-    drift_tokens: float | None
+    drift_kl: float | None = None
+    drift_tokens: float | None = None
     drift_flag: bool
     prompts: int
     tokens: int
