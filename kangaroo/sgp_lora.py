@@ -97,74 +97,53 @@ def _folded(layer: LoraLinear) -> nn.Linear:
     return plain
 
 
-def _lora_config(layers: Sequence[int], rank: int, alpha: float, targets: Sequence[str]) -> LoraConfig:
-    if rank < 1:
-        raise ValueError(f"LoRA rank is {rank}; expected at least 1")
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(targets),
-        layers_to_transform=list(layers),
-        layers_pattern="layers",
-        lora_dropout=0.0,
-        bias="none",
-    )
-
-
-def _check_exit_layer(base_model: nn.Module, exit_layer: int) -> int:
-    layers = int(base_model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-    if not 1 <= exit_layer < layers:
-        raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
-    return layers
-
-
 def inject_lora(
-    base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
+    base_model: nn.Module,
+    exit_layer: int,
+    rank: int = 16,
+    alpha: float = 32.0,
+    targets: Sequence[str] = LORA_TARGETS,
+    deep: bool = False,
 ) -> PeftModel:
-    """Put lora_S on layers[:exit_layer], freeze everything else.
+    """Put lora_S on layers[:exit_layer], freeze everything else, and give the base model its `adapter_switch`.
 
     Args:
         base_model: a Llama model with `model.layers`; it is changed in place.
         exit_layer: k.
         rank, alpha: LoRA's (Hu et al. 2021); the update is scaled by alpha / rank.
         targets: linear layers that get it.
+        deep: also put lora_D on layers[exit_layer:].
 
     Returns:
-        The PEFT model around `base_model`; lora_S is active and trainable.
+        The PEFT model around `base_model`; its adapters are active, trainable and in float32.
 
     Raises:
         ValueError: for an exit layer or rank out of range, or a model that carries adapters already.
     """
-    _check_exit_layer(base_model, exit_layer)
+    layers = int(base_model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    if not 1 <= exit_layer < layers:
+        raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
     if any(isinstance(module, LoraLinear) for module in base_model.modules()):
         raise ValueError("the model carries adapters already; load it anew")
-    peft_model = get_peft_model(
-        base_model, _lora_config(range(exit_layer), rank, alpha, targets), adapter_name="lora_S"
-    )
-    _finish(peft_model, base_model, ["lora_S"])
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}; expected at least 1")
+    shared = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "layers_pattern": "layers"}
+    shallow_config = LoraConfig(layers_to_transform=list(range(exit_layer)), **shared)
+    peft_model = get_peft_model(base_model, shallow_config, adapter_name="lora_S")
+    if deep:
+        peft_model.add_adapter("lora_D", LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared))
+        peft_model.base_model.set_adapter(["lora_S", "lora_D"])
+    for parameter in lora_parameters(peft_model, ["lora_S", "lora_D"]):
+        parameter.data = parameter.data.float()
+    base_model.adapter_switch = AdapterSwitch(base_model)  # type: ignore[assignment]
     return peft_model
 
 
 def inject_dual_lora(
     base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
 ) -> PeftModel:
-    """Put lora_S on layers[:exit_layer] and lora_D on layers[exit_layer:]; both are active and trainable.
-
-    Arguments, returns and errors as in `inject_lora`.
-    """
-    layers = _check_exit_layer(base_model, exit_layer)
-    peft_model = inject_lora(base_model, exit_layer, rank, alpha, targets)
-    peft_model.add_adapter("lora_D", _lora_config(range(exit_layer, layers), rank, alpha, targets))
-    _finish(peft_model, base_model, ["lora_S", "lora_D"])
-    return peft_model
-
-
-def _finish(peft_model: PeftModel, base_model: nn.Module, names: list[str]) -> None:
-    """Activate the adapters, keep their weights in float32, and give the base model its switch."""
-    peft_model.base_model.set_adapter(names)
-    for parameter in lora_parameters(peft_model, names):
-        parameter.data = parameter.data.float()
-    base_model.adapter_switch = AdapterSwitch(base_model)  # type: ignore[assignment]
+    """`inject_lora` with lora_D on the deep layers."""
+    return inject_lora(base_model, exit_layer, rank, alpha, targets, deep=True)
 
 
 def lora_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
