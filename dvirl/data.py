@@ -204,13 +204,11 @@ def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Pro
 def chatterbot_prompts() -> list[Prompt]:
     """The openings, with replies, of the English conversations that chatterbot-corpus ships, without repeats."""
     prompts: dict[str, Prompt] = {}
-    folder = resources.files("chatterbot_corpus") / "data" / "english"
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".yml"):
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            for conversation in content["conversations"]:
-                prompt = Prompt((str(conversation[0]),), file.name.removesuffix(".yml"), str(conversation[-1]))
-                prompts.setdefault(prompt.key, prompt)
+    folder = Path(str(resources.files("chatterbot_corpus"))) / "data" / "english"
+    for file in sorted(folder.glob("*.yml")):
+        for opening, *_, reply in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            prompt = Prompt((str(opening),), file.stem, str(reply))
+            prompts.setdefault(prompt.key, prompt)
     return list(prompts.values())
 
 

@@ -21,11 +21,8 @@ DECLARED = "# Parameters of this notebook"
 
 def assigned_names(source: str) -> list[str]:
     """Names that a cell assigns at its top level, in order."""
-    names: list[str] = []
-    for statement in ast.parse(source).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+    assignments = (statement for statement in ast.parse(source).body if isinstance(statement, ast.Assign))
+    return [target.id for one in assignments for target in one.targets if isinstance(target, ast.Name)]
 
 
 def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
@@ -45,8 +42,7 @@ def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
     injected = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
     settings = {spec.name for spec in dataclasses.fields(DVIConfig)}
     known = settings | set(declared)
-    unknown = sorted(set(injected) - known)
-    if unknown:
+    if unknown := sorted(set(injected) - known):
         raise DvirlError(f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     given = {name: namespace[name] for name in (*declared, *injected) if name in settings}
     return from_mapping(DVIConfig, {**given, **fixed}, "notebook parameters")
