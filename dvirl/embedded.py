@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dvirl.errors import DvirlError
 
@@ -145,9 +145,10 @@ def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
     if fields.get("general.architecture") != "llama":
         raise DvirlError(f"{path}: architecture is {fields.get('general.architecture')!r}, expected 'llama'")
     folder.mkdir()
-    weights = read_weights(reader, fields, show_progress)
+    config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+    config.save_pretrained(folder)
+    weights = read_weights(reader, config, show_progress)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    hf_config(fields, tied="lm_head.weight" not in weights).save_pretrained(folder)
     hf_tokenizer(fields).save_pretrained(folder)
 
 
@@ -173,29 +174,6 @@ def hf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
     )
 
 
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def hf_name(name: str) -> str:
-    """Hugging Face's parameter name for GGUF's, `blk.3.attn_q.weight` for instance."""
-    if name.startswith("blk."):
-        _, layer, part, kind = name.split(".")
-        return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
-    part, kind = name.split(".")
-    return f"{TOP_NAMES[part]}.{kind}"
-
-
 def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Put the rows of a GGUF query or key matrix `[heads * E, D]` back.
 
@@ -205,17 +183,21 @@ def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def read_weights(reader: gguf.GGUFReader, fields: dict[str, Any], show_progress: bool) -> dict[str, torch.Tensor]:
-    """All tensors in float32 under Hugging Face's names."""
-    heads = int(fields["llama.attention.head_count"])
-    heads_of = {"attn_q": heads, "attn_k": int(fields.get("llama.attention.head_count_kv", heads))}
+def read_weights(reader: gguf.GGUFReader, config: LlamaConfig, show_progress: bool) -> dict[str, torch.Tensor]:
+    """All of a Llama's tensors in float32 under Hugging Face's names."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    with torch.device("meta"):
+        parameters = [name for name, _ in LlamaForCausalLM(config).named_parameters()]
     weights: dict[str, torch.Tensor] = {}
-    for tensor in tqdm(reader.tensors, desc="dequantising", unit="tensor", disable=not show_progress):
+    for name in tqdm(parameters, desc="dequantising", unit="tensor", disable=not show_progress):
+        tensor = tensors[names.get_name(name, try_suffixes=[".weight"])]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        part = tensor.name.split(".")[-2]
-        if part in heads_of:
-            array = unpermute(array, heads_of[part])
-        weights[hf_name(tensor.name)] = torch.from_numpy(np.array(array, dtype=np.float32))
+        part = name.split(".")[-2]
+        if part in heads:
+            array = unpermute(array, heads[part])
+        weights[name] = torch.from_numpy(np.array(array, dtype=np.float32))
     return weights
 
 
