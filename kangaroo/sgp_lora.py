@@ -25,7 +25,7 @@ class _Site:
     attribute: str
     layer: LoraLinear
 
-    def put(self, module: nn.Module) -> None:
+    def put(self, module: nn.Module | None) -> None:
         self.parent._modules[self.attribute] = module
 
 
@@ -43,24 +43,23 @@ class AdapterSwitch:
             for attribute, child in parent.named_children()
             if isinstance(child, LoraLinear)
         ]
-        self._folded: list[nn.Module] | None = None
+        self._is_folded = False
 
     @contextmanager
     def without(self, *names: str) -> Iterator[None]:
         """Leave the named adapters out inside this context."""
-        touched = [(index, site) for index, site in enumerate(self._sites) if set(names) & set(site.layer.lora_A)]
-        before = [site.layer._active_adapter for _, site in touched]
-        for _, site in touched:
+        touched = [site for site in self._sites if set(names) & set(site.layer.lora_A)]
+        before = [(site.layer._active_adapter, site.parent._modules[site.attribute]) for site in touched]
+        for site in touched:
             site.layer._active_adapter = [name for name in site.layer.active_adapters if name not in names]
-            if self._folded is not None:
+            if self._is_folded:
                 site.put(_folded(site.layer))
         try:
             yield
         finally:
-            for (index, site), active in zip(touched, before, strict=True):
+            for site, (active, module) in zip(touched, before, strict=True):
                 site.layer._active_adapter = active
-                if self._folded is not None:
-                    site.put(self._folded[index])
+                site.put(module)
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -68,16 +67,16 @@ class AdapterSwitch:
 
         The trained weights are untouched; what is added in is a copy. Inside another such context nothing happens.
         """
-        if self._folded is not None:
+        if self._is_folded:
             yield
             return
-        self._folded = [_folded(site.layer) for site in self._sites]
-        for site, module in zip(self._sites, self._folded, strict=True):
-            site.put(module)
+        self._is_folded = True
         try:
+            for site in self._sites:
+                site.put(_folded(site.layer))
             yield
         finally:
-            self._folded = None
+            self._is_folded = False
             for site in self._sites:
                 site.put(site.layer)
 
