@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,6 @@ def new_run_dir(wished: str, name: str) -> str:
     """The wished run folder, or if none was wished a new one, `runs/NAME-DATE-TIME`."""
     if wished:
         return wished
-    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, count = base, 1
-    while folder.exists():
-        count += 1
-        folder = base.with_name(f"{base.name}-{count}")
-    return str(folder)
+    first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folders = (first if number == 1 else f"{first}-{number}" for number in count(1))
+    return next(folder for folder in folders if not Path(folder).exists())

@@ -76,6 +76,12 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
+def write_json(path: str | Path, values: Any) -> None:
+    """Write a JSON file, its folder too if there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(values, indent=1) + "\n")
+
+
 class MetricsLog:
     """Appends steps to a JSONL file, each line complete on disk when `write` returns."""
 

@@ -12,7 +12,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -21,6 +20,7 @@ from dvirl.data import load_prompts
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.models import load
 from dvirl.rollout import generate, judge
+from dvirl.trace import write_json
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
 
@@ -81,8 +81,7 @@ def main() -> None:
     result = compare(DVIConfig(), args.num_prompts, args.repeats)
     print(json.dumps(result, indent=1))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":
