@@ -37,8 +37,6 @@ from dvirl.rollout import (
     score_drafts,
 )
 from dvirl.trace import MetricsLog, StepMetrics
-from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sgp_lora import inject_dual_lora
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -135,10 +133,8 @@ def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfi
 def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
     """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
 
-    Args:
-        rates: accept rates of the first and of the last `DRIFT_WINDOW` steps; no suspicion before there are both.
-        drift_kl: KL of the verifier to the untouched model, nats a token.
-        bound: the most that it may be; 0 for anything.
+    `rates` are those of the first and of the last `DRIFT_WINDOW` steps, before which there is no suspicion. `drift_kl`
+    may be up to `bound`, in nats a token; 0 for anything.
     """
     full = len(rates) == 2 * DRIFT_WINDOW
     return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
@@ -175,11 +171,8 @@ class DVITrainer:
             base.set_exit_layer(config.exit_layer)
         except ValueError as error:
             raise DvirlError(str(error)) from error
-        args = config.drafter_args(counted_vocabulary(self.loaded, self.split, config))
-        self.peft_model = inject_dual_lora(
-            base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
-        )
-        self.model = KangarooModel(base, None, args, config.exit_layer)
+        vocabulary = counted_vocabulary(self.loaded, self.split, config)
+        self.peft_model, self.model = lora.attach_draft(base, config, vocabulary, deep=True)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = lora.make_optimizer(self.shallow, config.lr_shallow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
@@ -138,11 +139,8 @@ def inject_lora(
     return peft_model
 
 
-def inject_dual_lora(
-    base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
-) -> PeftModel:
-    """`inject_lora` with lora_D on the deep layers."""
-    return inject_lora(base_model, exit_layer, rank, alpha, targets, deep=True)
+inject_dual_lora = partial(inject_lora, deep=True)
+"""lora_S and lora_D at once."""
 
 
 def lora_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
