@@ -7,19 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.rollout import Records, Rollout
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response that records point to.
-
-    Attributes:
-        tokens: `[P + R]`, prompt and response.
-        prompt_len: P.
-        verifier_hidden: `[R, D]`.
-    """
+    """One response that records point to: `tokens [P + R]`, the prompt's P first, and `verifier_hidden [R, D]`."""
 
     tokens: Tensor
     prompt_len: int
@@ -32,7 +27,7 @@ class TrainingBatch:
 
     Attributes:
         tokens: `[B, T]`, responses behind their prompts, padded on the right.
-        prompt_lens, response_lens: `[B]`.
+        prompt_lens: `[B]`.
         rows, positions: `[N]`, where each record stands.
         token, reward, verifier_token, verifier_confidence: `[N]`.
         hidden: `[N, D]`, exit states as stored: detached, and as old as the record.
@@ -41,7 +36,6 @@ class TrainingBatch:
 
     tokens: Tensor
     prompt_lens: Tensor
-    response_lens: Tensor
     rows: Tensor
     positions: Tensor
     token: Tensor
@@ -56,13 +50,10 @@ FIELDS = ("hidden", "token", "reward", "verifier_confidence", "verifier_token", 
 
 
 class ReplayBuffer:
-    """A first-in-first-out store of records of fixed capacity.
+    """A first-in-first-out store of records, at most `capacity` of them, which is at least 1.
 
     Fields a record: `hidden [D]`, `token`, `reward`, `verifier_confidence`, `verifier_token`, and where it stood:
     `response_id` and `position`. Accepted drafts of the decoder count towards the trigger of the next fast update.
-
-    Args:
-        capacity: records kept, at least 1.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -99,18 +90,15 @@ class ReplayBuffer:
         if not len(records):
             return
         first = self._next_response
-        for row in range(len(rollout)):
-            prompt_len, response_len = int(rollout.prompt_lens[row]), int(rollout.response_lens[row])
-            self._responses[first + row] = Response(
-                rollout.tokens[row, : prompt_len + response_len].clone(),
-                prompt_len,
-                rollout.verifier_hidden[row, :response_len].clone(),
-            )
+        lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
+        for row, (prompt_len, response_len) in enumerate(lengths):
+            tokens = rollout.tokens[row, : prompt_len + response_len].clone()
+            hidden = rollout.verifier_hidden[row, :response_len].clone()
+            self._responses[first + row] = Response(tokens, prompt_len, hidden)
         self._next_response += len(rollout)
-        new = {name: getattr(records, name) for name in FIELDS if name != "response_id"}
-        new["response_id"] = records.row + first
-        for name, value in new.items():
-            joined = torch.cat((self._fields[name], value)) if name in self._fields else value
+        for name in FIELDS:
+            new = records.row + first if name == "response_id" else getattr(records, name)
+            joined = torch.cat((self._fields[name], new)) if name in self._fields else new
             self._fields[name] = joined[-self.capacity :]
         self.num_fresh = min(self.num_fresh + len(records), len(self))
         oldest = int(self._fields["response_id"][0])
@@ -146,32 +134,26 @@ class ReplayBuffer:
     def batch(self, indices: Tensor) -> TrainingBatch:
         """The records at `indices [N]` with their responses."""
         chosen = {name: value[indices.to(value.device)] for name, value in self._fields.items()}
-        ids, rows = torch.unique(chosen["response_id"], return_inverse=True)
+        ids, rows = torch.unique(chosen.pop("response_id"), return_inverse=True)
+        positions = chosen.pop("position")
         responses = [self._responses[int(key)] for key in ids]
-        tokens = torch.nn.utils.rnn.pad_sequence([response.tokens for response in responses], batch_first=True)
-        prompt_lens = tokens.new_tensor([response.prompt_len for response in responses])
-        lengths = tokens.new_tensor([len(response.tokens) for response in responses])
-        hidden = torch.nn.utils.rnn.pad_sequence([r.verifier_hidden for r in responses], batch_first=True)
+        tokens = pad_sequence([response.tokens for response in responses], batch_first=True)
+        hidden = pad_sequence([response.verifier_hidden for response in responses], batch_first=True)
         return TrainingBatch(
             tokens=tokens,
-            prompt_lens=prompt_lens,
-            response_lens=lengths - prompt_lens,
+            prompt_lens=tokens.new_tensor([response.prompt_len for response in responses]),
             rows=rows,
-            positions=chosen["position"],
-            token=chosen["token"],
-            reward=chosen["reward"],
-            verifier_token=chosen["verifier_token"],
-            verifier_confidence=chosen["verifier_confidence"],
-            hidden=chosen["hidden"],
-            verifier_hidden=hidden[rows, chosen["position"]],
+            positions=positions,
+            verifier_hidden=hidden[rows, positions],
+            **chosen,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors under `tensors`, plain numbers under `numbers`; `load_state_dict` brings both back."""
-        tensors = {f"field.{name}": value for name, value in self._fields.items()}
+        tensors = {f"buffer.field.{name}": value for name, value in self._fields.items()}
         for key, response in self._responses.items():
-            tensors[f"response.{key}.tokens"] = response.tokens
-            tensors[f"response.{key}.verifier_hidden"] = response.verifier_hidden
+            tensors[f"buffer.response.{key}.tokens"] = response.tokens
+            tensors[f"buffer.response.{key}.verifier_hidden"] = response.verifier_hidden
         numbers = {
             "next_response": self._next_response,
             "num_fresh": self.num_fresh,
@@ -181,12 +163,13 @@ class ReplayBuffer:
         return {"tensors": tensors, "numbers": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; other tensors are passed over."""
         tensors, numbers = state["tensors"], state["numbers"]
-        self._fields = {name: tensors[f"field.{name}"] for name in FIELDS if f"field.{name}" in tensors}
+        stored = {name.removeprefix("buffer."): value for name, value in tensors.items()}
+        self._fields = {name: stored[f"field.{name}"] for name in FIELDS if f"field.{name}" in stored}
         self._responses = {
-            int(key): Response(tensors[f"response.{key}.tokens"], length, tensors[f"response.{key}.verifier_hidden"])
-            for key, length in sorted(numbers["prompt_lens"].items(), key=lambda item: int(item[0]))
+            int(key): Response(stored[f"response.{key}.tokens"], length, stored[f"response.{key}.verifier_hidden"])
+            for key, length in numbers["prompt_lens"].items()
         }
         self._next_response = numbers["next_response"]
         self.num_fresh = numbers["num_fresh"]

@@ -102,17 +102,13 @@ class ChatEncoder:
         self.chat_format = chat_format
         self.tokenizer = tokenizer
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
-        definition["added_tokens"] = []
-        definition["post_processor"] = None
-        self._plain = Tokenizer.from_str(json.dumps(definition))
+        plain = {**definition, "added_tokens": [], "post_processor": None}
+        self._plain = Tokenizer.from_str(json.dumps(plain))
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.encode([" "])
 
     def encode(self, turns: Sequence[str]) -> list[int]:
-        """Token ids of alternating user and assistant turns, ready for the assistant's next one.
-
-        Args:
-            turns: user, assistant, user, …; an odd number.
+        """Token ids of turns of user, assistant, user, …, an odd number, ready for the assistant's next one.
 
         Raises:
             DvirlError: for an even number of turns or a format that the tokenizer cannot spell.
@@ -127,14 +123,13 @@ class ChatEncoder:
                         f"chat_format {self.chat_format!r} needs the token {segment.token!r}, which the tokenizer lacks"
                     )
                 ids.append(self._vocabulary[segment.token])
-            elif segment:
-                ids += self._plain.encode(segment).ids
+            else:
+                ids += self.plain(segment)
         return ids
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of the assistant's answer behind what `encode` gives, without an end-of-sequence token."""
-        ids: list[int] = self._plain.encode(f"\n{text}" if self.chat_format == "none" else text).ids
-        return ids
+        return self.plain(f"\n{text}" if self.chat_format == "none" else text)
 
     def frame(self) -> tuple[list[int], list[int], list[int]]:
         """Token ids before a user's first turn, between a user's turn and the answer, and between answer and next turn.
@@ -145,7 +140,7 @@ class ChatEncoder:
         if self.chat_format == "none":
             raise DvirlError("self-written prompts need a chat format; this model has none (set chat_format)")
         mark = "\x00"
-        ids, inside = self.encode([mark, mark, mark]), self._plain.encode(mark).ids[-1]
+        ids, inside = self.encode([mark, mark, mark]), self.plain(mark)[-1]
         first, second, third = (index for index, token in enumerate(ids) if token == inside)
         return ids[:first], ids[third + 1 :], ids[second + 1 : third]
 

@@ -60,13 +60,12 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
         return
     try:
         text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else None
     except (OSError, UnicodeDecodeError) as error:
         raise DvirlError(f"{path}: not a readable UTF-8 file ({error})") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DvirlError(f"{path}: not valid JSON ({error})") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DvirlError(f"{path}: not valid JSON ({error})") from error
+    if rows is not None:
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in enumerate(text.splitlines(), start=1):
@@ -136,13 +135,11 @@ def parse_jsonl(row: Any) -> Prompt:
     return Prompt((_text(row, "prompt"),), str(row.get("category", "")))
 
 
-def parse_spec_bench(row: Any) -> Prompt:
-    """Spec-Bench's `{"question_id", "category", "turns": [user, user, …]}`: the first turn; category may be missing."""
-    return parse_spec_bench_turns(row)[0]
+def parse_spec_bench(row: Any) -> list[Prompt]:
+    """Spec-Bench's `{"question_id", "category", "turns": [user, user, …]}`: every turn, as a prompt of its own.
 
-
-def parse_spec_bench_turns(row: Any) -> list[Prompt]:
-    """The same rows: every turn, as a prompt of its own."""
+    Its category may be missing.
+    """
     if not isinstance(row, dict) or "question_id" not in row:
         raise DvirlError("expected an object with 'question_id', 'category' and 'turns'")
     category = row.get("category") or ""
@@ -165,8 +162,8 @@ PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
     "sharegpt": parse_sharegpt,
     "dolly": parse_dolly,
     "jsonl": parse_jsonl,
-    "spec_bench": parse_spec_bench,
-    "spec_bench_turns": parse_spec_bench_turns,
+    "spec_bench": lambda row: parse_spec_bench(row)[0],
+    "spec_bench_turns": parse_spec_bench,
     "supervised": parse_supervised,
 }
 
@@ -204,26 +201,18 @@ def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Pro
 def chatterbot_prompts() -> list[Prompt]:
     """The openings, with replies, of the English conversations that chatterbot-corpus ships, without repeats."""
     prompts: dict[str, Prompt] = {}
-    folder = resources.files("chatterbot_corpus") / "data" / "english"
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".yml"):
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            for conversation in content["conversations"]:
-                prompt = Prompt((str(conversation[0]),), file.name.removesuffix(".yml"), str(conversation[-1]))
-                prompts.setdefault(prompt.key, prompt)
+    folder = Path(str(resources.files("chatterbot_corpus"))) / "data" / "english"
+    for file in sorted(folder.glob("*.yml")):
+        for opening, *_, reply in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            prompt = Prompt((str(opening),), file.stem, str(reply))
+            prompts.setdefault(prompt.key, prompt)
     return list(prompts.values())
 
 
 class PromptStream:
     """Encoded prompts in seeded random order, without end: each pass over the prompts is shuffled anew.
 
-    Args:
-        prompts: encoded, none empty.
-        seed: of the order.
-
-    Attributes:
-        prompts: as given.
-        position: prompts taken so far; setting it moves the stream there.
+    `position` counts the prompts taken so far; setting it moves the stream there.
 
     Raises:
         DvirlError: if there are no prompts.

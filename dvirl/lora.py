@@ -1,4 +1,4 @@
-"""What an update may step, and how: the two parameter sets, the guard between them, optimizers, rates, steps."""
+"""LoRA and draft on a model, what an update may step of them, the guard between, optimizers, rates, steps."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
+from dvirl.config import DraftSettings
+from dvirl.errors import DvirlError
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sgp_lora import lora_parameters
+from kangaroo.sgp_lora import inject_lora, lora_parameters
 
 COSINE_FLOOR = 0.1
 """Share of the peak rate that the cosine schedule ends with."""
+
+
+def attach_draft(
+    base: EarlyExitLlamaForCausalLM, config: DraftSettings, draft_vocab: Sequence[int] | None, deep: bool = False
+) -> tuple[PeftModel, KangarooModel]:
+    """Put lora_S (with `deep` also lora_D) and a fresh draft on a freshly loaded model, which is changed in place.
+
+    Raises:
+        DvirlError: for settings that do not fit the model.
+    """
+    lora = config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
+    try:
+        peft_model = inject_lora(base, config.exit_layer, *lora, deep)
+        return peft_model, KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
+    except ValueError as error:
+        raise DvirlError(str(error)) from error
 
 
 def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[nn.Parameter]:
@@ -113,15 +133,14 @@ def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floo
     return rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def clipped_step(
-    optimizer: Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, lr: float, grad_clip: float
-) -> float:
+def clipped_step(optimizer: Optimizer, loss: Tensor, lr: float, grad_clip: float) -> float:
     """Step, unless the gradient is not finite, and return the gradient's norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    grad_norm = float(clip_grad_norm_(parameters, grad_clip))
+    (group,) = optimizer.param_groups
+    grad_norm = float(clip_grad_norm_(group["params"], grad_clip))
     if math.isfinite(grad_norm):
-        optimizer.param_groups[0]["lr"] = lr
+        group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm

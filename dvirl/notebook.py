@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,14 @@ DECLARED = "# Parameters of this notebook"
 
 def assigned_names(source: str) -> list[str]:
     """Names that a cell assigns at its top level, in order."""
-    names: list[str] = []
-    for statement in ast.parse(source).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+    assignments = (statement for statement in ast.parse(source).body if isinstance(statement, ast.Assign))
+    return [target.id for one in assignments for target in one.targets if isinstance(target, ast.Name)]
 
 
 def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
-    """Settings from a notebook's parameters.
+    """Settings from a notebook's parameters, which stand in its `globals()`, and `fixed` ones that it decides itself.
 
     Every setting of `DVIConfig` may be given with `-p`, and every parameter that the notebook declares.
-
-    Args:
-        namespace: the notebook's `globals()`.
-        fixed: settings that the notebook decides itself.
 
     Raises:
         DvirlError: for a parameter that is neither, or a value out of range.
@@ -45,8 +39,7 @@ def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
     injected = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
     settings = {spec.name for spec in dataclasses.fields(DVIConfig)}
     known = settings | set(declared)
-    unknown = sorted(set(injected) - known)
-    if unknown:
+    if unknown := sorted(set(injected) - known):
         raise DvirlError(f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     given = {name: namespace[name] for name in (*declared, *injected) if name in settings}
     return from_mapping(DVIConfig, {**given, **fixed}, "notebook parameters")
@@ -56,9 +49,6 @@ def new_run_dir(wished: str, name: str) -> str:
     """The wished run folder, or if none was wished a new one, `runs/NAME-DATE-TIME`."""
     if wished:
         return wished
-    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, count = base, 1
-    while folder.exists():
-        count += 1
-        folder = base.with_name(f"{base.name}-{count}")
-    return str(folder)
+    first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folders = (first if number == 1 else f"{first}-{number}" for number in count(1))
+    return next(folder for folder in folders if not Path(folder).exists())

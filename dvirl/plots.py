@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 
 from dvirl.errors import DvirlError
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-"""From Okabe and Ito's palette."""
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE)
+PALETTE = BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+"""From Okabe and Ito's."""
 
 STYLE: Any = {
     "figure.dpi": 110,
@@ -27,11 +26,6 @@ STYLE: Any = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
 }
-
-
-def _smooth(values: pd.Series) -> pd.Series:
-    """Centred mean over a twentieth of the run, to see the trend through the noise of small updates."""
-    return values.rolling(max(3, len(values) // 20), center=True, min_periods=1).mean()
 
 
 def _label_end(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
@@ -47,9 +41,9 @@ def _finish(figure: Figure, save: str | Path | None) -> None:
 
 
 def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> None:
-    """Faint points a step, a line through them, and the line's name at its end."""
+    """Faint points a step, the centred mean over a twentieth of the run as a line, and its name at its end."""
     axes.plot(x, y, ".", color=colour, alpha=0.2, markersize=4)
-    smooth = _smooth(y)
+    smooth = y.rolling(max(3, len(y) // 20), center=True, min_periods=1).mean()
     axes.plot(x, smooth, color=colour)
     _label_end(axes, x.iloc[-1], smooth.iloc[-1], text, colour)
 
@@ -85,12 +79,7 @@ def learning_curve(
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], save: str | Path | None = None) -> None:
-    """The served draft's accept rate of several runs over response tokens.
-
-    Args:
-        runs: metrics by the name to write at each curve.
-        save: also write the figure here.
-    """
+    """The served draft's accept rate over response tokens, of several runs: metrics by the name at each curve."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 3.4))
         for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False):
@@ -101,12 +90,7 @@ def compare_runs(runs: Mapping[str, pd.DataFrame], save: str | Path | None = Non
 
 
 def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
-    """Where the wall time of a run went, as one bar.
-
-    Args:
-        seconds: by part.
-        save: also write the figure here.
-    """
+    """Where the wall time of a run went, `seconds` by part, as one bar."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 1.3))
         left, total = 0.0, sum(seconds.values())

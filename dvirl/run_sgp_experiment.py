@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from pathlib import Path
 from dvirl import cli, train_sgp
 from dvirl.config import SGPConfig
 from dvirl.settings import from_namespace, read_yaml
-from dvirl.trace import plain
+from dvirl.trace import plain, write_json
 
 
 def main(args: Namespace | SGPConfig) -> Path:
@@ -20,8 +19,7 @@ def main(args: Namespace | SGPConfig) -> Path:
     result = train_sgp.main(config)
     content = plain({**read_yaml(Path(config.run_dir) / "config.yaml"), **asdict(result)})
     path = Path("results") / f"{Path(config.run_dir).name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     print(f"results: {path}")
     return path
 

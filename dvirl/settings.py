@@ -56,20 +56,14 @@ class Settings:
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """A settings object from names and values.
-
-    Args:
-        kind: a settings dataclass.
-        values: field names and values; what is missing takes its default.
-        where: what the values came from, for messages.
+    """A settings object from names and values; what is missing takes its default. `where` is for messages.
 
     Raises:
         DvirlError: for an unknown name or a value out of range.
     """
-    known = [spec.name for spec in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise DvirlError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    known = sorted(spec.name for spec in dataclasses.fields(kind))  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise DvirlError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
     return kind(**values)
 
 
@@ -98,9 +92,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def _field_docs(kind: type[Any]) -> dict[str, str]:
     """The docstring under each field, those of base classes included."""
     texts: dict[str, str] = {}
-    for owner in reversed(kind.__mro__):
-        if owner in (object, Settings) or not dataclasses.is_dataclass(owner):
-            continue
+    for owner in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
         tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for statement, following in zip(tree.body, tree.body[1:], strict=False):

@@ -21,12 +21,11 @@ from dvirl import checkpoint
 from dvirl.config import SGPConfig
 from dvirl.data import Prompt, PromptStream, read_prompts
 from dvirl.errors import DvirlError
-from dvirl.lora import clipped_step, cosine_rate, make_optimizer, shallow_parameters, train_only
+from dvirl.lora import attach_draft, clipped_step, cosine_rate, make_optimizer, shallow_parameters, train_only
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import draft_vocabulary
 from dvirl.trace import MetricsLog
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sgp_lora import inject_lora
 
 
 def make_example(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
@@ -132,13 +131,8 @@ class SGPTrainer:
         planned = math.ceil(config.epochs * len(self.train_set) / config.batch_size)
         self.num_steps = min(planned, config.max_steps or planned)
         base, tokens = self.loaded.model, torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
-        args = config.drafter_args(draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab))
-        lora = (config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-        try:
-            self.peft_model = inject_lora(base, config.exit_layer, *lora)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
-        self.model = KangarooModel(base, None, args, config.exit_layer)
+        vocabulary = draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab)
+        self.peft_model, self.model = attach_draft(base, config, vocabulary)
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         self.optimizer = make_optimizer(self.parameters, config.lr)
 
@@ -187,7 +181,7 @@ class SGPTrainer:
         sums = self._sums(examples)
         loss = sums.loss(config.beta_exit)
         lr = cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
-        grad_norm = clipped_step(self.optimizer, self.parameters, loss, lr, config.grad_clip)
+        grad_norm = clipped_step(self.optimizer, loss, lr, config.grad_clip)
         return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": grad_norm, "lr": lr}
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import pandas as pd
 from dvirl.errors import DvirlError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """One fast step, and the slow update that followed it if one did. None where there is nothing to say.
 
@@ -49,14 +49,14 @@ class StepMetrics:
     loss_rl: float
     loss_kl: float
     loss_ce: float
-    loss_slow: float | None
+    loss_slow: float | None = None
     accept_rate: float
     mat: float
     reward: float
     baseline: float
     ppl_sample: float
-    drift_kl: float | None
-    drift_tokens: float | None
+    drift_kl: float | None = None
+    drift_tokens: float | None = None
     drift_flag: bool
     prompts: int
     tokens: int
@@ -74,6 +74,12 @@ class StepMetrics:
 def plain(values: Any) -> Any:
     """The same for JSON: numbers that it cannot spell become None."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write a JSON file, its folder too if there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(values, indent=1) + "\n")
 
 
 class MetricsLog:

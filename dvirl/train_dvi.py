@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dvirl import cli, settings
@@ -12,10 +12,8 @@ from dvirl.config import DVIConfig
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer
 
-
-def parse_args(argv: Sequence[str]) -> DVIConfig:
-    """Settings from flags, on top of a YAML file if `--config` names one; errors as in `settings.parse_args`."""
-    return settings.parse_args(DVIConfig, "dvirl train", "Train a draft while it generates.", argv)
+parse_args = partial(settings.parse_args, DVIConfig, "dvirl train", "Train a draft while it generates.")
+"""Settings from flags; see `settings.parse_args`."""
 
 
 def main(args: Namespace | DVIConfig) -> DVITrainer:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from functools import partial
 
 from dvirl import settings
 from dvirl.config import SGPConfig
 from dvirl.sgp import SGPResult, SGPTrainer
 
-
-def parse_args(argv: Sequence[str]) -> SGPConfig:
-    """Settings from flags, on top of a YAML file if `--config` names one; errors as in `settings.parse_args`."""
-    return settings.parse_args(SGPConfig, "dvirl sgp", "Fine-tune the shallow layers on supervised records.", argv)
+parse_args = partial(settings.parse_args, SGPConfig, "dvirl sgp", "Fine-tune the shallow layers on supervised records.")
+"""Settings from flags; see `settings.parse_args`."""
 
 
 def main(args: Namespace | SGPConfig) -> SGPResult:

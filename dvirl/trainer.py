@@ -19,21 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dvirl import checkpoint
+from dvirl import checkpoint, lora
 from dvirl.buffer import ReplayBuffer, TrainingBatch
 from dvirl.config import DVIConfig
 from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
-from dvirl.lora import (
-    clipped_step,
-    cosine_rate,
-    deep_parameters,
-    load_optimizer,
-    make_optimizer,
-    optimizer_tensors,
-    shallow_parameters,
-    train_only,
-)
 from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, fast_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import (
@@ -47,8 +37,6 @@ from dvirl.rollout import (
     score_drafts,
 )
 from dvirl.trace import MetricsLog, StepMetrics
-from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sgp_lora import inject_dual_lora
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -113,12 +101,11 @@ class Served:
     wall_s: float = 0.0
 
     def add(self, rollout: Rollout, judgement: Judgement) -> None:
-        """Take in a group of responses."""
-        for block in (block for row in judgement.blocks for block in row):
-            self.drafted += block.num_drafted
-            self.accepted += block.num_accepted
-            self.committed += block.block_len
-            self.blocks += 1
+        """Take in a group of responses, whose first tokens are the prefill's and no block's."""
+        self.drafted += len(judgement.records)
+        self.accepted += judgement.records.num_accepted
+        self.committed += rollout.num_tokens - len(rollout)
+        self.blocks += sum(map(len, judgement.blocks))
         reach = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
         inside = reach < rollout.response_lens[:, None]
         self.nll -= float(rollout.verifier_confidence[inside].log().sum())
@@ -126,25 +113,10 @@ class Served:
 
 
 @dataclass(frozen=True)
-class FastResult:
-    """What a fast update measured; the update was left out if its gradient was not finite."""
-
-    phase: str
-    loss: float
-    loss_rl: float
-    loss_kl: float
-    loss_ce: float
-    reward: float
-    baseline: float
-    grad_norm: float
-    lr: float
-
-
-@dataclass(frozen=True)
 class SlowResult:
-    """What a slow update, or a measurement in its place, says of the verifier."""
+    """What a slow update, or a measurement in its place, says of the verifier, see `StepMetrics`."""
 
-    loss: float | None
+    loss_slow: float | None
     drift_kl: float
     drift_tokens: float
 
@@ -161,10 +133,8 @@ def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfi
 def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
     """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
 
-    Args:
-        rates: accept rates of the first and of the last `DRIFT_WINDOW` steps; no suspicion before there are both.
-        drift_kl: KL of the verifier to the untouched model, nats a token.
-        bound: the most that it may be; 0 for anything.
+    `rates` are those of the first and of the last `DRIFT_WINDOW` steps, before which there is no suspicion. `drift_kl`
+    may be up to `bound`, in nats a token; 0 for anything.
     """
     full = len(rates) == 2 * DRIFT_WINDOW
     return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
@@ -201,14 +171,12 @@ class DVITrainer:
             base.set_exit_layer(config.exit_layer)
         except ValueError as error:
             raise DvirlError(str(error)) from error
-        args = config.drafter_args(counted_vocabulary(self.loaded, self.split, config))
-        self.peft_model = inject_dual_lora(
-            base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
-        )
-        self.model = KangarooModel(base, None, args, config.exit_layer)
-        self.shallow, self.deep = shallow_parameters(self.model, config.lora_shallow), deep_parameters(self.model)
-        self.fast_optimizer = make_optimizer(self.shallow, config.lr_shallow)
-        self.slow_optimizer = make_optimizer(self.deep, config.lr_deep)
+        vocabulary = counted_vocabulary(self.loaded, self.split, config)
+        self.peft_model, self.model = lora.attach_draft(base, config, vocabulary, deep=True)
+        self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
+        self.deep = lora.deep_parameters(self.model)
+        self.fast_optimizer = lora.make_optimizer(self.shallow, config.lr_shallow)
+        self.slow_optimizer = lora.make_optimizer(self.deep, config.lr_deep)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.baseline = Baseline(config.baseline, config.baseline_momentum)
@@ -282,13 +250,11 @@ class DVITrainer:
             if self.config.schedule in REPLAYING:
                 for _ in range(self.config.replay):
                     self.replay_update(self.buffer.sample_responses(len(fresh.tokens), self.generator))
-        slow, due = None, self.config.slow_every
-        if due and self.counters.step % due == 0:
+        slow, every = None, self.config.slow_every or (DRIFT_EVERY if self.config.target == "adapted" else 0)
+        if every and self.counters.step % every == 0:
+            look = self.slow_update if self.config.slow_every else self.measure_drift
             with self._timed("slow_s"):
-                slow = self.slow_update(self.buffer.recent(self.config.slow_batch))
-        elif not due and self.config.target == "adapted" and self.counters.step % DRIFT_EVERY == 0:
-            with self._timed("slow_s"):
-                slow = self.measure_drift(self.buffer.recent(self.config.slow_batch))
+                slow = look(self.buffer.recent(self.config.slow_batch))
         return self._metrics(fast, slow)
 
     def _judge(self, group: Rollout) -> None:
@@ -306,32 +272,27 @@ class DVITrainer:
 
     # Updates
 
-    def fast_update(self, batch: TrainingBatch) -> FastResult:
+    def fast_update(self, batch: TrainingBatch) -> dict[str, Any]:
         """One step of lora_S, drafter and exit head on a batch of records, and of nothing else.
 
         The shallow pass is recomputed with gradients, since a stored exit state carries none to lora_S.
+
+        Returns:
+            What `StepMetrics` has of it; the update was left out if its gradient was not finite.
         """
         config = self.config
-        train_only(self.model, self.shallow)
+        lora.train_only(self.model, self.shallow)
         reward = float(batch.reward.mean())
         baseline = self.baseline.update(reward, len(batch.reward))
         share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
         decisions = self.decisions(batch, baseline, share)
         loss = fast_loss(decisions)
-        with torch.no_grad():
-            parts = {key: float(OBJECTIVES[name](decisions)) for key, name in LOGGED.items()}
-        lr = self._fast_lr()
-        grad_norm = self._apply(self.fast_optimizer, self.shallow, loss, lr)
         phase = config.schedule if config.schedule != "kl_to_rl" else ("ramp" if share else "kl")
-        return FastResult(
-            phase=phase,
-            loss=float(loss.detach()),
-            **parts,
-            reward=reward,
-            baseline=baseline,
-            grad_norm=grad_norm,
-            lr=lr,
-        )
+        figures: dict[str, Any] = {"phase": phase, "loss": float(loss.detach()), "reward": reward, "baseline": baseline}
+        with torch.no_grad():
+            figures |= {key: float(OBJECTIVES[name](decisions)) for key, name in LOGGED.items()}
+        lr = self._fast_lr()
+        return {**figures, "grad_norm": self._apply(self.fast_optimizer, loss, lr), "lr": lr}
 
     def decisions(self, batch: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0) -> Decisions:
         """A batch of records as the objectives see it, with gradients to what `train_only` lets learn."""
@@ -353,20 +314,20 @@ class DVITrainer:
         What the verifier said of an old position stays true, while the draft's old token was drawn from another
         policy; so a loss may look back if it asks the verifier alone.
         """
-        train_only(self.model, self.shallow)
-        self._apply(self.fast_optimizer, self.shallow, fast_loss(self.decisions(batch)), self._fast_lr())
+        lora.train_only(self.model, self.shallow)
+        self._apply(self.fast_optimizer, fast_loss(self.decisions(batch)), self._fast_lr())
 
     def slow_update(self, batch: TrainingBatch) -> SlowResult | None:
         """One step of lora_D on the accepted tokens of some responses, and of nothing else; None if there are none."""
         accepted = batch.reward > 0
         if not bool(accepted.any()):
             return None
-        train_only(self.model, self.deep)
+        lora.train_only(self.model, self.deep)
         logits = self._verifier_logits(batch, accepted)
         frozen = self._verifier_logits(batch, accepted, without=("lora_D",))
         loss, divergence = slow_loss(logits, batch.token[accepted], frozen, self.config.beta_kl)
         drift = self.measure_drift(batch) if self.config.target == "adapted" else None
-        self._apply(self.slow_optimizer, self.deep, loss, self.config.lr_deep)
+        self._apply(self.slow_optimizer, loss, self.config.lr_deep)
         if drift is not None:
             return SlowResult(float(loss.detach()), drift.drift_kl, drift.drift_tokens)
         changed = (logits.argmax(dim=-1) != frozen.argmax(dim=-1)).float().mean()
@@ -397,9 +358,9 @@ class DVITrainer:
             logits: Tensor = base.lm_head(hidden[batch.rows[chosen], before[chosen]]).float()
         return logits
 
-    def _apply(self, optimizer: Optimizer, parameters: list[torch.nn.Parameter], loss: Tensor, lr: float) -> float:
+    def _apply(self, optimizer: Optimizer, loss: Tensor, lr: float) -> float:
         """Clip and step; a gradient that is not finite leaves the weights as they are and is counted."""
-        grad_norm = clipped_step(optimizer, parameters, loss, lr, self.config.grad_clip)
+        grad_norm = lora.clipped_step(optimizer, loss, lr, self.config.grad_clip)
         if not math.isfinite(grad_norm):
             self.counters.skipped += 1
             tqdm.write(f"step {self.counters.step}: the gradient is not finite; this update is left out")
@@ -414,7 +375,7 @@ class DVITrainer:
         """lr_shallow after warm-up and schedule."""
         config = self.config
         progress = 0.0 if config.lr_schedule == "constant" else self.progress
-        return cosine_rate(config.lr_shallow, self.counters.step, config.warmup_steps, progress)
+        return lora.cosine_rate(config.lr_shallow, self.counters.step, config.warmup_steps, progress)
 
     # Log
 
@@ -429,20 +390,18 @@ class DVITrainer:
             setattr(self.counters, phase, getattr(self.counters, phase) + seconds)
             self.counters.wall_s += seconds
 
-    def _metrics(self, fast: FastResult, slow: SlowResult | None) -> StepMetrics:
+    def _metrics(self, fast: dict[str, Any], slow: SlowResult | None) -> StepMetrics:
         """One log line, and a fresh account of what is served until the next."""
         served, counters = self.served, self.counters
         self.served = Served(wall_s=counters.wall_s)
         accept_rate = served.accepted / served.drafted if served.drafted else math.nan
         self._guard_drift(accept_rate, slow)
         return StepMetrics(
-            **asdict(fast),
-            loss_slow=None if slow is None else slow.loss,
+            **fast,
+            **(asdict(slow) if slow else {}),
             accept_rate=accept_rate,
             mat=served.committed / served.blocks if served.blocks else math.nan,
             ppl_sample=math.exp(served.nll / max(1, served.tokens)),
-            drift_kl=None if slow is None else slow.drift_kl,
-            drift_tokens=None if slow is None else slow.drift_tokens,
             tok_per_s=served.tokens / max(1e-9, counters.wall_s - served.wall_s),
             buffer_size=len(self.buffer),
             **asdict(counters),
@@ -467,10 +426,9 @@ class DVITrainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
         buffer = self.buffer.state_dict()
-        tensors = {f"buffer.{name}": value for name, value in buffer["tensors"].items()}
-        tensors["generator"] = self.generator.get_state()
+        tensors = {**buffer["tensors"], "generator": self.generator.get_state()}
         for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
-            tensors |= optimizer_tensors(optimizer, name)
+            tensors |= lora.optimizer_tensors(optimizer, name)
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
@@ -488,11 +446,10 @@ class DVITrainer:
         self.rates = numbers["rates"]
         self.baseline.value, self.baseline.count = numbers["baseline"]
         self.split.stream.load_state_dict(numbers["stream"])
-        stored = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
-        self.buffer.load_state_dict({"tensors": stored, "numbers": numbers["buffer"]})
+        self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
         for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
-            load_optimizer(optimizer, name, tensors)
+            lora.load_optimizer(optimizer, name, tensors)
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands; return its folder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
@@ -25,7 +26,7 @@ class _Site:
     attribute: str
     layer: LoraLinear
 
-    def put(self, module: nn.Module) -> None:
+    def put(self, module: nn.Module | None) -> None:
         self.parent._modules[self.attribute] = module
 
 
@@ -43,24 +44,23 @@ class AdapterSwitch:
             for attribute, child in parent.named_children()
             if isinstance(child, LoraLinear)
         ]
-        self._folded: list[nn.Module] | None = None
+        self._is_folded = False
 
     @contextmanager
     def without(self, *names: str) -> Iterator[None]:
         """Leave the named adapters out inside this context."""
-        touched = [(index, site) for index, site in enumerate(self._sites) if set(names) & set(site.layer.lora_A)]
-        before = [site.layer._active_adapter for _, site in touched]
-        for _, site in touched:
+        touched = [site for site in self._sites if set(names) & set(site.layer.lora_A)]
+        before = [(site.layer._active_adapter, site.parent._modules[site.attribute]) for site in touched]
+        for site in touched:
             site.layer._active_adapter = [name for name in site.layer.active_adapters if name not in names]
-            if self._folded is not None:
+            if self._is_folded:
                 site.put(_folded(site.layer))
         try:
             yield
         finally:
-            for (index, site), active in zip(touched, before, strict=True):
+            for site, (active, module) in zip(touched, before, strict=True):
                 site.layer._active_adapter = active
-                if self._folded is not None:
-                    site.put(self._folded[index])
+                site.put(module)
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -68,16 +68,16 @@ class AdapterSwitch:
 
         The trained weights are untouched; what is added in is a copy. Inside another such context nothing happens.
         """
-        if self._folded is not None:
+        if self._is_folded:
             yield
             return
-        self._folded = [_folded(site.layer) for site in self._sites]
-        for site, module in zip(self._sites, self._folded, strict=True):
-            site.put(module)
+        self._is_folded = True
         try:
+            for site in self._sites:
+                site.put(_folded(site.layer))
             yield
         finally:
-            self._folded = None
+            self._is_folded = False
             for site in self._sites:
                 site.put(site.layer)
 
@@ -97,74 +97,50 @@ def _folded(layer: LoraLinear) -> nn.Linear:
     return plain
 
 
-def _lora_config(layers: Sequence[int], rank: int, alpha: float, targets: Sequence[str]) -> LoraConfig:
-    if rank < 1:
-        raise ValueError(f"LoRA rank is {rank}; expected at least 1")
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(targets),
-        layers_to_transform=list(layers),
-        layers_pattern="layers",
-        lora_dropout=0.0,
-        bias="none",
-    )
-
-
-def _check_exit_layer(base_model: nn.Module, exit_layer: int) -> int:
-    layers = int(base_model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-    if not 1 <= exit_layer < layers:
-        raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
-    return layers
-
-
 def inject_lora(
-    base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
+    base_model: nn.Module,
+    exit_layer: int,
+    rank: int = 16,
+    alpha: float = 32.0,
+    targets: Sequence[str] = LORA_TARGETS,
+    deep: bool = False,
 ) -> PeftModel:
-    """Put lora_S on layers[:exit_layer], freeze everything else.
+    """Put lora_S on layers[:exit_layer], freeze everything else, and give the base model its `adapter_switch`.
 
     Args:
         base_model: a Llama model with `model.layers`; it is changed in place.
         exit_layer: k.
         rank, alpha: LoRA's (Hu et al. 2021); the update is scaled by alpha / rank.
         targets: linear layers that get it.
+        deep: also put lora_D on layers[exit_layer:].
 
     Returns:
-        The PEFT model around `base_model`; lora_S is active and trainable.
+        The PEFT model around `base_model`; its adapters are active, trainable and in float32.
 
     Raises:
         ValueError: for an exit layer or rank out of range, or a model that carries adapters already.
     """
-    _check_exit_layer(base_model, exit_layer)
+    layers = int(base_model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    if not 1 <= exit_layer < layers:
+        raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
     if any(isinstance(module, LoraLinear) for module in base_model.modules()):
         raise ValueError("the model carries adapters already; load it anew")
-    peft_model = get_peft_model(
-        base_model, _lora_config(range(exit_layer), rank, alpha, targets), adapter_name="lora_S"
-    )
-    _finish(peft_model, base_model, ["lora_S"])
-    return peft_model
-
-
-def inject_dual_lora(
-    base_model: nn.Module, exit_layer: int, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = LORA_TARGETS
-) -> PeftModel:
-    """Put lora_S on layers[:exit_layer] and lora_D on layers[exit_layer:]; both are active and trainable.
-
-    Arguments, returns and errors as in `inject_lora`.
-    """
-    layers = _check_exit_layer(base_model, exit_layer)
-    peft_model = inject_lora(base_model, exit_layer, rank, alpha, targets)
-    peft_model.add_adapter("lora_D", _lora_config(range(exit_layer, layers), rank, alpha, targets))
-    _finish(peft_model, base_model, ["lora_S", "lora_D"])
-    return peft_model
-
-
-def _finish(peft_model: PeftModel, base_model: nn.Module, names: list[str]) -> None:
-    """Activate the adapters, keep their weights in float32, and give the base model its switch."""
-    peft_model.base_model.set_adapter(names)
-    for parameter in lora_parameters(peft_model, names):
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}; expected at least 1")
+    shared = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "layers_pattern": "layers"}
+    shallow_config = LoraConfig(layers_to_transform=list(range(exit_layer)), **shared)
+    peft_model = get_peft_model(base_model, shallow_config, adapter_name="lora_S")
+    if deep:
+        peft_model.add_adapter("lora_D", LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared))
+        peft_model.base_model.set_adapter(["lora_S", "lora_D"])
+    for parameter in lora_parameters(peft_model, ["lora_S", "lora_D"]):
         parameter.data = parameter.data.float()
     base_model.adapter_switch = AdapterSwitch(base_model)  # type: ignore[assignment]
+    return peft_model
+
+
+inject_dual_lora = partial(inject_lora, deep=True)
+"""lora_S and lora_D at once."""
 
 
 def lora_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
 from dvirl.settings import from_mapping, read_yaml
+from dvirl.trace import write_json
 from dvirl.trainer import DVITrainer
 from kangaroo.earlyexit import DecodeConfig
 
@@ -78,5 +78,4 @@ def main(argv: Sequence[str]) -> None:
     if args.out:
         figures = {name: {**dataclasses.asdict(one), "responses": None} for name, one in found.items()}
         content = {"run_dir": str(args.run_dir), "figures": figures, "equal_responses": same}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.out, content)

@@ -12,34 +12,25 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from dvirl.config import DVIConfig
 from dvirl.data import load_prompts
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.lora import attach_draft
 from dvirl.models import load
 from dvirl.rollout import generate, judge
-from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sgp_lora import inject_dual_lora
+from dvirl.trace import write_json
 
 
 def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, object]:
-    """Scored drafts a second, both ways, on the first prompts of the configured stream.
-
-    Args:
-        config: model, prompts, exit layer and decoding.
-        num_prompts: prompts that each repeat answers.
-        repeats: of each way.
-    """
+    """Scored drafts a second, both ways, on the first `num_prompts` of the configured stream in each repeat."""
     torch.set_num_threads(config.threads)
     loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
     prompts = load_prompts(config, loaded).stream.take(num_prompts)
-    loaded.model.set_exit_layer(config.exit_layer)
-    inject_dual_lora(loaded.model, config.exit_layer, config.lora_rank, config.lora_alpha)
     covered = range(min(config.draft_vocab, loaded.model.config.vocab_size)) if config.draft_vocab else None
-    model = KangarooModel(loaded.model, None, config.drafter_args(covered), config.exit_layer)
+    _, model = attach_draft(loaded.model, config, covered, deep=True)
 
     def step_by_step() -> int:
         return measure_acceptance(
@@ -81,8 +72,7 @@ def main() -> None:
     result = compare(DVIConfig(), args.num_prompts, args.repeats)
     print(json.dumps(result, indent=1))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":
