@@ -391,7 +391,7 @@ def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tm
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study_module, "ProcessPoolExecutor", Pool)
-    study, kept = a_study(**RESUMED["grid"], seeds=[0, 1]), tmp_path / "x.rows.jsonl"
+    study, kept = a_study(**{**RESUMED["grid"], "variants": TWO, "seeds": [0, 1]}), tmp_path / "x.rows.jsonl"
     original = study_module.learn
 
     def failing(config, split, tape):
@@ -405,9 +405,9 @@ def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_pa
             study_module.run(study, kept, workers)
     assert str(kept) in caught.value.__notes__[0] and "in failing" in capsys.readouterr().err
     names = [study_module.row_name(json.loads(line)) for line in kept.read_text().splitlines()[1:]]
-    assert names == [name for name in study.row_names() if name not in ("kl/kl/0", "kl/rl/0", "kl/slow/0")]
+    assert names == [name for name in study.row_names() if name not in ("kl/kl/0", "kl/rl/0")]
     again = stop_after(monkeypatch, 0)
-    assert list(study_module.run(study, kept, workers)) == study.row_names() and len(again) == 3
+    assert list(study_module.run(study, kept, workers)) == study.row_names() and len(again) == 2
 
 
 def written(tmp_path, **changes) -> list[str]:
@@ -428,7 +428,8 @@ def test_a_bad_task_is_one_sentence_and_the_others_rows_stay(tmp_path, capsys):
 
 
 def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp_path, capsys):
-    command, clock, original = written(tmp_path), [0.0], study_module._keep
+    command, clock, original = written(tmp_path, seeds=[0, 1]), [0.0], study_module._keep
+    prompts, begun = study_module._prompts, []
 
     def keep(*arguments):
         original(*arguments)
@@ -436,13 +437,13 @@ def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp
 
     monkeypatch.setattr(study_module, "time", SimpleNamespace(time=lambda: clock[0], strftime=time.strftime))
     monkeypatch.setattr(study_module, "_keep", keep)
-    assert cli([*command, "--minutes", "1"]) == 0
+    monkeypatch.setattr(study_module, "_prompts", lambda task: begun.append(task.seed) or prompts(task))
+    assert cli([*command, "--minutes", "1"]) == 0 and begun == [0]
     first, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    assert first["complete"] is False and first["missing"] == ["untrained/rl/0"]
+    assert first["complete"] is False and first["missing"] == ["untrained/rl/0", "untrained/kl/1", "untrained/rl/1"]
     assert [row["variant"] for row in first["rows"]] == ["kl"] and first["summary"]["untrained/kl"]["mat"]["n"] == 1
-    assert "1 rows are missing, untrained/rl/0; the same command goes on" in out
-    monkeypatch.setattr(study_module, "_prompts", lambda _: pytest.fail("begun without time"))
-    assert cli([*command, "--minutes", "0"]) == 0
+    assert "3 rows are missing, untrained/rl/0; untrained/kl/1; untrained/rl/1; the same command goes on" in out
+    assert cli([*command, "--minutes", "0"]) == 0 and begun == [0]
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == first["rows"]
 
 
@@ -463,7 +464,7 @@ def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
 
     monkeypatch.setattr(study_module, "load_prompts", counting)
     torch.set_num_threads(2)
-    run(a_study(**RESUMED["grid"], seeds=[0, 1]))
+    run(a_study(**{**RESUMED["grid"], "variants": {"kl": {"schedule": "kl"}}, "seeds": [0, 1]}))
     assert seeds == [(0, 1), (1, 1)]
 
 
