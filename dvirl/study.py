@@ -663,7 +663,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the laptop-size version")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--workers", type=int, default=1, help="processes at once; each takes a seed and a start")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row later; write what is there")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
     parser.add_argument("--out", default="", help="JSON file; results/STUDY.json by default")
     return parser
