@@ -1,26 +1,32 @@
-"""Studies: a question as a YAML file, several seeds, one JSON of results: `dvirl study CONFIG`."""
+"""Studies: a question as a YAML file, several seeds, one JSON of results: `dvirl study CONFIG`.
+
+Rows are kept in OUT.rows.jsonl as they come, and the same command goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import multiprocessing
 import random
 import shlex
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
+from filelock import FileLock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,7 +34,7 @@ from dvirl import checkpoint
 from dvirl.buffer import TrainingBatch
 from dvirl.config import DraftSettings, DVIConfig, SGPConfig
 from dvirl.corpus import Responses, answer
-from dvirl.data import PromptSplit, PromptStream, chatterbot_prompts, load_prompts
+from dvirl.data import PromptSplit, PromptStream, chatterbot_prompts, load_prompts, read_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import measure_agreement
 from dvirl.federated import average_adapters
@@ -39,7 +45,7 @@ from dvirl.rollout import Tape, draft_logits_at, generate, judge
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer
 from dvirl.trace import plain, read_metrics
-from dvirl.trainer import DVITrainer
+from dvirl.trainer import DVITrainer, Served
 from kangaroo.kangaroo_model import KangarooModel
 
 CURVE_POINTS = 40
@@ -51,6 +57,8 @@ SHOWN = ("accept_rate", "agreement", "ece", "ppl", "drift_kl", "first_end", "the
 """Figures that the printed table shows, where a study has them."""
 
 Row = dict[str, Any]
+Prompts = list[list[int]]
+Probes = dict[str, Responses]
 
 
 @dataclass(frozen=True)
@@ -88,25 +96,65 @@ class Study:
     def small(self) -> Study:
         """The laptop-size version."""
         quick = self.quick
+        changes = quick.get("starts", {})
         return replace(
             self,
             seeds=quick.get("seeds", self.seeds[:1]),
             variants={name: self.variants[name] for name in quick.get("variants", self.variants)},
-            base={**self.base, **quick.get("base", {})},
-            starts={name: _merged(one, quick.get("starts", {}).get(name)) for name, one in self.starts.items()},
-            extra={**self.extra, **quick.get("extra", {})},
+            base=self.base | quick.get("base", {}),
+            starts={name: None if one is None else one | changes.get(name, {}) for name, one in self.starts.items()},
+            extra=self.extra | quick.get("extra", {}),
         )
 
     def config(self, seed: int, run_dir: Path, *changes: Mapping[str, Any]) -> DVIConfig:
         """The settings of one run, later changes first."""
-        values: dict[str, Any] = {**self.base, "seed": seed, "run_dir": str(run_dir)}
-        for change in changes:
-            values |= {name: value for name, value in change.items() if name != "sgp"}
-        return from_mapping(DVIConfig, values, "study")
+        changed = {name: value for change in changes for name, value in change.items() if name != "sgp"}
+        return from_mapping(DVIConfig, {**self.base, "seed": seed, "run_dir": str(run_dir), **changed}, "study")
+
+    def blank_rows(self, seed: int, start: str, variant: str) -> list[Row]:
+        """The rows that a variant gives, as yet without figures: one, or of `staleness` one an age."""
+        if self.kind == "staleness":
+            groups = self.extra["ages"]
+            return [{"variant": f"{variant}, age {age + 1} of {groups}", "seed": seed} for age in range(groups)]
+        return [{**({"start": start} if self.kind == "grid" else {}), "variant": variant, "seed": seed}]
+
+    def row_names(self) -> list[str]:
+        """The names of all rows, in order."""
+        runs = [(seed, start, variant) for seed in self.seeds for start in self.starts for variant in self.variants]
+        return [row_name(row) for run in runs for row in self.blank_rows(*run)]
 
 
-def _merged(one: Mapping[str, Any] | None, changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if one is None else {**one, **(changes or {})}
+def row_name(row: Row, *, keys: Sequence[str] = ("start", "variant", "seed")) -> str:
+    """Start (of a grid), variant and seed."""
+    return "/".join(str(row[key]) for key in keys if key in row)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does at a time: the missing rows of one seed and one start.
+
+    Attributes:
+        study, seed, start: of these.
+        done: the names of rows that need not be run.
+        kept: the file that rows are appended to.
+        deadline: when no further row is begun, in `time.time()`'s seconds.
+        shared: a folder of all tasks, for the time of the command.
+    """
+
+    study: Study
+    seed: int
+    start: str
+    done: set[str]
+    kept: Path
+    deadline: float
+    shared: Path
+
+    def due(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The variants with missing rows and their settings, as long as there is time to begin them."""
+        for name, variant in self.study.variants.items():
+            rows = {row_name(row) for row in self.study.blank_rows(self.seed, self.start, name)}
+            if rows - self.done and time.time() < self.deadline:
+                yield name, variant
 
 
 # What is measured
@@ -127,12 +175,13 @@ def judge_prompts(trainer: DVITrainer, prompts: Sequence[Sequence[int]]) -> dict
     """The draft on the verifier's own answers, as both are now."""
     config, loaded = trainer.config, trainer.loaded
     rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids, config.target)
-    blocks = [block for row in judge(trainer.model, rollout, config.decode).blocks for block in row]
+    served = Served()
+    served.add(rollout, judge(trainer.model, rollout, config.decode))
     cpu = Responses(rollout.tokens.cpu(), rollout.prompt_lens.cpu(), rollout.response_lens.cpu())
     agreement = asdict(measure_agreement(trainer.model, cpu))
     return {
-        "accept_rate": sum(b.num_accepted for b in blocks) / max(1, sum(b.num_drafted for b in blocks)),
-        "mat": sum(b.block_len for b in blocks) / max(1, len(blocks)),
+        "accept_rate": served.accepted / max(1, served.drafted),
+        "mat": served.committed / max(1, served.blocks),
         "agreement": agreement["rate"],
         **{name: agreement[name] for name in ("confidence", "ece", "covered")},
     }
@@ -149,8 +198,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
     chat, base = trainer.loaded.chat, trainer.loaded.model
     pairs = [(chat.encode(p.turns), chat.encode_response(p.response)) for p in chatterbot_prompts()[:REPLIES]]
     served = ("lora_S",) if trainer.config.target == "base" else ()
-    sums = torch.zeros(4)
-    count = 0
+    sums = torch.zeros(5)
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         tokens = pad_sequence([torch.tensor(a + b) for a, b in part], batch_first=True).to(base.device)
@@ -161,15 +209,10 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
         changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).sum()
         divergence = F.kl_div(own, untouched, log_target=True, reduction="sum")
         parts = (-own.gather(1, picked).sum(), -untouched.gather(1, picked).sum(), divergence, changed)
-        sums += torch.stack([part.float().cpu() for part in parts])
-        count += len(rows)
-    nll, nll_untouched, drift, changed = (sums / count).tolist()
-    return {
-        "ppl": torch.tensor(nll).exp().item(),
-        "ppl_untouched": torch.tensor(nll_untouched).exp().item(),
-        "drift_kl": drift,
-        "drift_tokens": changed,
-    }
+        sums += torch.stack([part.float().cpu() for part in (*parts, torch.tensor(len(rows)))])
+    means = sums[:4] / sums[4]
+    figures = [*means[:2].exp().tolist(), *means[2:].tolist()]
+    return dict(zip(("ppl", "ppl_untouched", "drift_kl", "drift_tokens"), figures, strict=True))
 
 
 def _log_probs(trainer: DVITrainer, tokens: Tensor, rows: Tensor, columns: Tensor, off: Sequence[str]) -> Tensor:
@@ -189,49 +232,64 @@ def thinned(run_dir: Path) -> dict[str, list[float | None]]:
     return {name: [None if value != value else round(value, 5) for value in means[name]] for name in columns}
 
 
-def finish(trainer: DVITrainer, before: Mapping[str, float]) -> Row:
-    """The row of a run that is done."""
+def learn(config: DVIConfig, split: PromptSplit, tape: Tape) -> Row:
+    """Train, and judge before and after; where the verifier does not change, on the responses that the tape holds.
+
+    Returns:
+        `figures` and `curve`. An empty tape is recorded.
+    """
+    trainer = DVITrainer(config, None, split)
+    before = judge_prompts(trainer, split.held_out)
+    if config.slow_every == 0 and config.target == "base":
+        trainer.answer = tape.playing() if tape.rollouts else tape.recording(trainer.answer)
+    trainer.train(show_progress=False)
     counters = trainer.counters
     figures: dict[str, Any] = {f"{name}_before": before[name] for name in ("accept_rate", "agreement")}
-    figures |= judge_prompts(trainer, trainer.split.held_out)
-    if trainer.config.slow_every or trainer.config.target == "adapted":
+    figures |= judge_prompts(trainer, split.held_out)
+    if config.slow_every or config.target == "adapted":
         figures |= judge_verifier(trainer)
     figures |= {"draft_cost": draft_cost(trainer.model), "tokens": counters.tokens, "steps": counters.step}
     figures |= {"wall_s": counters.wall_s, "drift_flag": counters.drift_flag, "skipped": counters.skipped}
-    return {"figures": figures, "curve": thinned(Path(trainer.config.run_dir))}
+    return {"figures": figures, "curve": thinned(Path(config.run_dir))}
 
 
-# Kinds of study: each gives the rows of one seed
+# Kinds of study: each gives, for every variant due, its name and what its rows hold. What has a model is a function of
+# its own, so that the model is gone when the next one comes.
 
 
-def grid(study: Study, seed: int, folder: Path) -> list[Row]:
-    """Every variant from every start, on the very same responses where the verifier does not change.
+def grid(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
+    """Every variant from a start, on the very same responses where the verifier does not change.
 
     Starts learn from prompts of their own, before those of the variants; nobody learns from the held-out ones.
     """
-    rows: list[Row] = []
-    reserved, config = study.extra.get("reserved", 0), study.config(seed, folder)
-    split = load_prompts(replace(config, num_prompts=config.num_prompts + reserved), _load(study))
-    early, late = split.stream.prompts[:reserved], split.stream.prompts[reserved:]
-    if not late:
-        raise DvirlError(
-            f"the source has {len(early)} prompts, and the starts take {reserved}; none is left to compare on"
-        )
-    for start, settings in study.starts.items():
-        own = PromptSplit(PromptStream(early or late, seed), split.held_out)
-        origin, start_tokens = _begin(study.config(seed, folder / f"start-{start}", settings or {}), settings, own)
-        tape: Tape | None = None
-        for name, variant in study.variants.items():
-            config = study.config(seed, folder / start / name, origin, variant)
-            trainer = DVITrainer(config, None, PromptSplit(PromptStream(late, seed), split.held_out))
-            before = judge_prompts(trainer, split.held_out)
-            if config.slow_every == 0 and config.target == "base":
-                trainer.answer = tape.playing() if tape else (tape := Tape()).recording(trainer.answer)
-            trainer.train(show_progress=False)
-            rows.append({"start": start, "variant": name, "seed": seed, **finish(trainer, before)})
-            rows[-1]["figures"]["start_tokens"] = start_tokens
-            _say(rows[-1])
-    return rows
+    study, seed, settings = task.study, task.seed, task.study.starts[task.start]
+    early, late, held_out = _prompts(task)
+    tape, begun = Tape(), None
+    for name, variant in task.due():
+        if begun is None:
+            own = PromptSplit(PromptStream(early or late, seed), held_out)
+            begun = _begin(study.config(seed, folder / "start", settings or {}), settings, own)
+        config = study.config(seed, folder / "variants" / name, begun[0], variant)
+        row = learn(config, PromptSplit(PromptStream(late, seed), held_out), tape)
+        row["figures"]["start_tokens"] = begun[1]
+        yield name, [row]
+
+
+def _prompts(task: Task) -> list[Prompts]:
+    """Prompts for the starts, for the variants, and held out. The first task of a seed reads or writes them for all."""
+    study, kept = task.study, task.shared / f"prompts-{task.seed}.json"
+    learned = [{**study.base, **one}["num_prompts"] for one in study.starts.values() if one and "sgp" not in one]
+    reserved = max(learned, default=0)
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            config = study.config(task.seed, kept)
+            split = load_prompts(replace(config, num_prompts=config.num_prompts + reserved), _load(config))
+            kept.write_text(json.dumps([split.stream.prompts, split.held_out]))
+    _free()
+    prompts, held_out = json.loads(kept.read_text())
+    if len(prompts) <= reserved:
+        raise DvirlError(f"the source has {len(prompts)} prompts, and the starts take {reserved}; none is left")
+    return [prompts[:reserved], prompts[reserved:], held_out]
 
 
 def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptSplit) -> tuple[dict[str, Any], int]:
@@ -246,7 +304,7 @@ def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptS
         first.train(show_progress=False)
         return {"start_from": str(checkpoint.newest(config.run_dir))}, first.counters.tokens
     shared = {spec.name: getattr(config, spec.name) for spec in fields(DraftSettings)}
-    loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
+    loaded = _load(config)
     records = [one for one in chatterbot_prompts() if loaded.chat.encode(one.turns) not in split.held_out]
     tuned = SGPTrainer(from_mapping(SGPConfig, {**shared, **settings["sgp"]}, "study"), loaded, records)
     share = tuned.num_steps * tuned.config.batch_size / len(tuned.train_set)
@@ -254,13 +312,18 @@ def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptS
     return {"start_from": tuned.train(show_progress=False).checkpoint}, tokens
 
 
-def _say(row: Row) -> None:
-    shown = {name: round(value, 3) for name, value in row["figures"].items() if isinstance(value, float)}
-    where = "/".join(str(row[key]) for key in ("start", "variant", "seed") if key in row)
-    print(f"{where}: " + ", ".join(f"{name} {shown[name]}" for name in list(shown)[:9]), file=sys.stderr, flush=True)
+def _load(config: DVIConfig) -> LoadedModel:
+    torch.set_num_threads(config.threads)  # whichever task comes first, its prompts are written in the same way
+    return load(config.model_name, config.dtype, config.device, config.chat_format)
 
 
-def staleness(study: Study, seed: int, folder: Path) -> list[Row]:
+def _free() -> None:
+    """Give back the accelerator's memory that nobody uses, a trainer's too, which refers to itself."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def staleness(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
     """How wrong a gradient is that old records give: by age, against the exact gradient at the same positions.
 
     One run keeps every record. At its end, records of each age give the REINFORCE gradient with the tokens that the
@@ -268,24 +331,29 @@ def staleness(study: Study, seed: int, folder: Path) -> list[Row]:
     reward.
     `extra`: `ages`, `records` of each, `draws` a position.
     """
-    rows: list[Row] = []
-    for name, variant in study.variants.items():
-        trainer = DVITrainer(study.config(seed, folder / name, variant))
-        trainer.train(show_progress=False)
-        ids = trainer.buffer.field("response_id")
-        groups, last = study.extra["ages"], int(ids.max()) + 1
-        for age in range(groups):
-            low, high = (last * (groups - age - step) // groups for step in (1, 0))
-            chosen = ((ids >= low) & (ids < high)).nonzero().squeeze(1)[: study.extra["records"]]
-            figures = stale_gradients(trainer, trainer.buffer.batch(chosen), study.extra["draws"])
-            figures["age_responses"] = last - 1 - float(ids[chosen].float().mean())
-            rows.append({"variant": f"{name}, age {age + 1} of {groups}", "seed": seed, "figures": figures})
-            _say(rows[-1])
-    return rows
+    for name, variant in task.due():
+        config = task.study.config(task.seed, folder / name, variant)
+        yield name, list(_by_age(config, **task.study.extra))
+
+
+def _by_age(config: DVIConfig, ages: int, records: int, draws: int) -> Iterator[Row]:
+    trainer = DVITrainer(config)
+    trainer.train(show_progress=False)
+    ids = trainer.buffer.field("response_id")
+    last = int(ids.max()) + 1
+    for age in range(ages):
+        low, high = (last * (ages - age - step) // ages for step in (1, 0))
+        chosen = ((ids >= low) & (ids < high)).nonzero().squeeze(1)[:records]
+        figures = stale_gradients(trainer, trainer.buffer.batch(chosen), draws)
+        yield {"figures": {**figures, "age_responses": last - 1 - float(ids[chosen].float().mean())}}
 
 
 def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> dict[str, float]:
-    """The figures of `staleness` for one batch of records; `draws` fresh samples a position stand for many."""
+    """The figures of `staleness` for one batch of records; `draws` fresh samples a position stand for many.
+
+    `cos_…` is the cosine of a gradient to the exact one, and `along_…` how much of the exact one it holds: 1 for an
+    unbiased estimate, in the mean.
+    """
     train_only(trainer.model, trainer.shallow)
     on = trainer.decisions(batch)
     baseline = float(batch.reward.mean())
@@ -295,8 +363,8 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
         reinforce_loss(replace(on, drafted=drawn).on_drafted(), (drawn == on.verified).float(), baseline)
         for drawn in fresh.T
     ]
+    exact = _gradient(trainer, exact_pg_loss(*on.on_verified()))
     gradients = {
-        "exact": _gradient(trainer, exact_pg_loss(*on.on_verified())),
         "stale": _gradient(trainer, reinforce_loss(on.on_drafted(), batch.reward, baseline)),
         "redrawn": _gradient(trainer, redrawn[0]),
         "many": _gradient(trainer, torch.stack(redrawn).mean()),
@@ -304,11 +372,8 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
     with torch.no_grad():
         _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
     return {
-        "cos_stale": _cosine(gradients["stale"], gradients["exact"]),
-        "cos_redrawn": _cosine(gradients["redrawn"], gradients["exact"]),
-        "cos_many": _cosine(gradients["many"], gradients["exact"]),
-        "along_stale": _along(gradients["stale"], gradients["exact"]),
-        "along_redrawn": _along(gradients["redrawn"], gradients["exact"]),
+        **{f"cos_{name}": float(F.cosine_similarity(one, exact, dim=0)) for name, one in gradients.items()},
+        **{f"along_{name}": float(gradients[name] @ exact / exact.square().sum()) for name in ("stale", "redrawn")},
         "hidden_error": float((batch.hidden - hidden).float().norm() / hidden.float().norm()),
         "reward_stored": float(batch.reward.mean()),
         "reward_now": float((fresh == on.verified[:, None]).float().mean()),
@@ -320,15 +385,6 @@ def _gradient(trainer: DVITrainer, loss: Tensor) -> Tensor:
     return torch.cat([part.flatten().float() for part in found if part is not None])
 
 
-def _along(one: Tensor, exact: Tensor) -> float:
-    """How much of the exact gradient another one holds: 1 for an unbiased estimate, in the mean."""
-    return float(one @ exact / exact.square().sum())
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    return float(F.cosine_similarity(one, other, dim=0))
-
-
 class InOrder(PromptStream):
     """Prompts in the order given."""
 
@@ -336,51 +392,62 @@ class InOrder(PromptStream):
         return list(range(len(self)))
 
 
-def _domain(study: Study, seed: int, loaded: LoadedModel, settings: Mapping[str, Any], count: int) -> PromptSplit:
-    """`count` training prompts of a source, and held-out ones."""
-    return load_prompts(study.config(seed, Path("unused"), {**settings, "num_prompts": count}), loaded)
+def _on(config: DVIConfig, prompts: Prompts) -> DVITrainer:
+    return DVITrainer(config, None, PromptSplit(InOrder(prompts, config.seed), []))
 
 
-def _load(study: Study) -> LoadedModel:
-    config = study.config(0, Path("unused"))
-    return load(config.model_name, config.dtype, config.device, config.chat_format)
+def _advance(trainer: DVITrainer, goal: float) -> None:
+    """Train until so many prompts are done."""
+    while trainer.counters.prompts < goal:
+        for _ in trainer.advance():
+            pass
 
 
-def _answered(study: Study, loaded: LoadedModel, prompts: Sequence[list[int]]) -> Responses:
-    return answer(loaded, prompts, study.config(0, Path("unused")).max_new_tokens, len(prompts))
+def _domains(task: Task, sources: Mapping[str, Mapping[str, Any]], count: int) -> tuple[list[Prompts], Probes]:
+    """`count` training prompts of every source, and the untouched model's answers to its held-out ones, by name."""
+    loaded = _load(task.study.config(task.seed, task.shared))
+    prompts, probes = [], {}
+    for name, settings in sources.items():
+        config = task.study.config(task.seed, task.shared, {**settings, "num_prompts": count})
+        split = load_prompts(config, loaded)
+        prompts.append(split.stream.take(count))
+        probes[name] = answer(loaded, split.held_out, config.max_new_tokens, len(split.held_out))
+        _free()
+    return prompts, probes
 
 
-def adaptation(study: Study, seed: int, folder: Path) -> list[Row]:
+def adaptation(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
     """A stream that changes domain midway: what is learned, what is forgotten, and what a share of old prompts saves.
 
     `extra`: `first` and `then` (prompt settings), `prompts` of each, `probes` a half. Variants: `replay_share`, the
     share of prompts after the switch that are drawn from before it.
     """
-    extra, loaded, rng = study.extra, _load(study), random.Random(seed)
-    count = extra["prompts"]
-    splits = {key: _domain(study, seed, loaded, extra[key], count) for key in ("first", "then")}
-    probes = {key: _answered(study, loaded, split.held_out) for key, split in splits.items()}
-    old, new = (split.stream.take(count) for split in splits.values())
-    rows: list[Row] = []
-    for name, variant in study.variants.items():
-        share, changes = variant["replay_share"], {k: v for k, v in variant.items() if k != "replay_share"}
-        mixed = [rng.choice(old) if rng.random() < share else prompt for prompt in new]
+    study, seed, extra = task.study, task.seed, task.study.extra
+    count, rng = extra["prompts"], random.Random(seed)
+    (old, new), probes = _domains(task, {key: extra[key] for key in ("first", "then")}, count)
+    mixed = {  # of all variants, those that are done too, so that a study that goes on draws the same
+        name: [rng.choice(old) if rng.random() < variant["replay_share"] else prompt for prompt in new]
+        for name, variant in study.variants.items()
+    }
+    for name, variant in task.due():
+        changes = {k: v for k, v in variant.items() if k != "replay_share"}
         config = study.config(seed, folder / name, changes, {"num_prompts": 2 * count})
-        trainer = DVITrainer(config, None, PromptSplit(InOrder(old + mixed, seed), []))
-        curve: dict[str, list[float]] = {"prompts": [], "first": [], "then": []}
-        while True:
-            curve["prompts"].append(trainer.counters.prompts)
-            for key, responses in probes.items():
-                curve[key].append(measure_agreement(trainer.model, responses).rate)
-            if trainer.counters.prompts >= 2 * count:
-                break
-            goal = min(2 * count, trainer.counters.prompts + count // extra["probes"])
-            while trainer.counters.prompts < goal:
-                for _ in trainer.advance():
-                    pass
-        rows.append({"variant": name, "seed": seed, "figures": adaptation_figures(curve, count), "curve": curve})
-        _say(rows[-1])
-    return rows
+        curve = _probed(config, old + mixed[name], probes, count // extra["probes"])
+        yield name, [{"figures": adaptation_figures(curve, count), "curve": curve}]
+
+
+def _probed(config: DVIConfig, prompts: Prompts, probes: Probes, every: int) -> dict[str, list[float]]:
+    """Train, and measure the agreement on all probes before the first prompt and after every so many."""
+    trainer = _on(config, prompts)
+    curve: dict[str, list[float]] = {"prompts": [], **{key: [] for key in probes}}
+    while True:
+        done = trainer.counters.prompts
+        curve["prompts"].append(done)
+        for key, responses in probes.items():
+            curve[key].append(measure_agreement(trainer.model, responses).rate)
+        if done >= config.num_prompts:
+            return curve
+        _advance(trainer, min(config.num_prompts, done + every))
 
 
 def adaptation_figures(curve: Mapping[str, Sequence[float]], switch: int) -> dict[str, float]:
@@ -390,69 +457,62 @@ def adaptation_figures(curve: Mapping[str, Sequence[float]], switch: int) -> dic
     return {**figures, "forgotten": figures["first_switch"] - figures["first_end"]}
 
 
-def federated(study: Study, seed: int, folder: Path) -> list[Row]:
+def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
     """Clients with prompts of their own train apart and are averaged by tokens every round; or never; or are one.
 
     `extra`: `clients` (prompt settings by name), `rounds`, `prompts` a client and round. Variants: `mode`, averaged,
     apart or pooled. All start from the same untrained draft; averaging keeps each client's optimizer.
     """
-    extra, loaded = study.extra, _load(study)
-    total = extra["rounds"] * extra["prompts"]
-    splits = {name: _domain(study, seed, loaded, one, total) for name, one in extra["clients"].items()}
-    probes = {name: _answered(study, loaded, split.held_out) for name, split in splits.items()}
-    prompts = {name: split.stream.take(total) for name, split in splits.items()}
-    everything = [prompt for together in zip(*prompts.values(), strict=True) for prompt in together]
-    seedling = DVITrainer(study.config(seed, folder / "start"), None, PromptSplit(InOrder(everything, seed), []))
-    start = {"start_from": str(checkpoint.save(folder / "start", 0, seedling.peft_model, seedling.model))}
-    rows: list[Row] = []
-    for name, variant in study.variants.items():
-        streams = {"pooled": everything} if variant["mode"] == "pooled" else prompts
+    study, seed, extra = task.study, task.seed, task.study.extra
+    own, probes = _domains(task, extra["clients"], extra["rounds"] * extra["prompts"])
+    pooled = [prompt for together in zip(*own, strict=True) for prompt in together]
+    start = {"start_from": _untrained(study.config(seed, folder / "start"), pooled)}
+    for name, variant in task.due():
+        streams = {"pooled": pooled} if variant["mode"] == "pooled" else dict(zip(probes, own, strict=True))
         clients = {
-            client: DVITrainer(
-                study.config(seed, folder / name / client, start, {"num_prompts": len(stream)}),
-                None,
-                PromptSplit(InOrder(stream, seed), []),
-            )
+            client: (study.config(seed, folder / name / client, start, {"num_prompts": len(stream)}), stream)
             for client, stream in streams.items()
         }
-        curve: dict[str, list[float]] = {"round": [], "own": [], "all": []}
-        for round_ in range(1, extra["rounds"] + 1):
-            _train_round(clients, round_ / extra["rounds"], folder / name, variant["mode"] == "averaged")
-            rates = {c: {p: measure_agreement(t.model, probes[p]).rate for p in probes} for c, t in clients.items()}
-            curve["round"].append(round_)
-            curve["own"].append(fmean(rates[c if c in rates else "pooled"][c] for c in probes))
-            curve["all"].append(fmean(rate for client in rates.values() for rate in client.values()))
-        figures = {"own": curve["own"][-1], "all": curve["all"][-1]}
-        figures |= {f"{c}_on_{p}": rate for c, found in rates.items() for p, rate in found.items()}
-        rows.append({"variant": name, "seed": seed, "figures": figures, "curve": curve})
-        _say(rows[-1])
-    return rows
+        yield name, [_in_rounds(clients, probes, extra["rounds"], variant["mode"] == "averaged")]
 
 
-def _train_round(clients: Mapping[str, DVITrainer], share: float, folder: Path, average: bool) -> None:
+def _untrained(config: DVIConfig, prompts: Prompts) -> str:
+    return str(_saved(_on(config, prompts)))
+
+
+def _saved(trainer: DVITrainer) -> Path:
+    return checkpoint.save(Path(trainer.config.run_dir), trainer.counters.step, trainer.peft_model, trainer.model)
+
+
+def _in_rounds(clients: dict[str, tuple[DVIConfig, Prompts]], probes: Probes, rounds: int, average: bool) -> Row:
+    """Train clients, by name their settings and prompts; after every round, measure each of them on all probes."""
+    trainers = {client: _on(*one) for client, one in clients.items()}
+    curve: dict[str, list[float]] = {"round": [], "own": [], "all": []}
+    for round_ in range(1, rounds + 1):
+        _train_round(list(trainers.values()), round_ / rounds, average)
+        rates = {c: {p: measure_agreement(t.model, probes[p]).rate for p in probes} for c, t in trainers.items()}
+        curve["round"].append(round_)
+        curve["own"].append(fmean(rates[c if c in rates else "pooled"][c] for c in probes))
+        curve["all"].append(fmean(rate for client in rates.values() for rate in client.values()))
+    figures = {"own": curve["own"][-1], "all": curve["all"][-1]}
+    figures |= {f"{c}_on_{p}": rate for c, found in rates.items() for p, rate in found.items()}
+    return {"figures": figures, "curve": curve}
+
+
+def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) -> None:
     """Train every client up to a share of its prompts, then give all the mean of their drafts if asked to."""
-    tokens, folders = [], []
-    for trainer in clients.values():
-        before = trainer.counters.tokens
-        while trainer.counters.prompts < share * trainer.config.num_prompts - 1e-6:
-            for _ in trainer.advance():
-                pass
-        tokens.append(trainer.counters.tokens - before)
-        run_dir = Path(trainer.config.run_dir)
-        if average:
-            folders.append(checkpoint.save(run_dir, trainer.counters.step, trainer.peft_model, trainer.model))
+    before = [trainer.counters.tokens for trainer in trainers]
+    for trainer in trainers:
+        _advance(trainer, share * trainer.config.num_prompts - 1e-6)
     if average:
-        mean = average_adapters(folders, tokens, folder / f"mean-{share:.3f}")
-        for trainer in clients.values():
+        tokens = [trainer.counters.tokens - past for trainer, past in zip(trainers, before, strict=True)]
+        folders = [_saved(trainer) for trainer in trainers]
+        mean = average_adapters(folders, tokens, folders[0].with_name(f"mean-{share:.3f}"))
+        for trainer in trainers:
             checkpoint.load(mean, trainer.peft_model, trainer.model, draft_only=True)
 
 
-KINDS: dict[str, Callable[[Study, int, Path], list[Row]]] = {
-    "grid": grid,
-    "staleness": staleness,
-    "adaptation": adaptation,
-    "federated": federated,
-}
+KINDS = {kind.__name__: kind for kind in (grid, staleness, adaptation, federated)}
 
 
 # Running one
@@ -460,46 +520,101 @@ KINDS: dict[str, Callable[[Study, int, Path], list[Row]]] = {
 
 def summary(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard deviation over seeds of every figure, by start and variant."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        groups.setdefault("/".join(row[key] for key in ("start", "variant") if key in row), []).append(row)
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for name, group in groups.items():
-        table[name] = {}
-        for key in group[0]["figures"]:
-            values = [float(row["figures"][key]) for row in group if key in row["figures"]]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            table[name][key] = {"mean": fmean(values), "std": spread, "n": len(values)}
-    return table
+        group = groups.setdefault(row_name(row, keys=("start", "variant")), {})
+        for key, value in row["figures"].items():
+            group.setdefault(key, []).append(float(value))
+    return {name: {key: _spread(values) for key, values in group.items()} for name, group in groups.items()}
 
 
-def _task(task: tuple[Study, int, int]) -> list[Row]:
-    """One seed and one start, on the accelerator of its turn."""
-    study, seed, turn = task
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+
+
+def resume(study: Study, kept: Path) -> dict[str, Row]:
+    """Begin a file of rows, or go on with it: the study's settings in the first line, then a row a line.
+
+    A torn line is dropped. A study goes on with fewer seeds and variants than it has now, if all else is the same.
+
+    Returns:
+        The rows that are there, by name.
+
+    Raises:
+        DvirlError: if the file holds rows of other settings.
+    """
+    now = plain(asdict(study))
+    lines = [line for _, line in (read_rows(str(kept)) if kept.exists() else ()) if isinstance(line, dict)]
+    before, *rows = lines or [now]
+    theirs = before.get("variants", {})
+    differ = [name for name in ("kind", "base", "starts", "extra") if before.get(name) != now[name]]
+    differ += [f"variant {name}" for name in theirs if theirs[name] != now["variants"].get(name)]
+    differ += [f"seed {seed}" for seed in before.get("seeds", []) if seed not in now["seeds"]]
+    if rows and differ:
+        raise DvirlError(f"{kept} is of another study ({', '.join(differ)}); remove it, or give another --out")
+    scratch = kept.with_name(f".{kept.name}")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in [now, *rows]))
+    scratch.replace(kept)
+    return {row_name(row): row for row in rows}
+
+
+def _work(task: Task, turn: int) -> Exception | None:
+    """Run a task on the accelerator of its turn, each row on disk at once; what went wrong, if anything did."""
     if torch.cuda.is_available():
         torch.cuda.set_device(turn % torch.cuda.device_count())
-    with tempfile.TemporaryDirectory(prefix="dvirl-study-") as folder:
-        return KINDS[study.kind](study, seed, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(dir=task.shared) as folder:
+            for variant, contents in KINDS[task.study.kind](task, Path(folder)) if any(task.due()) else ():
+                blank = task.study.blank_rows(task.seed, task.start, variant)
+                _keep(task.kept, [{**row, **content} for row, content in zip(blank, contents, strict=True)])
+    except Exception as error:
+        if not isinstance(error, DvirlError):
+            traceback.print_exc()
+        return error.with_traceback(None)  # whose frames would hold the model
+    finally:
+        _free()
+    return None
 
 
-def run(study: Study, workers: int = 1) -> list[Row]:
-    """All rows, seeds and starts spread over processes.
+def _keep(kept: Path, rows: Sequence[Row]) -> None:
+    """Append rows in a single write, which those of other processes do not come into, and say them."""
+    with kept.open("ab", buffering=0) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    _free()
+    for row in rows:
+        shown = [f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)]
+        print(f"{row_name(row)}: {', '.join(shown[:9])}", file=sys.stderr, flush=True)
+
+
+def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -> dict[str, Row]:
+    """All rows by name, in order; or those that there are when the time is over.
 
     Args:
         study: what to run.
-        workers: processes at once; with several accelerators they take turns.
+        kept: the file that rows are appended to as they come; what it holds already is not run again.
+        workers: processes at once, which share seeds and starts; with several accelerators they take turns.
+        minutes: after which no further row is begun.
+
+    Raises:
+        DvirlError: for a bad setting, or rows of other settings in the file.
+        Exception: what went wrong first, after all other tasks are done.
     """
-    learned = [{**study.base, **one}["num_prompts"] for one in study.starts.values() if one and "sgp" not in one]
-    one_each = [
-        replace(study, starts={name: start}, extra={**study.extra, "reserved": max(learned, default=0)})
-        for name, start in study.starts.items()
-    ]
-    pairs = [(one, seed) for seed in study.seeds for one in one_each]
-    tasks = [(one, seed, turn) for turn, (one, seed) in enumerate(pairs)]
-    if workers == 1:
-        return [row for task in tasks for row in _task(task)]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [row for rows in pool.map(_task, tasks) for row in rows]
+    done, deadline = set(resume(study, kept)), time.time() + 60 * minutes
+    runs = [(seed, start) for seed in study.seeds for start in study.starts]
+    with tempfile.TemporaryDirectory(prefix="dvirl-study-") as shared:
+        tasks = [Task(study, *run, done, kept, deadline, Path(shared)) for run in runs]
+        tasks = [task for task in tasks if any(task.due())]
+        turns = range(len(tasks))
+        if workers == 1:
+            errors = [error for error in map(_work, tasks, turns) if error]
+        else:
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                errors = [error for error in pool.map(_work, tasks, turns) if error]
+    if errors:
+        errors[0].add_note(f"the rows of before are kept in {kept}; the same command goes on")
+        raise errors[0]
+    found = resume(study, kept)
+    return {name: found[name] for name in study.row_names() if name in found}
 
 
 def main(argv: Sequence[str]) -> Path:
@@ -508,25 +623,18 @@ def main(argv: Sequence[str]) -> Path:
     Raises:
         DvirlError: for a bad file or bad settings.
     """
-    parser = argparse.ArgumentParser(prog="dvirl study", description=__doc__)
-    parser.add_argument("config", help="YAML file of a study, see configs/study-*.yaml")
-    parser.add_argument("--quick", action="store_true", help="the laptop-size version")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
-    parser.add_argument("--workers", type=int, default=1, help="processes at once")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
-    parser.add_argument("--out", default="", help="JSON file; results/STUDY.json by default")
-    args = parser.parse_args(list(argv))
+    args = _parser().parse_args(list(argv))
     study = from_mapping(Study, read_yaml(args.config), args.config)
     study = study.small() if args.quick else study
-    study = replace(study, seeds=args.seeds or study.seeds)
     if any("=" not in pair for pair in args.set):
         raise DvirlError(f"--set has {' '.join(args.set)}; expected NAME=VALUE")
-    study = replace(
-        study, base={**study.base, **{k: yaml.safe_load(v) for k, v in (p.split("=", 1) for p in args.set)}}
-    )
-    began = time.time()
-    rows = run(study, args.workers)
-    table = summary(rows)
+    changes = {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in args.set)}
+    study = replace(study, seeds=args.seeds or study.seeds, base=study.base | changes)
+    out = Path(args.out or f"results/{Path(args.config).stem}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept, began = out.with_suffix(".rows.jsonl"), time.time()
+    rows = run(study, kept, args.workers, args.minutes)
+    missing = [name for name in study.row_names() if name not in rows]
     content = {
         "question": study.question,
         "command": shlex.join(["dvirl", "study", *argv]),
@@ -534,15 +642,31 @@ def main(argv: Sequence[str]) -> Path:
         "seconds": round(time.time() - began),
         **checkpoint.environment(),
         "settings": asdict(study),
-        "summary": table,
-        "rows": rows,
+        "complete": not missing,
+        "missing": missing,
+        "summary": summary(list(rows.values())),
+        "rows": list(rows.values()),
     }
-    out = Path(args.out or f"results/{Path(args.config).stem}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(plain(content), indent=1) + "\n")
-    print_table(table)
+    print_table(content["summary"])
     print(f"written: {out}")
+    if missing:
+        print(f"{len(missing)} rows are missing, {'; '.join(missing)}; the same command goes on with them")
+    else:
+        kept.unlink()
     return out
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dvirl study", description=__doc__)
+    parser.add_argument("config", help="YAML file of a study, see configs/study-*.yaml")
+    parser.add_argument("--quick", action="store_true", help="the laptop-size version")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    parser.add_argument("--workers", type=int, default=1, help="processes at once; each takes a seed and a start")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row later; write what is there")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
+    parser.add_argument("--out", default="", help="JSON file; results/STUDY.json by default")
+    return parser
 
 
 def print_table(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:

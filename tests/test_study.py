@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import statistics
+import tempfile
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +27,7 @@ from dvirl.data import Prompt, PromptSplit, PromptStream
 from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.settings import from_mapping, read_yaml
-from dvirl.study import Study, adaptation_figures, draft_cost, judge_prompts, judge_verifier, run, stale_gradients
+from dvirl.study import Study, adaptation_figures, draft_cost, judge_prompts, judge_verifier, stale_gradients
 from dvirl.study import summary as summarise
 from dvirl.trainer import DVITrainer
 
@@ -54,6 +59,29 @@ def tiny(monkeypatch):
 def a_study(kind="grid", **changes) -> Study:
     values = dict(question="?", kind=kind, seeds=[0], variants={"kl": {"schedule": "kl"}}, base=BASE)
     return Study(**{**values, **changes})
+
+
+def run(study, workers=1) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        return list(study_module.run(study, Path(folder) / "x.rows.jsonl", workers).values())
+
+
+def timeless(rows) -> list[dict]:
+    return [{**row, "figures": {k: v for k, v in row["figures"].items() if k != "wall_s"}} for row in rows]
+
+
+def stop_after(monkeypatch, count):
+    """The command is killed when so many variants have been kept; the list grows with what is kept."""
+    original, kept = study_module._keep, []
+
+    def keep(path, rows):
+        original(path, rows)
+        kept.append(rows[0])
+        if len(kept) == count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_module, "_keep", keep)
+    return kept
 
 
 def a_trainer(tmp_path, **changes) -> DVITrainer:
@@ -251,26 +279,230 @@ def test_bad_studies_are_one_sentence(tmp_path, capsys, content, message):
     assert message in capsys.readouterr().err and not (tmp_path / "o.json").exists()
 
 
+class Pool:
+    """Stands in for processes, which could not see the tiny model; what goes to them and comes back is pickled."""
+
+    def __init__(self, workers, mp_context):
+        assert workers == 3
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, work, *arguments):
+        for one in zip(*arguments, strict=True):
+            yield pickle.loads(pickle.dumps(work(*pickle.loads(pickle.dumps(one)))))
+
+
 def test_workers_spread_seeds_and_starts(monkeypatch):
-    class Pool:
-        """Stands in for processes, which could not see the tiny model."""
-
-        def __init__(self, workers, mp_context):
-            assert workers == 3
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        map = staticmethod(map)
-
     monkeypatch.setattr(study_module, "ProcessPoolExecutor", Pool)
     study = a_study(seeds=[0, 1])
-    drop = {"wall_s"}
-    one, other = ([{k: v for k, v in row["figures"].items() if k not in drop} for row in run(study, w)] for w in (1, 3))
-    assert one == other
+    assert timeless(run(study, 1)) == timeless(run(study, 3))
+
+
+TWO = {"kl": {"schedule": "kl"}, "rl": {"schedule": "reinforce"}}
+SHORT = {**BASE, "num_prompts": 16}
+RESUMED = {
+    "grid": dict(variants={**TWO, "slow": {"slow_every": 2, "lr_deep": 1e-2}}, base={**SHORT, "num_prompts": 8},
+                 starts={"untrained": None, "kl": {"schedule": "kl", "num_prompts": 8}}),
+    "staleness": dict(variants=TWO, base=SHORT, extra={"ages": 2, "records": 30, "draws": 4}),
+    "adaptation": dict(variants={"none": {"replay_share": 0.0}, "half": {"replay_share": 0.5}, "all": {"replay_share": 1.0}},
+                       extra={"first": {"seed": 1}, "then": {"seed": 2}, "prompts": 16, "probes": 2}),
+    "federated": dict(variants={mode: {"mode": mode} for mode in ("averaged", "apart", "pooled")},
+                      extra={"clients": {"a": {"seed": 1}, "b": {"seed": 2}}, "rounds": 2, "prompts": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interrupted_study_goes_on_with_equal_rows(kind, stop, monkeypatch, tmp_path):
+    study, kept = a_study(kind, **RESUMED[kind]), tmp_path / "x.rows.jsonl"
+    whole = timeless(run(study))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            study_module.run(study, kept)
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    ages = 2 if kind == "staleness" else 1
+    assert lines[0]["base"] == study.base and len(lines) == 1 + stop * ages
+    again = stop_after(monkeypatch, 0)
+    rows = study_module.run(study, kept)
+    assert timeless(rows.values()) == whole and list(rows) == study.row_names()
+    assert len(again) == len(whole) // ages - stop
+
+
+def test_a_start_is_trained_again_only_if_variants_are_missing(monkeypatch, tmp_path):
+    study, kept, begun = a_study(**RESUMED["grid"]), tmp_path / "x.rows.jsonl", []
+    original = study_module._begin
+    monkeypatch.setattr(
+        study_module,
+        "_begin",
+        lambda config, settings, split: begun.append(settings) or original(config, settings, split),
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            study_module.run(study, kept)
+    assert begun == [None]
+    study_module.run(study, kept)
+    assert begun == [None, study.starts["kl"]]
+    study_module.run(study, kept)
+    assert len(begun) == 2
+
+
+def test_torn_lines_are_dropped_and_half_written_variants_run_again(monkeypatch, tmp_path):
+    study, kept = a_study("staleness", **RESUMED["staleness"]), tmp_path / "x.rows.jsonl"
+    whole = timeless(study_module.run(study, kept).values())
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[:4]) + lines[4][:30])  # settings, both ages of kl, one of rl, and half a line
+    again = stop_after(monkeypatch, 0)
+    assert timeless(study_module.run(study, kept).values()) == whole and [row["variant"] for row in again] == [
+        "rl, age 1 of 2"
+    ]
+    assert all(isinstance(json.loads(line), dict) for line in kept.read_text().splitlines())
+
+
+def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tmp_path):
+    kept = tmp_path / "x.rows.jsonl"
+    study = a_study(base={**SHORT, "num_prompts": 8})
+    study_module.run(study, kept)
+    more = replace(study, seeds=[1, 0], variants={**TWO, **study.variants})
+    again = stop_after(monkeypatch, 0)
+    rows = study_module.run(more, kept)
+    assert list(rows) == ["untrained/kl/1", "untrained/rl/1", "untrained/kl/0", "untrained/rl/0"] and len(again) == 3
+    before = kept.read_text()
+    for changes, said in (
+        ({"base": {**more.base, "draft_len": 3}}, "base"),
+        ({"starts": {"x": None}}, "starts"),
+        ({"extra": {"x": 1}}, "extra"),
+        ({"seeds": [0]}, "seed 1"),
+        ({"variants": {"kl": {"schedule": "kl", "kl_kind": "js"}, "rl": TWO["rl"]}}, "variant kl"),
+        ({"variants": {"kl": TWO["kl"]}}, "variant rl"),
+    ):
+        with pytest.raises(DvirlError, match=rf"x\.rows\.jsonl is of another study \({said}\); remove it, or"):
+            study_module.run(replace(more, **changes), kept)
+        assert kept.read_text() == before
+    kept.write_text(before.splitlines(keepends=True)[0])  # settings without rows bind nobody
+    assert study_module.run(replace(more, seeds=[0], variants={"kl": TWO["kl"]}), kept)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study_module, "ProcessPoolExecutor", Pool)
+    study, kept = a_study(**{**RESUMED["grid"], "variants": TWO, "seeds": [0, 1]}), tmp_path / "x.rows.jsonl"
+    original = study_module.learn
+
+    def failing(config, split, tape):
+        if config.seed == 0 and config.start_from:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(config, split, tape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "learn", failing)
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught:
+            study_module.run(study, kept, workers)
+    assert str(kept) in caught.value.__notes__[0] and "in failing" in capsys.readouterr().err
+    names = [study_module.row_name(json.loads(line)) for line in kept.read_text().splitlines()[1:]]
+    assert names == [name for name in study.row_names() if name not in ("kl/kl/0", "kl/rl/0")]
+    again = stop_after(monkeypatch, 0)
+    assert list(study_module.run(study, kept, workers)) == study.row_names() and len(again) == 2
+
+
+def written(tmp_path, **changes) -> list[str]:
+    """A study file and the command that runs it."""
+    values = {"question": "?", "kind": "grid", "seeds": [0], "base": {**BASE, "num_prompts": 4}, "variants": TWO}
+    (tmp_path / "s.yaml").write_text(json.dumps({**values, **changes}))
+    return ["study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out.json")]
+
+
+def test_a_bad_task_is_one_sentence_and_the_others_rows_stay(tmp_path, capsys):
+    command = written(tmp_path, starts={"untrained": None, "bad": {"exit_layer": 9, "num_prompts": 4}})
+    assert cli(command) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("untrained/")]
+    assert len(said) == 1 and said[0].startswith("dvirl: ") and "9" in said[0]
+    assert len((tmp_path / "out.rows.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "out.json").exists()
+    assert cli([*command, "--set", "draft_len=3"]) == 2
+    assert "out.rows.jsonl is of another study (base); remove it" in capsys.readouterr().err
+
+
+def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp_path, capsys):
+    command, clock, original = written(tmp_path, seeds=[0, 1]), [0.0], study_module._keep
+    prompts, begun = study_module._prompts, []
+
+    def keep(*arguments):
+        original(*arguments)
+        clock[0] += 90
+
+    monkeypatch.setattr(study_module, "time", SimpleNamespace(time=lambda: clock[0], strftime=time.strftime))
+    monkeypatch.setattr(study_module, "_keep", keep)
+    monkeypatch.setattr(study_module, "_prompts", lambda task: begun.append(task.seed) or prompts(task))
+    assert cli([*command, "--minutes", "1"]) == 0 and begun == [0]
+    first, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert first["complete"] is False and first["missing"] == ["untrained/rl/0", "untrained/kl/1", "untrained/rl/1"]
+    assert [row["variant"] for row in first["rows"]] == ["kl"] and first["summary"]["untrained/kl"]["mat"]["n"] == 1
+    assert "3 rows are missing, untrained/rl/0; untrained/kl/1; untrained/rl/1; the same command goes on" in out
+    assert cli([*command, "--minutes", "0"]) == 0 and begun == [0]
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == first["rows"]
+
+
+def test_a_whole_study_is_complete_and_leaves_no_rows_file(tmp_path, capsys):
+    assert cli(written(tmp_path)) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["complete"] is True and content["missing"] == [] and len(content["rows"]) == 2
+    assert "missing" not in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "s.yaml"]
+
+
+def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
+    original, seeds = study_module.load_prompts, []
+
+    def counting(config, loaded):
+        seeds.append((config.seed, torch.get_num_threads()))
+        return original(config, loaded)
+
+    monkeypatch.setattr(study_module, "load_prompts", counting)
+    torch.set_num_threads(2)
+    run(a_study(**{**RESUMED["grid"], "variants": {"kl": {"schedule": "kl"}}, "seeds": [0, 1]}))
+    assert seeds == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeypatch, tmp_path):
+    events, models = [], []
+    load, load_prompts, keep = study_module.load, study_module.load_prompts, study_module._keep
+
+    def loading(*_):
+        loaded = load()
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    def freed():
+        events.append(sum(model() is not None for model in models))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", freed)
+    for place in ("dvirl.trainer.load", "dvirl.study.load"):
+        monkeypatch.setattr(place, loading)
+    monkeypatch.setattr(study_module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
+    monkeypatch.setattr(study_module, "_keep", lambda *a: events.append("row") or keep(*a))
+    study = a_study(kind, **RESUMED[kind])
+    study_module.run(replace(study, starts={"untrained": None}), tmp_path / "x.rows.jsonl")
+    written = {
+        "grid": ["prompts", 0],
+        "staleness": [],
+        "adaptation": ["prompts", 1] * 2,
+        "federated": ["prompts", 1] * 2,
+    }
+    assert events == [*written[kind], *["row", 0] * len(study.variants), 0]
+
+
+def test_a_failed_task_leaves_no_model_behind(monkeypatch, tmp_path):
+    models = []
+    monkeypatch.setattr(study_module, "judge_prompts", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        study_module.run(a_study(seeds=[0, 1]), tmp_path / "x.rows.jsonl")
+    assert len(models) == 2 and not any(model() for model in models)
 
 
 def test_a_start_that_does_not_fit_is_said(tmp_path):
