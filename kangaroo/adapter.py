@@ -7,12 +7,17 @@ and nothing else has to be masked: padding and rejected drafts sit in later slot
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
+
+if TYPE_CHECKING:
+    from kangaroo.fused import Stack
 
 DRAFTERS = ("none", "adapter", "layer")
 
@@ -102,6 +107,7 @@ class KVCache:
     Attributes:
         keys, values: one `[B, G, capacity, E]` tensor a layer.
         span: the shortest and the longest row's length, kept on the host so that a pass need not ask the device.
+        stack: what to run on this cache in place of the layers' modules, or None.
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity, self.window = capacity, window
+        self.stack: Stack | None = None
         self.length = 0
 
     @property
@@ -218,7 +225,7 @@ def plan_uncached(
     return AttentionPlan(position_ids, cos, sin, mask, mask is None, slice(0, length))
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """Queries `[B, H, T, E]` on keys and values `[B, G, S, E]`: mixed values `[B, H, T, E]`."""
     batch, heads, length, size = queries.shape
     if length == 1:
@@ -261,7 +268,7 @@ class LlamaAttention(nn.Module):
         keys = apply_rotary(keys, plan.cos, plan.sin)
         if cache is not None:
             keys, values = cache.update(layer, keys, values, plan)
-        mixed = _attend(queries, keys, values, plan)
+        mixed = attend(queries, keys, values, plan)
         projected: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return projected
 
@@ -334,9 +341,10 @@ class AdapterModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = rotary_for(config)
 
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `capacity` positions of `batch_size` rows."""
-        return KVCache(self.config, len(self.layers), batch_size, capacity, self.norm.weight, self.window)
+    def new_cache(self, batch_size: int, capacity: int, like: Tensor | None = None) -> KVCache:
+        """An empty cache for `capacity` positions of `batch_size` rows, of the parameters' dtype or that of `like`."""
+        like = self.norm.weight if like is None else like
+        return KVCache(self.config, len(self.layers), batch_size, capacity, like, self.window)
 
     def forward_early_stop(
         self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past_key_values: KVCache | None = None
@@ -351,15 +359,17 @@ class AdapterModel(nn.Module):
         Returns:
             `[B, T, D]`, normed.
         """
-        hidden = inputs_embeds
+        hidden, cache = inputs_embeds, past_key_values
+        stack = None if cache is None else cache.stack
         if len(self.layers):
-            if past_key_values is None:
+            if cache is None:
                 plan = plan_uncached(self.rotary, hidden, position_ids, self.window)
             else:
-                plan = plan_cached(self.rotary, past_key_values, hidden.shape[1], hidden.dtype)
-            for index, layer in enumerate(self.layers):
-                hidden = layer(hidden, plan, past_key_values, index)
-        if past_key_values is not None:
-            past_key_values.advance(inputs_embeds.shape[1])
-        normed: Tensor = self.norm(hidden)
+                plan = plan_cached(self.rotary, cache, hidden.shape[1], hidden.dtype)
+            layers: Iterable[Any] = self.layers if stack is None else stack.layers
+            for index, layer in enumerate(layers):
+                hidden = layer(hidden, plan, cache, index)
+        if cache is not None:
+            cache.advance(inputs_embeds.shape[1])
+        normed: Tensor = self.norm(hidden) if stack is None else stack.norm(hidden)
         return normed

@@ -26,6 +26,7 @@ from kangaroo.adapter import (
     plan_uncached,
     rotary_for,
 )
+from kangaroo.fused import Stack, Stacks, can_pack
 from kangaroo.sgp_lora import AdapterSwitch
 
 TARGETS = ("base", "adapted")
@@ -64,8 +65,8 @@ class DraftPolicy(Protocol):
     def drafter_states(self, exit_hidden: Tensor, cache: KVCache | None = None) -> Tensor:
         """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`; appended to the drafter's cache."""
 
-    def head_logits(self, states: Tensor) -> Tensor:
-        """`[…, D]` to float32 logits `[…, V']`."""
+    def head_logits(self, states: Tensor, cache: KVCache | None = None) -> Tensor:
+        """`[…, D]` to float32 logits `[…, V']`, by the head that goes with the drafter's cache if it has one."""
 
     def token_ids(self, draft_index: Tensor) -> Tensor:
         """Vocabulary ids of rows of the exit head."""
@@ -206,6 +207,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self.rotary: LlamaRotaryEmbedding = rotary_for(config)
         self.adapter_switch: AdapterSwitch | None = None
         self.past_key_values: DecodeCaches | None = None
+        self._stacks = Stacks()
         self.set_exit_layer(config.num_hidden_layers // 2 if EARLY_STOP_LAYER is None else EARLY_STOP_LAYER)
         self.post_init()
 
@@ -248,8 +250,12 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
     def _run(self, hidden: Tensor, first: int, stop: int, plan: AttentionPlan, cache: KVCache | None) -> Tensor:
         """layers[first:stop]; the cache's layer 0 is `first`."""
-        for index in range(first, stop):
-            hidden = self.model.layers[index](hidden, plan, cache, index - first)
+        if cache is None or cache.stack is None:
+            for index in range(first, stop):
+                hidden = self.model.layers[index](hidden, plan, cache, index - first)
+        else:
+            for index, layer in enumerate(cache.stack.layers):
+                hidden = layer(hidden, plan, cache, index)
         if cache is not None:
             cache.advance(hidden.shape[1])
         return hidden
@@ -280,6 +286,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         hidden = self._run(exit_hidden, self.exit_layer, self.config.num_hidden_layers, plan, cache)
         normed: Tensor = self.model.norm(hidden)
         return normed
+
+    def head_logits(self, states: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The verifier's float32 logits `[…, V]` from the deep layers' states `[…, D]`."""
+        packed = None if cache is None or cache.stack is None else cache.stack.head
+        return (self.lm_head(states) if packed is None else packed(states)).float()
 
     def forward_draft_or_large_model(
         self,
@@ -363,12 +374,26 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
     @contextmanager
     def decoding(self, capacity: int, policy: DraftPolicy | None, target: str) -> Iterator[DecodeCaches]:
         """Hold fresh caches in `past_key_values`, and the adapters folded, for the time of one decoding."""
-        self.past_key_values = self.new_caches(capacity, policy, target)
+        self.past_key_values = caches = self.new_caches(capacity, policy, target)
         try:
             with self.folded():
-                yield self.past_key_values
+                if can_pack(self.lm_head.weight):
+                    layers, k = list(self.model.layers), self.exit_layer
+                    caches.draft.stack = self._stack("draft", layers[:k])
+                    caches.deep.stack = self._stack("deep", layers[k:], self.lm_head.weight)
+                    if caches.verify is not caches.draft:
+                        with self.without_adapters("lora_S"):
+                            caches.verify.stack = self._stack("verify", layers[:k])
+                yield caches
         finally:
             self.past_key_values = None
+
+    def _stack(self, name: str, layers: list[nn.Module], head: Tensor | None = None) -> Stack:
+        """What runs these layers while decoding, their adapters as they are now."""
+        weights: list[Tensor] = [weight for layer in layers for weight in layer.parameters()]
+        weights += [self.model.norm.weight, *([] if head is None else [head])]
+        dtype = self.lm_head.weight.dtype
+        return self._stacks.get(name, weights, lambda: Stack(layers, dtype, self.model.norm, head))
 
     def _draft(
         self, tokens: Tensor, policy: DraftPolicy, settings: DecodeConfig, count: int, noise: Tensor | None
@@ -381,7 +406,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         passes: list[Tensor] = []
         while len(drafted) < count:
             passes.append(self.forward_shallow(pending, cache=caches.draft))
-            logits = policy.head_logits(policy.drafter_states(passes[-1], caches.drafter)[:, -1])
+            logits = policy.head_logits(policy.drafter_states(passes[-1], caches.drafter)[:, -1], caches.drafter)
             at = None if noise is None else noise[len(drafted)].view(1)
             index, confidence = choose_tokens(logits, settings.draft_temperature, at)
             drafted.append(policy.token_ids(index))
@@ -399,7 +424,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """What the deep layers read next: the exit states of all tokens that they have not seen."""
         caches = self._caches()
         if target == "base":
-            with self.without_adapters("lora_S"):
+            with nullcontext() if caches.verify.stack else self.without_adapters("lora_S"):
                 return self.forward_shallow(tokens[:, int(caches.verify.length) :], cache=caches.verify)
         rest = self.forward_shallow(tokens[:, int(caches.draft.length) :], cache=caches.draft)
         policy.drafter_states(rest, caches.drafter)
@@ -439,7 +464,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         extended = torch.cat((tokens, draft.tokens[None]), dim=1)
         exit_states = self._exit_states(extended, policy, settings.target, passes)
         hidden = self.forward_deep(exit_states, cache=caches.deep)[0, -len(draft.tokens) - 1 :]
-        logits = self.lm_head(hidden).float()
+        logits = self.head_logits(hidden, caches.deep)
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"the verifier's logits at position {tokens.shape[1]} are not finite")
         confidence, own = logits.softmax(dim=-1).max(dim=-1)

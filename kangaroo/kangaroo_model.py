@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
+from kangaroo.fused import Stack, Stacks, can_pack
 from kangaroo.published import read_published
 
 HEADS = ("frozen", "full", "lora")
@@ -79,6 +80,7 @@ class KangarooModel(nn.Module):
         base.set_exit_layer(EARLY_STOP_LAYER)
         base.requires_grad_(False).eval()
         self.base_model = base
+        self._stacks = Stacks()
         drafter = getattr(args, "drafter", "none")
         window, layers = getattr(args, "adapter_window", 64), getattr(args, "drafter_layers", 1)
         self.adapter_model = AdapterModel(base.config, drafter, window, layers)
@@ -181,11 +183,25 @@ class KangarooModel(nn.Module):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache of the drafter."""
-        return self.adapter_model.new_cache(batch_size, capacity)
+        cache = self.adapter_model.new_cache(batch_size, capacity, self.head_rows)
+        if can_pack(self.head_rows):
+            parts = [*self.adapter_model.parameters(), self.exit_proj.weight, self.head_rows]
+            parts += [self.head_down, self.head_up] if self.head == "lora" else []
+            cache.stack = self._stacks.get("drafter", parts, self._stack)
+        return cache
+
+    def _stack(self) -> Stack:
+        """Drafter and exit head for decoding, a low-rank change of the head added in."""
+        head = self.exit_proj.weight.float()
+        if self.head == "lora":
+            head = head + self.head_up @ self.head_down
+        return Stack(self.adapter_model.layers, self.head_rows.dtype, self.exit_norm, head)
 
     def drafter_states(self, exit_hidden: Tensor, cache: KVCache | None = None) -> Tensor:
         """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`."""
         dtype = exit_hidden.dtype
+        if cache is not None and cache.stack is not None:
+            return self.adapter_model.forward_early_stop(exit_hidden, past_key_values=cache)
         if not len(self.adapter_model.layers):
             return F.rms_norm(
                 exit_hidden, (exit_hidden.shape[-1],), self.exit_norm.weight.to(dtype), self.adapter_model.norm.eps
@@ -194,8 +210,10 @@ class KangarooModel(nn.Module):
             own = exit_hidden.to(self.exit_norm.weight.dtype)
             return self.adapter_model.forward_early_stop(own, past_key_values=cache).to(dtype)
 
-    def head_logits(self, states: Tensor) -> Tensor:
-        """`[…, D]` to the draft's float32 logits `[…, V']`."""
+    def head_logits(self, states: Tensor, cache: KVCache | None = None) -> Tensor:
+        """`[…, D]` to the draft's float32 logits `[…, V']`, by the cache's packed head if it has one."""
+        if cache is not None and cache.stack is not None and cache.stack.head is not None:
+            return cache.stack.head(states).float()
         logits = F.linear(states, self.exit_proj.weight.to(states.dtype))
         if self.head == "lora":
             logits = logits + F.linear(F.linear(states, self.head_down.to(states.dtype)), self.head_up.to(states.dtype))

@@ -28,7 +28,7 @@ class Oracle(KangarooModel):
             len(PROMPT) + index: token if pattern(index) else (token + 1) % VOCAB for index, token in enumerate(answer)
         }
 
-    def head_logits(self, states: Tensor) -> Tensor:
+    def head_logits(self, states: Tensor, cache: object = None) -> Tensor:
         position = int(self.base_model.past_key_values.draft.length)
         logits = torch.zeros(states.shape[0], VOCAB)
         logits[:, self.told.get(position, 0)] = 5.0

@@ -1,0 +1,107 @@
+"""What decodes computes what the layers compute, and is made anew when a weight has changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
+
+from kangaroo import earlyexit, fused, kangaroo_model
+from kangaroo.earlyexit import DecodeConfig
+from kangaroo.fused import PACKED, Stacks, product
+
+
+def test_a_packed_product_is_the_product():
+    assert PACKED  # else nothing below says anything; every CPU that we test on has oneDNN
+    for dtype in PACKED:
+        for rows in (1, 2, 3, 5, 40):
+            x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, rows, 24), (56, 24), (56,)))
+            torch.testing.assert_close(product(weight)(x), torch.nn.functional.linear(x, weight))
+            torch.testing.assert_close(product(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_what_cannot_be_packed_is_a_plain_product():
+    x, weight = torch.randn(2, 8).double(), torch.randn(4, 8).double()
+    assert torch.equal(product(weight)(x), x @ weight.T)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_stack_computes_what_the_layers_compute(length, biased):
+    model, states = tiny_model(1), torch.randn(1, length, 32)
+    if biased:
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn, name).bias = torch.nn.Parameter(torch.randn(
+                    getattr(layer.self_attn, name).out_features))  # fmt: skip
+    with torch.no_grad():
+        slow = model.new_caches(16, None)
+        with model.decoding(16, None, "base") as fast:
+            assert fast.draft.stack is not None and slow.draft.stack is None
+            for _ in range(3):
+                one = model.forward_deep(states, cache=slow.deep)
+                two = model.forward_deep(states, cache=fast.deep)
+                torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(model.head_logits(one), model.head_logits(two, fast.deep), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("args", [dict(), dict(drafter="layer", drafter_layers=2, head="lora", head_rank=3),
+                                  dict(drafter="adapter", head="full", draft_vocab=range(90))])  # fmt: skip
+def test_decoding_with_and_without_stacks_is_the_same(args, monkeypatch):
+    model, prompts = tiny_kangaroo(2, 3, deep_scale=0.2, **args), random_prompts(4)
+    settings = DecodeConfig(4)
+    fast = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
+    for module in (earlyexit, kangaroo_model):
+        monkeypatch.setattr(module, "can_pack", lambda weight: False)
+    slow = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
+    assert [d.tokens for d in fast] == [d.tokens for d in slow]
+    assert [b.block_len for d in fast for b in d.blocks] == [b.block_len for d in slow for b in d.blocks]
+    for one, two in zip(fast, slow, strict=True):
+        for a, b in zip(one.blocks, two.blocks, strict=True):
+            torch.testing.assert_close(a.draft.confidence, b.draft.confidence, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(a.draft.exit_hidden, b.draft.exit_hidden, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stack_is_made_once_and_anew_when_a_weight_has_changed(monkeypatch):
+    model, prompt = tiny_kangaroo(1, 3, lora=False, drafter="layer", head="full"), random_prompts(1)[0]
+    made = []
+    build = fused.FusedLayer.__init__
+    monkeypatch.setattr(fused.FusedLayer, "__init__", lambda self, *args: (made.append(1), build(self, *args))[1])
+
+    def decode():
+        made.clear()
+        return model.generate(prompt, 8, DecodeConfig(2)).tokens, len(made)
+
+    before, count = decode()
+    assert count == 3 + 3 + 1 + 1 and decode() == (before, 0)
+    optimizer = torch.optim.SGD([model.exit_proj.weight], lr=1.0)
+    model.exit_proj.weight.grad = torch.randn_like(model.exit_proj.weight)
+    optimizer.step()
+    assert decode() == (before, 1)
+    with torch.no_grad():
+        model.base_model.model.layers[3].mlp.down_proj.weight.mul_(-3.0)
+    after, count = decode()
+    assert count == 1 and after != before
+    model.double().float()
+    assert decode() == (after, 8)
+
+
+def test_adapters_are_in_the_draft_and_not_in_the_verifier():
+    model, prompt = tiny_kangaroo(1, 3), random_prompts(1)[0]
+    base = model.base_model
+    with torch.no_grad(), base.decoding(32, model, "base") as caches:
+        tokens = torch.tensor([prompt])
+        for cache, off in ((caches.draft, ()), (caches.verify, ("lora_S",))):
+            with base.without_adapters(*off):
+                expected = base.forward_shallow(tokens)
+            torch.testing.assert_close(base.forward_shallow(tokens, cache=cache), expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(*(base.forward_shallow(tokens, cache=c) for c in (caches.draft, caches.verify)))
+
+
+def test_stacks_hold_what_they_were_made_from():
+    stacks, calls = Stacks(), []
+    for _ in range(20):
+        weight = torch.randn(64)
+        stacks.get("x", [weight], lambda: calls.append(1))
+        del weight
+    assert len(calls) == 20
