@@ -28,7 +28,7 @@ from dvirl.config import DraftSettings
 from dvirl.corpus import Responses, join, overlapping, read_shard, without_repeats, write_conversations, write_shard
 from dvirl.data import read_prompts
 from dvirl.errors import DvirlError
-from dvirl.lora import Optimizers, cosine_rate, shallow_parameters, train_only
+from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import draft_vocabulary, response_index
@@ -36,7 +36,6 @@ from dvirl.settings import choice, number
 from dvirl.trace import MetricsLog, cut_log, read_metrics
 from kangaroo.adapter import DRAFTERS
 from kangaroo.kangaroo_model import HEADS, KangarooModel
-from kangaroo.sgp_lora import inject_lora
 
 SHARD = 16384
 """Conversations begun a shard."""
@@ -215,15 +214,9 @@ class Distiller:
         self.responses, self.left_out = self._chosen(self._ready_responses())
         base = self.loaded.model
         torch.manual_seed(config.seed)
-        try:
-            self.peft_model = inject_lora(
-                base, config.exit_layer, config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
-            )
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
         self.longest = int(self.responses.response_lens.max())
         vocabulary = draft_vocabulary(self.responses.response_tokens(), base.config.vocab_size, config.draft_vocab)
-        self.model = KangarooModel(base, None, config.drafter_args(vocabulary), config.exit_layer)
+        self.peft_model, self.model = attach_draft(base, config, vocabulary)
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices if config.muon else [], config.muon)

@@ -17,10 +17,10 @@ from dvirl.chat import ChatEncoder, detect_format
 from dvirl.config import DraftSettings
 from dvirl.embedded import EMBEDDED, ensure_embedded
 from dvirl.errors import DvirlError
+from dvirl.lora import attach_draft
 from dvirl.settings import from_mapping, read_yaml
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sgp_lora import inject_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODEL = "smollm2-135m"
@@ -198,11 +198,9 @@ def load_drafter(
         raise DvirlError(f"{folder}: made for the model {made_for}, but {loaded.name!r} is {loaded.fingerprint}")
     base = loaded.model
     ids = range(settings.draft_vocab) if 0 < settings.draft_vocab < base.config.vocab_size else None  # not yet the ids
-    lora = settings.lora_rank, settings.lora_alpha, settings.lora_targets.split(",")
     try:
-        peft_model = inject_lora(base, settings.exit_layer, *lora)
-        model = KangarooModel(base, None, settings.drafter_args(ids), settings.exit_layer)
-    except ValueError as error:
+        peft_model, model = attach_draft(base, settings, ids)
+    except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
     checkpoint.load(folder, peft_model, model, draft_only=True)
     model.requires_grad_(False)

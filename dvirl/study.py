@@ -44,7 +44,7 @@ from dvirl.models import LoadedModel, load
 from dvirl.rollout import Tape, draft_logits_at, generate, judge
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer
-from dvirl.trace import plain, read_metrics
+from dvirl.trace import plain, read_metrics, write_json
 from dvirl.trainer import DVITrainer, Served
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -647,7 +647,7 @@ def main(argv: Sequence[str]) -> Path:
         "summary": summary(list(rows.values())),
         "rows": list(rows.values()),
     }
-    out.write_text(json.dumps(plain(content), indent=1) + "\n")
+    write_json(out, content)
     print_table(content["summary"])
     print(f"written: {out}")
     if missing:

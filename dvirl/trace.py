@@ -77,9 +77,9 @@ def plain(values: Any) -> Any:
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Write a JSON file, its folder too if there is none."""
+    """Write a JSON file, its folder too if there is none; what is not a number is null."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(values, indent=1) + "\n")
+    Path(path).write_text(json.dumps(plain(values), indent=1) + "\n")
 
 
 class MetricsLog:

@@ -8,6 +8,7 @@ from the weights as they are, and made anew when they have changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import cast
 
 import torch
@@ -31,7 +32,8 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Product:
     return lambda states: run(states, packed, bias, "none", [], "")
 
 
-def _packed_dtypes() -> tuple[torch.dtype, ...]:
+@cache
+def packed_dtypes() -> tuple[torch.dtype, ...]:
     """In which dtypes weights can be packed here; none without oneDNN, or where its operators have another form."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -45,12 +47,9 @@ def _packed_dtypes() -> tuple[torch.dtype, ...]:
     return tuple(found)
 
 
-PACKED = _packed_dtypes()
-
-
 def can_pack(weight: Tensor) -> bool:
     """Whether weights like this one can be packed, which is when a stack is worth its memory."""
-    return weight.device.type == "cpu" and weight.dtype in PACKED
+    return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
 
 
 class FusedLayer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedModel, load_drafter
 from dvirl.rollout import draft_logits_at, response_index
-from dvirl.trace import plain
+from dvirl.trace import write_json
 from kangaroo.kangaroo_model import KangarooModel
 
 BINS = 15
@@ -156,6 +155,5 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
         files = {str(path): _sha256(Path(path)) for path in (drafter.folder / DRAFTER, *args.questions)}
         figures = {name: asdict(one) for name, one in found.items()}
         content = {"arguments": vars(args), "files": files, **circumstances(loaded), "figures": figures}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(plain(content), indent=1) + "\n")
+        write_json(args.out, content)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from dvirl.errors import DvirlError
 from dvirl.evaluation.acceptance import open_run
 from dvirl.evaluation.agreement import question_sets
 from dvirl.models import DEFAULT_MODEL, LoadedModel, load, load_drafter, resolve_dtype
-from dvirl.trace import plain
+from dvirl.trace import write_json
 from kangaroo.earlyexit import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -335,8 +334,7 @@ def main(argv: Sequence[str]) -> Report:
     print(f"{report.identical} of {report.answers} answers are identical; differences: {counts}")
     if args.out:
         content = {"arguments": vars(args), **where, "report": asdict(report)}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(plain(content), indent=1) + "\n")
+        write_json(args.out, content)
     if report.count("error"):
         raise SystemExit(1)
     return report
