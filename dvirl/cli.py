@@ -14,6 +14,7 @@ commands:
   train             train a draft while it generates (dvirl train --help lists all settings)
   sgp               fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)
   distill           train a draft at scale on self-written text (dvirl distill --help lists all settings)
+  prompts           let a model write prompts of its own into a question file
   agreement         how often a drafter's argmax is the verifier's token, and how well it knows that
   check             are answers with drafts those without, token for token, and where not, is it a tie
   study             run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": _run("dvirl.train_dvi"),
     "sgp": _run("dvirl.train_sgp"),
     "distill": _run("dvirl.distill"),
+    "prompts": _run("dvirl.magpie"),
     "agreement": _run("dvirl.evaluation.agreement"),
     "check": _run("dvirl.evaluation.equal"),
     "study": _run("dvirl.study"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.errors import DvirlError
-from dvirl.models import LoadedModel
+from dvirl.models import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
 
 TEMPERATURE = 1.0
@@ -114,3 +117,36 @@ def write_prompts(
             if len(prompts) == count:
                 return [list(prompt) for prompt in prompts]
     raise DvirlError(f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source")
+
+
+def main(argv: Sequence[str]) -> Path:
+    """Let a model write prompts of every kind into a question file in Spec-Bench's schema, kinds in turn.
+
+    Raises:
+        DvirlError: for a bad number or model, or if too few turns pass.
+    """
+    parser = argparse.ArgumentParser(prog="dvirl prompts", description=main.__doc__)
+    parser.add_argument("out", help="JSONL file to write")
+    parser.add_argument("--each", type=int, default=16, help="prompts of each kind; 16 by default")
+    parser.add_argument("--kinds", nargs="+", help=f"{', '.join(Openers().table)}; all by default")
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="model, folder or hub id that writes them")
+    parser.add_argument("--seed", type=int, default=0, help="of openers and samples")
+    parser.add_argument("--dtype", default="float32", help="float32 by default, which repeats best")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(list(argv))
+    if args.each < 1:
+        raise DvirlError(f"each is {args.each}; expected at least 1")
+    kinds, loaded = list(Openers(args.kinds).table), load(args.model_name, args.dtype, args.device)
+    start, answer, _ = loaded.chat.frame()
+    written = [write_prompts(loaded, args.each, args.seed, Openers([kind]), min(64, 4 * args.each)) for kind in kinds]
+    rows = [
+        {"question_id": number, "category": kind, "turns": [loaded.tokenizer.decode(prompt[len(start) : -len(answer)])]}
+        for number, (kind, prompt) in enumerate(
+            (kind, prompts[turn]) for turn in range(args.each) for kind, prompts in zip(kinds, written, strict=True)
+        )
+    ]
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"written: {out}, {len(rows)} prompts")
+    return out

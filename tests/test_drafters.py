@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from dvirl import checkpoint, cli, models
 from dvirl.corpus import Responses, answer
 from dvirl.distill import DistillConfig
 from dvirl.errors import DvirlError
-from dvirl.evaluation.agreement import calibration_error, measure_agreement
+from dvirl.evaluation.agreement import HELD_OUT, calibration_error, measure_agreement, question_sets
 from dvirl.models import drafter_folder, load_drafter
 from kangaroo.earlyexit import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
@@ -197,6 +198,9 @@ def test_agreement_is_what_the_decoder_accepts_at_every_position(tmp_path):
     assert found.positions == len(accepted) > 30 and 0 < sum(accepted) < len(accepted)
     assert found.rate == pytest.approx(sum(accepted) / len(accepted), abs=1e-6)
     assert found.covered == pytest.approx(sum(covered) / len(covered), abs=1e-6)
+    parts = torch.tensor(accepted, dtype=torch.float).split((responses.response_lens - 1).clamp(min=0).tolist())
+    by_answer = [float(part.mean()) for part in parts]
+    assert found.answers == pytest.approx(by_answer, abs=1e-6, nan_ok=True) and len(found.answers) == len(prompts)
 
 
 def test_the_calibration_error_by_hand():
@@ -246,6 +250,13 @@ def test_the_command_prints_a_table_and_writes_what_repeats_it(tmp_path, capsys)
     assert all(value.startswith("sha256:") for value in found[0]["files"].values())
 
 
+def test_questions_that_come_with_a_drafter_are_the_default(tmp_path, capsys):
+    exported(tmp_path / "d", models.load(str(save_tiny(tmp_path / "model")), dtype="float32", device="cpu"))
+    question_file(tmp_path / "d" / HELD_OUT, [["What is it?"], ["Count"]])
+    assert cli.main(["agreement", str(tmp_path / "d"), "--device", "cpu", "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0].endswith(f"d/{HELD_OUT}")
+
+
 def test_own_prompts_of_every_kind_are_measured_apart(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
     exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
@@ -271,3 +282,57 @@ def test_what_cannot_be_measured_is_said(tmp_path, capsys, argv, message):
     assert cli.main(["agreement", *(a.format(d=tmp_path / "d") for a in argv)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1] and error[-1].startswith("dvirl: ")
+
+
+# The drafter in the box
+
+SHIPPED = ROOT / "weights/smollm2-135m-k2"
+HELD_OUT_PATH = f"weights/smollm2-135m-k2/{HELD_OUT}"
+HASHED = ("drafter.safetensors", HELD_OUT)
+RECORDED = {
+    where: json.loads((ROOT / f"book/results/agreement-smollm2-135m-k2-{where}.json").read_text())
+    for where in ("cpu", "h200")
+}
+
+
+def test_what_ships_is_small_whole_and_what_was_measured():
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    assert {path.relative_to(SHIPPED).as_posix() for path in files} == {
+        "README.md",
+        "config.yaml",
+        "drafter.safetensors",
+        "held-out.jsonl",
+        "lora_S/adapter_config.json",
+        "lora_S/adapter_model.safetensors",
+    }
+    sums = {name: f"sha256:{sha256((SHIPPED / name).read_bytes()).hexdigest()}" for name in HASHED}
+    for record in RECORDED.values():
+        measured = {Path(path).name: value for path, value in record["files"].items()}
+        assert all(measured[name] == sums[name] for name in HASHED if name in measured)
+        assert "drafter.safetensors" in measured and record["model"]["dtype"] == "float32"
+        assert record["arguments"]["max_new_tokens"] == 128
+
+
+def test_the_card_says_the_recorded_figures():
+    card = " ".join((SHIPPED / "README.md").read_text().split())
+    for record in RECORDED.values():
+        for name, figures in record["figures"].items():
+            assert f"{Path(name).stem if '/' in name else name} {figures['rate']:.3f}" in card, name
+    rates = {Path(name).stem: figures["rate"] for name, figures in RECORDED["h200"]["figures"].items()}
+    opened = sum(rates[name] for name in ("alpaca", "gsm8k", "humaneval")) / 3
+    own = [rate for name, rate in rates.items() if name.startswith("own ")]
+    assert f"mean of these three **{opened:.3f}**" in card and opened >= 0.65
+    assert f"mean of the kinds **{sum(own) / len(own):.3f}**" in card and sum(own) / len(own) >= 0.75
+    assert rates["magpie"] >= 0.75 and RECORDED["cpu"]["figures"][HELD_OUT_PATH]["rate"] >= 0.75
+
+
+@pytest.mark.real
+def test_the_measured_agreement_comes_out_again(real):
+    """Two prompts of each kind, answered and drafted on anew, against the record of these very prompts."""
+    drafter = load_drafter("smollm2-135m-k2", dtype="float32", device="cpu")
+    prompts = question_sets(drafter.loaded, [str(SHIPPED / HELD_OUT)], 0, 0).popitem()[1][:12]
+    found = measure_agreement(drafter.model, answer(drafter.loaded, prompts, 128, 12))
+    recorded = RECORDED["cpu"]["figures"][HELD_OUT_PATH]["answers"][:12]
+    assert len(found.answers) == 12 and found.positions > 700
+    assert sum(found.answers) / 12 == pytest.approx(sum(recorded) / 12, abs=0.02)

@@ -10,7 +10,8 @@ import torch
 from conftest import tiny_loaded
 from test_trainer import tiny_settings
 
-from dvirl.data import load_prompts
+from dvirl import cli
+from dvirl.data import load_prompts, read_prompts
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, top_p_sampler, write_prompts
 
@@ -47,6 +48,27 @@ def test_the_model_writes_its_own_prompts(real):
         assert prompt[: len(start)] == start and prompt[-len(answer) :] == answer
         assert not set(prompt[len(start) : -len(answer)]) & set(real.tokenizer.all_special_ids)
     assert write_prompts(real, 6, seed=1, batch=16) == prompts
+
+
+@pytest.mark.real
+def test_the_command_writes_a_question_file_of_every_kind_in_turn(tmp_path, capsys, real):
+    path = tmp_path / "new/q.jsonl"
+    flags = ["--each", "1", "--kinds", "free", "code", "--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
+    assert cli.main(["prompts", str(path), *flags]) == 0
+    assert capsys.readouterr().out == f"written: {path}, 2 prompts\n"
+    prompts = list(read_prompts("spec_bench", str(path)))
+    assert [prompt.category for prompt in prompts] == ["free", "code"]
+    assert len({prompt.key for prompt in prompts}) == 2 and all(prompt.turns[0].strip() for prompt in prompts)
+    assert not any("<|im" in prompt.turns[0] for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--each", "0"], "each is 0; expected at least 1"), (["--kinds", "x"], "unknown kind of prompt x")],
+)
+def test_prompts_that_cannot_be_written_are_said(tmp_path, capsys, flags, message):
+    assert cli.main(["prompts", str(tmp_path / "q.jsonl"), *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "q.jsonl").exists()
 
 
 def test_a_model_that_writes_nothing_usable_is_said():

@@ -27,6 +27,8 @@ BINS = 15
 """Bins of equal width for the expected calibration error (Guo et al. 2017)."""
 BATCH = 32
 """Answers drafted on at once."""
+HELD_OUT = "held-out.jsonl"
+"""Questions that come with a shipped drafter, measured on where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Agreement:
         ece: expected calibration error of that probability against agreement, 15 bins.
         covered: share of those tokens that the draft vocabulary holds.
         positions: how many there are.
+        answers: the rate of each answer, in the order of the prompts; NaN for an answer of one token.
     """
 
     rate: float
@@ -47,6 +50,7 @@ class Agreement:
     ece: float
     covered: float
     positions: int
+    answers: tuple[float, ...]
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
@@ -84,12 +88,15 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     with model.base_model.folded():
         parts = [_draft(model, responses.take(rows)) for rows in torch.split(order, BATCH)]
     confidence, right, covered = (torch.cat(values) for values in zip(*parts, strict=True))
+    counts = (responses.response_lens[order] - 1).clamp(min=0)
+    means = torch.stack([part.mean() for part in torch.split(right.cpu(), counts.tolist())])
     return Agreement(
         rate=float(right.mean()),
         confidence=float(confidence.mean()),
         ece=calibration_error(confidence, right) if len(right) else math.nan,
         covered=float(covered.mean()),
         positions=len(right),
+        answers=tuple(means[order.argsort()].tolist()),
     )
 
 
@@ -117,7 +124,9 @@ def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dvirl agreement", description=__doc__)
     parser.add_argument("drafter", help="name of a shipped drafter, or a folder such as RUN_DIR/drafter")
-    parser.add_argument("--questions", nargs="+", default=[], help="question files in Spec-Bench's schema")
+    parser.add_argument(
+        "--questions", nargs="+", default=[], help="Spec-Bench question files; by default the drafter's own"
+    )
     parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
     parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
@@ -128,6 +137,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name) < lowest:
             raise DvirlError(f"{name} is {getattr(args, name)}; expected at least {lowest}")
     return args
+
+
+def _from_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _sha256(path: Path) -> str | None:
@@ -143,6 +156,8 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
     args = _parse(argv)
     drafter = load_drafter(args.drafter, dtype="float32", device=args.device)
     loaded, found = drafter.loaded, {}
+    if not args.questions and not args.own and (drafter.folder / HELD_OUT).exists():
+        args.questions = [_from_here(drafter.folder / HELD_OUT)]
     sets = question_sets(loaded, args.questions, args.own, args.seed)
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
         found[name] = measure_agreement(drafter.model, answer(loaded, prompts, args.max_new_tokens, BATCH))
@@ -152,7 +167,8 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
         shares = (f"{share:10.3f}" for share in (one.rate, one.confidence, one.ece, one.covered))
         print(f"{name:{width}}", *shares, f"{one.positions:10d}")
     if args.out:
-        files = {str(path): _sha256(Path(path)) for path in (drafter.folder / DRAFTER, *args.questions)}
+        paths = [_from_here(drafter.folder / DRAFTER), *args.questions]
+        files = {path: _sha256(Path(path)) for path in paths}
         figures = {name: asdict(one) for name, one in found.items()}
         content = {"arguments": vars(args), "files": files, **circumstances(loaded), "figures": figures}
         write_json(args.out, content)
