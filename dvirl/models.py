@@ -82,6 +82,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def source(name_or_path: str) -> str:
+    """What Hugging Face's loaders find a model by: its name, or the folder that an embedded one is converted to."""
+    return str(ensure_embedded(name_or_path)) if name_or_path in EMBEDDED else name_or_path
+
+
 def load(
     name_or_path: str = DEFAULT_MODEL, dtype: str = "auto", device: str = "auto", chat_format: str = "auto"
 ) -> LoadedModel:
@@ -98,15 +103,15 @@ def load(
     """
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
-    source = str(ensure_embedded(name_or_path)) if name_or_path in EMBEDDED else name_or_path
+    path = source(name_or_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(path)
             if config.model_type != "llama":
                 raise DvirlError(f"{name_or_path}: architecture is {config.model_type!r}, expected 'llama'")
-            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-            model = EarlyExitLlamaForCausalLM.from_pretrained(source, torch_dtype=torch_dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+            model = EarlyExitLlamaForCausalLM.from_pretrained(path, torch_dtype=torch_dtype)
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, DvirlError):
                 raise
@@ -119,11 +124,11 @@ def load(
     chat = ChatEncoder(tokenizer, detect_format(tokenizer, name_or_path) if chat_format == "auto" else chat_format)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     eos_ids = tuple(int(token) for token in ends if token is not None)
-    return LoadedModel(model, tokenizer, chat, eos_ids, name_or_path, _fingerprint(source, config))
+    return LoadedModel(model, tokenizer, chat, eos_ids, name_or_path, _fingerprint(path, config))
 
 
-def _fingerprint(source: str, config: Any) -> str:
-    folder = Path(source)
+def _fingerprint(where: str, config: Any) -> str:
+    folder = Path(where)
     if not folder.is_dir():
         return f"commit:{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()

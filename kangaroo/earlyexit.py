@@ -30,6 +30,7 @@ from kangaroo.fused import Stack, Stacks, can_pack
 from kangaroo.sgp_lora import AdapterSwitch
 
 TARGETS = ("base", "adapted")
+SOURCES = ("learned", "lookup", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class DecodeConfig:
     """What the deep layers read: "base", the exit state with lora_S off, or "adapted", with it on."""
     draft_temperature: float = 0.0
     """0 drafts by argmax; above 0 drafts are sampled from the policy at this temperature, given noise."""
+    source: str = "learned"
+    """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
+    "hybrid", block by block one of them."""
+    adaptive: bool = False
+    """Choose source and length of each block by acceptance and step costs, `draft_len` at most; False drafts always."""
 
     def __post_init__(self) -> None:
         if self.draft_len < 0:
@@ -52,6 +58,8 @@ class DecodeConfig:
             raise ValueError(f"threshold is {self.threshold}; expected 0 to 1")
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        if self.source not in SOURCES:
+            raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}")
         if self.draft_temperature < 0:
             raise ValueError(f"draft_temperature is {self.draft_temperature}; expected 0 or more")
 
@@ -72,19 +80,42 @@ class DraftPolicy(Protocol):
         """Vocabulary ids of rows of the exit head."""
 
 
+class Drafting(Protocol):
+    """What decides on a block while it is drafted (`kangaroo/drafting.py`)."""
+
+    def goes_on(self, token: int, confidence: float) -> bool:
+        """Whether to draft behind this draft."""
+
+    def tail(self) -> list[int]:
+        """Tokens to verify behind the drafts."""
+
+
 @dataclass(frozen=True)
 class DraftBlock:
     """What the draft proposes before one verification: n tokens.
 
     Attributes:
         tokens: `[n]`, vocabulary ids.
-        confidence: `[n]`, the policy's largest probability at each.
-        exit_hidden: `[n, D]`, the exit states that they were drafted from, lora_S on.
+        confidence: `[n]`, the policy's largest probability at each; NaN for those that were looked up.
+        exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on; the rest were looked up.
     """
 
     tokens: Tensor
     confidence: Tensor
     exit_hidden: Tensor
+
+    def followed_by(self, looked_up: Sequence[int]) -> DraftBlock:
+        """The same block with tokens behind it that no shallow layer drafted."""
+        if not looked_up:
+            return self
+        tail = self.tokens.new_tensor(list(looked_up))
+        unknown = self.confidence.new_full(tail.shape, float("nan"))
+        return replace(self, tokens=torch.cat((self.tokens, tail)), confidence=torch.cat((self.confidence, unknown)))
+
+    @property
+    def num_learned(self) -> int:
+        """How many of the tokens the shallow layers drafted."""
+        return len(self.exit_hidden)
 
 
 @dataclass(frozen=True)
@@ -396,7 +427,13 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         return self._stacks.get(name, weights, lambda: Stack(layers, dtype, self.model.norm, head))
 
     def _draft(
-        self, tokens: Tensor, policy: DraftPolicy, settings: DecodeConfig, count: int, noise: Tensor | None
+        self,
+        tokens: Tensor,
+        policy: DraftPolicy,
+        settings: DecodeConfig,
+        count: int,
+        noise: Tensor | None,
+        chooser: Drafting | None,
     ) -> tuple[DraftBlock, list[Tensor]]:
         """Draft up to `count` tokens behind `tokens [1, n]`; also return the exit states of every pass."""
         caches = self._caches()
@@ -412,13 +449,17 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             drafted.append(policy.token_ids(index))
             confidences.append(confidence)
             pending = drafted[-1][None]
-            if float(confidence) < settings.threshold:
+            if len(drafted) == count:
                 break
-        if not drafted:
-            none = torch.empty(0, device=tokens.device)
-            return DraftBlock(none.long(), none, none.new_empty(0, self.config.hidden_size)), passes
-        states = torch.cat([states[:, -1] for states in passes])
-        return DraftBlock(torch.cat(drafted), torch.cat(confidences), states), passes
+            if chooser is None and float(confidence) < settings.threshold:
+                break
+            if chooser is not None and not chooser.goes_on(int(drafted[-1]), float(confidence)):
+                break
+        none = torch.empty(0, device=tokens.device)
+        states = [states[:, -1] for states in passes] or [none.new_empty(0, self.config.hidden_size)]
+        return DraftBlock(
+            torch.cat([none.long(), *drafted]), torch.cat([none, *confidences]), torch.cat(states)
+        ), passes
 
     def _exit_states(self, tokens: Tensor, policy: DraftPolicy, target: str, passes: list[Tensor]) -> Tensor:
         """What the deep layers read next: the exit states of all tokens that they have not seen."""
@@ -437,7 +478,13 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
     @torch.no_grad()
     def spec_decode_step(
-        self, tokens: Tensor, policy: DraftPolicy, settings: DecodeConfig, room: int, noise: Tensor | None = None
+        self,
+        tokens: Tensor,
+        policy: DraftPolicy,
+        settings: DecodeConfig,
+        room: int,
+        noise: Tensor | None = None,
+        chooser: Drafting | None = None,
     ) -> Verification:
         """Draft a block, verify it in one pass, and say what is committed. Greedy and lossless.
 
@@ -450,6 +497,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             settings: how.
             room: how many tokens may still be committed, at least 1.
             noise: uniform `[>= draft_len]`, for sampled drafts.
+            chooser: how far to draft, and what to verify behind the drafts; if not given, up to the first confidence
+                below `threshold`, and nothing.
 
         Returns:
             The verdict; the caller appends `committed` to `tokens`.
@@ -460,7 +509,9 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """
         caches = self._caches()
         count = min(settings.draft_len, room - 1) if int(caches.deep.length) else 0
-        draft, passes = self._draft(tokens, policy, settings, count, noise)
+        draft, passes = self._draft(tokens, policy, settings, count, noise, chooser)
+        if chooser is not None and int(caches.deep.length):
+            draft = draft.followed_by(chooser.tail()[: room - 1 - len(draft.tokens)])
         extended = torch.cat((tokens, draft.tokens[None]), dim=1)
         exit_states = self._exit_states(extended, policy, settings.target, passes)
         hidden = self.forward_deep(exit_states, cache=caches.deep)[0, -len(draft.tokens) - 1 :]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
+from kangaroo.drafting import Chooser, Governor, LookupIndex, StepCosts, fitted
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
 from kangaroo.fused import Stack, Stacks, can_pack
 from kangaroo.published import read_published
@@ -81,6 +84,8 @@ class KangarooModel(nn.Module):
         base.requires_grad_(False).eval()
         self.base_model = base
         self._stacks = Stacks()
+        self._costs = StepCosts((), 0.0)
+        self._governors: dict[DecodeConfig, Governor] = {}
         drafter = getattr(args, "drafter", "none")
         window, layers = getattr(args, "adapter_window", 64), getattr(args, "drafter_layers", 1)
         self.adapter_model = AdapterModel(base.config, drafter, window, layers)
@@ -247,6 +252,62 @@ class KangarooModel(nn.Module):
 
     # Decoding
 
+    def chooser(self, settings: DecodeConfig) -> Chooser:
+        """What decides on blocks: fixed, or the model's governor for these settings, which remembers earlier texts."""
+        if not settings.adaptive:
+            return Chooser(settings)
+        if settings not in self._governors:
+            self._governors[settings] = Governor(settings, self.step_costs(settings.draft_len))
+        return self._governors[settings]
+
+    def step_costs(self, longest: int = 8) -> StepCosts:
+        """What steps cost here and now; measured once for blocks up to this length, which takes a second or two."""
+        if len(self._costs.verify) <= longest:
+            self._costs = self.measure_costs(longest)
+        return self._costs
+
+    def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128) -> StepCosts:
+        """Time blocks behind `context` tokens, all lengths in turn: medians of the repeats.
+
+        Args:
+            longest: drafts of a block.
+            repeats: rounds; one more goes before them uncounted.
+            context: tokens in the caches.
+        """
+        base = self.base_model
+        verify: list[list[float]] = [[] for _ in range(longest + 1)]
+        drafted: list[float] = []
+        tokens = torch.arange(context + 1, device=self.head_model.weight.device)[None] % 7
+        index = LookupIndex(tokens[0].tolist())
+
+        looked = Chooser(DecodeConfig(source="lookup"))
+
+        def timed(learned: int, looked_up: int) -> float:
+            caches.roll_back(context)
+            looked.settings = DecodeConfig(looked_up, source="lookup")
+            looked.begin(index, looked_up)
+            began = self.now()
+            base.spec_decode_step(tokens, self, DecodeConfig(learned), longest + 1, None, looked if looked_up else None)
+            return 1e3 * (self.now() - began)
+
+        with base.decoding(context + longest + 2, self, "base") as caches:
+            base.spec_decode_step(tokens[:, :-1], self, DecodeConfig(0), 2)
+            for turn in range(repeats + 1):
+                times = [timed(0, count) for count in range(longest + 1)]
+                timed(1, 0)  # brings the draft's caches up to the context
+                drafting = (timed(longest, 0) - times[-1]) / longest
+                if turn:
+                    drafted.append(drafting)
+                    for kept, time_ in zip(verify, times, strict=True):
+                        kept.append(time_)
+        return StepCosts(fitted(verify), max(0.0, median(drafted)))
+
+    def now(self) -> float:
+        """Seconds on the clock once the device has done what it was given."""
+        if self.head_model.weight.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def decode_blocks(
         self,
         prompt: Sequence[int],
@@ -272,16 +333,18 @@ class KangarooModel(nn.Module):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         tokens = torch.tensor([list(prompt)], device=self.head_model.weight.device)
-        stop = len(prompt) + max_new_tokens
+        stop, index, chooser = len(prompt) + max_new_tokens, LookupIndex(prompt), self.chooser(settings)
         with self.base_model.decoding(stop, self, settings.target):
             while tokens.shape[1] < stop:
-                produced = tokens.shape[1] - len(prompt)
-                ahead = None if noise is None else noise[produced:]
-                verdict = self.base_model.spec_decode_step(tokens, self, settings, stop - tokens.shape[1], ahead)
-                verdict = verdict.end_at(eos_ids)
+                produced, room = tokens.shape[1] - len(prompt), stop - tokens.shape[1]
+                count = chooser.begin(index, room - 1) if produced else 0
+                how, ahead = replace(settings, draft_len=count), None if noise is None else noise[produced:]
+                verdict = self.base_model.spec_decode_step(tokens, self, how, room, ahead, chooser).end_at(eos_ids)
                 yield verdict
                 if verdict.committed[-1] in eos_ids:
                     return
+                chooser.learn(verdict)
+                index.extend(verdict.committed)
                 tokens = torch.cat((tokens, tokens.new_tensor([verdict.committed])), dim=1)
 
     def generate(

@@ -18,7 +18,7 @@ from dvirl.corpus import Responses, answer
 from dvirl.data import read_prompts
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, write_prompts
-from dvirl.models import LoadedModel, load_drafter
+from dvirl.models import LoadedDrafter, LoadedModel, load_drafter
 from dvirl.rollout import draft_logits_at, response_index
 from dvirl.trace import write_json
 from kangaroo.kangaroo_model import KangarooModel
@@ -100,6 +100,12 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     )
 
 
+def default_questions(drafter: LoadedDrafter) -> list[str]:
+    """The question file that comes with a drafter, if one does."""
+    path = drafter.folder / HELD_OUT
+    return [_from_here(path)] if path.exists() else []
+
+
 def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
     """Prompts to measure on: each file's first turns under its path, and `own N` self-written ones under each kind.
 
@@ -156,8 +162,8 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
     args = _parse(argv)
     drafter = load_drafter(args.drafter, dtype="float32", device=args.device)
     loaded, found = drafter.loaded, {}
-    if not args.questions and not args.own and (drafter.folder / HELD_OUT).exists():
-        args.questions = [_from_here(drafter.folder / HELD_OUT)]
+    if not args.own:
+        args.questions = args.questions or default_questions(drafter)
     sets = question_sets(loaded, args.questions, args.own, args.seed)
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
         found[name] = measure_agreement(drafter.model, answer(loaded, prompts, args.max_new_tokens, BATCH))

@@ -1,0 +1,220 @@
+"""Decoding by the clock, every way in one process: `dvirl bench DRAFTER` (`make bench`).
+
+Ways alternate question by question and in changing order, so that what else the machine does hits all alike; figures
+are medians over questions of ratios taken on the same question. Each way answers two questions before the clock counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaForCausalLM
+
+from dvirl.checkpoint import circumstances
+from dvirl.errors import DvirlError
+from dvirl.evaluation.agreement import default_questions, question_sets
+from dvirl.models import LoadedDrafter, LoadedModel, load_drafter, source
+from dvirl.trace import write_json
+from kangaroo.drafting import StepCosts
+from kangaroo.earlyexit import DecodeConfig, Verification
+from kangaroo.kangaroo_model import KangarooModel
+
+GENERATE, PLAIN = "generate", "plain"
+WARM_UP = 2
+"""Questions of the first set that every way answers before the clock counts."""
+
+
+def ways(longest: int) -> dict[str, DecodeConfig]:
+    """The ways of decoding compared, besides Hugging Face's `generate`."""
+    return {
+        PLAIN: DecodeConfig(0),
+        "lookup": DecodeConfig(longest, source="lookup", adaptive=True),
+        "learned, 4": DecodeConfig(4),
+        "learned": DecodeConfig(longest, adaptive=True),
+        "hybrid": DecodeConfig(longest, source="hybrid", adaptive=True),
+    }
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One answer: its tokens, its seconds, those behind the prefill, and what its blocks should have taken."""
+
+    tokens: list[int]
+    seconds: float
+    decoding_s: float
+    ideal_s: float
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One way on one set of questions.
+
+    Attributes:
+        tok_per_s: mean over questions of new tokens over wall seconds, the prefill included (Spec-Bench).
+        over_plain: median over questions of the speed over plain decoding's on the same question.
+        over_ideal: median over questions of the time that the blocks should have taken, by the step costs measured
+            before, over the time they took, prefill excluded; None for Hugging Face's.
+        mat: tokens a verification commits, prefill excluded; None for Hugging Face's.
+        equal: answers that are plain decoding's, token for token.
+        questions: how many there are.
+    """
+
+    tok_per_s: float
+    over_plain: float
+    over_ideal: float | None
+    mat: float | None
+    equal: int
+    questions: int
+
+
+def timed(
+    model: KangarooModel,
+    prompt: list[int],
+    limit: int,
+    settings: DecodeConfig,
+    eos_ids: Sequence[int],
+    costs: StepCosts,
+) -> Timed:
+    """Decode one prompt by our loop."""
+    blocks: list[Verification] = []
+    times = [model.now()]
+    for verdict in model.decode_blocks(prompt, limit, settings, eos_ids):
+        blocks.append(verdict)
+        if len(times) == 1:
+            times.append(model.now())
+    end = model.now()
+    ideal = sum(costs.block(b.draft.num_learned, len(b.draft.tokens) - b.draft.num_learned) for b in blocks[1:]) / 1e3
+    tokens = [token for block in blocks for token in block.committed]
+    return Timed(tokens, end - times[0], end - times[1], ideal, len(blocks) - 1)
+
+
+def generated(theirs: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], limit: int) -> Timed:
+    """Decode one prompt by Hugging Face's greedy `generate`, its cache on."""
+    ids = torch.tensor([prompt], device=loaded.model.device)
+    began = time.perf_counter()
+    out = theirs.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=list(loaded.eos_ids),
+        pad_token_id=loaded.eos_ids[0],
+    )
+    tokens = out[0, len(prompt) :].tolist()  # waits for the device
+    return Timed(tokens, time.perf_counter() - began, 0.0, 0.0, len(tokens))
+
+
+@torch.no_grad()
+def compare(
+    drafter: LoadedDrafter, sets: dict[str, list[list[int]]], limit: int, longest: int, costs: StepCosts
+) -> dict[str, dict[str, Speed]]:
+    """Time every way on every set.
+
+    Args:
+        drafter: with its model.
+        sets: prompts by the name of their set.
+        limit: length limit of an answer.
+        longest: drafts of a block at most.
+        costs: by which the adaptive ways choose and the ideal is counted.
+    """
+    model, loaded = drafter.model, drafter.loaded
+    theirs = LlamaForCausalLM.from_pretrained(source(loaded.name), torch_dtype=loaded.model.dtype)
+    theirs = theirs.to(loaded.model.device).eval()
+    run: dict[str, Callable[[list[int]], Timed]] = {GENERATE: lambda prompt: generated(theirs, loaded, prompt, limit)}
+    for name, settings in ways(longest).items():
+        run[name] = lambda prompt, how=settings: timed(model, prompt, limit, how, loaded.eos_ids, costs)  # type: ignore[misc]
+    found: dict[str, dict[str, Speed]] = {}
+    with model.base_model.folded():
+        first = next(iter(sets.values()))
+        for prompt in first[:WARM_UP]:
+            for decode in run.values():
+                decode(prompt)
+        for name, prompts in sets.items():
+            answers: dict[str, list[Timed]] = {way: [] for way in run}
+            for turn, prompt in enumerate(tqdm(prompts, desc=name, unit="question", leave=False)):
+                order = list(run)[turn % len(run) :] + list(run)[: turn % len(run)]
+                for way in order:
+                    answers[way].append(run[way](prompt))
+            found[name] = {way: _speed(given, answers[PLAIN]) for way, given in answers.items()}
+    return found
+
+
+def _speed(given: Sequence[Timed], plain: Sequence[Timed]) -> Speed:
+    pairs = [(one, other) for one, other in zip(given, plain, strict=True) if one.tokens and other.tokens]
+    ratios = [len(a.tokens) / a.seconds * b.seconds / len(b.tokens) for a, b in pairs]
+    ideals = [one.ideal_s / one.decoding_s for one in given if one.ideal_s]
+    counted = bool(ideals)
+    return Speed(
+        tok_per_s=fmean(len(one.tokens) / one.seconds for one in given),
+        over_plain=median(ratios),
+        over_ideal=median(ideals) if counted else None,
+        mat=sum(len(a.tokens) - 1 for a in given) / sum(a.blocks for a in given) if counted else None,
+        equal=sum(a.tokens == b.tokens for a, b in pairs),
+        questions=len(given),
+    )
+
+
+def print_speeds(found: dict[str, dict[str, Speed]]) -> None:
+    """A table a set."""
+    for name, speeds in found.items():
+        print(f"{name:44} {'tok/s':>8} {'x plain':>8} {'/ ideal':>8} {'mat':>6} {'equal':>9}")
+        for way, one in speeds.items():
+            ideal, mat = (f"{value:.2f}" if value else "" for value in (one.over_ideal, one.mat))
+            equal = f"{one.equal} of {one.questions}"
+            print(f"  {way:42} {one.tok_per_s:8.1f} {one.over_plain:8.2f} {ideal:>8} {mat:>6} {equal:>9}")
+
+
+def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
+    """Time plain decoding, Hugging Face's, prompt lookup, the learned draft and both together; print and write it.
+
+    Raises:
+        DvirlError: for bad input.
+    """
+    parser = argparse.ArgumentParser(prog="dvirl bench", description=main.__doc__)
+    parser.add_argument("drafter", nargs="?", default="smollm2-135m-k2", help="shipped name or folder of a drafter")
+    parser.add_argument("--questions", nargs="+", default=[], help="Spec-Bench question files; or the drafter's own")
+    parser.add_argument("--num_questions", type=int, default=16, help="of each file, spread over it; 0 for all")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
+    parser.add_argument("--draft_len", type=int, default=8, help="drafts of a block at most, of the adaptive ways")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 by default")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads; 2 by default")
+    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
+    args = parser.parse_args(list(argv))
+    for option, lowest in (("num_questions", 0), ("max_new_tokens", 2), ("draft_len", 1), ("threads", 1)):
+        if getattr(args, option) < lowest:
+            raise DvirlError(f"{option} is {getattr(args, option)}; expected at least {lowest}")
+    torch.set_num_threads(args.threads)
+    drafter = load_drafter(args.drafter, dtype=args.dtype, device=args.device)
+    sets = question_sets(drafter.loaded, args.questions or default_questions(drafter), 0, 0)
+    sets = {name: spread(prompts, args.num_questions) for name, prompts in sets.items()}
+    with drafter.model.base_model.folded():
+        costs = drafter.model.step_costs(max(4, args.draft_len))
+    print(f"a plain step {costs.verify[0]:.1f} ms; verifying 1, 2, … drafts "
+          f"{', '.join(f'{ms:.1f}' for ms in costs.verify[1:])}; drafting one {costs.draft:.1f}")  # fmt: skip
+    found = compare(drafter, sets, args.max_new_tokens, args.draft_len, costs)
+    print_speeds(found)
+    if args.out:
+        figures = {name: {way: asdict(one) for way, one in speeds.items()} for name, speeds in found.items()}
+        write_json(
+            args.out,
+            {"arguments": vars(args), **circumstances(drafter.loaded), "costs": asdict(costs), "figures": figures},
+        )
+    return found
+
+
+def spread(prompts: list[Any], count: int) -> list[Any]:
+    """`count` of the prompts at equal distances, all if there are no more or `count` is 0."""
+    if not 0 < count < len(prompts):
+        return prompts
+    edges = [round(step * len(prompts) / count) for step in range(count + 1)]
+    return [prompts[start] for start, _ in pairwise(edges)]

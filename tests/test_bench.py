@@ -1,0 +1,64 @@
+"""`dvirl bench`: the ways it times, the figures that it makes of times, and what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_distill import question_file
+from test_drafters import exported
+from test_models import save_tiny
+
+from dvirl import cli, models
+from dvirl.evaluation.bench import GENERATE, PLAIN, Timed, _speed, spread, ways
+from kangaroo.earlyexit import DecodeConfig
+
+
+def test_figures_are_medians_of_ratios_on_the_same_question():
+    plain = [Timed([1] * 10, 1.0, 0.9, 0.9, 9), Timed([2] * 10, 2.0, 1.8, 0.9, 9), Timed([3] * 10, 4.0, 3.0, 3.0, 9)]
+    way = [Timed([1] * 10, 0.5, 0.4, 0.2, 3), Timed([2] * 10, 2.0, 1.8, 0.9, 3), Timed([4] * 20, 2.0, 1.0, 0.9, 4)]
+    found = _speed(way, plain)
+    assert found.over_plain == 2.0 and found.over_ideal == 0.5  # of 2, 1 and 4; of 0.5, 0.5 and 0.9
+    assert found.tok_per_s == pytest.approx((20 + 5 + 10) / 3)
+    assert found.mat == pytest.approx((9 + 9 + 19) / 10) and (found.equal, found.questions) == (2, 3)
+    theirs = _speed([Timed(one.tokens, one.seconds, 0.0, 0.0, 9) for one in way], plain)
+    assert theirs.over_ideal is None and theirs.mat is None and theirs.over_plain == 2.0
+
+
+def test_questions_are_spread_over_a_file():
+    assert spread(list(range(10)), 3) == [0, 3, 7] and spread([1, 2], 5) == [1, 2] and spread([1, 2], 0) == [1, 2]
+
+
+def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, capsys):
+    source = save_tiny(tmp_path / "model")
+    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    questions = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"], ["Sum up"]])
+    flags = ["--questions", questions, "--dtype", "float32", "--device", "cpu", "--max_new_tokens", "12"]
+    assert cli.main(["bench", str(tmp_path / "d"), *flags, "--threads", "1", "--out", str(tmp_path / "o.json")]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "o.json").read_text())
+    assert list(content["figures"]) == [questions]
+    figures = content["figures"][questions]
+    assert set(figures) == {GENERATE, *ways(8)} and all(way in printed for way in figures)
+    assert all(one["equal"] == one["questions"] == 3 and one["tok_per_s"] > 0 for one in figures.values())
+    assert figures[PLAIN]["mat"] == 1.0 == figures[PLAIN]["over_plain"] and figures[GENERATE]["mat"] is None
+    assert figures["learned, 4"]["mat"] >= 1.0 and len(content["costs"]["verify"]) == 9
+    assert content["versions"] and content["model"]["dtype"] == "float32"
+
+
+def test_the_ways_are_those_that_the_table_names():
+    assert ways(6)[PLAIN] == DecodeConfig(0) and ways(6)["hybrid"] == DecodeConfig(6, source="hybrid", adaptive=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft_len", "0"], "draft_len is 0; expected at least 1"),
+        (["--max_new_tokens", "1"], "max_new_tokens is 1; expected at least 2"),
+        ([], "nothing to measure on"),
+    ],
+)
+def test_what_cannot_be_timed_is_said(tmp_path, capsys, flags, message):
+    exported(tmp_path / "d", models.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
+    assert cli.main(["bench", str(tmp_path / "d"), "--threads", "1", *flags]) == 2
+    assert message in capsys.readouterr().err

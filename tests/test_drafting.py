@@ -1,0 +1,207 @@
+"""What to draft and how far: lookup, fixed and governed choices, step costs. None of it may change an answer."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import random_prompts, tiny_kangaroo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kangaroo.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, StepCosts, fitted
+from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+
+COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
+WAYS = [
+    DecodeConfig(n, source=s, adaptive=a) for s in ("learned", "lookup", "hybrid") for n, a in ((3, False), (8, True))
+]
+
+
+# Lookup
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 6))
+def test_a_lookup_finds_what_followed_the_longest_ending_last_time(text, count):
+    proposed, matched = LookupIndex(text).propose(count)
+    for size in range(min(LONGEST_NGRAM, len(text)), 0, -1):
+        starts = [at for at in range(size, len(text)) if text[at - size : at] == text[-size:]]
+        if starts:
+            assert matched == size
+            going_on = list(text)
+            for offset in range(count):  # the text behind the last such place, which may run into what it proposes
+                going_on.append(going_on[starts[-1] + offset])
+            assert proposed == going_on[len(text) :]
+            return
+    assert (proposed, matched) == ([], 0)
+
+
+def test_a_lookup_grows_with_the_text_as_if_made_anew():
+    text = [random.Random(0).randrange(4) for _ in range(60)]
+    growing = LookupIndex(text[:5])
+    for start in range(5, 60, 5):
+        growing.extend(text[start : start + 5])
+        assert growing.propose(4) == LookupIndex(text[: start + 5]).propose(4)
+
+
+# Losslessness
+
+
+@pytest.mark.parametrize("target", ["base", "adapted"])
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.adaptive}")
+def test_no_choice_changes_an_answer(how, target):
+    model = tiny_kangaroo(deep_scale=0.3, drafter="layer")
+    model._costs = COSTS
+    looked, learned = 0, 0
+    for prompt in (part * 2 for part in random_prompts(6)):
+        plain = model.generate(prompt, 40, DecodeConfig(0, target=target)).tokens
+        found = model.generate(prompt, 40, DecodeConfig(**{**vars(how), "target": target}))
+        assert found.tokens == plain
+        assert all(len(block.draft.tokens) <= how.draft_len for block in found.blocks)
+        looked += sum(len(block.draft.tokens) - block.draft.num_learned for block in found.blocks)
+        learned += sum(block.draft.num_learned for block in found.blocks)
+    assert (looked > 0) == (how.source != "learned") and (learned == 0 if how.source == "lookup" else learned > 0)
+
+
+class Told(Chooser):
+    """Says what to verify."""
+
+    def __init__(self, tokens):
+        super().__init__(DecodeConfig())
+        self.tokens = tokens
+
+    def tail(self):
+        return self.tokens
+
+
+def test_what_is_looked_up_is_verified_and_has_no_confidence():
+    model = tiny_kangaroo()
+    prompt = random_prompts(1)[0]
+    own = model.generate(prompt, 12, DecodeConfig(0)).tokens
+    tokens = torch.tensor([prompt])
+    with model.base_model.decoding(len(prompt) + 12, model, "base"):
+        first = model.base_model.spec_decode_step(tokens, model, DecodeConfig(0), 12)
+        tokens = torch.cat((tokens, torch.tensor([first.committed])), dim=1)
+        wrong = [own[1], own[2], (own[3] + 1) % 264, own[4]]
+        second = model.base_model.spec_decode_step(tokens, model, DecodeConfig(0), 11, chooser=Told(wrong))
+        tokens = torch.cat((tokens, torch.tensor([second.committed])), dim=1)
+        third = model.base_model.spec_decode_step(tokens, model, DecodeConfig(1), 4, chooser=Told(own[5:9]))
+    assert second.committed == tuple(own[1:4]) and (second.num_accepted, second.num_drafted) == (2, 3)
+    assert second.draft.num_learned == 0 and second.draft.confidence.isnan().all()
+    assert third.draft.num_learned == 1 and third.draft.tokens[1:].tolist() == own[5:7]  # room for three drafts
+    assert third.draft.confidence.isnan().tolist() == [False, True, True]
+    assert third.committed == tuple(own[4 : 4 + len(third.committed)])
+
+
+def test_fixed_choices_by_hand():
+    def block(index, room, *settings, **more):
+        chooser = Chooser(DecodeConfig(*settings, **more))
+        return chooser.begin(index, room), chooser.tail()
+
+    index, one = LookupIndex([1, 2, 3, 4, 1, 2]), LookupIndex([1, 2, 3, 1])
+    assert block(index, 9, 3) == (3, [])
+    assert block(index, 2, 3, source="lookup") == (0, [3, 4])
+    assert block(index, 9, 3, source="hybrid") == (0, [3, 4, 1])
+    assert block(one, 9, 3, source="hybrid") == (3, [])
+    assert block(one, 9, 2, source="lookup") == (0, [2, 3])
+    assert block(LookupIndex([1, 2]), 9, 2, source="lookup") == (0, [])
+    assert block(index, 0, 2) == (0, [])
+
+
+def test_a_lookup_behind_drafts_is_one_in_the_text_that_they_would_make():
+    rng = random.Random(1)
+    for _ in range(200):
+        text, drafts = [rng.randrange(3) for _ in range(20)], [rng.randrange(3) for _ in range(rng.randrange(5))]
+        index, size = LookupIndex(text), 0
+        proposed, matched = index.propose(5, drafts)
+        for size in range(min(LONGEST_NGRAM, 20), 0, -1):
+            ending = [*text, *drafts][-size:]
+            starts = [at for at in range(size, 20) if text[at - size : at] == ending]
+            if starts:
+                break
+        going_on = [*text, *drafts]
+        for offset in range(5):
+            going_on.append(going_on[starts[-1] + offset])
+        assert (proposed, matched) == (going_on[20 + len(drafts) :], size)
+
+
+# Costs
+
+
+def test_costs_by_hand():
+    assert COSTS.block(0) == 10.0 and COSTS.block(0, 2) == 11.5 and COSTS.block(2) == 14.5
+    assert COSTS.block(1, 2) == 13.5
+    assert COSTS.speedup(0.5, 2) == pytest.approx(1.75 * 10 / 14.5)
+    assert COSTS.speedup(COSTS.break_even(4), 4) == pytest.approx(1.0, abs=1e-6)
+    assert StepCosts((10.0, 21.0), 1.0).break_even(1) == math.inf
+    assert fitted([[3.0, 1.0, 2.0], [1.0, 1.0, 5.0], [4.0, 6.0, 5.0]]) == (2.0, 2.0, 5.0)
+
+
+def test_measured_costs_are_positive_grow_and_are_measured_once():
+    model = tiny_kangaroo(drafter="layer")
+    costs = model.step_costs(3)
+    assert len(costs.verify) == 4 and costs.verify[0] > 0 and costs.draft > 0
+    assert list(costs.verify) == sorted(costs.verify) and model.step_costs(2) is costs
+    assert (
+        model.generate([1, 2, 3], 10, DecodeConfig(3)).tokens
+        == tiny_kangaroo(drafter="layer").generate([1, 2, 3], 10, DecodeConfig(3)).tokens
+    )
+
+
+# The governor
+
+
+def simulate(chance, blocks=600, source="learned", seed=0, costs=COSTS, matched=0):
+    """Decode an endless text in which each draft is right with a chance; the speed over plain decoding."""
+    rng, governor = random.Random(seed), Governor(DecodeConfig(8, source=source, adaptive=True), costs)
+    index = LookupIndex([1, 2, 1] if matched else [1])
+    tokens = time = 0.0
+    for _ in range(blocks):
+        learned = most = governor.begin(index, 50)
+        if most:
+            learned = 1
+            while learned < most and governor.goes_on(3, chance):
+                learned += 1
+        count = learned + len(governor.tail())
+        accepted = 0
+        while accepted < count and rng.random() < chance:
+            accepted += 1
+        confidence = torch.tensor([chance] * learned + [math.nan] * (count - learned))
+        draft = DraftBlock(torch.zeros(count, dtype=torch.long), confidence, torch.zeros(learned, 4))
+        scored = min(count, accepted + 1)
+        governor.learn(Verification(0, (0,) * (accepted + 1), scored, accepted, draft, torch.ones(count + 1)))
+        tokens, time = tokens + accepted + 1, time + costs.block(learned, count - learned)
+    return tokens / time * costs.verify[0]
+
+
+@pytest.mark.parametrize("source", ["learned", "hybrid"])
+def test_drafts_that_are_never_right_cost_three_percent_at_most(source):
+    assert simulate(0.0, source=source) > 0.97
+    assert simulate(0.0, source="lookup", matched=1) > 0.97
+    dear = StepCosts(tuple(10.0 + 4 * n for n in range(9)), 5.0)
+    assert simulate(0.1, source=source, costs=dear) > 0.97
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.7, 0.9])
+def test_the_governor_comes_near_the_best_fixed_length(chance):
+    best = max(COSTS.speedup(chance, count) for count in range(9))
+    assert best > 1.2 and simulate(chance) > 0.95 * best
+
+
+def test_the_governor_is_a_function_of_costs_and_text():
+    found = []
+    for _ in range(2):
+        model = tiny_kangaroo(deep_scale=0.3)
+        model._costs = COSTS
+        how = DecodeConfig(8, source="hybrid", adaptive=True)
+        found.append([[b.committed for b in model.generate(p, 40, how).blocks] for p in random_prompts(4)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("bad", [dict(source="guess"), dict(draft_len=-1)])
+def test_bad_settings_are_said(bad):
+    with pytest.raises(ValueError, match="expected"):
+        DecodeConfig(**bad)
