@@ -370,7 +370,7 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
         "many": _gradient(trainer, torch.stack(redrawn).mean()),
     }
     with torch.no_grad():
-        _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
+        _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
     return {
         **{f"cos_{name}": float(F.cosine_similarity(one, exact, dim=0)) for name, one in gradients.items()},
         **{f"along_{name}": float(gradients[name] @ exact / exact.square().sum()) for name in ("stale", "redrawn")},

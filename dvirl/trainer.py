@@ -296,7 +296,7 @@ class DVITrainer:
 
     def decisions(self, batch: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0) -> Decisions:
         """A batch of records as the objectives see it, with gradients to what `train_only` lets learn."""
-        logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
+        logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
         return Decisions(
             config=self.config,
             logits=logits,
@@ -354,8 +354,8 @@ class DVITrainer:
             exit_hidden = base.forward_shallow(batch.tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not without), base.without_adapters(*without):
             hidden = base.forward_deep(exit_hidden)
-            before = batch.prompt_lens[batch.rows] + batch.positions - 1
-            logits: Tensor = base.lm_head(hidden[batch.rows[chosen], before[chosen]]).float()
+            before = batch.prompt_lens[batch.row] + batch.position - 1
+            logits: Tensor = base.lm_head(hidden[batch.row[chosen], before[chosen]]).float()
         return logits
 
     def _apply(self, optimizer: Optimizer, loss: Tensor, lr: float) -> float:
