@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kangaroo.adapter import KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, choose_tokens
-from kangaroo.kangaroo_model import Decoded, KangarooModel
+from kangaroo.kangaroo_model import KangarooModel
 
 Sampler = Callable[[Tensor], Tensor]
 """Picks tokens `[B]` from float32 logits `[B, V]`."""
@@ -30,24 +30,17 @@ LOOK_EVERY = 16
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """The verifier's responses to a batch of prompts.
+class Responses:
+    """Responses behind their prompts.
 
     Attributes:
         tokens: `[B, P + R]`, prompt and response without a gap, padded on the right with zeros.
-        prompt_lens, response_lens: `[B]`; an end-of-sequence token counts.
-        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token; `[B, R, 0]`
-            if they were not kept.
-        verifier_confidence: `[B, R]`, its probability of the token that it chose.
-        max_new_tokens: the length limit, which the block rule needs.
+        prompt_lens, response_lens: `[B]` int64; an end-of-sequence token counts.
     """
 
     tokens: Tensor
     prompt_lens: Tensor
     response_lens: Tensor
-    verifier_hidden: Tensor
-    verifier_confidence: Tensor
-    max_new_tokens: int
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,6 +49,38 @@ class Rollout:
     def num_tokens(self) -> int:
         """Response tokens, all rows together."""
         return int(self.response_lens.sum())
+
+    def response_tokens(self) -> Tensor:
+        """All response tokens, `[num_tokens]`."""
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
+        return self.tokens[(steps >= starts) & (steps < ends)]
+
+    def take(self, rows: Tensor) -> Responses:
+        """Some rows, cut to their longest."""
+        prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
+        width = int((prompt_lens + response_lens).max()) if len(rows) else 0
+        return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
+
+    def stored(self) -> Responses:
+        """These alone, on the CPU, tokens as int32."""
+        return Responses(self.tokens.int().cpu(), self.prompt_lens.cpu(), self.response_lens.cpu())
+
+
+@dataclass(frozen=True)
+class Rollout(Responses):
+    """The verifier's responses to a batch of prompts, and its states.
+
+    Attributes:
+        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token; `[B, R, 0]`
+            if they were not kept.
+        verifier_confidence: `[B, R]`, its probability of the token that it chose.
+        max_new_tokens: the length limit, which the block rule needs.
+    """
+
+    verifier_hidden: Tensor
+    verifier_confidence: Tensor
+    max_new_tokens: int
 
     def rows(self, start: int, stop: int) -> Rollout:
         """Rows start…stop-1, cut to their longest."""
@@ -78,12 +103,6 @@ class Rollout:
         """All responses' tokens, without padding."""
         spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.response_lens.tolist(), strict=True)
         return [tokens[start : start + length] for tokens, start, length in spans]
-
-    def response(self, row: int) -> list[int]:
-        """One response's tokens."""
-        start = int(self.prompt_lens[row])
-        tokens: list[int] = self.tokens[row, start : start + int(self.response_lens[row])].tolist()
-        return tokens
 
 
 class Tape:
@@ -459,22 +478,3 @@ def score_drafts(
 def judge(model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None) -> Judgement:
     """What drafting by these settings does on a rollout; arguments as in `score_drafts`."""
     return score_drafts(model, rollout, draft_rollout(model, rollout), settings, noise)
-
-
-def records_of(decoded: Decoded, prompt_len: int, row: int = 0) -> Records:
-    """The records of one step-by-step decoding, in the same form."""
-    blocks = [block for block in decoded.blocks if block.num_drafted]
-    device = decoded.blocks[0].verifier_confidence.device
-    count = [block.num_drafted for block in blocks]
-    rewards = [float(i < block.num_accepted) for block in blocks for i in range(block.num_drafted)]
-    positions = [block.start - prompt_len + i for block in blocks for i in range(block.num_drafted)]
-    own = [decoded.tokens[position] for position in positions]
-    return Records(
-        hidden=torch.cat([block.draft.exit_hidden[:n] for block, n in zip(blocks, count, strict=True)]),
-        token=torch.cat([block.draft.tokens[:n] for block, n in zip(blocks, count, strict=True)]),
-        reward=torch.tensor(rewards, device=device),
-        verifier_confidence=torch.cat([block.verifier_confidence[:n] for block, n in zip(blocks, count, strict=True)]),
-        verifier_token=torch.tensor(own, device=device),
-        row=torch.full((len(own),), row, device=device),
-        position=torch.tensor(positions, device=device),
-    )

@@ -177,8 +177,7 @@ def judge_prompts(trainer: DVITrainer, prompts: Sequence[Sequence[int]]) -> dict
     rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids, config.target)
     served = Served()
     served.add(rollout, judge(trainer.model, rollout, config.decode))
-    cpu = Responses(rollout.tokens.cpu(), rollout.prompt_lens.cpu(), rollout.response_lens.cpu())
-    agreement = asdict(measure_agreement(trainer.model, cpu))
+    agreement = asdict(measure_agreement(trainer.model, rollout.stored()))
     return {
         "accept_rate": served.accepted / max(1, served.drafted),
         "mat": served.committed / max(1, served.blocks),

@@ -126,8 +126,7 @@ def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfi
     if config.draft_vocab == 0:
         return None
     rollout = generate(loaded.model, split.stream.peek(VOCAB_SAMPLE), config.max_new_tokens, loaded.eos_ids)
-    tokens = torch.tensor([token for response in rollout.responses() for token in response])
-    return draft_vocabulary(tokens, loaded.model.config.vocab_size, config.draft_vocab)
+    return draft_vocabulary(rollout.response_tokens(), loaded.model.config.vocab_size, config.draft_vocab)
 
 
 def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:

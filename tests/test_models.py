@@ -59,7 +59,7 @@ def test_the_conversion_equals_an_independent_reading(tmp_path):
 @pytest.mark.real
 def test_it_generates_sense(real):
     rollout = generate(real.model, [real.chat.encode(["What is the capital of France?"])], 16, real.eos_ids)
-    assert "Paris" in real.tokenizer.decode(rollout.response(0))
+    assert "Paris" in real.tokenizer.decode(rollout.responses()[0])
     assert real.eos_ids == (2,) and real.fingerprint.startswith("sha256:")
 
 
