@@ -60,17 +60,14 @@ def write_conversations(
     Raises:
         DvirlError: if the model's chat format has no user turns, or no turn ends.
     """
-    start, answer_frame, again = loaded.chat.frame()
+    start, _, again = loaded.chat.frame()
     openers, rng = Openers(), random.Random(f"{seed}/conversations")
     contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(count)]
 
     def turns(contexts: list[list[int]]) -> list[list[int]]:
         prompts: dict[tuple[int, ...], None] = {}
         for at in range(0, len(contexts), batch):
-            part = contexts[at : at + batch]
-            for context, turn in zip(part, sample_turns(loaded, part, rng.getrandbits(63)), strict=True):
-                if turn is not None:
-                    prompts.setdefault((*context, *turn, *answer_frame))
+            prompts |= dict.fromkeys(sample_turns(loaded, contexts[at : at + batch], rng.getrandbits(63)))
         return [list(prompt) for prompt in prompts]
 
     opening = turns(contexts)
