@@ -250,14 +250,6 @@ class PromptStream:
         self.position = before
         return prompts
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to where `state_dict` was taken."""
-        self.position = state["position"]
-
 
 @dataclass(frozen=True)
 class PromptSplit:

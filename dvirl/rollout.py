@@ -7,7 +7,7 @@ one parallel shallow pass over that text, and replaying the block rule over them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,18 +82,20 @@ class Rollout(Responses):
     verifier_confidence: Tensor
     max_new_tokens: int
 
-    def rows(self, start: int, stop: int) -> Rollout:
-        """Rows start…stop-1, cut to their longest."""
-        width = int((self.prompt_lens + self.response_lens)[start:stop].max())
-        reach = int(self.response_lens[start:stop].max())
-        return Rollout(
-            tokens=self.tokens[start:stop, :width],
-            prompt_lens=self.prompt_lens[start:stop],
-            response_lens=self.response_lens[start:stop],
-            verifier_hidden=self.verifier_hidden[start:stop, :reach],
-            verifier_confidence=self.verifier_confidence[start:stop, :reach],
-            max_new_tokens=self.max_new_tokens,
-        )
+    def groups(self, size: int) -> Iterator[Rollout]:
+        """So many rows at a time, cut to their longest."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            width = int((self.prompt_lens + self.response_lens)[rows].max())
+            reach = int(self.response_lens[rows].max())
+            yield Rollout(
+                tokens=self.tokens[rows, :width],
+                prompt_lens=self.prompt_lens[rows],
+                response_lens=self.response_lens[rows],
+                verifier_hidden=self.verifier_hidden[rows, :reach],
+                verifier_confidence=self.verifier_confidence[rows, :reach],
+                max_new_tokens=self.max_new_tokens,
+            )
 
     def prompts(self) -> list[list[int]]:
         """The prompts' tokens."""
@@ -201,23 +203,18 @@ class _Batch:
         self.deep = KVCache(model.config, layers - split, len(tokens), capacity, like)
         shared = common_prefix(tokens, lengths)
         if shared:
-            self._fill_prefix(tokens[:1, :shared])
+            self._fill(_Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target), shared)
         hidden = self._forward(tokens[:, shared:])
         self.rows = torch.arange(len(tokens), device=tokens.device)
         self.shallow.length = self.deep.length = lengths
         self.last = hidden[self.rows, lengths - shared - 1]
 
-    def _fill_prefix(self, prefix: Tensor) -> None:
-        """Compute the prefix `[1, C]` that all rows share once, and copy its keys and values to every row."""
-        own = self.shallow, self.deep
-        config, like = self.model.config, self.model.model.norm.weight
-        self.shallow, self.deep = (KVCache(config, len(c.keys), 1, prefix.shape[1], like) for c in own)
-        self._forward(prefix)
-        for target, source in zip(own, (self.shallow, self.deep), strict=True):
-            for wide, one in zip(target.keys + target.values, source.keys + source.values, strict=True):
-                wide[:, :, : prefix.shape[1]] = one
-            target.length = prefix.shape[1]
-        self.shallow, self.deep = own
+    def _fill(self, prefix: _Batch, length: int) -> None:
+        """Copy the keys and values of the prefix that all rows share, computed once, to every row."""
+        for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
+            for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
+                wide[:, :, :length] = one
+            own.length = length
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.model.without_adapters(*(("lora_S",) if self.target == "base" else ())):

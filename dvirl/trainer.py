@@ -36,7 +36,7 @@ from dvirl.rollout import (
     generate,
     score_drafts,
 )
-from dvirl.trace import MetricsLog, StepMetrics
+from dvirl.trace import StepMetrics, log_line
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -198,19 +198,19 @@ class DVITrainer:
         if counters.step == 0:
             checkpoint.refuse_used(run_dir)
         checkpoint.write_config(run_dir, config, self.loaded)
-        log = MetricsLog(run_dir / "metrics.jsonl")
+        log = run_dir / "metrics.jsonl"
+        log.touch()
         last_saved = counters.step
         with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
             while counters.prompts < config.num_prompts:
                 for metrics in self.advance():
-                    log.write(metrics)
+                    log_line(log, asdict(metrics))
                     bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
                     bar.update(metrics.prompts - bar.n)
                 bar.update(counters.prompts - bar.n)
                 if counters.step - last_saved >= config.checkpoint_every:
                     self.save_checkpoint()
                     last_saved = counters.step
-        log.close()
         self.save_checkpoint()
 
     def advance(self) -> Iterator[StepMetrics]:
@@ -229,8 +229,7 @@ class DVITrainer:
         with self._timed("rollout_s"):
             prompts = self.split.stream.take(min(config.rollout_batch, config.num_prompts - self.counters.prompts))
             rollout = self.answer(prompts)
-        for start in range(0, len(rollout), config.judge_batch):
-            group = rollout.rows(start, min(start + config.judge_batch, len(rollout)))
+        for group in rollout.groups(config.judge_batch):
             with self._timed("fast_s"):
                 self._judge(group)
             yield group
@@ -433,7 +432,7 @@ class DVITrainer:
             "served": asdict(self.served),
             "rates": self.rates,
             "baseline": [self.baseline.value, self.baseline.count],
-            "stream": self.split.stream.state_dict(),
+            "stream": {"position": self.split.stream.position},
             "buffer": buffer["numbers"],
         }
         return {"tensors": tensors, "numbers": numbers}
@@ -444,7 +443,7 @@ class DVITrainer:
         self.counters, self.served = Counters(**numbers["counters"]), Served(**numbers["served"])
         self.rates = numbers["rates"]
         self.baseline.value, self.baseline.count = numbers["baseline"]
-        self.split.stream.load_state_dict(numbers["stream"])
+        self.split.stream.position = numbers["stream"]["position"]
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
         for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
