@@ -79,16 +79,13 @@ def write_config(folder: Path, config: ModelSettings, loaded: LoadedModel, **mor
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
+        filled = Path(scratch) / folder.name
+        filled.mkdir()
+        yield filled
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        os.replace(filled, folder)
 
 
 def save(
