@@ -31,7 +31,7 @@ from dvirl.errors import DvirlError
 from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import draft_vocabulary, response_index
+from dvirl.rollout import draft_vocabulary, response_index, verifier_states
 from dvirl.settings import choice, number
 from dvirl.trace import cut_log, log_line, read_metrics
 from kangaroo.adapter import DRAFTERS
@@ -323,7 +323,7 @@ class Distiller:
             for rows in groups[passed:]:
                 group = self.responses.take(rows)
                 tokens = group.tokens.to(self.loaded.model.device)
-                states = self._verifier_states(tokens)
+                states = verifier_states(self.loaded.model, tokens, ["lora_S"])
                 for start in range(begun * size, len(rows), size):
                     part = slice(start, start + size)
                     yield Responses(tokens[part], group.prompt_lens[part], group.response_lens[part]), states[part]
@@ -339,12 +339,6 @@ class Distiller:
         groups = [group for part in parts[:-1] for group in torch.split(part, TEACHER_BATCHES * self.config.batch)]
         shuffle = torch.randperm(len(groups), generator=generator).tolist()
         return torch.cat([*(groups[i] for i in shuffle), *parts[-1:]])
-
-    @torch.no_grad()
-    def _verifier_states(self, tokens: Tensor) -> Tensor:
-        base = self.loaded.model
-        with base.without_adapters("lora_S"):
-            return base.forward_deep(base.forward_shallow(tokens))
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses; its loss, agreement and gradient norm, left on the device."""

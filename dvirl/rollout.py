@@ -378,6 +378,13 @@ def replay_blocks(
     return blocks
 
 
+@torch.no_grad()
+def verifier_states(base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Sequence[str]) -> Tensor:
+    """The deep layers' normed states `[B, T, D]` on tokens `[B, T]`, some adapters left out, in one pass."""
+    with base.without_adapters(*without):
+        return base.forward_deep(base.forward_shallow(tokens))
+
+
 def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
     counts = (response_lens - 1).clamp(min=0)

@@ -41,7 +41,7 @@ from dvirl.federated import average_adapters
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Tape, draft_logits_at, generate, judge
+from dvirl.rollout import Tape, draft_logits_at, generate, judge, verifier_states
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer
 from dvirl.trace import plain, read_metrics, write_json
@@ -216,9 +216,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
 
 def _log_probs(trainer: DVITrainer, tokens: Tensor, rows: Tensor, columns: Tensor, off: Sequence[str]) -> Tensor:
     base = trainer.loaded.model
-    with base.without_adapters(*off):
-        hidden = base.forward_deep(base.forward_shallow(tokens))
-    logits: Tensor = base.lm_head(hidden[rows, columns]).float()
+    logits: Tensor = base.lm_head(verifier_states(base, tokens, off)[rows, columns]).float()
     return logits.log_softmax(dim=-1)
 
 
@@ -384,15 +382,9 @@ def _gradient(trainer: DVITrainer, loss: Tensor) -> Tensor:
     return torch.cat([part.flatten().float() for part in found if part is not None])
 
 
-class InOrder(PromptStream):
-    """Prompts in the order given."""
-
-    def _order(self, epoch: int) -> list[int]:
-        return list(range(len(self)))
-
-
 def _on(config: DVIConfig, prompts: Prompts) -> DVITrainer:
-    return DVITrainer(config, None, PromptSplit(InOrder(prompts, config.seed), []))
+    """A trainer on these prompts, in this order."""
+    return DVITrainer(config, None, PromptSplit(PromptStream(prompts, None), []))
 
 
 def _advance(trainer: DVITrainer, goal: float) -> None:
@@ -465,7 +457,7 @@ def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
     study, seed, extra = task.study, task.seed, task.study.extra
     own, probes = _domains(task, extra["clients"], extra["rounds"] * extra["prompts"])
     pooled = [prompt for together in zip(*own, strict=True) for prompt in together]
-    start = {"start_from": _untrained(study.config(seed, folder / "start"), pooled)}
+    start = {"start_from": str(_saved(_on(study.config(seed, folder / "start"), pooled)))}
     for name, variant in task.due():
         streams = {"pooled": pooled} if variant["mode"] == "pooled" else dict(zip(probes, own, strict=True))
         clients = {
@@ -473,10 +465,6 @@ def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
             for client, stream in streams.items()
         }
         yield name, [_in_rounds(clients, probes, extra["rounds"], variant["mode"] == "averaged")]
-
-
-def _untrained(config: DVIConfig, prompts: Prompts) -> str:
-    return str(_saved(_on(config, prompts)))
 
 
 def _saved(trainer: DVITrainer) -> Path:

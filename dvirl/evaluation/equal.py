@@ -20,6 +20,7 @@ from dvirl.errors import DvirlError
 from dvirl.evaluation.acceptance import open_run
 from dvirl.evaluation.agreement import question_sets
 from dvirl.models import DEFAULT_MODEL, LoadedModel, load, load_drafter, resolve_dtype
+from dvirl.rollout import verifier_states
 from dvirl.trace import write_json
 from kangaroo.earlyexit import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
@@ -115,9 +116,8 @@ def last_logits(model: KangarooModel, prompt: Sequence[int], shared: Sequence[in
     """The verifier's logits `[V]` behind a prompt and the answer so far, computed without a cache."""
     base = model.base_model
     ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
-    with base.without_adapters(*(("lora_S",) if target == "base" else ())):
-        hidden = base.forward_deep(base.forward_shallow(ids))
-    logits: Tensor = base.lm_head(hidden[0, -1]).float()
+    states = verifier_states(base, ids, ["lora_S"] if target == "base" else [])
+    logits: Tensor = base.lm_head(states[0, -1]).float()
     return logits
 
 
