@@ -159,10 +159,7 @@ class SGPTrainer:
             DvirlError: if `run_dir` holds another run already.
         """
         config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter()
-        checkpoint.refuse_used(run_dir)
-        checkpoint.write_config(run_dir, config, self.loaded)
-        log, before = run_dir / "metrics.jsonl", self.evaluate()
-        log.touch()
+        log, before = checkpoint.start_log(run_dir, config, self.loaded), self.evaluate()
         stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
         for step in tqdm(range(1, self.num_steps + 1), unit="step", disable=not show_progress):
             metrics = self.step(step, [self.train_set[index] for (index,) in stream.take(config.batch_size)])

@@ -194,12 +194,7 @@ class DVITrainer:
             DvirlError: if `run_dir` holds another run already.
         """
         config, counters = self.config, self.counters
-        run_dir = Path(config.run_dir)
-        if counters.step == 0:
-            checkpoint.refuse_used(run_dir)
-        checkpoint.write_config(run_dir, config, self.loaded)
-        log = run_dir / "metrics.jsonl"
-        log.touch()
+        log = checkpoint.start_log(Path(config.run_dir), config, self.loaded, new=counters.step == 0)
         last_saved = counters.step
         with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
             while counters.prompts < config.num_prompts:
