@@ -22,27 +22,17 @@ class Response:
 
 
 @dataclass(frozen=True)
-class TrainingBatch:
-    """Records with the responses that they stood in, ready for one parallel pass.
+class TrainingBatch(Records):
+    """Records with the responses that they stood in, ready for one parallel pass; `hidden` is as old as the record.
 
     Attributes:
-        tokens: `[B, T]`, responses behind their prompts, padded on the right.
+        tokens: `[B, T]`, responses behind their prompts, padded on the right; `row` points to these.
         prompt_lens: `[B]`.
-        rows, positions: `[N]`, where each record stands.
-        token, reward, verifier_token, verifier_confidence: `[N]`.
-        hidden: `[N, D]`, exit states as stored: detached, and as old as the record.
         verifier_hidden: `[N, D]`.
     """
 
     tokens: Tensor
     prompt_lens: Tensor
-    rows: Tensor
-    positions: Tensor
-    token: Tensor
-    reward: Tensor
-    verifier_token: Tensor
-    verifier_confidence: Tensor
-    hidden: Tensor
     verifier_hidden: Tensor
 
 
@@ -68,11 +58,6 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return len(self._fields["token"]) if self._fields else 0
-
-    @property
-    def num_responses(self) -> int:
-        """Responses that records still point to."""
-        return len(self._responses)
 
     def field(self, name: str) -> Tensor:
         """One field of all records, oldest first."""
@@ -126,25 +111,18 @@ class ReplayBuffer:
         chosen = ids[torch.randperm(len(ids), generator=generator)[:count].to(ids.device)]
         return self.batch(torch.isin(self._fields["response_id"], chosen).nonzero().squeeze(1))
 
-    def sample(self, count: int, generator: torch.Generator) -> TrainingBatch:
-        """`count` records drawn without replacement (all, if there are fewer), oldest first."""
-        order = torch.randperm(len(self), generator=generator)[:count]
-        return self.batch(order.sort().values)
-
     def batch(self, indices: Tensor) -> TrainingBatch:
         """The records at `indices [N]` with their responses."""
         chosen = {name: value[indices.to(value.device)] for name, value in self._fields.items()}
         ids, rows = torch.unique(chosen.pop("response_id"), return_inverse=True)
-        positions = chosen.pop("position")
         responses = [self._responses[int(key)] for key in ids]
         tokens = pad_sequence([response.tokens for response in responses], batch_first=True)
         hidden = pad_sequence([response.verifier_hidden for response in responses], batch_first=True)
         return TrainingBatch(
             tokens=tokens,
             prompt_lens=tokens.new_tensor([response.prompt_len for response in responses]),
-            rows=rows,
-            positions=positions,
-            verifier_hidden=hidden[rows, positions],
+            row=rows,
+            verifier_hidden=hidden[rows, chosen["position"]],
             **chosen,
         )
 

@@ -35,12 +35,6 @@ DRAFTER = "drafter.safetensors"
 STATE = ("trainer.safetensors", "trainer.json")
 
 
-def refuse_used(run_dir: Path) -> None:
-    """Raise `DvirlError` if a run has been logged in this folder."""
-    if (run_dir / "metrics.jsonl").exists():
-        raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
-
-
 def environment() -> dict[str, Any]:
     """What a result depends on besides its settings: versions and machine."""
     packages = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -66,29 +60,38 @@ def circumstances(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path, config: ModelSettings, loaded: LoadedModel, **more: Any) -> Path:
+def write_config(folder: Path, config: ModelSettings, loaded: LoadedModel, **more: Any) -> None:
     """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
     content = {"config": asdict(config), **circumstances(loaded), **more}
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def start_log(run_dir: Path, config: ModelSettings, loaded: LoadedModel, new: bool = True) -> Path:
+    """Write the `config.yaml` of a run, and return its `metrics.jsonl`, which is there from now on.
+
+    Raises:
+        DvirlError: if the run is a new one and another has been logged in this folder.
+    """
+    log = run_dir / "metrics.jsonl"
+    if new and log.exists():
+        raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
+    write_config(run_dir, config, loaded)
+    log.touch()
+    return log
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
+        filled = Path(scratch) / folder.name
+        filled.mkdir()
+        yield filled
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        os.replace(filled, folder)
 
 
 def save(
@@ -145,7 +148,7 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
 
 def export(
     folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: LoadedModel, **made: Any
-) -> Path:
+) -> None:
     """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
 
     Args:
@@ -166,7 +169,6 @@ def export(
         about.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         save_file(_halved(model.drafter_state()), scratch / DRAFTER)
         write_config(scratch, config, loaded, made=made)
-    return folder
 
 
 def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

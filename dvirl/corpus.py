@@ -5,58 +5,23 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, sample_turns
 from dvirl.models import LoadedModel
+from dvirl.rollout import Responses as Responses
 from dvirl.rollout import generate
 
 NGRAM = 13
 """Tokens in a row that training data may not share with a question (GPT-3's decontamination counts 13 words)."""
 SCANNED = 16384
 """Rows hashed at once."""
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Greedy responses behind their prompts, on the CPU.
-
-    Attributes:
-        tokens: `[N, W]` int32, prompt and response without a gap, padded on the right with zeros.
-        prompt_lens, response_lens: `[N]` int64.
-    """
-
-    tokens: Tensor
-    prompt_lens: Tensor
-    response_lens: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def response_tokens(self) -> Tensor:
-        """All response tokens, `[num_tokens]`."""
-        steps = torch.arange(self.tokens.shape[1])
-        starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
-        return self.tokens[(steps >= starts) & (steps < ends)]
-
-    @property
-    def num_tokens(self) -> int:
-        """Response tokens."""
-        return int(self.response_lens.sum())
-
-    def take(self, rows: Tensor) -> Responses:
-        """Some rows, cut to their longest."""
-        prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
-        width = int((prompt_lens + response_lens).max()) if len(rows) else 0
-        return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
 
 
 def join(parts: Sequence[Responses]) -> Responses:
@@ -71,18 +36,12 @@ def join(parts: Sequence[Responses]) -> Responses:
 def answer(loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch: int) -> Responses:
     """The untouched model's greedy answers, prompts of like length answered together."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    rows: list[Tensor] = [torch.empty(0)] * len(prompts)
-    lengths = torch.zeros(len(prompts), dtype=torch.long)
+    parts = []
     for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        rollout = generate(
-            loaded.model, [prompts[i] for i in chosen], max_new_tokens, loaded.eos_ids, keep_states=False
-        )
-        tokens, ends = rollout.tokens.int().cpu(), (rollout.prompt_lens + rollout.response_lens).tolist()
-        for row, index in enumerate(chosen):
-            rows[index] = tokens[row, : ends[row]]
-        lengths[torch.tensor(chosen)] = rollout.response_lens.cpu()
-    return Responses(pad_sequence(rows, batch_first=True), torch.tensor([len(p) for p in prompts]), lengths)
+        together = [prompts[row] for row in order[start : start + batch]]
+        rollout = generate(loaded.model, together, max_new_tokens, loaded.eos_ids, keep_states=False)
+        parts.append(rollout.stored())
+    return join(parts).take(torch.tensor(order).argsort())
 
 
 def write_conversations(
@@ -101,17 +60,14 @@ def write_conversations(
     Raises:
         DvirlError: if the model's chat format has no user turns, or no turn ends.
     """
-    start, answer_frame, again = loaded.chat.frame()
+    start, _, again = loaded.chat.frame()
     openers, rng = Openers(), random.Random(f"{seed}/conversations")
     contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(count)]
 
     def turns(contexts: list[list[int]]) -> list[list[int]]:
         prompts: dict[tuple[int, ...], None] = {}
         for at in range(0, len(contexts), batch):
-            part = contexts[at : at + batch]
-            for context, turn in zip(part, sample_turns(loaded, part, rng.getrandbits(63)), strict=True):
-                if turn is not None:
-                    prompts.setdefault((*context, *turn, *answer_frame))
+            prompts |= dict.fromkeys(sample_turns(loaded, contexts[at : at + batch], rng.getrandbits(63)))
         return [list(prompt) for prompt in prompts]
 
     opening = turns(contexts)

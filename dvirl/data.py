@@ -212,13 +212,14 @@ def chatterbot_prompts() -> list[Prompt]:
 class PromptStream:
     """Encoded prompts in seeded random order, without end: each pass over the prompts is shuffled anew.
 
-    `position` counts the prompts taken so far; setting it moves the stream there.
+    Without a seed they come in the order given. `position` counts the prompts taken so far; setting it moves the stream
+    there.
 
     Raises:
         DvirlError: if there are no prompts.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], seed: int | None) -> None:
         if not prompts:
             raise DvirlError("the prompt stream is empty; expected at least one prompt")
         self.prompts = [list(prompt) for prompt in prompts]
@@ -230,7 +231,8 @@ class PromptStream:
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.prompts)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        if self._seed is not None:
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
 
     def take(self, count: int) -> list[list[int]]:
@@ -249,14 +251,6 @@ class PromptStream:
         prompts = self.take(count)
         self.position = before
         return prompts
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to where `state_dict` was taken."""
-        self.position = state["position"]
 
 
 @dataclass(frozen=True)

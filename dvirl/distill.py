@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from dvirl.errors import DvirlError
 from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import draft_vocabulary, response_index
+from dvirl.rollout import draft_vocabulary, response_index, verifier_states
 from dvirl.settings import choice, number
-from dvirl.trace import MetricsLog, cut_log, read_metrics
+from dvirl.trace import cut_log, log_line, read_metrics
 from kangaroo.adapter import DRAFTERS
 from kangaroo.kangaroo_model import HEADS, KangarooModel
 
@@ -103,37 +103,6 @@ class DistillConfig(DraftSettings):
     """Updates between log lines."""
     checkpoint_every: int = number(2000, 1)
     """Updates between checkpoints, which fall on log lines; one is always written at the end."""
-
-
-@dataclass(frozen=True)
-class DistillMetrics:
-    """One log line of training, means over the updates since the line before.
-
-    Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
-    (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
-
-    Attributes:
-        phase: "train".
-        step: updates so far.
-        tokens: response tokens learned from so far.
-        loss: what was minimised, nats a token.
-        agreement: share of positions where the draft's argmax was the verifier's token, before the update.
-        lr, grad_norm: of the last update, the norm before clipping.
-        tok_per_s: response tokens learned from over wall seconds.
-        memory_gb: highest memory use so far, of the accelerator if there is one.
-        wall_s: seconds of training so far.
-    """
-
-    phase: str
-    step: int
-    tokens: int
-    loss: float
-    agreement: float
-    lr: float
-    grad_norm: float
-    tok_per_s: float
-    memory_gb: float
-    wall_s: float
 
 
 @dataclass(frozen=True)
@@ -210,6 +179,7 @@ class Distiller:
         self.config = config
         self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
         self.run_dir = Path(config.run_dir)
+        self.log = self.run_dir / "metrics.jsonl"
         checkpoint.claim(self.run_dir, config, self.loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
         base = self.loaded.model
@@ -255,7 +225,7 @@ class Distiller:
         )
         write_shard(path, shard)
         figures = {"tokens": shard.num_tokens, "memory_gb": self._memory_gb(), "wall_s": time.perf_counter() - began}
-        self._log({"phase": "write", "shard": index, **figures})
+        log_line(self.log, {"phase": "write", "shard": index, **figures})
 
     def _chosen(self, responses: Responses) -> tuple[Responses, dict[str, int]]:
         """The responses to learn from, and how many others there are: repeats, too short ones, excluded ones."""
@@ -284,9 +254,9 @@ class Distiller:
         """
         config, saved = self.config, self.step
         train_only(self.model, self.parameters)
-        cut_log(self.run_dir / "metrics.jsonl", self.step)
+        cut_log(self.log, self.step)
         counts = {"rows": len(self.responses), "tokens": self.responses.num_tokens, **self.left_out}
-        self._log({"phase": "start", "step": self.step, **counts})
+        log_line(self.log, {"phase": "start", "step": self.step, **counts})
         began, mark = time.perf_counter() - self.wall_s, (self.tokens, self.wall_s)
         window: list[tuple[Tensor, Tensor, Tensor]] = []
         batches = self.batches()
@@ -298,8 +268,8 @@ class Distiller:
                 if self.step % config.log_every and self.progress < 1.0:
                     continue
                 metrics = self._metrics(window, mark, began)
-                self._log(asdict(metrics))
-                bar.set_postfix_str(f"agreement {metrics.agreement:.3f}, {metrics.tok_per_s:,.0f} tok/s")
+                log_line(self.log, metrics)
+                bar.set_postfix_str(f"agreement {metrics['agreement']:.3f}, {metrics['tok_per_s']:,.0f} tok/s")
                 window, mark = [], (self.tokens, self.wall_s)
                 if self.step - saved >= config.checkpoint_every:
                     self.save_checkpoint()
@@ -309,7 +279,7 @@ class Distiller:
     def _finish(self) -> DistillResult:
         """Write the last checkpoint and the drafter; sum up the log."""
         folder, drafter = self.save_checkpoint(), self.run_dir / "drafter"
-        table = read_metrics(self.run_dir / "metrics.jsonl")
+        table = read_metrics(self.log)
         written = table[table.phase == "write"]
         result = DistillResult(
             written=int(written.tokens.sum()),
@@ -325,11 +295,6 @@ class Distiller:
         made = {**asdict(result), **self.left_out}
         checkpoint.export(drafter, self.peft_model, self.model, self.config, self.loaded, **made)
         return result
-
-    def _log(self, line: Mapping[str, Any]) -> None:
-        log = MetricsLog(self.run_dir / "metrics.jsonl")
-        log.write(line)
-        log.close()
 
     def _memory_gb(self) -> float:
         """Highest memory use so far, of the accelerator if there is one."""
@@ -354,17 +319,15 @@ class Distiller:
         per_pass = math.ceil(len(self.responses) / size)
         for number_ in range(self.step // per_pass, config.passes):
             groups = torch.split(self._order(number_), TEACHER_BATCHES * size)
-            done = self.step - number_ * per_pass
-            for index, rows in enumerate(groups):
-                first = index * TEACHER_BATCHES
-                if first + TEACHER_BATCHES <= done:
-                    continue
+            passed, begun = divmod(self.step - number_ * per_pass, TEACHER_BATCHES)
+            for rows in groups[passed:]:
                 group = self.responses.take(rows)
                 tokens = group.tokens.to(self.loaded.model.device)
-                states = self._verifier_states(tokens)
-                for start in range(max(0, done - first) * size, len(rows), size):
+                states = verifier_states(self.loaded.model, tokens, ["lora_S"])
+                for start in range(begun * size, len(rows), size):
                     part = slice(start, start + size)
                     yield Responses(tokens[part], group.prompt_lens[part], group.response_lens[part]), states[part]
+                begun = 0
 
     def _order(self, number_: int) -> Tensor:
         """All rows in the random order of a pass, sorted by length within every few updates."""
@@ -376,12 +339,6 @@ class Distiller:
         groups = [group for part in parts[:-1] for group in torch.split(part, TEACHER_BATCHES * self.config.batch)]
         shuffle = torch.randperm(len(groups), generator=generator).tolist()
         return torch.cat([*(groups[i] for i in shuffle), *parts[-1:]])
-
-    @torch.no_grad()
-    def _verifier_states(self, tokens: Tensor) -> Tensor:
-        base = self.loaded.model
-        with base.without_adapters("lora_S"):
-            return base.forward_deep(base.forward_shallow(tokens))
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses; its loss, agreement and gradient norm, left on the device."""
@@ -427,26 +384,41 @@ class Distiller:
 
     def _metrics(
         self, window: list[tuple[Tensor, Tensor, Tensor]], mark: tuple[int, float], began: float
-    ) -> DistillMetrics:
-        """The line of the updates in `window`, since the tokens and seconds in `mark`; the device is waited for."""
+    ) -> dict[str, Any]:
+        """The log line of the updates in `window`, since the tokens and seconds in `mark`; the device is waited for.
+
+        Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
+        (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
+
+        Returns:
+            phase: "train".
+            step: updates so far.
+            tokens: response tokens learned from so far.
+            loss: what was minimised, nats a token, mean over the window.
+            agreement: share of positions where the draft's argmax was the verifier's token, before the update, mean.
+            lr, grad_norm: of the last update, the norm before clipping.
+            tok_per_s: response tokens learned from over wall seconds, in the window.
+            memory_gb: highest memory use so far, of the accelerator if there is one.
+            wall_s: seconds of training so far.
+        """
         loss, agreement, norm = (torch.stack(values) for values in zip(*window, strict=True))
         broken = (~(loss.isfinite() & norm.isfinite())).nonzero()
         if len(broken):
             step = self.step - len(window) + 1 + int(broken[0])
             raise DvirlError(f"step {step}: loss or gradient is not finite; the last checkpoint is before it")
         self.wall_s = time.perf_counter() - began
-        return DistillMetrics(
-            phase="train",
-            step=self.step,
-            tokens=self.tokens,
-            loss=float(loss.mean()),
-            agreement=float(agreement.mean()),
-            lr=self.optimizers.lr,
-            grad_norm=float(norm[-1]),
-            tok_per_s=(self.tokens - mark[0]) / (self.wall_s - mark[1]),
-            memory_gb=self._memory_gb(),
-            wall_s=self.wall_s,
-        )
+        return {
+            "phase": "train",
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": float(loss.mean()),
+            "agreement": float(agreement.mean()),
+            "lr": self.optimizers.lr,
+            "grad_norm": float(norm[-1]),
+            "tok_per_s": (self.tokens - mark[0]) / (self.wall_s - mark[1]),
+            "memory_gb": self._memory_gb(),
+            "wall_s": self.wall_s,
+        }
 
     # State
 

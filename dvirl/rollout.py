@@ -7,7 +7,7 @@ one parallel shallow pass over that text, and replaying the block rule over them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kangaroo.adapter import KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, choose_tokens
-from kangaroo.kangaroo_model import Decoded, KangarooModel
+from kangaroo.kangaroo_model import KangarooModel
 
 Sampler = Callable[[Tensor], Tensor]
 """Picks tokens `[B]` from float32 logits `[B, V]`."""
@@ -30,24 +30,17 @@ LOOK_EVERY = 16
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """The verifier's responses to a batch of prompts.
+class Responses:
+    """Responses behind their prompts.
 
     Attributes:
         tokens: `[B, P + R]`, prompt and response without a gap, padded on the right with zeros.
-        prompt_lens, response_lens: `[B]`; an end-of-sequence token counts.
-        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token; `[B, R, 0]`
-            if they were not kept.
-        verifier_confidence: `[B, R]`, its probability of the token that it chose.
-        max_new_tokens: the length limit, which the block rule needs.
+        prompt_lens, response_lens: `[B]` int64; an end-of-sequence token counts.
     """
 
     tokens: Tensor
     prompt_lens: Tensor
     response_lens: Tensor
-    verifier_hidden: Tensor
-    verifier_confidence: Tensor
-    max_new_tokens: int
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,18 +50,52 @@ class Rollout:
         """Response tokens, all rows together."""
         return int(self.response_lens.sum())
 
-    def rows(self, start: int, stop: int) -> Rollout:
-        """Rows start…stop-1, cut to their longest."""
-        width = int((self.prompt_lens + self.response_lens)[start:stop].max())
-        reach = int(self.response_lens[start:stop].max())
-        return Rollout(
-            tokens=self.tokens[start:stop, :width],
-            prompt_lens=self.prompt_lens[start:stop],
-            response_lens=self.response_lens[start:stop],
-            verifier_hidden=self.verifier_hidden[start:stop, :reach],
-            verifier_confidence=self.verifier_confidence[start:stop, :reach],
-            max_new_tokens=self.max_new_tokens,
-        )
+    def response_tokens(self) -> Tensor:
+        """All response tokens, `[num_tokens]`."""
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
+        return self.tokens[(steps >= starts) & (steps < ends)]
+
+    def take(self, rows: Tensor) -> Responses:
+        """Some rows, cut to their longest."""
+        prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
+        width = int((prompt_lens + response_lens).max()) if len(rows) else 0
+        return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
+
+    def stored(self) -> Responses:
+        """These alone, on the CPU, tokens as int32."""
+        return Responses(self.tokens.int().cpu(), self.prompt_lens.cpu(), self.response_lens.cpu())
+
+
+@dataclass(frozen=True)
+class Rollout(Responses):
+    """The verifier's responses to a batch of prompts, and its states.
+
+    Attributes:
+        verifier_hidden: `[B, R, D]`, the normed states from which the verifier chose each response token; `[B, R, 0]`
+            if they were not kept.
+        verifier_confidence: `[B, R]`, its probability of the token that it chose.
+        max_new_tokens: the length limit, which the block rule needs.
+    """
+
+    verifier_hidden: Tensor
+    verifier_confidence: Tensor
+    max_new_tokens: int
+
+    def groups(self, size: int) -> Iterator[Rollout]:
+        """So many rows at a time, cut to their longest."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            width = int((self.prompt_lens + self.response_lens)[rows].max())
+            reach = int(self.response_lens[rows].max())
+            yield Rollout(
+                tokens=self.tokens[rows, :width],
+                prompt_lens=self.prompt_lens[rows],
+                response_lens=self.response_lens[rows],
+                verifier_hidden=self.verifier_hidden[rows, :reach],
+                verifier_confidence=self.verifier_confidence[rows, :reach],
+                max_new_tokens=self.max_new_tokens,
+            )
 
     def prompts(self) -> list[list[int]]:
         """The prompts' tokens."""
@@ -78,12 +105,6 @@ class Rollout:
         """All responses' tokens, without padding."""
         spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.response_lens.tolist(), strict=True)
         return [tokens[start : start + length] for tokens, start, length in spans]
-
-    def response(self, row: int) -> list[int]:
-        """One response's tokens."""
-        start = int(self.prompt_lens[row])
-        tokens: list[int] = self.tokens[row, start : start + int(self.response_lens[row])].tolist()
-        return tokens
 
 
 class Tape:
@@ -182,23 +203,18 @@ class _Batch:
         self.deep = KVCache(model.config, layers - split, len(tokens), capacity, like)
         shared = common_prefix(tokens, lengths)
         if shared:
-            self._fill_prefix(tokens[:1, :shared])
+            self._fill(_Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target), shared)
         hidden = self._forward(tokens[:, shared:])
         self.rows = torch.arange(len(tokens), device=tokens.device)
         self.shallow.length = self.deep.length = lengths
         self.last = hidden[self.rows, lengths - shared - 1]
 
-    def _fill_prefix(self, prefix: Tensor) -> None:
-        """Compute the prefix `[1, C]` that all rows share once, and copy its keys and values to every row."""
-        own = self.shallow, self.deep
-        config, like = self.model.config, self.model.model.norm.weight
-        self.shallow, self.deep = (KVCache(config, len(c.keys), 1, prefix.shape[1], like) for c in own)
-        self._forward(prefix)
-        for target, source in zip(own, (self.shallow, self.deep), strict=True):
-            for wide, one in zip(target.keys + target.values, source.keys + source.values, strict=True):
-                wide[:, :, : prefix.shape[1]] = one
-            target.length = prefix.shape[1]
-        self.shallow, self.deep = own
+    def _fill(self, prefix: _Batch, length: int) -> None:
+        """Copy the keys and values of the prefix that all rows share, computed once, to every row."""
+        for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
+            for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
+                wide[:, :, :length] = one
+            own.length = length
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.model.without_adapters(*(("lora_S",) if self.target == "base" else ())):
@@ -362,6 +378,13 @@ def replay_blocks(
     return blocks
 
 
+@torch.no_grad()
+def verifier_states(base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Sequence[str]) -> Tensor:
+    """The deep layers' normed states `[B, T, D]` on tokens `[B, T]`, some adapters left out, in one pass."""
+    with base.without_adapters(*without):
+        return base.forward_deep(base.forward_shallow(tokens))
+
+
 def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
     counts = (response_lens - 1).clamp(min=0)
@@ -459,22 +482,3 @@ def score_drafts(
 def judge(model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None) -> Judgement:
     """What drafting by these settings does on a rollout; arguments as in `score_drafts`."""
     return score_drafts(model, rollout, draft_rollout(model, rollout), settings, noise)
-
-
-def records_of(decoded: Decoded, prompt_len: int, row: int = 0) -> Records:
-    """The records of one step-by-step decoding, in the same form."""
-    blocks = [block for block in decoded.blocks if block.num_drafted]
-    device = decoded.blocks[0].verifier_confidence.device
-    count = [block.num_drafted for block in blocks]
-    rewards = [float(i < block.num_accepted) for block in blocks for i in range(block.num_drafted)]
-    positions = [block.start - prompt_len + i for block in blocks for i in range(block.num_drafted)]
-    own = [decoded.tokens[position] for position in positions]
-    return Records(
-        hidden=torch.cat([block.draft.exit_hidden[:n] for block, n in zip(blocks, count, strict=True)]),
-        token=torch.cat([block.draft.tokens[:n] for block, n in zip(blocks, count, strict=True)]),
-        reward=torch.tensor(rewards, device=device),
-        verifier_confidence=torch.cat([block.verifier_confidence[:n] for block, n in zip(blocks, count, strict=True)]),
-        verifier_token=torch.tensor(own, device=device),
-        row=torch.full((len(own),), row, device=device),
-        position=torch.tensor(positions, device=device),
-    )

@@ -24,7 +24,7 @@ from dvirl.errors import DvirlError
 from dvirl.lora import attach_draft, clipped_step, cosine_rate, make_optimizer, shallow_parameters, train_only
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import draft_vocabulary
-from dvirl.trace import MetricsLog
+from dvirl.trace import log_line
 from kangaroo.kangaroo_model import KangarooModel
 
 
@@ -159,14 +159,11 @@ class SGPTrainer:
             DvirlError: if `run_dir` holds another run already.
         """
         config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter()
-        checkpoint.refuse_used(run_dir)
-        checkpoint.write_config(run_dir, config, self.loaded)
-        log, before = MetricsLog(run_dir / "metrics.jsonl"), self.evaluate()
+        log, before = checkpoint.start_log(run_dir, config, self.loaded), self.evaluate()
         stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
         for step in tqdm(range(1, self.num_steps + 1), unit="step", disable=not show_progress):
             metrics = self.step(step, [self.train_set[index] for (index,) in stream.take(config.batch_size)])
-            log.write({"step": step, **metrics, "wall_s": time.perf_counter() - began})
-        log.close()
+            log_line(log, {"step": step, **metrics, "wall_s": time.perf_counter() - began})
         folder = checkpoint.save(run_dir, self.num_steps, self.peft_model, self.model)
         return SGPResult(before, self.evaluate(), self.num_steps, str(folder))
 

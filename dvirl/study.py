@@ -41,7 +41,7 @@ from dvirl.federated import average_adapters
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Tape, draft_logits_at, generate, judge
+from dvirl.rollout import Tape, draft_logits_at, generate, judge, verifier_states
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer
 from dvirl.trace import plain, read_metrics, write_json
@@ -177,8 +177,7 @@ def judge_prompts(trainer: DVITrainer, prompts: Sequence[Sequence[int]]) -> dict
     rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids, config.target)
     served = Served()
     served.add(rollout, judge(trainer.model, rollout, config.decode))
-    cpu = Responses(rollout.tokens.cpu(), rollout.prompt_lens.cpu(), rollout.response_lens.cpu())
-    agreement = asdict(measure_agreement(trainer.model, cpu))
+    agreement = asdict(measure_agreement(trainer.model, rollout.stored()))
     return {
         "accept_rate": served.accepted / max(1, served.drafted),
         "mat": served.committed / max(1, served.blocks),
@@ -217,9 +216,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
 
 def _log_probs(trainer: DVITrainer, tokens: Tensor, rows: Tensor, columns: Tensor, off: Sequence[str]) -> Tensor:
     base = trainer.loaded.model
-    with base.without_adapters(*off):
-        hidden = base.forward_deep(base.forward_shallow(tokens))
-    logits: Tensor = base.lm_head(hidden[rows, columns]).float()
+    logits: Tensor = base.lm_head(verifier_states(base, tokens, off)[rows, columns]).float()
     return logits.log_softmax(dim=-1)
 
 
@@ -370,7 +367,7 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
         "many": _gradient(trainer, torch.stack(redrawn).mean()),
     }
     with torch.no_grad():
-        _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
+        _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
     return {
         **{f"cos_{name}": float(F.cosine_similarity(one, exact, dim=0)) for name, one in gradients.items()},
         **{f"along_{name}": float(gradients[name] @ exact / exact.square().sum()) for name in ("stale", "redrawn")},
@@ -385,15 +382,9 @@ def _gradient(trainer: DVITrainer, loss: Tensor) -> Tensor:
     return torch.cat([part.flatten().float() for part in found if part is not None])
 
 
-class InOrder(PromptStream):
-    """Prompts in the order given."""
-
-    def _order(self, epoch: int) -> list[int]:
-        return list(range(len(self)))
-
-
 def _on(config: DVIConfig, prompts: Prompts) -> DVITrainer:
-    return DVITrainer(config, None, PromptSplit(InOrder(prompts, config.seed), []))
+    """A trainer on these prompts, in this order."""
+    return DVITrainer(config, None, PromptSplit(PromptStream(prompts, None), []))
 
 
 def _advance(trainer: DVITrainer, goal: float) -> None:
@@ -466,7 +457,7 @@ def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
     study, seed, extra = task.study, task.seed, task.study.extra
     own, probes = _domains(task, extra["clients"], extra["rounds"] * extra["prompts"])
     pooled = [prompt for together in zip(*own, strict=True) for prompt in together]
-    start = {"start_from": _untrained(study.config(seed, folder / "start"), pooled)}
+    start = {"start_from": str(_saved(_on(study.config(seed, folder / "start"), pooled)))}
     for name, variant in task.due():
         streams = {"pooled": pooled} if variant["mode"] == "pooled" else dict(zip(probes, own, strict=True))
         clients = {
@@ -474,10 +465,6 @@ def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
             for client, stream in streams.items()
         }
         yield name, [_in_rounds(clients, probes, extra["rounds"], variant["mode"] == "averaged")]
-
-
-def _untrained(config: DVIConfig, prompts: Prompts) -> str:
-    return str(_saved(_on(config, prompts)))
 
 
 def _saved(trainer: DVITrainer) -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 
@@ -82,22 +82,10 @@ def write_json(path: str | Path, values: Any) -> None:
     Path(path).write_text(json.dumps(plain(values), indent=1) + "\n")
 
 
-class MetricsLog:
-    """Appends steps to a JSONL file, each line complete on disk when `write` returns."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def write(self, metrics: Any) -> None:
-        """Append one line, a dataclass or a mapping; numbers that JSON cannot spell become null."""
-        values = metrics if isinstance(metrics, Mapping) else asdict(metrics)
-        self._file.write(json.dumps(plain(values)) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def log_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append one line to a JSONL file, complete on disk at once; numbers that JSON cannot spell become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain(values)) + "\n")
 
 
 def cut_log(path: Path, step: int) -> None:

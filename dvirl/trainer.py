@@ -36,7 +36,7 @@ from dvirl.rollout import (
     generate,
     score_drafts,
 )
-from dvirl.trace import MetricsLog, StepMetrics
+from dvirl.trace import StepMetrics, log_line
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -126,8 +126,7 @@ def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfi
     if config.draft_vocab == 0:
         return None
     rollout = generate(loaded.model, split.stream.peek(VOCAB_SAMPLE), config.max_new_tokens, loaded.eos_ids)
-    tokens = torch.tensor([token for response in rollout.responses() for token in response])
-    return draft_vocabulary(tokens, loaded.model.config.vocab_size, config.draft_vocab)
+    return draft_vocabulary(rollout.response_tokens(), loaded.model.config.vocab_size, config.draft_vocab)
 
 
 def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
@@ -195,23 +194,18 @@ class DVITrainer:
             DvirlError: if `run_dir` holds another run already.
         """
         config, counters = self.config, self.counters
-        run_dir = Path(config.run_dir)
-        if counters.step == 0:
-            checkpoint.refuse_used(run_dir)
-        checkpoint.write_config(run_dir, config, self.loaded)
-        log = MetricsLog(run_dir / "metrics.jsonl")
+        log = checkpoint.start_log(Path(config.run_dir), config, self.loaded, new=counters.step == 0)
         last_saved = counters.step
         with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
             while counters.prompts < config.num_prompts:
                 for metrics in self.advance():
-                    log.write(metrics)
+                    log_line(log, asdict(metrics))
                     bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
                     bar.update(metrics.prompts - bar.n)
                 bar.update(counters.prompts - bar.n)
                 if counters.step - last_saved >= config.checkpoint_every:
                     self.save_checkpoint()
                     last_saved = counters.step
-        log.close()
         self.save_checkpoint()
 
     def advance(self) -> Iterator[StepMetrics]:
@@ -230,8 +224,7 @@ class DVITrainer:
         with self._timed("rollout_s"):
             prompts = self.split.stream.take(min(config.rollout_batch, config.num_prompts - self.counters.prompts))
             rollout = self.answer(prompts)
-        for start in range(0, len(rollout), config.judge_batch):
-            group = rollout.rows(start, min(start + config.judge_batch, len(rollout)))
+        for group in rollout.groups(config.judge_batch):
             with self._timed("fast_s"):
                 self._judge(group)
             yield group
@@ -296,7 +289,7 @@ class DVITrainer:
 
     def decisions(self, batch: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0) -> Decisions:
         """A batch of records as the objectives see it, with gradients to what `train_only` lets learn."""
-        logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.rows, batch.positions)
+        logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
         return Decisions(
             config=self.config,
             logits=logits,
@@ -354,8 +347,8 @@ class DVITrainer:
             exit_hidden = base.forward_shallow(batch.tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not without), base.without_adapters(*without):
             hidden = base.forward_deep(exit_hidden)
-            before = batch.prompt_lens[batch.rows] + batch.positions - 1
-            logits: Tensor = base.lm_head(hidden[batch.rows[chosen], before[chosen]]).float()
+            before = batch.prompt_lens[batch.row] + batch.position - 1
+            logits: Tensor = base.lm_head(hidden[batch.row[chosen], before[chosen]]).float()
         return logits
 
     def _apply(self, optimizer: Optimizer, loss: Tensor, lr: float) -> float:
@@ -434,7 +427,7 @@ class DVITrainer:
             "served": asdict(self.served),
             "rates": self.rates,
             "baseline": [self.baseline.value, self.baseline.count],
-            "stream": self.split.stream.state_dict(),
+            "stream": {"position": self.split.stream.position},
             "buffer": buffer["numbers"],
         }
         return {"tensors": tensors, "numbers": numbers}
@@ -445,7 +438,7 @@ class DVITrainer:
         self.counters, self.served = Counters(**numbers["counters"]), Served(**numbers["served"])
         self.rates = numbers["rates"]
         self.baseline.value, self.baseline.count = numbers["baseline"]
-        self.split.stream.load_state_dict(numbers["stream"])
+        self.split.stream.position = numbers["stream"]["position"]
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
         for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):

@@ -33,14 +33,14 @@ def test_the_oldest_go_first():
     buffer, kept = filled(capacity=20)
     tokens = torch.cat([records.token for records, _ in kept])
     assert len(buffer) == 20 and torch.equal(buffer.field("token"), tokens[-20:])
-    assert buffer.num_responses <= 20
-    assert len(buffer.batch(torch.arange(20)).token) == 20
+    batch = buffer.batch(torch.arange(20))
+    assert len(batch) == 20 and len(batch.tokens) <= 20
 
 
 def test_every_record_finds_its_place():
     buffer, _ = filled()
     batch = buffer.batch(torch.arange(len(buffer)))
-    own = batch.tokens[batch.rows, batch.prompt_lens[batch.rows] + batch.positions]
+    own = batch.tokens[batch.row, batch.prompt_lens[batch.row] + batch.position]
     assert torch.equal(own, batch.verifier_token)
     assert torch.equal((batch.token == own).float(), batch.reward)
     model = tiny_kangaroo(1, 3)
@@ -66,10 +66,9 @@ def test_recent_and_sampled_responses():
     assert torch.equal(recent.token, kept[-1][0].token)
     drawn = buffer.sample_responses(2, torch.Generator().manual_seed(0))
     assert len(drawn.tokens) == 2
-    sample = buffer.sample(5, torch.Generator().manual_seed(0))
-    assert len(sample.token) == 5
-    assert torch.equal(sample.token, buffer.sample(5, torch.Generator().manual_seed(0)).token)
-    assert len(buffer.sample(10_000, torch.Generator()).token) == len(buffer)
+    again = buffer.sample_responses(2, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.token, again.token)
+    assert len(buffer.sample_responses(10_000, torch.Generator())) == len(buffer)
 
 
 def test_its_state_comes_back():

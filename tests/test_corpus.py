@@ -52,7 +52,7 @@ def test_answers_are_those_of_one_prompt_at_a_time_in_the_prompts_order(batch):
     loaded, prompts = talkative(), random_prompts(11)
     found = answer(loaded, prompts, 9, batch)
     assert found.tokens.dtype == torch.int32 and found.prompt_lens.tolist() == [len(prompt) for prompt in prompts]
-    alone = [prompt + generate(loaded.model, [prompt], 9, ENDS).response(0) for prompt in prompts]
+    alone = [prompt + generate(loaded.model, [prompt], 9, ENDS).responses()[0] for prompt in prompts]
     assert rows_of(found) == alone and len({len(row) for row in alone}) > 3
     assert found.num_tokens == sum(map(len, alone)) - sum(map(len, prompts)) == len(found.response_tokens())
     expected = [row[len(prompt) :] for row, prompt in zip(alone, prompts, strict=True)]

@@ -108,11 +108,11 @@ def test_a_stream_goes_on_from_a_saved_position(count, seed, taken, more):
     prompts = [[n] for n in range(count)]
     stream = PromptStream(prompts, seed)
     stream.take(taken)
-    saved = stream.state_dict()
+    saved = stream.position
     peeked = stream.peek(more)
     expected = stream.take(more)
     again = PromptStream(prompts, seed)
-    again.load_state_dict(saved)
+    again.position = saved
     assert again.take(more) == expected == peeked
 
 

@@ -137,7 +137,7 @@ def test_the_fast_gradient_equals_an_independent_recomputation(actions):
     model, total = trainer.model, 0.0
     ids = model.draft_ids.tolist()
     for n in range(len(batch.token)):
-        row, position = int(batch.rows[n]), int(batch.positions[n])
+        row, position = int(batch.row[n]), int(batch.position[n])
         prefix = batch.tokens[row, : int(batch.prompt_lens[row]) + position][None]
         states = model.base_model(prefix, output_hidden_states=True).hidden_states[2]
         hidden = model.adapter_model.forward_early_stop(states)[0, -1]
@@ -163,8 +163,8 @@ def test_the_frozen_reference_is_the_base():
     with torch.no_grad():
         frozen = trainer._verifier_logits(batch, everywhere, without=("lora_D",))
         untouched = tiny_loaded().model(batch.tokens).logits
-    before = batch.prompt_lens[batch.rows] + batch.positions - 1
-    torch.testing.assert_close(frozen, untouched[batch.rows, before], atol=1e-4, rtol=0)
+    before = batch.prompt_lens[batch.row] + batch.position - 1
+    torch.testing.assert_close(frozen, untouched[batch.row, before], atol=1e-4, rtol=0)
     assert trainer.measure_drift(batch).drift_kl > 1e-4
 
 

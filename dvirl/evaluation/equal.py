@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dvirl.errors import DvirlError
 from dvirl.evaluation.acceptance import open_run
 from dvirl.evaluation.agreement import question_sets
 from dvirl.models import DEFAULT_MODEL, LoadedModel, load, load_drafter, resolve_dtype
+from dvirl.rollout import verifier_states
 from dvirl.trace import write_json
 from kangaroo.earlyexit import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
@@ -110,13 +112,12 @@ def compare(
 
 
 @torch.no_grad()
-def last_logits(model: KangarooModel, tokens: Sequence[int], target: str = "base") -> Tensor:
-    """The verifier's logits `[V]` behind `tokens`, computed without a cache."""
+def last_logits(model: KangarooModel, prompt: Sequence[int], shared: Sequence[int], target: str = "base") -> Tensor:
+    """The verifier's logits `[V]` behind a prompt and the answer so far, computed without a cache."""
     base = model.base_model
-    ids = torch.tensor([list(tokens)], device=base.lm_head.weight.device)
-    with base.without_adapters(*(("lora_S",) if target == "base" else ())):
-        hidden = base.forward_deep(base.forward_shallow(ids))
-    logits: Tensor = base.lm_head(hidden[0, -1]).float()
+    ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
+    states = verifier_states(base, ids, ["lora_S"] if target == "base" else [])
+    logits: Tensor = base.lm_head(states[0, -1]).float()
     return logits
 
 
@@ -160,13 +161,10 @@ def compare_decoders(
             first, second = (model.generate(prompt, limit, how, eos_ids).tokens for how in (alone, settings))
             answers.append((first, second))
     model.float()
-    found: list[Difference | None] = []
-    for (name, prompt), (first, second) in zip(named, answers, strict=True):
-
-        def after(shared: Sequence[int], prompt: list[int] = prompt) -> Tensor:
-            return last_logits(model, [*prompt, *shared], settings.target)
-
-        found.append(compare(name, first, second, limit, eos_ids, dtype, after))
+    found = [
+        compare(name, *pair, limit, eos_ids, dtype, partial(last_logits, model, prompt, target=settings.target))
+        for (name, prompt), pair in zip(named, answers, strict=True)
+    ]
     differences = [one for one in found if one is not None]
     return Report(len(named), len(named) - len(differences), differences)
 
@@ -253,11 +251,7 @@ def _compare_turns(
         after: LogitsAfter | None = None
         if turns is not None and index < len(turns):
             said = [part for both in zip(turns, own[:index], strict=False) for part in both]
-            prompt = loaded.chat.encode([*said, turns[index]])
-
-            def after(shared: Sequence[int], prompt: list[int] = prompt) -> Tensor:
-                return last_logits(model, [*prompt, *shared])
-
+            after = partial(last_logits, model, loaded.chat.encode([*said, turns[index]]))
         return compare(f"{name}, turn {index + 1}", first, second, limit, loaded.eos_ids, dtype, after)
     return None
 

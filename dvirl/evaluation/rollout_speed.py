@@ -39,9 +39,7 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
 
     def batched() -> int:
         rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids, config.target)
-        groups = range(0, len(rollout), config.judge_batch)
-        parts = [rollout.rows(start, min(start + config.judge_batch, len(rollout))) for start in groups]
-        return sum(len(judge(model, part, config.decode).records) for part in parts)
+        return sum(len(judge(model, group, config.decode).records) for group in rollout.groups(config.judge_batch))
 
     ways: dict[str, Callable[[], int]] = {"batched": batched, "step_by_step": step_by_step}
     rates: dict[str, list[float]] = {name: [] for name in ways}
