@@ -15,8 +15,7 @@ from torch import Tensor
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, sample_turns
 from dvirl.models import LoadedModel
-from dvirl.rollout import Responses as Responses
-from dvirl.rollout import generate
+from dvirl.rollout import Responses, generate
 
 NGRAM = 13
 """Tokens in a row that training data may not share with a question (GPT-3's decontamination counts 13 words)."""

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from dvirl import checkpoint, settings
 from dvirl.config import DraftSettings
-from dvirl.corpus import Responses, join, overlapping, read_shard, without_repeats, write_conversations, write_shard
+from dvirl.corpus import join, overlapping, read_shard, without_repeats, write_conversations, write_shard
 from dvirl.data import read_prompts
 from dvirl.errors import DvirlError
 from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import draft_vocabulary, response_index, verifier_states
+from dvirl.rollout import Responses, draft_vocabulary, response_index, verifier_states
 from dvirl.settings import choice, number
 from dvirl.trace import cut_log, log_line, read_metrics
 from kangaroo.adapter import DRAFTERS

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dvirl import checkpoint
 from dvirl.buffer import TrainingBatch
 from dvirl.config import DraftSettings, DVIConfig, SGPConfig
-from dvirl.corpus import Responses, answer
+from dvirl.corpus import answer
 from dvirl.data import PromptSplit, PromptStream, chatterbot_prompts, load_prompts, read_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import measure_agreement
@@ -41,7 +41,7 @@ from dvirl.federated import average_adapters
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Tape, draft_logits_at, generate, judge, verifier_states
+from dvirl.rollout import Responses, Tape, draft_logits_at, generate, judge, verifier_states
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer
 from dvirl.trace import plain, read_metrics, write_json

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from typing import TYPE_CHECKING
 
-from kangaroo.earlyexit import DecodeConfig, Verification
+if TYPE_CHECKING:
+    from kangaroo.earlyexit import DecodeConfig, Verification
 
 LONGEST_NGRAM = 4
 """Tokens that a lookup compares at most."""
@@ -254,11 +255,3 @@ class Governor(Chooser):
         if looked_up and verdict.num_drafted > learned:
             self._records[self._tail].accepted += verdict.num_accepted - learned
             self._records[self._tail].scored += verdict.num_drafted - learned
-
-
-def fitted(times: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Medians of repeated timings of growing blocks, made to grow: noise must not make a longer block look cheaper."""
-    costs: list[float] = []
-    for repeats in times:
-        costs.append(max(median(repeats), costs[-1] if costs else 0.0))
-    return tuple(costs)

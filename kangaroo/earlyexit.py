@@ -26,6 +26,7 @@ from kangaroo.adapter import (
     plan_uncached,
     rotary_for,
 )
+from kangaroo.drafting import Chooser
 from kangaroo.fused import Stack, Stacks, can_pack
 from kangaroo.sgp_lora import AdapterSwitch
 
@@ -78,16 +79,6 @@ class DraftPolicy(Protocol):
 
     def token_ids(self, draft_index: Tensor) -> Tensor:
         """Vocabulary ids of rows of the exit head."""
-
-
-class Drafting(Protocol):
-    """What decides on a block while it is drafted (`kangaroo/drafting.py`)."""
-
-    def goes_on(self, token: int, confidence: float) -> bool:
-        """Whether to draft behind this draft."""
-
-    def tail(self) -> list[int]:
-        """Tokens to verify behind the drafts."""
 
 
 @dataclass(frozen=True)
@@ -427,21 +418,16 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         return self._stacks.get(name, weights, lambda: Stack(layers, dtype, self.model.norm, head))
 
     def _draft(
-        self,
-        tokens: Tensor,
-        policy: DraftPolicy,
-        settings: DecodeConfig,
-        count: int,
-        noise: Tensor | None,
-        chooser: Drafting | None,
+        self, tokens: Tensor, policy: DraftPolicy, settings: DecodeConfig, noise: Tensor | None, chooser: Chooser
     ) -> tuple[DraftBlock, list[Tensor]]:
-        """Draft up to `count` tokens behind `tokens [1, n]`; also return the exit states of every pass."""
+        """Draft up to `settings.draft_len` tokens behind `tokens [1, n]`; also return the exit states of every pass."""
         caches = self._caches()
         pending = tokens[:, int(caches.draft.length) :]
         drafted: list[Tensor] = []
         confidences: list[Tensor] = []
         passes: list[Tensor] = []
-        while len(drafted) < count:
+        more = settings.draft_len > 0
+        while more:
             passes.append(self.forward_shallow(pending, cache=caches.draft))
             logits = policy.head_logits(policy.drafter_states(passes[-1], caches.drafter)[:, -1], caches.drafter)
             at = None if noise is None else noise[len(drafted)].view(1)
@@ -449,17 +435,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             drafted.append(policy.token_ids(index))
             confidences.append(confidence)
             pending = drafted[-1][None]
-            if len(drafted) == count:
-                break
-            if chooser is None and float(confidence) < settings.threshold:
-                break
-            if chooser is not None and not chooser.goes_on(int(drafted[-1]), float(confidence)):
-                break
+            more = len(drafted) < settings.draft_len and chooser.goes_on(int(drafted[-1]), float(confidence))
         none = torch.empty(0, device=tokens.device)
         states = [states[:, -1] for states in passes] or [none.new_empty(0, self.config.hidden_size)]
-        return DraftBlock(
-            torch.cat([none.long(), *drafted]), torch.cat([none, *confidences]), torch.cat(states)
-        ), passes
+        block = DraftBlock(torch.cat([none.long(), *drafted]), torch.cat([none, *confidences]), torch.cat(states))
+        return block, passes
 
     def _exit_states(self, tokens: Tensor, policy: DraftPolicy, target: str, passes: list[Tensor]) -> Tensor:
         """What the deep layers read next: the exit states of all tokens that they have not seen."""
@@ -484,7 +464,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         settings: DecodeConfig,
         room: int,
         noise: Tensor | None = None,
-        chooser: Drafting | None = None,
+        chooser: Chooser | None = None,
     ) -> Verification:
         """Draft a block, verify it in one pass, and say what is committed. Greedy and lossless.
 
@@ -508,9 +488,10 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             ValueError: if a logit is not finite.
         """
         caches = self._caches()
-        count = min(settings.draft_len, room - 1) if int(caches.deep.length) else 0
-        draft, passes = self._draft(tokens, policy, settings, count, noise, chooser)
-        if chooser is not None and int(caches.deep.length):
+        settings = replace(settings, draft_len=min(settings.draft_len, room - 1) if int(caches.deep.length) else 0)
+        chooser = chooser or Chooser(settings)
+        draft, passes = self._draft(tokens, policy, settings, noise, chooser)
+        if int(caches.deep.length):
             draft = draft.followed_by(chooser.tail()[: room - 1 - len(draft.tokens)])
         extended = torch.cat((tokens, draft.tokens[None]), dim=1)
         exit_states = self._exit_states(extended, policy, settings.target, passes)

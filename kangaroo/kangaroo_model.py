@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
-from kangaroo.drafting import Chooser, Governor, LookupIndex, StepCosts, fitted
+from kangaroo.drafting import Chooser, Governor, LookupIndex, StepCosts
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
 from kangaroo.fused import Stack, Stacks, can_pack
 from kangaroo.published import read_published
@@ -267,7 +268,9 @@ class KangarooModel(nn.Module):
         return self._costs
 
     def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128) -> StepCosts:
-        """Time blocks behind `context` tokens, all lengths in turn: medians of the repeats.
+        """Time blocks behind `context` tokens, all lengths in turn.
+
+        The costs are medians, made to grow: noise must not make a longer block look cheaper.
 
         Args:
             longest: drafts of a block.
@@ -300,7 +303,7 @@ class KangarooModel(nn.Module):
                     drafted.append(drafting)
                     for kept, time_ in zip(verify, times, strict=True):
                         kept.append(time_)
-        return StepCosts(fitted(verify), max(0.0, median(drafted)))
+        return StepCosts(tuple(accumulate(map(median, verify), max)), max(0.0, median(drafted)))
 
     def now(self) -> float:
         """Seconds on the clock once the device has done what it was given."""

@@ -19,13 +19,14 @@ from test_corpus import ENDS
 from test_models import save_tiny
 
 from dvirl import checkpoint, cli, distill
-from dvirl.corpus import Responses, answer, write_shard
+from dvirl.corpus import answer, write_shard
 from dvirl.distill import DistillConfig, Distiller, _Objective
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import measure_agreement
 from dvirl.lora import train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import load_drafter
+from dvirl.rollout import Responses
 from dvirl.trace import read_metrics
 
 

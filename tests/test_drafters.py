@@ -20,11 +20,12 @@ from test_distill import question_file
 from test_models import save_tiny
 
 from dvirl import checkpoint, cli, models
-from dvirl.corpus import Responses, answer
+from dvirl.corpus import answer
 from dvirl.distill import DistillConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import HELD_OUT, calibration_error, measure_agreement, question_sets
 from dvirl.models import drafter_folder, load_drafter
+from dvirl.rollout import Responses
 from kangaroo.earlyexit import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_lora

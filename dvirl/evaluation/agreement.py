@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.checkpoint import DRAFTER, circumstances
-from dvirl.corpus import Responses, answer
+from dvirl.corpus import answer
 from dvirl.data import read_prompts
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedDrafter, LoadedModel, load_drafter
-from dvirl.rollout import draft_logits_at, response_index
+from dvirl.rollout import Responses, draft_logits_at, response_index
 from dvirl.trace import write_json
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -127,19 +127,20 @@ def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int
     return sets
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dvirl agreement", description=__doc__)
-    parser.add_argument("drafter", help="name of a shipped drafter, or a folder such as RUN_DIR/drafter")
-    parser.add_argument(
-        "--questions", nargs="+", default=[], help="Spec-Bench question files; by default the drafter's own"
-    )
+def parse_measured(parser: argparse.ArgumentParser, argv: Sequence[str], shortest: int = 1) -> argparse.Namespace:
+    """Parse a command that measures on question sets, whose options these are for all of them.
+
+    Raises:
+        DvirlError: for a number that is too small; answers have `shortest` tokens at least.
+    """
+    parser.add_argument("--questions", nargs="+", default=[], help="Spec-Bench question files; or a drafter's own")
     parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
     parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", default="", help="also write the figures to this JSON file")
     args = parser.parse_args(list(argv))
-    for name, lowest in (("own", 0), ("max_new_tokens", 2)):
+    for name, lowest in (("own", 0), ("max_new_tokens", shortest)):
         if getattr(args, name) < lowest:
             raise DvirlError(f"{name} is {getattr(args, name)}; expected at least {lowest}")
     return args
@@ -159,7 +160,13 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
     Raises:
         DvirlError: for a drafter, file or setting that does not fit.
     """
-    args = _parse(argv)
+    parser = argparse.ArgumentParser(
+        prog="dvirl agreement",
+        description=__doc__,
+        epilog="Without --questions and --own: the drafter's own questions.",
+    )
+    parser.add_argument("drafter", help="name of a shipped drafter, or a folder such as RUN_DIR/drafter")
+    args = parse_measured(parser, argv, shortest=2)
     drafter = load_drafter(args.drafter, dtype="float32", device=args.device)
     loaded, found = drafter.loaded, {}
     if not args.own:

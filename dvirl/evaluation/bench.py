@@ -10,21 +10,21 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from dvirl.checkpoint import circumstances
 from dvirl.errors import DvirlError
-from dvirl.evaluation.agreement import default_questions, question_sets
+from dvirl.evaluation.agreement import default_questions, parse_measured, question_sets
 from dvirl.models import LoadedDrafter, LoadedModel, load_drafter, source
 from dvirl.trace import write_json
 from kangaroo.drafting import StepCosts
-from kangaroo.earlyexit import DecodeConfig, Verification
+from kangaroo.earlyexit import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 GENERATE, PLAIN = "generate", "plain"
@@ -85,30 +85,21 @@ def timed(
     costs: StepCosts,
 ) -> Timed:
     """Decode one prompt by our loop."""
-    blocks: list[Verification] = []
-    times = [model.now()]
-    for verdict in model.decode_blocks(prompt, limit, settings, eos_ids):
-        blocks.append(verdict)
-        if len(times) == 1:
-            times.append(model.now())
-    end = model.now()
-    ideal = sum(costs.block(b.draft.num_learned, len(b.draft.tokens) - b.draft.num_learned) for b in blocks[1:]) / 1e3
-    tokens = [token for block in blocks for token in block.committed]
-    return Timed(tokens, end - times[0], end - times[1], ideal, len(blocks) - 1)
+    began = model.now()
+    stream = model.decode_blocks(prompt, limit, settings, eos_ids)
+    blocks, prefilled = [next(stream)], model.now()
+    blocks += stream
+    end, tokens = model.now(), [token for block in blocks for token in block.committed]
+    drafts = [block.draft for block in blocks[1:]]
+    ideal = sum(costs.block(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts) / 1e3
+    return Timed(tokens, end - began, end - prefilled, ideal, len(drafts))
 
 
 def generated(theirs: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], limit: int) -> Timed:
     """Decode one prompt by Hugging Face's greedy `generate`, its cache on."""
-    ids = torch.tensor([prompt], device=loaded.model.device)
+    ids, ends = torch.tensor([prompt], device=loaded.model.device), list(loaded.eos_ids)
     began = time.perf_counter()
-    out = theirs.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=limit,
-        do_sample=False,
-        eos_token_id=list(loaded.eos_ids),
-        pad_token_id=loaded.eos_ids[0],
-    )
+    out = theirs.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
     tokens = out[0, len(prompt) :].tolist()  # waits for the device
     return Timed(tokens, time.perf_counter() - began, 0.0, 0.0, len(tokens))
 
@@ -149,28 +140,22 @@ def compare(
 
 
 def _speed(given: Sequence[Timed], plain: Sequence[Timed]) -> Speed:
-    pairs = [(one, other) for one, other in zip(given, plain, strict=True) if one.tokens and other.tokens]
-    ratios = [len(a.tokens) / a.seconds * b.seconds / len(b.tokens) for a, b in pairs]
+    ratios = [len(a.tokens) / a.seconds * b.seconds / len(b.tokens) for a, b in zip(given, plain, strict=True)]
     ideals = [one.ideal_s / one.decoding_s for one in given if one.ideal_s]
-    counted = bool(ideals)
     return Speed(
         tok_per_s=fmean(len(one.tokens) / one.seconds for one in given),
         over_plain=median(ratios),
-        over_ideal=median(ideals) if counted else None,
-        mat=sum(len(a.tokens) - 1 for a in given) / sum(a.blocks for a in given) if counted else None,
-        equal=sum(a.tokens == b.tokens for a, b in pairs),
+        over_ideal=median(ideals) if ideals else None,
+        mat=sum(len(a.tokens) - 1 for a in given) / sum(a.blocks for a in given) if ideals else None,
+        equal=sum(a.tokens == b.tokens for a, b in zip(given, plain, strict=True)),
         questions=len(given),
     )
 
 
-def print_speeds(found: dict[str, dict[str, Speed]]) -> None:
-    """A table a set."""
-    for name, speeds in found.items():
-        print(f"{name:44} {'tok/s':>8} {'x plain':>8} {'/ ideal':>8} {'mat':>6} {'equal':>9}")
-        for way, one in speeds.items():
-            ideal, mat = (f"{value:.2f}" if value else "" for value in (one.over_ideal, one.mat))
-            equal = f"{one.equal} of {one.questions}"
-            print(f"  {way:42} {one.tok_per_s:8.1f} {one.over_plain:8.2f} {ideal:>8} {mat:>6} {equal:>9}")
+def table(speeds: dict[str, Speed]) -> str:
+    """One set's figures, a way a line."""
+    rows = pd.DataFrame.from_dict({way: asdict(one) for way, one in speeds.items()}, orient="index")
+    return str(rows.to_string(float_format="{:.2f}".format, na_rep=""))
 
 
 def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
@@ -181,28 +166,26 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
     """
     parser = argparse.ArgumentParser(prog="dvirl bench", description=main.__doc__)
     parser.add_argument("drafter", nargs="?", default="smollm2-135m-k2", help="shipped name or folder of a drafter")
-    parser.add_argument("--questions", nargs="+", default=[], help="Spec-Bench question files; or the drafter's own")
     parser.add_argument("--num_questions", type=int, default=16, help="of each file, spread over it; 0 for all")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
     parser.add_argument("--draft_len", type=int, default=8, help="drafts of a block at most, of the adaptive ways")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 by default")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="torch threads; 2 by default")
-    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
-    args = parser.parse_args(list(argv))
-    for option, lowest in (("num_questions", 0), ("max_new_tokens", 2), ("draft_len", 1), ("threads", 1)):
-        if getattr(args, option) < lowest:
-            raise DvirlError(f"{option} is {getattr(args, option)}; expected at least {lowest}")
+    args = parse_measured(parser, argv)
+    for option in ("draft_len", "threads"):
+        if getattr(args, option) < 1:
+            raise DvirlError(f"{option} is {getattr(args, option)}; expected at least 1")
     torch.set_num_threads(args.threads)
     drafter = load_drafter(args.drafter, dtype=args.dtype, device=args.device)
-    sets = question_sets(drafter.loaded, args.questions or default_questions(drafter), 0, 0)
+    files = args.questions or ([] if args.own else default_questions(drafter))
+    sets = question_sets(drafter.loaded, files, args.own, args.seed)
     sets = {name: spread(prompts, args.num_questions) for name, prompts in sets.items()}
     with drafter.model.base_model.folded():
         costs = drafter.model.step_costs(max(4, args.draft_len))
-    print(f"a plain step {costs.verify[0]:.1f} ms; verifying 1, 2, … drafts "
-          f"{', '.join(f'{ms:.1f}' for ms in costs.verify[1:])}; drafting one {costs.draft:.1f}")  # fmt: skip
+    times = " ".join(f"{ms:.1f}" for ms in costs.verify)
+    print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
     found = compare(drafter, sets, args.max_new_tokens, args.draft_len, costs)
-    print_speeds(found)
+    for name, speeds in found.items():
+        print(f"{name}\n{table(speeds)}")
     if args.out:
         figures = {name: {way: asdict(one) for way, one in speeds.items()} for name, speeds in found.items()}
         write_json(
@@ -216,5 +199,4 @@ def spread(prompts: list[Any], count: int) -> list[Any]:
     """`count` of the prompts at equal distances, all if there are no more or `count` is 0."""
     if not 0 < count < len(prompts):
         return prompts
-    edges = [round(step * len(prompts) / count) for step in range(count + 1)]
-    return [prompts[start] for start, _ in pairwise(edges)]
+    return [prompts[round(step * len(prompts) / count)] for step in range(count)]

@@ -18,7 +18,7 @@ from dvirl.checkpoint import circumstances
 from dvirl.data import read_prompts, read_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.acceptance import open_run
-from dvirl.evaluation.agreement import question_sets
+from dvirl.evaluation.agreement import parse_measured, question_sets
 from dvirl.models import DEFAULT_MODEL, LoadedModel, load, load_drafter, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.trace import write_json
@@ -267,21 +267,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--answers", nargs=2, metavar=("REFERENCE", "CANDIDATE"), help="answer files to compare instead"
     )
-    parser.add_argument("--questions", nargs="+", default=[], help="question files in Spec-Bench's schema")
-    parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
     parser.add_argument("--draft_len", type=int, default=4, help="tokens drafted before a verification, at most")
     parser.add_argument("--threshold", type=float, default=0.0, help="confidence below which drafting stops")
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="with --answers: the model that gave them")
     parser.add_argument("--dtype", default="auto", help="of the decoders: auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
-    parser.add_argument("--out", default="", help="also write the differences to this JSON file")
-    args = parser.parse_args(list(argv))
+    args = parse_measured(parser, argv)
     if (args.draft is None) == (args.answers is None):
         raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
-    if args.max_new_tokens < 1 or args.own < 0:
-        raise DvirlError(f"max_new_tokens is {args.max_new_tokens}, own {args.own}; expected at least 1 and 0")
     return args
 
 

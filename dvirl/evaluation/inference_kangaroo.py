@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from kangaroo.earlyexit import DecodeConfig, Verification
@@ -51,14 +49,9 @@ def kangaroo_forward(
     where shorter blocks here fill the limit; it reads on behind an end-of-sequence token that the prefill gives; and
     it cuts prompt and response at 2,048 tokens together.
     """
-    cuda = model.head_model.weight.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = model.now()
     decoded = model.generate(prompt, max_new_tokens, settings, eos_ids)
-    if cuda:
-        torch.cuda.synchronize()
-    return decoded, time.perf_counter() - began
+    return decoded, model.now() - began
 
 
 def measure_acceptance(

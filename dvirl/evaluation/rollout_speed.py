@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from dvirl.checkpoint import circumstances
 from dvirl.config import DVIConfig
 from dvirl.data import load_prompts
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
@@ -53,10 +53,8 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
         "median_drafts_per_s": medians,
         "ratio": medians["batched"] / medians["step_by_step"],
         "num_prompts": num_prompts,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "threads": config.threads,
-        "torch": torch.__version__,
-        "machine": platform.platform(),
+        **circumstances(loaded),
     }
 
 
