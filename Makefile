@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick experiments-quick lint lab shell notebooks clean
+.PHONY: help setup train test test-quick bench experiments-quick lint lab shell notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: $(READY) lint  ## lint, the whole test suite with coverage, the notebooks 
 experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each
 	for s in configs/study-*.yaml; do \
 	  $(BIN)/dvirl study $$s --quick --out runs/quick/$$(basename $$s .yaml).json || exit 1; done
+
+bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
+	$(BIN)/dvirl bench smollm2-135m-k2 $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
 
 test-quick: $(READY)  ## the tests that need no real model
 	$(BIN)/pytest tests -n 2 --dist loadfile -m 'not real'

@@ -70,8 +70,8 @@ class LookupIndex:
 class Chooser:
     """What each block drafts: as many learned drafts as the settings say, up to one of low confidence, or a lookup.
 
-    A block begins with `begin`, asks `goes_on` behind each learned draft but the last possible one, then for its
-    `tail`, and ends with `learn`. A hybrid looks up where `SURE_NGRAM` tokens match, and drafts elsewhere.
+    A block begins with `begin`, asks `goes_on` behind each learned draft, then for its `tail`, and ends with `learn`.
+    A hybrid looks up where `SURE_NGRAM` tokens match, and drafts elsewhere.
 
     Args:
         settings: `source`, `draft_len` and `threshold`.
@@ -212,6 +212,8 @@ class Governor(Chooser):
         accepted, scored = self._right[min(BINS - 1, int(confidence * BINS))]
         self._survival *= (accepted + 4 * confidence) / (scored + 4)
         depth, chance = len(self._drafted), self._records[f"learned {self._matched}"].chance
+        if depth >= self._room:
+            return False
         if self.settings.source == "hybrid":
             _, matched = self._index.propose(1, self._drafted)
             chance -= self._records[f"lookup {matched}"].chance if matched else 0.0

@@ -435,7 +435,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             drafted.append(policy.token_ids(index))
             confidences.append(confidence)
             pending = drafted[-1][None]
-            more = len(drafted) < settings.draft_len and chooser.goes_on(int(drafted[-1]), float(confidence))
+            more = chooser.goes_on(int(drafted[-1]), float(confidence)) and len(drafted) < settings.draft_len
         none = torch.empty(0, device=tokens.device)
         states = [states[:, -1] for states in passes] or [none.new_empty(0, self.config.hidden_size)]
         block = DraftBlock(torch.cat([none.long(), *drafted]), torch.cat([none, *confidences]), torch.cat(states))

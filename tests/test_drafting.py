@@ -66,6 +66,23 @@ def test_no_choice_changes_an_answer(how, target):
     assert (looked > 0) == (how.source != "learned") and (learned == 0 if how.source == "lookup" else learned > 0)
 
 
+@pytest.mark.parametrize("longest", [1, 2, 5])
+def test_blocks_stay_within_their_length_and_tails_stand_behind_the_drafts(longest):
+    """A model whose deep layers say nothing accepts every draft, so that blocks are as long as they may be."""
+    model, how = tiny_kangaroo(deep_scale=0.0, lora=False), DecodeConfig(longest, source="hybrid", adaptive=True)
+    model._costs, tails = StepCosts(COSTS.verify[: longest + 1], 1.5), 0
+    for prompt in (part * 3 for part in random_prompts(6)):
+        index = LookupIndex(prompt)
+        for block in model.decode_blocks(prompt, 60, how):
+            drafts, learned = block.draft.tokens.tolist(), block.draft.num_learned
+            assert len(drafts) <= longest
+            if len(drafts) > learned:
+                assert drafts[learned:] == index.propose(len(drafts) - learned, drafts[:learned])[0]
+                tails += 1
+            index.extend(block.committed)
+    assert tails
+
+
 class Told(Chooser):
     """Says what to verify."""
 
@@ -162,7 +179,7 @@ def simulate(chance, blocks=600, source="learned", seed=0, costs=COSTS, matched=
         learned = most = governor.begin(index, 50)
         if most:
             learned = 1
-            while learned < most and governor.goes_on(3, chance):
+            while governor.goes_on(3, chance) and learned < most:
                 learned += 1
         count = learned + len(governor.tail())
         accepted = 0
