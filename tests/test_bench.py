@@ -36,6 +36,7 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
     flags = ["--questions", questions, "--dtype", "float32", "--device", "cpu", "--max_new_tokens", "12"]
     assert cli.main(["bench", str(tmp_path / "d"), *flags, "--threads", "1", "--out", str(tmp_path / "o.json")]) == 0
     printed = capsys.readouterr().out
+    assert "blocks of four learned drafts pay from an acceptance of " in printed
     content = json.loads((tmp_path / "o.json").read_text())
     assert list(content["figures"]) == [questions]
     figures = content["figures"][questions]

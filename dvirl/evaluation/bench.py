@@ -183,6 +183,7 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
         costs = drafter.model.step_costs(max(4, args.draft_len))
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
     print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
+    print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
     found = compare(drafter, sets, args.max_new_tokens, args.draft_len, costs)
     for name, speeds in found.items():
         print(f"{name}\n{table(speeds)}")
