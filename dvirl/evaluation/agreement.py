@@ -133,7 +133,7 @@ def parse_measured(parser: argparse.ArgumentParser, argv: Sequence[str], shortes
     Raises:
         DvirlError: for a number that is too small; answers have `shortest` tokens at least.
     """
-    parser.add_argument("--questions", nargs="+", default=[], help="Spec-Bench question files; or a drafter's own")
+    parser.add_argument("--questions", nargs="+", default=[], help="question files in Spec-Bench's schema")
     parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
     parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
