@@ -100,10 +100,10 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     )
 
 
-def default_questions(drafter: LoadedDrafter) -> list[str]:
-    """The question file that comes with a drafter, if one does."""
+def asked_for(args: argparse.Namespace, drafter: LoadedDrafter) -> list[str]:
+    """The question files asked for; where nothing is, the one that comes with the drafter, if one does."""
     path = drafter.folder / HELD_OUT
-    return [_from_here(path)] if path.exists() else []
+    return args.questions or ([_from_here(path)] if path.exists() and not args.own else [])
 
 
 def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
@@ -169,8 +169,7 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
     args = parse_measured(parser, argv, shortest=2)
     drafter = load_drafter(args.drafter, dtype="float32", device=args.device)
     loaded, found = drafter.loaded, {}
-    if not args.own:
-        args.questions = args.questions or default_questions(drafter)
+    args.questions = asked_for(args, drafter)
     sets = question_sets(loaded, args.questions, args.own, args.seed)
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
         found[name] = measure_agreement(drafter.model, answer(loaded, prompts, args.max_new_tokens, BATCH))

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from dvirl.checkpoint import circumstances
 from dvirl.errors import DvirlError
-from dvirl.evaluation.agreement import default_questions, parse_measured, question_sets
+from dvirl.evaluation.agreement import asked_for, parse_measured, question_sets
 from dvirl.models import LoadedDrafter, LoadedModel, load_drafter, source
 from dvirl.trace import write_json
 from kangaroo.drafting import StepCosts
@@ -176,8 +176,7 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
             raise DvirlError(f"{option} is {getattr(args, option)}; expected at least 1")
     torch.set_num_threads(args.threads)
     drafter = load_drafter(args.drafter, dtype=args.dtype, device=args.device)
-    files = args.questions or ([] if args.own else default_questions(drafter))
-    sets = question_sets(drafter.loaded, files, args.own, args.seed)
+    sets = question_sets(drafter.loaded, asked_for(args, drafter), args.own, args.seed)
     sets = {name: spread(prompts, args.num_questions) for name, prompts in sets.items()}
     with drafter.model.base_model.folded():
         costs = drafter.model.step_costs(max(4, args.draft_len))
