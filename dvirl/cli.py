@@ -18,6 +18,7 @@ commands:
   agreement         how often a drafter's argmax is the verifier's token, and how well it knows that
   check             are answers with drafts those without, token for token, and where not, is it a tie
   bench             how fast every way of decoding is, side by side, by the clock
+  cost              what drafting costs here, from which acceptance on it pays, and what to set
   study             run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)
   acceptance        decode a run's held-out prompts step by step, before and after training
   average-adapters  average the adapters or checkpoints of several clients, weighted by tokens
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "agreement": _run("dvirl.evaluation.agreement"),
     "check": _run("dvirl.evaluation.equal"),
     "bench": _run("dvirl.evaluation.bench"),
+    "cost": _run("dvirl.evaluation.cost"),
     "study": _run("dvirl.study"),
     "acceptance": _run("dvirl.evaluation.acceptance"),
     "average-adapters": _run("dvirl.federated"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dvirl.errors import DvirlError
+from kangaroo.drafting import StepCosts
 
 PALETTE = BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 """From Okabe and Ito's."""
@@ -100,4 +101,21 @@ def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) ->
             left += value
         axes.set(yticks=[], xlabel="seconds", ylim=(-0.4, 0.5))
         axes.grid(False)
+        _finish(figure, save)
+
+
+def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: str | Path | None = None) -> None:
+    """What steps cost over the tokens before them: (k, context, costs) each."""
+    frame = pd.DataFrame(
+        [(k, context, costs.verify[0], costs.verify[-1], costs.draft) for k, context, costs in steps],
+        columns=["k", "context", "plain step", f"verifying {len(steps[0][2].verify) - 1} drafts", "one draft"],
+    )
+    frame = frame[frame.k == frame.k.min()].sort_values("context")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 3.4))
+        for name, colour in zip(frame.columns[2:], PALETTE, strict=False):
+            axes.plot(frame.context, frame[name], "o-", color=colour)
+            _label_end(axes, frame.context.iloc[-1], frame[name].iloc[-1], name, colour)
+        axes.set(xlabel="tokens before the step", ylabel="milliseconds", xscale="log", ylim=(0, None))
+        axes.set_title(f"What a step costs as the text grows (exit layer {frame.k.iloc[0]})")
         _finish(figure, save)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kangaroo.adapter import KVCache
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, choose_tokens
+from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sampling import choose_tokens
 
 Sampler = Callable[[Tensor], Tensor]
 """Picks tokens `[B]` from float32 logits `[B, V]`."""
@@ -227,10 +228,7 @@ class _Batch:
     def keep(self, alive: Tensor) -> None:
         self.rows = self.rows[alive]
         for cache in (self.shallow, self.deep):
-            cache.keys = [keys[alive] for keys in cache.keys]
-            cache.values = [values[alive] for values in cache.values]
-            assert isinstance(cache.length, Tensor)
-            cache.length = cache.length[alive]
+            cache.keep(alive.nonzero().flatten().tolist())
 
 
 def common_prefix(tokens: Tensor, lengths: Tensor) -> int:

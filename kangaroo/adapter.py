@@ -7,13 +7,15 @@ and nothing else has to be masked: padding and rejected drafts sit in later slot
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from transformers import LlamaConfig
 
 if TYPE_CHECKING:
@@ -106,8 +108,10 @@ class KVCache:
 
     Attributes:
         keys, values: one `[B, G, capacity, E]` tensor a layer.
-        span: the shortest and the longest row's length, kept on the host so that a pass need not ask the device.
+        lengths: positions filled so far, row by row.
         stack: what to run on this cache in place of the layers' modules, or None.
+        fixed: for passes of one shape wherever they stand: `[B]`, where each row's new positions start, and how many
+            slots every query reads. None where a pass reads what is filled.
     """
 
     def __init__(
@@ -123,36 +127,40 @@ class KVCache:
         shape = (batch_size, config.num_key_value_heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.capacity, self.window = capacity, window
+        self.capacity, self.window, self.device = capacity, window, like.device
         self.stack: Stack | None = None
-        self.length = 0
+        self.fixed: tuple[Tensor, int] | None = None
+        self.lengths = [0] * batch_size
 
     @property
-    def length(self) -> int | Tensor:
-        """Positions filled so far: an int when all rows are alike, else a `[B]` tensor. Setting it rolls back."""
-        return self._length
+    def length(self) -> int:
+        """Positions filled in the longest row; setting it, for all rows or each, rolls back."""
+        return max(self.lengths)
 
     @length.setter
     def length(self, length: int | Tensor) -> None:
-        self._length = length
-        self.span = (length, length) if isinstance(length, int) else (int(length.min()), int(length.max()))
+        self.lengths = [length] * len(self.lengths) if isinstance(length, int) else length.tolist()
 
     def advance(self, count: int) -> None:
         """Count `count` more positions as filled in every row."""
-        self._length = self._length + count
-        self.span = (self.span[0] + count, self.span[1] + count)
+        self.lengths = [length + count for length in self.lengths]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.lengths = [self.lengths[row] for row in rows]
 
     def update(self, layer: int, keys: Tensor, values: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Store this pass's keys and values `[B, G, T, E]`; return the slots that its queries read."""
         stored_keys, stored_values = self.keys[layer], self.values[layer]
-        if isinstance(self.length, int):
-            stop = self.length + keys.shape[2]
-            stored_keys[:, :, self.length : stop] = keys
-            stored_values[:, :, self.length : stop] = values
+        if plan.rows is None:
+            start = self.lengths[0]
+            stored_keys[:, :, start : start + keys.shape[2]] = keys
+            stored_values[:, :, start : start + keys.shape[2]] = values
         else:
-            rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-            stored_keys[rows, :, plan.position_ids] = keys.transpose(1, 2)
-            stored_values[rows, :, plan.position_ids] = values.transpose(1, 2)
+            stored_keys[plan.rows, :, plan.position_ids] = keys.transpose(1, 2)
+            stored_values[plan.rows, :, plan.position_ids] = values.transpose(1, 2)
         return stored_keys[:, :, plan.slots], stored_values[:, :, plan.slots]
 
 
@@ -165,6 +173,7 @@ class AttentionPlan:
         cos, sin: `[B, 1, T, E]`.
         mask: boolean `[B, 1, T, S]`, or None: plain causal if `causal`, else everything is seen.
         slots: the cache slots read.
+        rows: `[B, 1]`, 0…B-1, where each row writes at its own positions; None where all write at the same.
     """
 
     position_ids: Tensor
@@ -173,6 +182,7 @@ class AttentionPlan:
     mask: Tensor | None
     causal: bool
     slots: slice
+    rows: Tensor | None = None
 
 
 def plan_cached(rotary: LlamaRotaryEmbedding, cache: KVCache, length: int, dtype: torch.dtype) -> AttentionPlan:
@@ -181,22 +191,26 @@ def plan_cached(rotary: LlamaRotaryEmbedding, cache: KVCache, length: int, dtype
     Raises:
         ValueError: if they do not fit into the cache.
     """
-    device = cache.keys[0].device if cache.keys else torch.device("cpu")
-    lowest, highest = cache.span[0], cache.span[1] + length - 1
-    if highest >= cache.capacity:
+    steps, rows = torch.arange(length, device=cache.device), None
+    lowest, highest = min(cache.lengths), cache.length + length - 1
+    even = cache.fixed is None and cache.length == lowest
+    if (highest if even else cache.length) >= cache.capacity:
         raise ValueError(f"the sequence needs {highest + 1} cache slots, the cache has {cache.capacity}")
-    steps = torch.arange(length, device=device)
-    position_ids = (cache.length + steps)[None] if isinstance(cache.length, int) else cache.length[:, None] + steps
+    if even:
+        position_ids = (lowest + steps)[None]
+    else:  # what pads a row may reach beyond the last slot, and stays in it
+        highest = min(highest, cache.capacity - 1)
+        starts = cache.fixed[0] if cache.fixed else torch.tensor(cache.lengths, device=cache.device)
+        position_ids = (starts[:, None] + steps).clamp(max=cache.capacity - 1)
+        rows = torch.arange(len(starts), device=cache.device)[:, None]
     first = 0 if cache.window is None else max(0, lowest - cache.window + 1)
-    square = lowest == 0 and highest == length - 1
+    slots, mask = slice(first, highest + 1) if cache.fixed is None else slice(0, cache.fixed[1]), None
     reach = cache.window is None or highest - first < cache.window
-    mask = None
-    if not (reach and (square or (length == 1 and lowest == highest))):
-        mask = _prepare_decoder_attention_mask(
-            position_ids, torch.arange(first, highest + 1, device=device), cache.window
-        )
-    cos, sin = rotary(position_ids, highest, dtype)
-    return AttentionPlan(position_ids, cos, sin, mask, mask is None and length > 1, slice(first, highest + 1))
+    if not (even and reach and (lowest == 0 or length == 1)):
+        seen = torch.arange(slots.start, slots.stop, device=cache.device)
+        mask = _prepare_decoder_attention_mask(position_ids, seen, cache.window)
+    cos, sin = rotary(position_ids, max(highest, slots.stop - 1), dtype)
+    return AttentionPlan(position_ids, cos, sin, mask, mask is None and length > 1, slots, rows)
 
 
 def plan_uncached(
@@ -225,23 +239,36 @@ def plan_uncached(
     return AttentionPlan(position_ids, cos, sin, mask, mask is None, slice(0, length))
 
 
+def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention weights `[B, G, R * T, S]` of scores whose R * T rows are T queries of R heads; mask `[B, 1, T, S]`."""
+    if mask is not None:
+        apart = scores.view(*scores.shape[:2], -1, *mask.shape[2:])
+        scores = apart.masked_fill(~mask[:, :, None], float("-inf")).view(scores.shape)
+    return (scores.float() * scale).softmax(dim=-1).to(scores.dtype)
+
+
+@cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as one kernel where Triton is there to make it, for passes that are captured once."""
+    return torch.compile(function, dynamic=True) if has_triton() else function
+
+
 def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """Queries `[B, H, T, E]` on keys and values `[B, G, S, E]`: mixed values `[B, H, T, E]`."""
     batch, heads, length, size = queries.shape
+    groups = keys.shape[1]
+    # The queries of one group see the same keys, so they can stand as rows of one small product: a quarter of
+    # the time of enable_gqa for a batch of single tokens in bfloat16 on a CPU.
+    if queries.is_cuda and (length == 1 or plan.rows is not None):
+        # cuDNN's kernel is planned anew for every length that the cache grows to, 30 ms each; products are not.
+        scores = queries.reshape(batch, groups, -1, size) @ keys.transpose(-1, -2)
+        soften = compiled(masked_softmax) if plan.rows is not None else masked_softmax
+        return torch.matmul(soften(scores, plan.mask, size**-0.5), values).view(queries.shape)
     if length == 1:
-        # The queries of one group see the same keys, so they can stand as rows of one small product: a quarter of
-        # the time of enable_gqa for a batch of single tokens in bfloat16 on a CPU.
-        folded = queries.view(batch, keys.shape[1], -1, size)
-        if folded.is_cuda:
-            # cuDNN's kernel is planned anew for every length that the cache grows to, 30 ms each; products are not.
-            scores = (folded * size**-0.5) @ keys.transpose(-1, -2)
-            if plan.mask is not None:
-                scores = scores.masked_fill(~plan.mask, float("-inf"))
-            weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-            return torch.matmul(weights, values).reshape(queries.shape)
+        folded = queries.view(batch, groups, -1, size)
         return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).reshape(queries.shape)
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads
+        queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=groups != heads
     )
 
 

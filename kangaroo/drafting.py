@@ -70,7 +70,8 @@ class LookupIndex:
 class Chooser:
     """What each block drafts: as many learned drafts as the settings say, up to one of low confidence, or a lookup.
 
-    A block begins with `begin`, asks `goes_on` behind each learned draft, then for its `tail`, and ends with `learn`.
+    A block begins with `begin`, asks `goes_on` behind each learned draft, then for its `tail`, and ends with `learn`. A
+    decoding needs one chooser for each of its rows.
     A hybrid looks up where `SURE_NGRAM` tokens match, and drafts elsewhere.
 
     Args:
@@ -102,6 +103,25 @@ class Chooser:
 
     def learn(self, verdict: Verification) -> None:
         """See what became of the block."""
+
+
+class Scripted(Chooser):
+    """Drafts so many by learning, whatever their confidence, then has these verified: to measure, and to test."""
+
+    def __init__(self, learned: int, tail: Sequence[int] = ()) -> None:
+        self.learned, self._script = learned, list(tail)
+
+    def begin(self, index: LookupIndex, room: int) -> int:
+        """As in `Chooser`."""
+        return min(self.learned, room)
+
+    def goes_on(self, token: int, confidence: float) -> bool:
+        """As in `Chooser`."""
+        return True
+
+    def tail(self) -> list[int]:
+        """As in `Chooser`."""
+        return self._script
 
 
 @dataclass(frozen=True)

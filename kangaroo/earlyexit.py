@@ -6,9 +6,9 @@ counting. Greedy output never depends on what drafts, since every committed toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,12 +26,18 @@ from kangaroo.adapter import (
     plan_uncached,
     rotary_for,
 )
-from kangaroo.drafting import Chooser
-from kangaroo.fused import Stack, Stacks, can_pack
+from kangaroo.drafting import Chooser, LookupIndex
+from kangaroo.fused import Stack, Stacks, can_stack
+from kangaroo.replay import Pass, Replays, view
+from kangaroo.sampling import choose_tokens, count_accepted, distribution, inverse_cdf, speculative_sampling
 from kangaroo.sgp_lora import AdapterSwitch
 
 TARGETS = ("base", "adapted")
 SOURCES = ("learned", "lookup", "hybrid")
+HELD = 4
+"""Sets of caches, with what was captured over them, that a model on CUDA keeps."""
+PASS_ROWS = 16
+"""Rows of every pass behind the prefill where `deterministic` asks for passes of one size."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,16 @@ class DecodeConfig:
     "hybrid", block by block one of them."""
     adaptive: bool = False
     """Choose source and length of each block by acceptance and step costs, `draft_len` at most; False drafts always."""
+    temperature: float = 0.0
+    """Of the verifier: 0 answers greedily, above 0 the answer is sampled, and its distribution is that of sampling
+    from the verifier alone."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that hold this probability only; above 0, to 1."""
+    deterministic: bool = False
+    """Run every pass behind the prefill with as many rows and slots as any other, so that rounding does not depend on
+    what is drafted: then bfloat16, too, gives plain decoding's tokens. A pass costs what its longest would."""
 
     def __post_init__(self) -> None:
         if self.draft_len < 0:
@@ -61,8 +77,15 @@ class DecodeConfig:
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.source not in SOURCES:
             raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}")
-        if self.draft_temperature < 0:
-            raise ValueError(f"draft_temperature is {self.draft_temperature}; expected 0 or more")
+        for name in ("draft_temperature", "temperature", "top_k"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; expected above 0, to 1")
+        if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
+            raise ValueError("top_k and top_p are for sampling; expected a temperature above 0 beside them")
+        if self.deterministic and self.draft_len >= PASS_ROWS:
+            raise ValueError(f"draft_len is {self.draft_len}; expected below {PASS_ROWS} with deterministic")
 
 
 class DraftPolicy(Protocol):
@@ -89,19 +112,13 @@ class DraftBlock:
         tokens: `[n]`, vocabulary ids.
         confidence: `[n]`, the policy's largest probability at each; NaN for those that were looked up.
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on; the rest were looked up.
+        chances: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
     """
 
     tokens: Tensor
     confidence: Tensor
     exit_hidden: Tensor
-
-    def followed_by(self, looked_up: Sequence[int]) -> DraftBlock:
-        """The same block with tokens behind it that no shallow layer drafted."""
-        if not looked_up:
-            return self
-        tail = self.tokens.new_tensor(list(looked_up))
-        unknown = self.confidence.new_full(tail.shape, float("nan"))
-        return replace(self, tokens=torch.cat((self.tokens, tail)), confidence=torch.cat((self.confidence, unknown)))
+    chances: Tensor | None = None
 
     @property
     def num_learned(self) -> int:
@@ -144,6 +161,70 @@ class Verification:
 
 
 @dataclass
+class Row:
+    """One text under decoding.
+
+    Attributes:
+        text: prompt and response so far.
+        stop: the length at which it ends, whatever it says.
+        chooser: says what its blocks draft.
+        noise: uniform in [0, 1), one number a position of the response, for sampled drafts; None draws them.
+        generator: what sampling draws from; None if nothing is drawn.
+        start: the prompt's length.
+    """
+
+    text: LookupIndex
+    stop: int
+    chooser: Chooser
+    noise: Tensor | None = None
+    generator: torch.Generator | None = None
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = len(self.text.tokens)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be committed; 0 for a text that is over."""
+        return max(0, self.stop - len(self.text.tokens))
+
+    def uniform(self, count: int) -> Tensor:
+        """Fresh numbers in [0, 1), `[count]`."""
+        return torch.rand(count, generator=self.generator, dtype=torch.float64)
+
+    def draft_noise(self, depth: int) -> float:
+        """The number by which the draft so deep in the next block is drawn.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.noise is not None:
+            return float(self.noise[len(self.text.tokens) - self.start + depth])
+        if self.generator is None:
+            raise ValueError("sampled drafts need noise")
+        return float(self.uniform(1))
+
+
+@dataclass
+class _Proposal:
+    """A row's block while it is drafted, and the exit states of every pass for it."""
+
+    tokens: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    chances: list[Tensor] = field(default_factory=list)
+    passes: list[Tensor] = field(default_factory=list)
+
+    def block(self, tail: list[int], width: int) -> DraftBlock:
+        return DraftBlock(
+            tokens=torch.tensor(self.tokens + tail, dtype=torch.long),
+            confidence=torch.tensor(self.confidence + [float("nan")] * len(tail)),
+            exit_hidden=torch.stack(self.states) if self.states else torch.empty(0, width),
+            chances=torch.stack(self.chances) if self.chances and len(self.chances[0]) else None,
+        )
+
+
+@dataclass
 class DecodeCaches:
     """The caches of one decoding.
 
@@ -152,18 +233,33 @@ class DecodeCaches:
         verify: the shallow layers as the verifier runs them; the same object as `draft` if target="adapted".
         deep: the deep layers.
         drafter: the drafter's own.
+        policy: what drafts.
+        replays: captured passes over these caches, or None where passes are simply run.
+        rows: rows of every pass behind the prefill, or 0 for as many as there are tokens.
     """
 
     draft: KVCache
     verify: KVCache
     deep: KVCache
     drafter: KVCache
+    policy: DraftPolicy | None = None
+    replays: Replays | None = None
+    rows: int = 0
 
-    def roll_back(self, length: int) -> None:
-        """Forget everything at positions `length` and later."""
-        for cache in (self.draft, self.verify, self.deep, self.drafter):
-            assert isinstance(cache.length, int)
-            cache.length = min(cache.length, length)
+    def all(self) -> tuple[KVCache, ...]:
+        """Every cache once."""
+        return (self.draft, self.deep, self.drafter, *(() if self.verify is self.draft else (self.verify,)))
+
+    def roll_back(self, lengths: int | Sequence[int]) -> None:
+        """Forget everything at positions `lengths` and later, in all rows or row by row."""
+        for cache in self.all():
+            limits = [lengths] * len(cache.lengths) if isinstance(lengths, int) else lengths
+            cache.lengths = [min(pair) for pair in zip(cache.lengths, limits, strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        for cache in self.all():
+            cache.keep(rows)
 
 
 class _Decoder(nn.Module):
@@ -174,38 +270,6 @@ class _Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-def choose_tokens(logits: Tensor, temperature: float = 0.0, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Pick a token from each row of draft logits, by argmax or by inverse-CDF sampling.
-
-    Args:
-        logits: `[N, V]`, float32.
-        temperature: 0 for argmax.
-        noise: `[N]`, uniform in [0, 1): the same noise and logits give the same tokens. Needed above temperature 0.
-
-    Returns:
-        Tokens `[N]` and the policy's largest probability `[N]`, at temperature 1 for argmax.
-    """
-    if temperature == 0.0:
-        probabilities = logits.softmax(dim=-1)
-        confidence, tokens = probabilities.max(dim=-1)
-        return tokens, confidence
-    if noise is None:
-        raise ValueError("sampled drafts need noise")
-    probabilities = (logits.double() / temperature).softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    cut = noise.double()[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, cut, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, probabilities.amax(dim=-1).float()
-
-
-def count_accepted(draft_tokens: list[int], verifier_tokens: list[int]) -> int:
-    """Length of the prefix on which draft and verifier agree (greedy verification)."""
-    for count, (drafted, own) in enumerate(zip(draft_tokens, verifier_tokens, strict=False)):
-        if drafted != own:
-            return count
-    return min(len(draft_tokens), len(verifier_tokens))
 
 
 class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # transformers is untyped here
@@ -230,6 +294,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self.adapter_switch: AdapterSwitch | None = None
         self.past_key_values: DecodeCaches | None = None
         self._stacks = Stacks()
+        self._held: list[DecodeCaches] = []
         self.set_exit_layer(config.num_hidden_layers // 2 if EARLY_STOP_LAYER is None else EARLY_STOP_LAYER)
         self.post_init()
 
@@ -243,6 +308,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         if not 1 <= exit_layer < layers:
             raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
         self.exit_layer = exit_layer
+
+    @property
+    def capture_s(self) -> float:
+        """Seconds spent on capturing the passes that are held; 0 but on CUDA."""
+        return sum(caches.replays.capture_s for caches in self._held if caches.replays)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, for weight tying."""
@@ -391,24 +461,47 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         shallow = cache(self.exit_layer)
         verify = shallow if target == "adapted" or policy is None else cache(self.exit_layer)
         drafter = cache(0) if policy is None else policy.new_cache(batch_size, capacity)
-        return DecodeCaches(shallow, verify, cache(self.config.num_hidden_layers - self.exit_layer), drafter)
+        return DecodeCaches(shallow, verify, cache(self.config.num_hidden_layers - self.exit_layer), drafter, policy)
 
     @contextmanager
-    def decoding(self, capacity: int, policy: DraftPolicy | None, target: str) -> Iterator[DecodeCaches]:
-        """Hold fresh caches in `past_key_values`, and the adapters folded, for the time of one decoding."""
-        self.past_key_values = caches = self.new_caches(capacity, policy, target)
+    def decoding(
+        self,
+        capacity: int,
+        policy: DraftPolicy | None,
+        target: str,
+        batch_size: int = 1,
+        deterministic: bool = False,
+    ) -> Iterator[DecodeCaches]:
+        """Hold empty caches in `past_key_values`, and the adapters folded, for the time of one decoding.
+
+        On CUDA the caches and the passes captured over them are those of the last decoding if they fit it.
+        """
+        on_cuda = self.lm_head.weight.is_cuda
+        if on_cuda:
+            capacity = view(capacity + PASS_ROWS, 1 << 62)
+        elif deterministic or batch_size > 1:
+            capacity += PASS_ROWS
+        caches = self.new_caches(capacity, policy, target, batch_size)
         try:
             with self.folded():
-                if can_pack(self.lm_head.weight):
-                    layers, k = list(self.model.layers), self.exit_layer
-                    caches.draft.stack = self._stack("draft", layers[:k])
-                    caches.deep.stack = self._stack("deep", layers[k:], self.lm_head.weight)
-                    if caches.verify is not caches.draft:
-                        with self.without_adapters("lora_S"):
-                            caches.verify.stack = self._stack("verify", layers[:k])
+                if can_stack(self.lm_head.weight):
+                    self._use_stacks(caches)
+                caches.rows = PASS_ROWS if deterministic else 0
+                if on_cuda:
+                    caches = _reused(self._held, caches)
+                self.past_key_values = caches
                 yield caches
         finally:
             self.past_key_values = None
+
+    def _use_stacks(self, caches: DecodeCaches) -> None:
+        """Let stacks of the layers as they are now run on the caches."""
+        layers, k = list(self.model.layers), self.exit_layer
+        caches.draft.stack = self._stack("draft", layers[:k])
+        caches.deep.stack = self._stack("deep", layers[k:], self.lm_head.weight)
+        if caches.verify is not caches.draft:
+            with self.without_adapters("lora_S"):
+                caches.verify.stack = self._stack("verify", layers[:k])
 
     def _stack(self, name: str, layers: list[nn.Module], head: Tensor | None = None) -> Stack:
         """What runs these layers while decoding, their adapters as they are now."""
@@ -417,97 +510,256 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         dtype = self.lm_head.weight.dtype
         return self._stacks.get(name, weights, lambda: Stack(layers, dtype, self.model.norm, head))
 
-    def _draft(
-        self, tokens: Tensor, policy: DraftPolicy, settings: DecodeConfig, noise: Tensor | None, chooser: Chooser
-    ) -> tuple[DraftBlock, list[Tensor]]:
-        """Draft up to `settings.draft_len` tokens behind `tokens [1, n]`; also return the exit states of every pass."""
-        caches = self._caches()
-        pending = tokens[:, int(caches.draft.length) :]
-        drafted: list[Tensor] = []
-        confidences: list[Tensor] = []
-        passes: list[Tensor] = []
-        more = settings.draft_len > 0
-        while more:
-            passes.append(self.forward_shallow(pending, cache=caches.draft))
-            logits = policy.head_logits(policy.drafter_states(passes[-1], caches.drafter)[:, -1], caches.drafter)
-            at = None if noise is None else noise[len(drafted)].view(1)
-            index, confidence = choose_tokens(logits, settings.draft_temperature, at)
-            drafted.append(policy.token_ids(index))
-            confidences.append(confidence)
-            pending = drafted[-1][None]
-            more = chooser.goes_on(int(drafted[-1]), float(confidence)) and len(drafted) < settings.draft_len
-        none = torch.empty(0, device=tokens.device)
-        states = [states[:, -1] for states in passes] or [none.new_empty(0, self.config.hidden_size)]
-        block = DraftBlock(torch.cat([none.long(), *drafted]), torch.cat([none, *confidences]), torch.cat(states))
-        return block, passes
-
-    def _exit_states(self, tokens: Tensor, policy: DraftPolicy, target: str, passes: list[Tensor]) -> Tensor:
-        """What the deep layers read next: the exit states of all tokens that they have not seen."""
-        caches = self._caches()
-        if target == "base":
-            with nullcontext() if caches.verify.stack else self.without_adapters("lora_S"):
-                return self.forward_shallow(tokens[:, int(caches.verify.length) :], cache=caches.verify)
-        rest = self.forward_shallow(tokens[:, int(caches.draft.length) :], cache=caches.draft)
-        policy.drafter_states(rest, caches.drafter)
-        return torch.cat((*passes, rest), dim=1)
-
     def _caches(self) -> DecodeCaches:
         if self.past_key_values is None:
             raise RuntimeError("decoding needs caches: call this inside `with model.decoding(...)`")
         return self.past_key_values
 
-    @torch.no_grad()
-    def spec_decode_step(
-        self,
-        tokens: Tensor,
-        policy: DraftPolicy,
-        settings: DecodeConfig,
-        room: int,
-        noise: Tensor | None = None,
-        chooser: Chooser | None = None,
-    ) -> Verification:
-        """Draft a block, verify it in one pass, and say what is committed. Greedy and lossless.
+    def _pass(
+        self, name: Hashable, run: Pass, over: Sequence[KVCache], counts: Sequence[int], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run a pass whose rows add `counts` positions each to the caches `over`, which are equally long.
 
-        The first call on fresh caches takes in the prompt and, so that every draft stands behind a token that the
-        verifier chose, drafts nothing.
+        The first input is `[B, T, …]`, padded on the right: what padding writes is written over by what comes next.
+        """
+        caches, before, length = self._caches(), over[0].lengths, inputs[0].shape[1]
+        device = self.lm_head.weight.device
+        if not over[0].length or not (caches.replays or caches.rows):
+            outputs = run(*(one.to(device) for one in inputs))
+        else:
+            needed = max(before) + length
+            slots = over[0].capacity if caches.rows else view(needed, over[0].capacity)
 
-        Args:
-            tokens: `[1, n]`, prompt and response so far.
-            policy: drafts.
-            settings: how.
-            room: how many tokens may still be committed, at least 1.
-            noise: uniform `[>= draft_len]`, for sampled drafts.
-            chooser: how far to draft, and what to verify behind the drafts; if not given, up to the first confidence
-                below `threshold`, and nothing.
+            def fixed(starts: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+                for cache in over:
+                    cache.lengths, cache.fixed = before, (starts, slots)
+                try:
+                    return run(*given)
+                finally:
+                    for cache in over:
+                        cache.fixed = None
+
+            starts = torch.tensor(before)
+            if caches.replays:
+                outputs = caches.replays((name, slots), fixed, starts, *inputs)
+            else:
+                outputs = fixed(starts.to(device), *(one.to(device) for one in inputs))
+        for cache in over:
+            cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]
+        return outputs
+
+    def _padded(self, feeds: Sequence[Sequence[int]]) -> Tensor:
+        """`[B, T]` on the host, zeros behind each row's tokens."""
+        width = max(1, *map(len, feeds))
+        caches = self._caches()
+        width = max(width, caches.rows) if caches.deep.length else width
+        return torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds])
+
+    def _draft(
+        self, rows: Sequence[Row], policy: DraftPolicy, settings: DecodeConfig
+    ) -> tuple[list[DraftBlock], list[list[Tensor]]]:
+        """Draft a block for every row; also return the exit states of every pass, `[n, D]` each, row by row."""
+        caches = self._caches()
+        counts = [row.chooser.begin(row.text, row.room - 1) if row.room else 0 for row in rows]
+        made = [_Proposal() for _ in rows]
+        going = [at for at, count in enumerate(counts) if count]
+        feeds = [row.text.tokens[caches.draft.lengths[at] :] if counts[at] else [] for at, row in enumerate(rows)]
+        while going:
+            noise = (
+                [row.draft_noise(len(made[at].tokens)) if at in going else 0.0 for at, row in enumerate(rows)]
+                if settings.draft_temperature
+                else []
+            )
+            chosen, last, chances, *states = self._propose(feeds, policy, settings, noise)
+            tokens, confidence = chosen.tolist()
+            for at in going:
+                made[at].tokens.append(int(tokens[at]))
+                made[at].confidence.append(confidence[at])
+                made[at].states.append(last[at])
+                made[at].chances.append(chances[at])
+                made[at].passes += [one[at, : len(feeds[at])] for one in states]
+            going = [
+                at
+                for at in going
+                if rows[at].chooser.goes_on(made[at].tokens[-1], made[at].confidence[-1])
+                and len(made[at].tokens) < counts[at]
+            ]
+            feeds = [[made[at].tokens[-1]] if at in going else [] for at in range(len(rows))]
+        tails = [
+            row.chooser.tail()[: row.room - 1 - len(one.tokens)] if row.room else []
+            for row, one in zip(rows, made, strict=True)
+        ]
+        blocks = [one.block(tail, self.config.hidden_size) for one, tail in zip(made, tails, strict=True)]
+        return blocks, [one.passes for one in made]
+
+    def _propose(
+        self, feeds: Sequence[Sequence[int]], policy: DraftPolicy, settings: DecodeConfig, noise: Sequence[float]
+    ) -> tuple[Tensor, ...]:
+        """One draft behind each row's tokens.
 
         Returns:
-            The verdict; the caller appends `committed` to `tokens`.
+            Ids and confidences `[2, B]`; the exit states they come from `[B, D]`; what sampled drafts were drawn from,
+            `[B, V']`, or none; and with target="adapted" the exit states of all positions, `[B, T, D]`.
+        """
+        caches, sampled, adapted = self._caches(), settings.draft_temperature > 0, settings.target == "adapted"
+        top_k, top_p = (settings.top_k, settings.top_p) if settings.temperature else (0, 1.0)
+
+        def run(ids: Tensor, last: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
+            states, at = self.forward_shallow(ids, cache=caches.draft), torch.arange(len(ids), device=ids.device)
+            logits = policy.head_logits(policy.drafter_states(states, caches.drafter)[at, last], caches.drafter)
+            if sampled:
+                chances = distribution(logits, settings.draft_temperature, top_k, top_p)
+                index, confidence = inverse_cdf(chances, *uniform), chances.amax(dim=-1)
+            else:
+                chances, (index, confidence) = logits[:, :0], choose_tokens(logits)
+            drafts = torch.stack((policy.token_ids(index).double(), confidence.double()))
+            return (drafts, states[at, last], chances, *([states] if adapted else []))
+
+        counts = [len(feed) for feed in feeds]
+        last, uniform = torch.tensor([max(0, count - 1) for count in counts]), torch.tensor(noise, dtype=torch.float64)
+        how = ("draft", settings.draft_temperature, top_k, top_p)
+        given = (self._padded(feeds), last, *([uniform] if sampled else []))
+        out = self._pass(how, run, (caches.draft, caches.drafter), counts, *given)
+        if caches.replays is None:
+            return out
+        return (out[0], *(one.clone() for one in out[1:]))  # the next replay writes over them
+
+    def _verify(
+        self, rows: Sequence[Row], drafts: Sequence[DraftBlock], passes: list[list[Tensor]], policy: DraftPolicy,
+        settings: DecodeConfig,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The verifier's choices behind each row's last token and its drafts.
+
+        Returns:
+            `[3, B, n + 1]`: its tokens, its probabilities of them, and whether its logits were finite; and its logits
+            `[B, n + 1, V]` if it samples. Right behind the prompt n is 0.
+        """
+        caches = self._caches()
+        begun, sampled, base = caches.deep.length > 0, settings.temperature > 0, settings.target == "base"
+        extended = [
+            row.text.tokens[caches.deep.lengths[at] :] + draft.tokens.tolist() if row.room else []
+            for at, (row, draft) in enumerate(zip(rows, drafts, strict=True))
+        ]
+        counts = [len(tokens) for tokens in extended]
+
+        def run(given: Tensor, *last: Tensor) -> tuple[Tensor, ...]:
+            if base:
+                with nullcontext() if caches.verify.stack else self.without_adapters("lora_S"):
+                    given = self.forward_shallow(given, cache=caches.verify)
+            hidden = self.forward_deep(given, cache=caches.deep)
+            if last:
+                hidden = hidden[torch.arange(len(given), device=given.device), last[0]][:, None]
+            logits = self.head_logits(hidden, caches.deep)
+            confidence, own = logits.softmax(dim=-1).max(dim=-1)
+            seen = torch.stack((own.double(), confidence.double(), torch.isfinite(logits).all(dim=-1).double()))
+            return (seen, logits) if sampled else (seen,)
+
+        given = self._padded(extended) if base else self._adapted_states(extended, passes, policy)
+        over = (caches.verify, caches.deep) if base else (caches.deep,)
+        last = [] if begun else [torch.tensor([count - 1 for count in counts])]
+        return self._pass(f"verify {base} {sampled}", run, over, counts, given, *last)
+
+    def _adapted_states(
+        self, extended: Sequence[Sequence[int]], passes: list[list[Tensor]], policy: DraftPolicy
+    ) -> Tensor:
+        """What the deep layers read with target="adapted", `[B, T, D]`: the draft's own exit states, and the rest."""
+        caches = self._caches()
+
+        def run(ids: Tensor) -> tuple[Tensor, ...]:
+            states = self.forward_shallow(ids, cache=caches.draft)
+            policy.drafter_states(states, caches.drafter)
+            return (states,)
+
+        known = [sum(len(one) for one in row) for row in passes]
+        rest = [tokens[count:] for tokens, count in zip(extended, known, strict=True)]
+        (states,) = self._pass(
+            "rest", run, (caches.draft, caches.drafter), [len(one) for one in rest], self._padded(rest)
+        )
+        whole = [torch.cat([*row, states[at, : len(rest[at])]]) for at, row in enumerate(passes)]
+        padded = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+        missing = max(0, caches.rows - padded.shape[1]) if caches.deep.length else 0
+        return nn.functional.pad(padded, (0, 0, 0, missing))
+
+    @torch.no_grad()
+    def spec_decode_step(
+        self, rows: Sequence[Row], policy: DraftPolicy, settings: DecodeConfig
+    ) -> list[Verification | None]:
+        """Draft a block for every row, verify all in one pass, and say what is committed. Lossless.
+
+        The first call on fresh caches takes in the prompts and, so that every draft stands behind a token that the
+        verifier chose, drafts nothing. Rows commit as many tokens as each has accepted.
+
+        Args:
+            rows: prompts and responses so far; what a row's chooser says is drafted.
+            policy: drafts.
+            settings: how to verify, and how drafts are drawn.
+
+        Returns:
+            One verdict a row, None for rows without room; the caller appends `committed` to the texts.
 
         Raises:
             RuntimeError: outside `decoding()`.
             ValueError: if a logit is not finite.
         """
         caches = self._caches()
-        settings = replace(settings, draft_len=min(settings.draft_len, room - 1) if int(caches.deep.length) else 0)
-        chooser = chooser or Chooser(settings)
-        draft, passes = self._draft(tokens, policy, settings, noise, chooser)
-        if int(caches.deep.length):
-            draft = draft.followed_by(chooser.tail()[: room - 1 - len(draft.tokens)])
-        extended = torch.cat((tokens, draft.tokens[None]), dim=1)
-        exit_states = self._exit_states(extended, policy, settings.target, passes)
-        hidden = self.forward_deep(exit_states, cache=caches.deep)[0, -len(draft.tokens) - 1 :]
-        logits = self.head_logits(hidden, caches.deep)
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"the verifier's logits at position {tokens.shape[1]} are not finite")
-        confidence, own = logits.softmax(dim=-1).max(dim=-1)
-        own_tokens = own.tolist()
-        accepted = count_accepted(draft.tokens.tolist(), own_tokens)
-        caches.roll_back(tokens.shape[1] + accepted)
-        return Verification(
-            start=tokens.shape[1],
-            committed=tuple(own_tokens[: accepted + 1]),
-            num_drafted=min(len(draft.tokens), accepted + 1),
-            num_accepted=accepted,
-            draft=draft,
-            verifier_confidence=confidence,
-        )
+        if caches.deep.length:
+            drafts, passes = self._draft(rows, policy, settings)
+        else:
+            drafts, passes = [_Proposal().block([], self.config.hidden_size) for _ in rows], [[] for _ in rows]
+        seen, *logits = self._verify(rows, drafts, passes, policy, settings)
+        own, confidence, finite = seen.tolist()
+        verdicts: list[Verification | None] = []
+        for at, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            count, start = len(draft.tokens), len(row.text.tokens)
+            if not row.room:
+                verdicts.append(None)
+                continue
+            if not all(finite[at][: count + 1]):
+                raise ValueError(f"the verifier's logits at position {start} are not finite")
+            drafted = draft.tokens.tolist()
+            if logits:
+                accepted, token = self._sampled(row, draft, logits[0][at, : count + 1], policy, settings)
+            else:
+                accepted = count_accepted(drafted, [int(one) for one in own[at][: count + 1]])
+                token = int(own[at][accepted])
+            verdicts.append(
+                Verification(
+                    start=start,
+                    committed=(*drafted[:accepted], token),
+                    num_drafted=min(count, accepted + 1),
+                    num_accepted=accepted,
+                    draft=draft,
+                    verifier_confidence=torch.tensor(confidence[at][: count + 1]),
+                )
+            )
+        caches.roll_back([0 if one is None else one.start + one.num_accepted for one in verdicts])
+        return verdicts
+
+    def _sampled(
+        self, row: Row, draft: DraftBlock, logits: Tensor, policy: DraftPolicy, settings: DecodeConfig
+    ) -> tuple[int, int]:
+        """Accepted drafts and the verifier's own token, both by speculative sampling from its logits `[n + 1, V]`."""
+        target = distribution(logits, settings.temperature, settings.top_k, settings.top_p)
+        drafted = draft.tokens.to(target.device)
+        proposed = nn.functional.one_hot(drafted, target.shape[-1]).to(target.dtype)
+        if draft.chances is not None:
+            learned, covered = draft.chances.shape
+            proposed[:learned] = 0.0
+            proposed[:learned, policy.token_ids(torch.arange(covered, device=target.device))] = draft.chances
+        return speculative_sampling(target, proposed, drafted, row.uniform(len(drafted) + 1).to(target.device))
+
+
+def _reused(held: list[DecodeCaches], fresh: DecodeCaches) -> DecodeCaches:
+    """The caches of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""
+
+    def kinds(caches: DecodeCaches) -> list[tuple[object, ...]]:
+        return [(one.stack, one.capacity, one.window, len(one.lengths)) for one in caches.all()]
+
+    for caches in held:
+        if caches.policy is fresh.policy and kinds(caches) == kinds(fresh):
+            caches.roll_back(0)
+            caches.rows = fresh.rows
+            return caches
+    fresh.replays = Replays()
+    held[:] = [fresh, *held[: HELD - 1]]
+    return fresh

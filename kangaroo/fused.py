@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kangaroo.adapter import AttentionPlan, DecoderLayer, KVCache, apply_rotary, attend
+from kangaroo.adapter import AttentionPlan, DecoderLayer, KVCache, apply_rotary, attend, compiled
 
 Product = Callable[[Tensor], Tensor]
 
 ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
+LARGE = 2**22
+"""Weights of more numbers than this are left apart on an accelerator: reading them, not starting products, takes the
+time, and a second copy of them would take the memory."""
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Product:
@@ -48,8 +51,13 @@ def packed_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether weights like this one can be packed, which is when a stack is worth its memory."""
+    """Whether weights like this one can be packed."""
     return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
+
+
+def can_stack(weight: Tensor) -> bool:
+    """Whether a stack of weights like this one is worth its memory."""
+    return weight.is_cuda or can_pack(weight)
 
 
 class FusedLayer:
@@ -62,6 +70,9 @@ class FusedLayer:
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype) -> None:
         attention = layer.self_attn
+        on_cuda = attention.q_proj.weight.is_cuda
+        self.turn: Callable[..., Tensor] = compiled(apply_rotary) if on_cuda else apply_rotary
+        self.gate: Callable[..., Tensor] = compiled(gated) if on_cuda else gated
         self.heads, self.groups, self.size = attention.num_heads, attention.num_groups, attention.head_dim
         self.norms = [_norm(layer.input_layernorm, dtype)]
         self.qkv = _fused(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -76,14 +87,20 @@ class FusedLayer:
         """`[B, T, D]` to `[B, T, D]`, as `DecoderLayer.forward`."""
         batch, length, _ = hidden.shape
         heads = self.qkv(self.norms[0](hidden)).view(batch, length, -1, self.size).transpose(1, 2)
-        queries, keys, values = torch.split(heads, [self.heads, self.groups, self.groups], dim=1)
-        queries, keys = apply_rotary(queries, plan.cos, plan.sin), apply_rotary(keys, plan.cos, plan.sin)
+        turned, values = torch.split(heads, [self.heads + self.groups, self.groups], dim=1)
+        turned = self.turn(turned, plan.cos, plan.sin)
+        queries, keys = torch.split(turned, [self.heads, self.groups], dim=1)
         mixed = attend(queries, *cache.update(layer, keys, values, plan), plan)
         hidden = hidden + self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         if self.gate_up is not None:
-            gate, up = self.gate_up(self.norms[1](hidden)).chunk(2, dim=-1)
-            hidden = hidden + self.down(F.silu(gate) * up)
+            hidden = hidden + self.down(self.gate(self.gate_up(self.norms[1](hidden))))
         return hidden
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """`[…, 2 I]`, gate and up side by side, to `[…, I]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def _norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:
@@ -92,6 +109,9 @@ def _norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:
 
 
 def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
+    if projections[0].weight.is_cuda and projections[0].weight.numel() > LARGE:
+        parts = [product(one.weight.detach().to(dtype), one.bias) for one in projections]
+        return parts[0] if len(parts) == 1 else lambda states: torch.cat([part(states) for part in parts], dim=-1)
     weight = torch.cat([one.weight.detach().to(dtype) for one in projections])
     biases = [one.bias.detach().to(dtype) for one in projections if one.bias is not None]
     return product(weight, torch.cat(biases) if biases else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
-from kangaroo.drafting import Chooser, Governor, LookupIndex, StepCosts
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Verification
-from kangaroo.fused import Stack, Stacks, can_pack
+from kangaroo.drafting import Chooser, Governor, LookupIndex, Scripted, StepCosts
+from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Row, Verification
+from kangaroo.fused import Stack, Stacks, can_stack
 from kangaroo.published import read_published
 
 HEADS = ("frozen", "full", "lora")
@@ -85,8 +85,8 @@ class KangarooModel(nn.Module):
         base.requires_grad_(False).eval()
         self.base_model = base
         self._stacks = Stacks()
-        self._costs = StepCosts((), 0.0)
-        self._governors: dict[DecodeConfig, Governor] = {}
+        self._costs: dict[int, StepCosts] = {}
+        self._governors: dict[tuple[DecodeConfig, int, int], Governor] = {}
         drafter = getattr(args, "drafter", "none")
         window, layers = getattr(args, "adapter_window", 64), getattr(args, "drafter_layers", 1)
         self.adapter_model = AdapterModel(base.config, drafter, window, layers)
@@ -190,7 +190,7 @@ class KangarooModel(nn.Module):
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache of the drafter."""
         cache = self.adapter_model.new_cache(batch_size, capacity, self.head_rows)
-        if can_pack(self.head_rows):
+        if can_stack(self.head_rows):
             parts = [*self.adapter_model.parameters(), self.exit_proj.weight, self.head_rows]
             parts += [self.head_down, self.head_up] if self.head == "lora" else []
             cache.stack = self._stacks.get("drafter", parts, self._stack)
@@ -253,53 +253,52 @@ class KangarooModel(nn.Module):
 
     # Decoding
 
-    def chooser(self, settings: DecodeConfig) -> Chooser:
-        """What decides on blocks: fixed, or the model's governor for these settings, which remembers earlier texts."""
+    def chooser(self, settings: DecodeConfig, row: int = 0, rows: int = 1) -> Chooser:
+        """What decides on a row's blocks: fixed, or the governor of these settings, which remembers earlier texts."""
         if not settings.adaptive:
             return Chooser(settings)
-        if settings not in self._governors:
-            self._governors[settings] = Governor(settings, self.step_costs(settings.draft_len))
-        return self._governors[settings]
+        key = (settings, row, rows)
+        if key not in self._governors:
+            self._governors[key] = Governor(settings, self.step_costs(settings.draft_len, rows))
+        return self._governors[key]
 
-    def step_costs(self, longest: int = 8) -> StepCosts:
-        """What steps cost here and now; measured once for blocks up to this length, which takes a second or two."""
-        if len(self._costs.verify) <= longest:
-            self._costs = self.measure_costs(longest)
-        return self._costs
+    def step_costs(self, longest: int = 8, rows: int = 1) -> StepCosts:
+        """What steps of so many rows cost here; measured once for blocks up to this length, in a second or two."""
+        if rows not in self._costs or len(self._costs[rows].verify) <= longest:
+            self._costs[rows] = self.measure_costs(longest, rows=rows)
+        return self._costs[rows]
 
-    def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128) -> StepCosts:
+    def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1) -> StepCosts:
         """Time blocks behind `context` tokens, all lengths in turn.
 
         The costs are medians, made to grow: noise must not make a longer block look cheaper.
 
         Args:
             longest: drafts of a block.
-            repeats: rounds; one more goes before them uncounted.
+            repeats: rounds; two more go before them uncounted.
             context: tokens in the caches.
+            rows: texts at once.
         """
-        base = self.base_model
+        base, how = self.base_model, DecodeConfig(longest)
         verify: list[list[float]] = [[] for _ in range(longest + 1)]
         drafted: list[float] = []
-        tokens = torch.arange(context + 1, device=self.head_model.weight.device)[None] % 7
-        index = LookupIndex(tokens[0].tolist())
-
-        looked = Chooser(DecodeConfig(source="lookup"))
+        text = LookupIndex([token % 7 for token in range(context + 1)])
 
         def timed(learned: int, looked_up: int) -> float:
             caches.roll_back(context)
-            looked.settings = DecodeConfig(looked_up, source="lookup")
-            looked.begin(index, looked_up)
+            script = Scripted(learned, text.tokens[:looked_up])
             began = self.now()
-            base.spec_decode_step(tokens, self, DecodeConfig(learned), longest + 1, None, looked if looked_up else None)
+            base.spec_decode_step([Row(text, context + longest + 2, script)] * rows, self, how)
             return 1e3 * (self.now() - began)
 
-        with base.decoding(context + longest + 2, self, "base") as caches:
-            base.spec_decode_step(tokens[:, :-1], self, DecodeConfig(0), 2)
-            for turn in range(repeats + 1):
+        with base.decoding(context + longest + 2, self, "base", rows) as caches:
+            prompt = LookupIndex(text.tokens[:-1])
+            base.spec_decode_step([Row(prompt, context + 1, Scripted(0))] * rows, self, how)
+            for turn in range(repeats + 2):
                 times = [timed(0, count) for count in range(longest + 1)]
                 timed(1, 0)  # brings the draft's caches up to the context
                 drafting = (timed(longest, 0) - times[-1]) / longest
-                if turn:
+                if turn > 1:
                     drafted.append(drafting)
                     for kept, time_ in zip(verify, times, strict=True):
                         kept.append(time_)
@@ -311,6 +310,64 @@ class KangarooModel(nn.Module):
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def decode_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        settings: DecodeConfig,
+        eos_ids: Sequence[int] = (),
+        noise: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Iterator[dict[int, Verification]]:
+        """Decode prompts together, each row going on as far as its own drafts are accepted.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_new_tokens: length limit of a response, at least 1.
+            settings: how to draft and verify.
+            eos_ids: tokens that end a response.
+            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts.
+            seed: of what sampling draws, for all prompts or one each; what stands beside a prompt changes nothing.
+
+        Yields:
+            After each pass, what every row that is not over commits, by the prompt's index. The first ones are the
+            prefill's.
+
+        Raises:
+            ValueError: for an empty prompt, a limit below 1, or logits that are not finite.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("the prompt is empty; expected at least one token")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        rows = {
+            at: Row(
+                LookupIndex(prompt),
+                len(prompt) + max_new_tokens,
+                self.chooser(settings, at, len(prompts)),
+                noise,
+                torch.Generator().manual_seed(seeds[at]) if settings.temperature else None,
+            )
+            for at, prompt in enumerate(prompts)
+        }
+        capacity = max(row.stop for row in rows.values())
+        with self.base_model.decoding(capacity, self, settings.target, len(rows), settings.deterministic) as caches:
+            while any(row.room for row in rows.values()):
+                found = zip(rows, self.base_model.spec_decode_step(list(rows.values()), self, settings), strict=True)
+                verdicts = {at: verdict.end_at(eos_ids) for at, verdict in found if verdict}
+                yield verdicts
+                for at, verdict in verdicts.items():
+                    if verdict.start > rows[at].start:
+                        rows[at].chooser.learn(verdict)
+                    rows[at].text.extend(verdict.committed)
+                    if verdict.committed[-1] in eos_ids:
+                        rows[at].stop = 0
+                over = [not row.room for row in rows.values()]
+                if any(over) and not all(over) and not caches.replays:
+                    caches.keep([place for place, gone in enumerate(over) if not gone])
+                    rows = {at: row for at, row in rows.items() if row.room}
+
     def decode_blocks(
         self,
         prompt: Sequence[int],
@@ -318,37 +375,14 @@ class KangarooModel(nn.Module):
         settings: DecodeConfig,
         eos_ids: Sequence[int] = (),
         noise: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
     ) -> Iterator[Verification]:
-        """Decode greedily, yielding each verification as it is committed; the first one is the prefill.
+        """Decode one prompt, yielding each verification as it is committed; the first one is the prefill's.
 
-        Args:
-            prompt: token ids, at least one.
-            max_new_tokens: length limit of the response, at least 1.
-            settings: how to draft and verify.
-            eos_ids: tokens that end the response.
-            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts.
-
-        Raises:
-            ValueError: for an empty prompt or a limit below 1.
+        Arguments and errors as in `decode_rows`.
         """
-        if not len(prompt):
-            raise ValueError("the prompt is empty; expected at least one token")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        tokens = torch.tensor([list(prompt)], device=self.head_model.weight.device)
-        stop, index, chooser = len(prompt) + max_new_tokens, LookupIndex(prompt), self.chooser(settings)
-        with self.base_model.decoding(stop, self, settings.target):
-            while tokens.shape[1] < stop:
-                produced, room = tokens.shape[1] - len(prompt), stop - tokens.shape[1]
-                count = chooser.begin(index, room - 1) if produced else 0
-                how, ahead = replace(settings, draft_len=count), None if noise is None else noise[produced:]
-                verdict = self.base_model.spec_decode_step(tokens, self, how, room, ahead, chooser).end_at(eos_ids)
-                yield verdict
-                if verdict.committed[-1] in eos_ids:
-                    return
-                chooser.learn(verdict)
-                index.extend(verdict.committed)
-                tokens = torch.cat((tokens, tokens.new_tensor([verdict.committed])), dim=1)
+        for verdicts in self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed):
+            yield verdicts[0]
 
     def generate(
         self,
@@ -357,7 +391,24 @@ class KangarooModel(nn.Module):
         settings: DecodeConfig,
         eos_ids: Sequence[int] = (),
         noise: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
     ) -> Decoded:
-        """Decode greedily; arguments as in `decode_blocks`."""
-        blocks = list(self.decode_blocks(prompt, max_new_tokens, settings, eos_ids, noise))
-        return Decoded([token for block in blocks for token in block.committed], blocks)
+        """Decode one prompt; arguments as in `decode_rows`."""
+        return self.generate_batch([prompt], max_new_tokens, settings, eos_ids, noise, seed)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        settings: DecodeConfig,
+        eos_ids: Sequence[int] = (),
+        noise: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> list[Decoded]:
+        """Decode prompts together; arguments as in `decode_rows`."""
+        decoded = [Decoded([], []) for _ in prompts]
+        for verdicts in self.decode_rows(prompts, max_new_tokens, settings, eos_ids, noise, seed):
+            for at, verdict in verdicts.items():
+                decoded[at].tokens.extend(verdict.committed)
+                decoded[at].blocks.append(verdict)
+        return decoded

@@ -10,8 +10,10 @@ from conftest import EOS, tiny_kangaroo, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kangaroo.earlyexit import DecodeConfig, choose_tokens, count_accepted
+from kangaroo.drafting import Chooser, LookupIndex
+from kangaroo.earlyexit import DecodeConfig, Row
 from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sampling import choose_tokens, count_accepted
 
 VOCAB = 264
 PROMPT = [5, 9, 17]
@@ -117,7 +119,9 @@ def test_bad_input_is_said(call, message):
 def test_a_step_outside_a_decoding_is_refused():
     model = tiny_kangaroo(0)
     with pytest.raises(RuntimeError, match="decoding"):
-        model.base_model.spec_decode_step(torch.tensor([PROMPT]), model, DecodeConfig(2), 5)
+        model.base_model.spec_decode_step(
+            [Row(LookupIndex(PROMPT), 9, Chooser(DecodeConfig(2)))], model, DecodeConfig(2)
+        )
 
 
 def test_logits_that_are_not_finite_stop_decoding():

@@ -11,8 +11,8 @@ from conftest import random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, StepCosts
-from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+from kangaroo.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, Scripted, StepCosts
+from kangaroo.earlyexit import DecodeConfig, DraftBlock, Row, Verification
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
 WAYS = [
@@ -54,7 +54,7 @@ def test_a_lookup_grows_with_the_text_as_if_made_anew():
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.adaptive}")
 def test_no_choice_changes_an_answer(how, target):
     model = tiny_kangaroo(deep_scale=0.3, drafter="layer")
-    model._costs = COSTS
+    model._costs = {1: COSTS}
     looked, learned = 0, 0
     for prompt in (part * 2 for part in random_prompts(6)):
         plain = model.generate(prompt, 40, DecodeConfig(0, target=target)).tokens
@@ -70,7 +70,7 @@ def test_no_choice_changes_an_answer(how, target):
 def test_blocks_stay_within_their_length_and_tails_stand_behind_the_drafts(longest):
     """A model whose deep layers say nothing accepts every draft, so that blocks are as long as they may be."""
     model, how = tiny_kangaroo(deep_scale=0.0, lora=False), DecodeConfig(longest, source="hybrid", adaptive=True)
-    model._costs, tails = StepCosts(COSTS.verify[: longest + 1], 1.5), 0
+    model._costs, tails = {1: StepCosts(COSTS.verify[: longest + 1], 1.5)}, 0
     for prompt in (part * 3 for part in random_prompts(6)):
         index = LookupIndex(prompt)
         for block in model.decode_blocks(prompt, 60, how):
@@ -83,29 +83,18 @@ def test_blocks_stay_within_their_length_and_tails_stand_behind_the_drafts(longe
     assert tails
 
 
-class Told(Chooser):
-    """Says what to verify."""
-
-    def __init__(self, tokens):
-        super().__init__(DecodeConfig())
-        self.tokens = tokens
-
-    def tail(self):
-        return self.tokens
-
-
 def test_what_is_looked_up_is_verified_and_has_no_confidence():
     model = tiny_kangaroo()
     prompt = random_prompts(1)[0]
     own = model.generate(prompt, 12, DecodeConfig(0)).tokens
-    tokens = torch.tensor([prompt])
+    text, wrong = LookupIndex(prompt), [own[1], own[2], (own[3] + 1) % 264, own[4]]
+    found = []
     with model.base_model.decoding(len(prompt) + 12, model, "base"):
-        first = model.base_model.spec_decode_step(tokens, model, DecodeConfig(0), 12)
-        tokens = torch.cat((tokens, torch.tensor([first.committed])), dim=1)
-        wrong = [own[1], own[2], (own[3] + 1) % 264, own[4]]
-        second = model.base_model.spec_decode_step(tokens, model, DecodeConfig(0), 11, chooser=Told(wrong))
-        tokens = torch.cat((tokens, torch.tensor([second.committed])), dim=1)
-        third = model.base_model.spec_decode_step(tokens, model, DecodeConfig(1), 4, chooser=Told(own[5:9]))
+        for script, room in ((Scripted(0), 12), (Scripted(0, wrong), 11), (Scripted(1, own[5:9]), 4)):
+            row = Row(text, len(text.tokens) + room, script)
+            found += model.base_model.spec_decode_step([row], model, DecodeConfig())
+            text.extend(found[-1].committed)
+    _, second, third = found
     assert second.committed == tuple(own[1:4]) and (second.num_accepted, second.num_drafted) == (2, 3)
     assert second.draft.num_learned == 0 and second.draft.confidence.isnan().all()
     assert third.draft.num_learned == 1 and third.draft.tokens[1:].tolist() == own[5:7]  # room for three drafts
@@ -211,7 +200,7 @@ def test_the_governor_is_a_function_of_costs_and_text():
     found = []
     for _ in range(2):
         model = tiny_kangaroo(deep_scale=0.3)
-        model._costs = COSTS
+        model._costs = {1: COSTS}
         how = DecodeConfig(8, source="hybrid", adaptive=True)
         found.append([[b.committed for b in model.generate(p, 40, how).blocks] for p in random_prompts(4)])
     assert found[0] == found[1]

@@ -52,7 +52,7 @@ def test_decoding_with_and_without_stacks_is_the_same(args, monkeypatch):
     settings = DecodeConfig(4)
     fast = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
     for module in (earlyexit, kangaroo_model):
-        monkeypatch.setattr(module, "can_pack", lambda weight: False)
+        monkeypatch.setattr(module, "can_stack", lambda weight: False)
     slow = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
     assert [d.tokens for d in fast] == [d.tokens for d in slow]
     assert [b.block_len for d in fast for b in d.blocks] == [b.block_len for d in slow for b in d.blocks]

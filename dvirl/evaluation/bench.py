@@ -1,14 +1,15 @@
 """Decoding by the clock, every way in one process: `dvirl bench DRAFTER` (`make bench`).
 
 Ways alternate question by question and in changing order, so that what else the machine does hits all alike; figures
-are medians over questions of ratios taken on the same question. Each way answers two questions before the clock counts.
+are medians over questions of ratios taken on the same question. Each way answers two questions before the clock counts;
+what CUDA captures before that is reported apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -45,13 +46,15 @@ def ways(longest: int) -> dict[str, DecodeConfig]:
 
 @dataclass(frozen=True)
 class Timed:
-    """One answer: its tokens, its seconds, those behind the prefill, and what its blocks should have taken."""
+    """One answer: its tokens, its seconds, those behind the prefill, what its blocks should have taken, and drafts."""
 
     tokens: list[int]
     seconds: float
-    decoding_s: float
-    ideal_s: float
-    blocks: int
+    decoding_s: float = 0.0
+    ideal_s: float = 0.0
+    blocks: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Speed:
         over_ideal: median over questions of the time that the blocks should have taken, by the step costs measured
             before, over the time they took, prefill excluded; None for Hugging Face's.
         mat: tokens a verification commits, prefill excluded; None for Hugging Face's.
+        accept_rate: accepted over scored drafts; None without drafts.
         equal: answers that are plain decoding's, token for token.
         questions: how many there are.
     """
@@ -72,6 +76,7 @@ class Speed:
     over_plain: float
     over_ideal: float | None
     mat: float | None
+    accept_rate: float | None
     equal: int
     questions: int
 
@@ -92,7 +97,8 @@ def timed(
     end, tokens = model.now(), [token for block in blocks for token in block.committed]
     drafts = [block.draft for block in blocks[1:]]
     ideal = sum(costs.block(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts) / 1e3
-    return Timed(tokens, end - began, end - prefilled, ideal, len(drafts))
+    drafted, accepted = sum(block.num_drafted for block in blocks), sum(block.num_accepted for block in blocks)
+    return Timed(tokens, end - began, end - prefilled, ideal, len(drafts), drafted, accepted)
 
 
 def generated(theirs: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], limit: int) -> Timed:
@@ -101,14 +107,14 @@ def generated(theirs: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], 
     began = time.perf_counter()
     out = theirs.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
     tokens = out[0, len(prompt) :].tolist()  # waits for the device
-    return Timed(tokens, time.perf_counter() - began, 0.0, 0.0, len(tokens))
+    return Timed(tokens, time.perf_counter() - began)
 
 
 @torch.no_grad()
 def compare(
     drafter: LoadedDrafter, sets: dict[str, list[list[int]]], limit: int, longest: int, costs: StepCosts
-) -> dict[str, dict[str, Speed]]:
-    """Time every way on every set.
+) -> Iterator[tuple[str, dict[str, Speed]]]:
+    """Time every way on every set, and yield each set when it is done.
 
     Args:
         drafter: with its model.
@@ -123,7 +129,6 @@ def compare(
     run: dict[str, Callable[[list[int]], Timed]] = {GENERATE: lambda prompt: generated(theirs, loaded, prompt, limit)}
     for name, settings in ways(longest).items():
         run[name] = lambda prompt, how=settings: timed(model, prompt, limit, how, loaded.eos_ids, costs)  # type: ignore[misc]
-    found: dict[str, dict[str, Speed]] = {}
     with model.base_model.folded():
         first = next(iter(sets.values()))
         for prompt in first[:WARM_UP]:
@@ -135,26 +140,56 @@ def compare(
                 order = list(run)[turn % len(run) :] + list(run)[: turn % len(run)]
                 for way in order:
                     answers[way].append(run[way](prompt))
-            found[name] = {way: _speed(given, answers[PLAIN]) for way, given in answers.items()}
+            yield name, {way: _speed(given, answers[PLAIN]) for way, given in answers.items()}
+
+
+@torch.no_grad()
+def batched(
+    drafter: LoadedDrafter, prompts: list[list[int]], limit: int, rows: int, longest: int
+) -> dict[str, dict[str, float]]:
+    """Tokens a second with so many texts at once, and one after the other, in turn on the same prompts; medians."""
+    model, eos_ids = drafter.model, drafter.loaded.eos_ids
+    groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
+    if not groups:
+        raise DvirlError(f"rows is {rows}; expected at most the {len(prompts)} questions")
+
+    def rate(group: list[list[int]], how: DecodeConfig, together: bool) -> float:
+        began = model.now()
+        parts = [group] if together else [[prompt] for prompt in group]
+        decoded = [one for part in parts for one in model.generate_batch(part, limit, how, eos_ids)]
+        return sum(len(one.tokens) for one in decoded) / (model.now() - began)
+
+    found: dict[str, dict[str, float]] = {}
+    with model.base_model.folded():
+        for way, how in ways(longest).items():
+            rate(groups[0], how, True)  # warms up
+            both = [(rate(group, how, True), rate(group, how, False)) for group in tqdm(groups, way, leave=False)]
+            found[way] = {
+                f"batch {rows} tok_per_s": median(wide for wide, _ in both),
+                "batch 1 tok_per_s": median(one for _, one in both),
+                "over batch 1": median(wide / one for wide, one in both),
+            }
     return found
 
 
 def _speed(given: Sequence[Timed], plain: Sequence[Timed]) -> Speed:
     ratios = [len(a.tokens) / a.seconds * b.seconds / len(b.tokens) for a, b in zip(given, plain, strict=True)]
+    drafted = sum(one.drafted for one in given)
     ideals = [one.ideal_s / one.decoding_s for one in given if one.ideal_s]
     return Speed(
         tok_per_s=fmean(len(one.tokens) / one.seconds for one in given),
         over_plain=median(ratios),
         over_ideal=median(ideals) if ideals else None,
         mat=sum(len(a.tokens) - 1 for a in given) / sum(a.blocks for a in given) if ideals else None,
+        accept_rate=sum(one.accepted for one in given) / drafted if drafted else None,
         equal=sum(a.tokens == b.tokens for a, b in zip(given, plain, strict=True)),
         questions=len(given),
     )
 
 
-def table(speeds: dict[str, Speed]) -> str:
-    """One set's figures, a way a line."""
-    rows = pd.DataFrame.from_dict({way: asdict(one) for way, one in speeds.items()}, orient="index")
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """Figures by name, a way a line."""
+    rows = pd.DataFrame.from_dict(figures, orient="index")
     return str(rows.to_string(float_format="{:.2f}".format, na_rep=""))
 
 
@@ -170,10 +205,11 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
     parser.add_argument("--draft_len", type=int, default=8, help="drafts of a block at most, of the adaptive ways")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 by default")
     parser.add_argument("--threads", type=int, default=2, help="torch threads; 2 by default")
+    parser.add_argument("--rows", type=int, default=0, help="also time so many texts at once; 0, the default, does not")
     args = parse_measured(parser, argv)
-    for option in ("draft_len", "threads"):
-        if getattr(args, option) < 1:
-            raise DvirlError(f"{option} is {getattr(args, option)}; expected at least 1")
+    for option, lowest in (("draft_len", 1), ("threads", 1), ("rows", 0)):
+        if getattr(args, option) < lowest:
+            raise DvirlError(f"{option} is {getattr(args, option)}; expected at least {lowest}")
     torch.set_num_threads(args.threads)
     drafter = load_drafter(args.drafter, dtype=args.dtype, device=args.device)
     sets = question_sets(drafter.loaded, asked_for(args, drafter), args.own, args.seed)
@@ -183,16 +219,25 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
     print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
     print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
-    found = compare(drafter, sets, args.max_new_tokens, args.draft_len, costs)
-    for name, speeds in found.items():
-        print(f"{name}\n{table(speeds)}")
-    if args.out:
+    content = {"arguments": vars(args), **circumstances(drafter.loaded), "costs": asdict(costs)}
+    found: dict[str, dict[str, Speed]] = {}
+    for name, speeds in compare(drafter, sets, args.max_new_tokens, args.draft_len, costs):
+        found[name] = speeds
+        content["capture_s"] = drafter.model.base_model.capture_s
+        print(f"{name}\n{table({way: asdict(one) for way, one in speeds.items()})}", flush=True)
         figures = {name: {way: asdict(one) for way, one in speeds.items()} for name, speeds in found.items()}
-        write_json(
-            args.out,
-            {"arguments": vars(args), **circumstances(drafter.loaded), "costs": asdict(costs), "figures": figures},
-        )
+        _keep(args.out, {**content, "figures": figures})
+    if args.rows:
+        everything = [prompt for prompts in sets.values() for prompt in prompts]
+        content["batched"] = batched(drafter, everything, args.max_new_tokens, args.rows, args.draft_len)
+        print(table(content["batched"]))
+        _keep(args.out, {**content, "figures": figures})
     return found
+
+
+def _keep(path: str, content: dict[str, Any]) -> None:
+    if path:
+        write_json(path, content)
 
 
 def spread(prompts: list[Any], count: int) -> list[Any]:

@@ -1,0 +1,113 @@
+"""Several texts at once, passes of one size, and captured passes: the tokens of one text alone."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import EOS, random_prompts, tiny_kangaroo
+
+from kangaroo import earlyexit
+from kangaroo.earlyexit import PASS_ROWS, DecodeConfig
+from kangaroo.replay import SHORTEST_VIEW, view
+
+SETTINGS = [
+    DecodeConfig(0),
+    DecodeConfig(4),
+    DecodeConfig(4, target="adapted"),
+    DecodeConfig(6, threshold=0.01),
+    DecodeConfig(4, source="hybrid"),
+    DecodeConfig(5, source="lookup", target="adapted"),
+    DecodeConfig(3, draft_temperature=1.0, temperature=0.8, top_k=50, top_p=0.9),
+]
+DRAFTERS = [dict(), dict(drafter="adapter", adapter_window=5), dict(drafter="layer", drafter_layers=2)]
+
+
+def row_by_row(model, prompts, how, length=24):
+    return [model.generate(prompt, length, how, (EOS,), seed=3) for prompt in prompts]
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.target}")
+@pytest.mark.parametrize("args", DRAFTERS, ids=lambda args: args.get("drafter", "none"))
+def test_a_batch_gives_what_each_row_gives_alone(how, args):
+    """Deep layers that say little make drafts come true often, and differently from row to row."""
+    model, prompts = tiny_kangaroo(2, deep_scale=0.3, lora=False, **args).double(), random_prompts(5, 2)
+    prompts = [prompts[0] * 9, *prompts[1:3], prompts[3] * 3, prompts[4]]
+    alone = row_by_row(model, prompts, how)
+    together = model.generate_batch(prompts, 24, how, (EOS,), seed=3)
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    lengths = [[block.block_len for block in one.blocks] for one in together]
+    assert lengths == [[block.block_len for block in one.blocks] for one in alone]
+    if how.draft_len > 3 and how.source == "learned":
+        assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.target}")
+def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
+    sizes = []
+    inside = earlyexit.EarlyExitLlamaForCausalLM.forward_deep
+
+    def watched(self, states, *args, **kwargs):
+        sizes.append(states.shape[1])
+        return inside(self, states, *args, **kwargs)
+
+    monkeypatch.setattr(earlyexit.EarlyExitLlamaForCausalLM, "forward_deep", watched)
+    model, prompts = tiny_kangaroo(2, drafter="layer", deep_scale=0.1).double(), random_prompts(3, 2)
+    alone = row_by_row(model, prompts, how)
+    sizes.clear()
+    fixed = DecodeConfig(**{**vars(how), "deterministic": True})
+    assert [one.tokens for one in row_by_row(model, prompts, fixed)] == [one.tokens for one in alone]
+    assert set(sizes) - {len(prompt) for prompt in prompts} <= {PASS_ROWS}
+    assert [one.tokens for one in model.generate_batch(prompts, 24, fixed, (EOS,), seed=3)] == [
+        one.tokens for one in alone
+    ]
+
+
+class Recorded:
+    """Stands for captured passes where there is no GPU: what was recorded for a key is run again on its own inputs."""
+
+    capture_s = 0.0
+
+    def __init__(self):
+        self.held = {}
+
+    def __call__(self, key, run, *inputs):
+        key = (key, *(one.shape for one in inputs))
+        run, static = self.held.setdefault(key, (run, [one.clone() for one in inputs]))
+        for own, given in zip(static, inputs, strict=True):
+            own.copy_(given)
+        return run(*static)
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.target}")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
+    model, prompts = tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(), random_prompts(6, 2)
+    alone = [one.tokens for one in row_by_row(model, prompts, how)]
+    fresh, held = model.base_model.new_caches, {}
+
+    def caches(capacity, *args):
+        """The caches of the first time, emptied, as on CUDA."""
+        found = held.setdefault(args[1:], fresh(SHORTEST_VIEW, *args))
+        found.roll_back(0)
+        found.replays = found.replays or Recorded()
+        return found
+
+    monkeypatch.setattr(model.base_model, "new_caches", caches)
+    for start in range(0, 6, rows):
+        found = model.generate_batch(prompts[start : start + rows], 24, how, (EOS,), seed=3)
+        assert [one.tokens for one in found] == alone[start : start + rows]
+    assert all(one.replays.held for one in held.values())
+
+
+def test_a_batch_that_is_empty_or_holds_an_empty_prompt_is_refused():
+    for prompts in ([], [[3], []]):
+        with pytest.raises(ValueError, match="prompt is empty"):
+            tiny_kangaroo(0).generate_batch(prompts, 5, DecodeConfig(2))
+
+
+def test_views_are_powers_of_two_within_the_capacity():
+    assert [view(needed, 1000) for needed in (1, 256, 257, 512, 513)] == [256, 256, 512, 512, 1000]
+
+
+def test_deterministic_needs_a_block_that_fits_its_passes():
+    with pytest.raises(ValueError, match=f"expected below {PASS_ROWS}"):
+        DecodeConfig(PASS_ROWS, deterministic=True)
