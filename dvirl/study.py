@@ -516,7 +516,13 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+    """Over the seeds that have a value: one whose verifier says nothing any more has no agreement."""
+    there = [value for value in values if not math.isnan(value)]
+    return {
+        "mean": fmean(there) if there else math.nan,
+        "std": stdev(there) if len(there) > 1 else 0.0,
+        "n": len(there),
+    }
 
 
 def resume(study: Study, kept: Path) -> dict[str, Row]:
