@@ -31,7 +31,7 @@ from dvirl.errors import DvirlError
 from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Responses, draft_vocabulary, response_index, verifier_states
+from dvirl.rollout import Responses, response_index, verifier_states
 from dvirl.settings import choice, number
 from dvirl.trace import cut_log, log_line, read_metrics
 from kangaroo.adapter import DRAFTERS
@@ -182,11 +182,9 @@ class Distiller:
         self.log = self.run_dir / "metrics.jsonl"
         checkpoint.claim(self.run_dir, config, self.loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
-        base = self.loaded.model
         torch.manual_seed(config.seed)
         self.longest = int(self.responses.response_lens.max())
-        vocabulary = draft_vocabulary(self.responses.response_tokens(), base.config.vocab_size, config.draft_vocab)
-        self.peft_model, self.model = attach_draft(base, config, vocabulary)
+        self.peft_model, self.model = attach_draft(self.loaded.model, config, self.responses.response_tokens())
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices if config.muon else [], config.muon)

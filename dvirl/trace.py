@@ -13,8 +13,32 @@ import pandas as pd
 from dvirl.errors import DvirlError
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
+@dataclass(kw_only=True)
+class Counters:
+    """How far a run is, see `StepMetrics`; all of it is in every checkpoint."""
+
+    step: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    drift_flag: bool = False
+    rollout_s: float = 0.0
+    fast_s: float = 0.0
+    slow_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class SlowResult:
+    """What a slow update, or a measurement in its place, says of the verifier, see `StepMetrics`."""
+
+    loss_slow: float | None = None
+    drift_kl: float | None = None
+    drift_tokens: float | None = None
+
+
+@dataclass(kw_only=True)
+class StepMetrics(Counters, SlowResult):
     """One fast step, and the slow update that followed it if one did. None where there is nothing to say.
 
     Attributes:
@@ -43,32 +67,20 @@ class StepMetrics:
         wall_s: seconds since the run began.
     """
 
-    step: int
     phase: str
     loss: float
     loss_rl: float
     loss_kl: float
     loss_ce: float
-    loss_slow: float | None = None
     accept_rate: float
     mat: float
     reward: float
     baseline: float
     ppl_sample: float
-    drift_kl: float | None = None
-    drift_tokens: float | None = None
-    drift_flag: bool
-    prompts: int
-    tokens: int
     tok_per_s: float
     grad_norm: float
     lr: float
     buffer_size: int
-    skipped: int
-    rollout_s: float
-    fast_s: float
-    slow_s: float
-    wall_s: float
 
 
 def plain(values: Any) -> Any:

@@ -29,8 +29,7 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
     torch.set_num_threads(config.threads)
     loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
     prompts = load_prompts(config, loaded).stream.take(num_prompts)
-    covered = range(min(config.draft_vocab, loaded.model.config.vocab_size)) if config.draft_vocab else None
-    _, model = attach_draft(loaded.model, config, covered, deep=True)
+    _, model = attach_draft(loaded.model, config, deep=True)
 
     def step_by_step() -> int:
         return measure_acceptance(
