@@ -1,7 +1,5 @@
 """A run on disk: config.yaml once, and checkpoints that appear whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -47,7 +45,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def circumstances(loaded: LoadedModel) -> dict[str, Any]:
+def circumstances(loaded: "LoadedModel") -> dict[str, Any]:
     """What else a result depends on: the model's hash and how it was loaded, the versions, the machine."""
     return {
         "model": {
@@ -60,14 +58,14 @@ def circumstances(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path, config: ModelSettings, loaded: LoadedModel, **more: Any) -> None:
+def write_config(folder: Path, config: ModelSettings, loaded: "LoadedModel", **more: Any) -> None:
     """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"config": asdict(config), **circumstances(loaded), **more}
     (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def start_log(run_dir: Path, config: ModelSettings, loaded: LoadedModel, new: bool = True) -> Path:
+def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: bool = True) -> Path:
     """Write the `config.yaml` of a run, and return its `metrics.jsonl`, which is there from now on.
 
     Raises:
@@ -147,7 +145,7 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
 
 
 def export(
-    folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: LoadedModel, **made: Any
+    folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: "LoadedModel", **made: Any
 ) -> None:
     """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
 
@@ -196,7 +194,7 @@ def newest(run_dir: str | Path) -> Path:
     return folders[-1]
 
 
-def claim(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> None:
+def claim(run_dir: Path, config: ModelSettings, loaded: "LoadedModel") -> None:
     """Write `config.yaml` into a new run folder, or see that a run that is to go on has the same settings.
 
     Raises:

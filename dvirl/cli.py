@@ -1,7 +1,5 @@
 """The command line: `dvirl COMMAND`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial

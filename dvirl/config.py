@@ -1,7 +1,5 @@
 """The settings of every run: what the model is, what drafts, and how DVI trains it."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

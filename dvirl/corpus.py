@@ -1,7 +1,5 @@
 """Cached greedy responses at scale: conversations that the model holds with itself, in shards on disk."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Prompts: readers for every source, and one stream whose position can be saved and restored."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys
@@ -269,15 +267,12 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     """
     encoded = _encoded_prompts(config, loaded)
     short = [ids for ids in encoded if 0 < len(ids) <= config.max_prompt_tokens]
-    if len(short) < len(encoded):
-        tqdm.write(
-            f"left out {len(encoded) - len(short)} prompts over {config.max_prompt_tokens} tokens", file=sys.stderr
-        )
+    if left_out := len(encoded) - len(short):
+        tqdm.write(f"left out {left_out} prompts over {config.max_prompt_tokens} tokens", file=sys.stderr)
     random.Random(config.seed).shuffle(short)
     if len(short) <= config.held_out:
-        raise DvirlError(
-            f"{config.prompts_source} has {len(short)} prompts; held_out={config.held_out} leaves none for training"
-        )
+        found = f"{config.prompts_source} has {len(short)} prompts"
+        raise DvirlError(f"{found}; held_out={config.held_out} leaves none for training")
     return PromptSplit(PromptStream(short[config.held_out :], config.seed), short[: config.held_out])
 
 

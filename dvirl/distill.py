@@ -4,16 +4,15 @@ Every position of a greedy response has a verified prefix, so the verifier's log
 two parallel passes; nothing is decoded twice, and one cached response serves any number of passes.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +198,8 @@ class Distiller:
         if config.responses_from:
             paths = sorted(Path(config.responses_from).glob("shard-*.safetensors"))
             if not paths:
-                raise DvirlError(
-                    f"responses_from is {config.responses_from!r}; expected a folder of shard-*.safetensors"
-                )
+                given = config.responses_from
+                raise DvirlError(f"responses_from is {given!r}; expected a folder of shard-*.safetensors")
             return join([read_shard(path) for path in paths])
         parts: list[Responses] = []
         with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
@@ -217,10 +215,8 @@ class Distiller:
         """Write shard `index`: fewer conversations than usual where `wanted` tokens are few."""
         config, began = self.config, time.perf_counter()
         count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
-        seed = config.seed * 1_000_003 + index
-        shard = write_conversations(
-            self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch
-        )
+        how = config.answer_tokens, config.follow_up, config.write_batch
+        shard = write_conversations(self.loaded, count, config.seed * 1_000_003 + index, *how)
         write_shard(path, shard)
         figures = {"tokens": shard.num_tokens, "memory_gb": self._memory_gb(), "wall_s": time.perf_counter() - began}
         log_line(self.log, {"phase": "write", "shard": index, **figures})
@@ -438,9 +434,10 @@ class Distiller:
             setattr(self, name, value)
 
 
-def parse_args(argv: Sequence[str]) -> DistillConfig:
-    """Settings from flags, on top of a YAML file if `--config` names one; errors as in `settings.parse_args`."""
-    return settings.parse_args(DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text.", argv)
+parse_args = partial(
+    settings.parse_args, DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text."
+)
+"""Settings from flags; see `settings.parse_args`."""
 
 
 def main(args: Namespace | DistillConfig) -> DistillResult:
@@ -451,10 +448,8 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
     """
     config = settings.from_namespace(DistillConfig, args)
     result = Distiller(config).train()
-    for verb, tokens, seconds in (
-        ("written", result.written, result.write_s),
-        ("learned from", result.learned, result.train_s),
-    ):
+    done = {"written": (result.written, result.write_s), "learned from": (result.learned, result.train_s)}
+    for verb, (tokens, seconds) in done.items():
         if tokens:
             print(f"{verb}: {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} tokens/s")
     print(f"agreement: {result.agreement:.3f} over the last {config.log_every} of {result.steps} updates")

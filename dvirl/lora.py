@@ -1,7 +1,5 @@
 """LoRA and draft on a model, what an update may step of them, the guard between, optimizers, rates, steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Prompts that the model writes itself: user turns sampled behind the chat template's header (arXiv 2406.08464)."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -1,7 +1,5 @@
 """Models by name: the embedded default, a local folder, or a hub id of any Llama; and drafters that ship for them."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from dataclasses import dataclass, fields

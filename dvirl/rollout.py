@@ -5,8 +5,6 @@ one parallel shallow pass over that text, and replaying the block rule over them
 `spec_decode_step` gives one block at a time (`tests/test_rollout.py` holds the two equal).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,13 +59,13 @@ class Responses:
         starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
         return self.tokens[(steps >= starts) & (steps < ends)]
 
-    def take(self, rows: Tensor) -> Responses:
+    def take(self, rows: Tensor) -> "Responses":
         """Some rows, cut to their longest."""
         prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
         width = int((prompt_lens + response_lens).max()) if len(rows) else 0
         return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
 
-    def stored(self) -> Responses:
+    def stored(self) -> "Responses":
         """These alone, on the CPU, tokens as int32."""
         return Responses(self.tokens.int().cpu(), self.prompt_lens.cpu(), self.response_lens.cpu())
 
@@ -87,7 +85,7 @@ class Rollout(Responses):
     verifier_confidence: Tensor
     max_new_tokens: int
 
-    def groups(self, size: int) -> Iterator[Rollout]:
+    def groups(self, size: int) -> Iterator["Rollout"]:
         """So many rows at a time, cut to their longest."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
@@ -209,7 +207,7 @@ class _Batch:
         self.shallow.length = self.deep.length = lengths
         self.last = hidden[self.rows, lengths - shared - 1]
 
-    def _fill(self, prefix: _Batch, length: int) -> None:
+    def _fill(self, prefix: "_Batch", length: int) -> None:
         """Copy the keys and values of the prefix that all rows share, computed once, to every row."""
         for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
             for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):

@@ -1,7 +1,5 @@
 """SGP, shallow-gradient fine-tuning: what drafts learns from supervised records, and nothing else moves."""
 
-from __future__ import annotations
-
 import math
 import random
 import sys

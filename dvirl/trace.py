@@ -1,7 +1,5 @@
 """The log of a run: one JSON object a line, written at once, read as a table."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

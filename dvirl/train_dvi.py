@@ -1,7 +1,5 @@
 """Training from the command line: `dvirl train`, or `python -m dvirl.train_dvi`."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from functools import partial

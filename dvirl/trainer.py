@@ -1,7 +1,5 @@
 """DVI-RL: draft, verify, improve. The loop reads as the method: collect, fast update, slow update, log, checkpoint."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

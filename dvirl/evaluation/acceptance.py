@@ -1,7 +1,5 @@
 """A finished run, judged by the step-by-step decoder on its held-out prompts: `dvirl acceptance RUN_DIR`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """How often a draft's argmax is the verifier's token on greedy answers, in one pass: `dvirl agreement DRAFTER`."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math

@@ -4,8 +4,6 @@ Both ways answer the same prompts with the same verifier and score the same draf
 of several repeats are compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
