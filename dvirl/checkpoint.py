@@ -106,8 +106,7 @@ def save(
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     with whole_folder(folder) as scratch:
-        peft_model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
-        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        _save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)
         if state is not None:
             tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
@@ -157,16 +156,20 @@ def export(
         made: how it was made and what it reached, plain numbers and text.
     """
     with whole_folder(folder) as scratch:
-        peft_model.save_pretrained(
-            scratch, selected_adapters=["lora_S"], safe_serialization=True, save_embedding_layers=False
-        )
-        (scratch / "README.md").unlink(missing_ok=True)
+        _save_adapters(peft_model, scratch, ["lora_S"])
         weights, about = (scratch / "lora_S" / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
         save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
         described = {**json.loads(about.read_text()), "base_model_name_or_path": loaded.name}  # not a path of here
         about.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         save_file(_halved(model.drafter_state()), scratch / DRAFTER)
         write_config(scratch, config, loaded, made=made)
+
+
+def _save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
+    """Write all or some adapters as plain PEFT folders, without PEFT's empty model card."""
+    how = {"selected_adapters": names, "safe_serialization": True, "save_embedding_layers": False}
+    peft_model.save_pretrained(folder, **how)
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

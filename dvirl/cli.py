@@ -16,20 +16,11 @@ COMMANDS = {
         "evaluation.agreement",
         "how often a drafter's argmax is the verifier's token, and how well it knows that",
     ),
-    "check": (
-        "evaluation.equal",
-        "are answers with drafts those without, token for token, and where not, is it a tie",
-    ),
+    "check": ("evaluation.equal", "are answers with drafts those without, token for token, and where not, is it a tie"),
     "bench": ("evaluation.bench", "how fast every way of decoding is, side by side, by the clock"),
     "study": ("study", "run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)"),
-    "acceptance": (
-        "evaluation.acceptance",
-        "decode a run's held-out prompts step by step, before and after training",
-    ),
-    "average-adapters": (
-        "federated",
-        "average the adapters or checkpoints of several clients, weighted by tokens",
-    ),
+    "acceptance": ("evaluation.acceptance", "decode a run's held-out prompts step by step, before and after training"),
+    "average-adapters": ("federated", "average the adapters or checkpoints of several clients, weighted by tokens"),
     "fetch": ("embedded", "fetch the default model into the cache, once, and print its folder"),
 }
 """Module and help of each command: the module's `main`, behind its `parse_args` if it has one."""

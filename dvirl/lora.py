@@ -74,12 +74,8 @@ def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
 
 def optimizer_tensors(**optimizers: Optimizer) -> dict[str, Tensor]:
     """The optimizers' state as tensors, `NAME.PARAMETER.FIELD`, for safetensors."""
-    return {
-        f"{name}.{index}.{key}": torch.as_tensor(value)
-        for name, optimizer in optimizers.items()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
+    states = {f"{name}.{at}": s for name, one in optimizers.items() for at, s in one.state_dict()["state"].items()}
+    return {f"{at}.{key}": torch.as_tensor(value) for at, state in states.items() for key, value in state.items()}
 
 
 def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> None:
@@ -113,7 +109,7 @@ class Optimizers:
         rest = [parameter for parameter in parameters if id(parameter) not in chosen]
         adamw = AdamW(rest, weight_decay=0.0, fused=all(parameter.is_cuda for parameter in rest))
         self._parts: dict[str, Optimizer] = {"fast": adamw}
-        self._multiples = {"fast": 1.0, "muon": muon}
+        self._muon = muon
         if matrices:
             self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
@@ -126,7 +122,7 @@ class Optimizers:
         """Step all parameters, AdamW's at the rate `lr`."""
         self.lr = lr
         for name, optimizer in self._parts.items():
-            optimizer.param_groups[0]["lr"] = lr * self._multiples[name]
+            optimizer.param_groups[0]["lr"] = lr * self._muon if name == "muon" else lr
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:

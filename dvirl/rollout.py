@@ -131,9 +131,8 @@ class Tape:
         def play(prompts: list[list[int]]) -> Rollout:
             rollout = next(rollouts, None)
             if rollout is None or rollout.prompts() != prompts:
-                raise ValueError(
-                    "the tape holds no answers to these prompts; play it with the settings it was recorded with"
-                )
+                advice = "play it with the settings it was recorded with"
+                raise ValueError(f"the tape holds no answers to these prompts; {advice}")
             return rollout
 
         return play
@@ -200,19 +199,16 @@ class _Batch:
         self.shallow = KVCache(model.config, split, len(tokens), capacity, like)
         self.deep = KVCache(model.config, layers - split, len(tokens), capacity, like)
         shared = common_prefix(tokens, lengths)
-        if shared:
-            self._fill(_Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target), shared)
+        if shared:  # what all rows begin with is computed once, and its keys and values are copied
+            prefix = _Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target)
+            for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
+                for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
+                    wide[:, :, :shared] = one
+                own.length = shared
         hidden = self._forward(tokens[:, shared:])
         self.rows = torch.arange(len(tokens), device=tokens.device)
         self.shallow.length = self.deep.length = lengths
         self.last = hidden[self.rows, lengths - shared - 1]
-
-    def _fill(self, prefix: "_Batch", length: int) -> None:
-        """Copy the keys and values of the prefix that all rows share, computed once, to every row."""
-        for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
-            for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
-                wide[:, :, :length] = one
-            own.length = length
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.model.without_adapters(*(("lora_S",) if self.target == "base" else ())):

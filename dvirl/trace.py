@@ -105,6 +105,18 @@ def cut_log(path: Path, step: int) -> None:
         path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
 
 
+def parse_line(where: str, text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        DvirlError: if it is none; the message begins with `where`.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DvirlError(f"{where}: not valid JSON ({error})") from error
+
+
 def read_metrics(path: str | Path) -> pd.DataFrame:
     """The table of a `metrics.jsonl`, one row a step.
 
@@ -115,10 +127,5 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DvirlError(f"{path}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DvirlError(f"{path}:{number}: not valid JSON ({error})") from error
+    rows = [parse_line(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
     return pd.DataFrame(rows, columns=None if rows else [spec.name for spec in fields(StepMetrics)])

@@ -403,9 +403,8 @@ class DVITrainer:
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands; return its folder."""
-        return checkpoint.save(
-            Path(self.config.run_dir), self.counters.step, self.peft_model, self.model, self.state_dict()
-        )
+        run_dir, step = Path(self.config.run_dir), self.counters.step
+        return checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continue from a checkpoint of a run with the same settings.
