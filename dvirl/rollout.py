@@ -385,6 +385,8 @@ def draft_logits_at(
         prompt_lens: `[B]`.
         rows, positions: `[N]`, which response tokens to draft.
 
+    Returns:
+        Logits `[N, V']`, float32, and exit states `[N, D]`.
     """
     exit_hidden = model.base_model.forward_shallow(tokens)
     states = model.drafter_states(exit_hidden)
@@ -394,7 +396,7 @@ def draft_logits_at(
 
 @torch.no_grad()
 def draft_rollout(model: KangarooModel, rollout: Rollout) -> Drafts:
-    """The draft behind the verified text at all `response_index` of a rollout, in one pass: as `draft_logits_at`."""
+    """The draft behind the verified text, for all response tokens but the first, in one pass."""
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
     return draft_logits_at(model, rollout.tokens, rollout.prompt_lens, rows, positions)
 
