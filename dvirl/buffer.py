@@ -1,7 +1,5 @@
 """The replay buffer: scored drafts, accepts and rejects, and the responses that they stood in."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Chat formats: a conversation to token ids, so that a user's text can never spell a control token."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A run on disk: config.yaml once, and checkpoints that appear whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -47,7 +45,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def circumstances(loaded: LoadedModel) -> dict[str, Any]:
+def circumstances(loaded: "LoadedModel") -> dict[str, Any]:
     """What else a result depends on: the model's hash and how it was loaded, the versions, the machine."""
     return {
         "model": {
@@ -60,14 +58,14 @@ def circumstances(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path, config: ModelSettings, loaded: LoadedModel, **more: Any) -> None:
+def write_config(folder: Path, config: ModelSettings, loaded: "LoadedModel", **more: Any) -> None:
     """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"config": asdict(config), **circumstances(loaded), **more}
     (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def start_log(run_dir: Path, config: ModelSettings, loaded: LoadedModel, new: bool = True) -> Path:
+def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: bool = True) -> Path:
     """Write the `config.yaml` of a run, and return its `metrics.jsonl`, which is there from now on.
 
     Raises:
@@ -108,8 +106,7 @@ def save(
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     with whole_folder(folder) as scratch:
-        peft_model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
-        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        _save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)
         if state is not None:
             tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
@@ -147,7 +144,7 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
 
 
 def export(
-    folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: LoadedModel, **made: Any
+    folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: "LoadedModel", **made: Any
 ) -> None:
     """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
 
@@ -159,16 +156,20 @@ def export(
         made: how it was made and what it reached, plain numbers and text.
     """
     with whole_folder(folder) as scratch:
-        peft_model.save_pretrained(
-            scratch, selected_adapters=["lora_S"], safe_serialization=True, save_embedding_layers=False
-        )
-        (scratch / "README.md").unlink(missing_ok=True)
+        _save_adapters(peft_model, scratch, ["lora_S"])
         weights, about = (scratch / "lora_S" / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
         save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
         described = {**json.loads(about.read_text()), "base_model_name_or_path": loaded.name}  # not a path of here
         about.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         save_file(_halved(model.drafter_state()), scratch / DRAFTER)
         write_config(scratch, config, loaded, made=made)
+
+
+def _save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
+    """Write all or some adapters as plain PEFT folders, without PEFT's empty model card."""
+    how = {"selected_adapters": names, "safe_serialization": True, "save_embedding_layers": False}
+    peft_model.save_pretrained(folder, **how)
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,7 +197,7 @@ def newest(run_dir: str | Path) -> Path:
     return folders[-1]
 
 
-def claim(run_dir: Path, config: ModelSettings, loaded: LoadedModel) -> None:
+def claim(run_dir: Path, config: ModelSettings, loaded: "LoadedModel") -> None:
     """Write `config.yaml` into a new run folder, or see that a run that is to go on has the same settings.
 
     Raises:

@@ -1,7 +1,5 @@
 """The settings of every run: what the model is, what drafts, and how DVI trains it."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,9 +52,8 @@ class LoraSettings(ModelSettings):
         super().__post_init__()
         unknown = set(self.lora_targets.split(",")) - set(LORA_TARGETS)
         if unknown:
-            raise DvirlError(
-                f"lora_targets has {', '.join(sorted(unknown))}; expected some of {', '.join(LORA_TARGETS)}"
-            )
+            names = ", ".join(sorted(unknown))
+            raise DvirlError(f"lora_targets has {names}; expected some of {', '.join(LORA_TARGETS)}")
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ class DraftSettings(LoraSettings):
 
     def drafter_args(self, draft_vocab: Sequence[int] | None) -> Namespace:
         """What `KangarooModel` wants to know of the drafter."""
-        names = ("drafter", "drafter_layers", "adapter_window", "head", "head_rank")
-        return Namespace(**{name: getattr(self, name) for name in names}, draft_vocab=draft_vocab)
+        return Namespace(**{**vars(self), "draft_vocab": draft_vocab})
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Cached greedy responses at scale: conversations that the model holds with itself, in shards on disk."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -26,10 +24,9 @@ SCANNED = 16384
 def join(parts: Sequence[Responses]) -> Responses:
     """All parts' rows, in order."""
     width = max(part.tokens.shape[1] for part in parts)
-    padded = [torch.nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
-    return Responses(
-        torch.cat(padded), torch.cat([p.prompt_lens for p in parts]), torch.cat([p.response_lens for p in parts])
-    )
+    tokens = [torch.nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
+    lengths = zip(*((part.prompt_lens, part.response_lens) for part in parts), strict=True)
+    return Responses(torch.cat(tokens), *map(torch.cat, lengths))
 
 
 def answer(loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch: int) -> Responses:
@@ -108,9 +105,8 @@ def read_shard(path: Path) -> Responses:
     try:
         return Responses(**load_file(path))
     except (SafetensorError, TypeError, OSError) as error:
-        raise DvirlError(
-            f"{path}: not a readable shard of responses ({error}); remove it to have it made anew"
-        ) from error
+        said = f"not a readable shard of responses ({error})"
+        raise DvirlError(f"{path}: {said}; remove it to have it made anew") from error
 
 
 # Overlap

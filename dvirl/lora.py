@@ -1,7 +1,5 @@
 """LoRA and draft on a model, what an update may step of them, the guard between, optimizers, rates, steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,6 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from dvirl.config import DraftSettings
 from dvirl.errors import DvirlError
+from dvirl.rollout import draft_vocabulary
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_lora, lora_parameters
@@ -22,14 +21,22 @@ COSINE_FLOOR = 0.1
 
 
 def attach_draft(
-    base: EarlyExitLlamaForCausalLM, config: DraftSettings, draft_vocab: Sequence[int] | None, deep: bool = False
+    base: EarlyExitLlamaForCausalLM, config: DraftSettings, tokens: Tensor | None = None, deep: bool = False
 ) -> tuple[PeftModel, KangarooModel]:
     """Put lora_S (with `deep` also lora_D) and a fresh draft on a freshly loaded model, which is changed in place.
+
+    Args:
+        base: the model.
+        config: what drafts.
+        tokens: `[M]`, response tokens whose most frequent ones the exit head covers; the first ids if not given.
+        deep: also put lora_D on it.
 
     Raises:
         DvirlError: for settings that do not fit the model.
     """
     lora = config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
+    counted = torch.empty(0) if tokens is None else tokens
+    draft_vocab = draft_vocabulary(counted, base.config.vocab_size, config.draft_vocab)
     try:
         peft_model = inject_lora(base, config.exit_layer, *lora, deep)
         return peft_model, KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
@@ -65,20 +72,21 @@ def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
     return AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
-def optimizer_tensors(optimizer: Optimizer, name: str) -> dict[str, Tensor]:
-    """An optimizer's state as tensors, `name.PARAMETER.FIELD`, for safetensors."""
-    states = optimizer.state_dict()["state"].items()
-    return {f"{name}.{index}.{key}": torch.as_tensor(value) for index, entry in states for key, value in entry.items()}
+def optimizer_tensors(**optimizers: Optimizer) -> dict[str, Tensor]:
+    """The optimizers' state as tensors, `NAME.PARAMETER.FIELD`, for safetensors."""
+    states = {f"{name}.{at}": s for name, one in optimizers.items() for at, s in one.state_dict()["state"].items()}
+    return {f"{at}.{key}": torch.as_tensor(value) for at, state in states.items() for key, value in state.items()}
 
 
-def load_optimizer(optimizer: Optimizer, name: str, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> None:
     """Restore what `optimizer_tensors` gave; other names are passed over."""
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(f"{name}."):
-            _, index, field = key.split(".")
-            entries.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, optimizer in optimizers.items():
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key in tensors:
+            if key.startswith(f"{name}."):
+                _, index, field = key.split(".")
+                entries.setdefault(int(index), {})[field] = tensors[key]
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Optimizers:
@@ -100,31 +108,30 @@ class Optimizers:
         chosen = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in parameters if id(parameter) not in chosen]
         adamw = AdamW(rest, weight_decay=0.0, fused=all(parameter.is_cuda for parameter in rest))
-        self._parts: dict[str, tuple[Optimizer, float]] = {"fast": (adamw, 1.0)}
+        self._parts: dict[str, Optimizer] = {"fast": adamw}
+        self._muon = muon
         if matrices:
-            self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), muon
+            self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for optimizer, _ in self._parts.values():
+        for optimizer in self._parts.values():
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, lr: float) -> None:
         """Step all parameters, AdamW's at the rate `lr`."""
         self.lr = lr
-        for optimizer, multiple in self._parts.values():
-            optimizer.param_groups[0]["lr"] = lr * multiple
+        for name, optimizer in self._parts.items():
+            optimizer.param_groups[0]["lr"] = lr * self._muon if name == "muon" else lr
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, as `optimizer_tensors` names it."""
-        parts = (optimizer_tensors(optimizer, name) for name, (optimizer, _) in self._parts.items())
-        return {key: value for part in parts for key, value in part.items()}
+        return optimizer_tensors(**self._parts)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
-        for name, (optimizer, _) in self._parts.items():
-            load_optimizer(optimizer, name, tensors)
+        load_optimizers(tensors, **self._parts)
 
 
 def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floor: float = COSINE_FLOOR) -> float:

@@ -1,7 +1,5 @@
 """Losses: tensors in, one 0-d tensor out. N is the number of records."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,12 +1,11 @@
 """Prompts that the model writes itself: user turns sampled behind the chat template's header (arXiv 2406.08464)."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +139,9 @@ def main(argv: Sequence[str]) -> Path:
     kinds, loaded = list(Openers(args.kinds).table), load(args.model_name, args.dtype, args.device)
     start, answer, _ = loaded.chat.frame()
     written = [write_prompts(loaded, args.each, args.seed, Openers([kind]), min(64, 4 * args.each)) for kind in kinds]
-    rows = [
-        {"question_id": number, "category": kind, "turns": [loaded.tokenizer.decode(prompt[len(start) : -len(answer)])]}
-        for number, (kind, prompt) in enumerate(
-            (kind, prompts[turn]) for turn in range(args.each) for kind, prompts in zip(kinds, written, strict=True)
-        )
-    ]
+    prompts = [prompt[len(start) : -len(answer)] for in_turn in zip(*written, strict=True) for prompt in in_turn]
+    texts = enumerate(zip(cycle(kinds), map(loaded.tokenizer.decode, prompts), strict=False))
+    rows = [{"question_id": number, "category": kind, "turns": [text]} for number, (kind, text) in texts]
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,7 +1,5 @@
 """Models by name: the embedded default, a local folder, or a hub id of any Llama; and drafters that ship for them."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from dataclasses import dataclass, fields
@@ -200,10 +198,8 @@ def load_drafter(
     loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
     if loaded.fingerprint != made_for:
         raise DvirlError(f"{folder}: made for the model {made_for}, but {loaded.name!r} is {loaded.fingerprint}")
-    base = loaded.model
-    ids = range(settings.draft_vocab) if 0 < settings.draft_vocab < base.config.vocab_size else None  # not yet the ids
     try:
-        peft_model, model = attach_draft(base, settings, ids)
+        peft_model, model = attach_draft(loaded.model, settings)  # not yet with the drafter's own vocabulary
     except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
     checkpoint.load(folder, peft_model, model, draft_only=True)

@@ -1,7 +1,5 @@
 """What notebooks share: their parameters, checked, and a run folder of their own."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import time

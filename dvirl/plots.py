@@ -1,15 +1,13 @@
 """Figures: one style, a palette that colour-blind readers can tell apart, labels at the lines."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dvirl.errors import DvirlError
 from kangaroo.drafting import StepCosts
@@ -33,12 +31,17 @@ def _label_end(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", color=colour, va="center")
 
 
-def _finish(figure: Figure, save: str | Path | None) -> None:
-    if save is not None:
-        Path(save).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(save, bbox_inches="tight")
-    plt.show()
-    plt.close(figure)
+@contextmanager
+def _figure(save: str | Path | None, rows: int = 1, **how: Any) -> Iterator[Any]:
+    """Axes to draw on; then the figure is saved if asked to, and shown."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, **how)
+        yield axes
+        if save is not None:
+            Path(save).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(save, bbox_inches="tight")
+        plt.show()
+        plt.close(figure)
 
 
 def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> None:
@@ -64,8 +67,7 @@ def learning_curve(
     """
     if metrics.empty:
         raise DvirlError("the run made no fast update; give it more prompts, or a smaller fast_batch")
-    with plt.rc_context(STYLE):
-        figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7.5, 5.2), height_ratios=(3, 2))
+    with _figure(save, 2, sharex=True, figsize=(7.5, 5.2), height_ratios=(3, 2)) as (above, below):
         tokens = metrics.tokens / 1000
         _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
         above.plot(tokens, metrics.baseline, color=ORANGE)
@@ -76,24 +78,20 @@ def learning_curve(
         above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
         _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
         below.set(xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None))
-        _finish(figure, save)
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], save: str | Path | None = None) -> None:
     """The served draft's accept rate over response tokens, of several runs: metrics by the name at each curve."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.5, 3.4))
+    with _figure(save, figsize=(7.5, 3.4)) as axes:
         for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False):
             _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
         axes.set(xlabel="response tokens (thousands)", ylabel="accept rate", ylim=(0, None))
         axes.set_title("What the reward alone teaches on the same responses")
-        _finish(figure, save)
 
 
 def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
     """Where the wall time of a run went, `seconds` by part, as one bar."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.5, 1.3))
+    with _figure(save, figsize=(7.5, 1.3)) as axes:
         left, total = 0.0, sum(seconds.values())
         for (name, value), colour in zip(seconds.items(), PALETTE, strict=False):
             axes.barh([0], [value], left=left, color=colour)
@@ -101,21 +99,21 @@ def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) ->
             left += value
         axes.set(yticks=[], xlabel="seconds", ylim=(-0.4, 0.5))
         axes.grid(False)
-        _finish(figure, save)
 
 
 def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: str | Path | None = None) -> None:
-    """What steps cost over the tokens before them: (k, context, costs) each."""
-    frame = pd.DataFrame(
-        [(k, context, costs.verify[0], costs.verify[-1], costs.draft) for k, context, costs in steps],
-        columns=["k", "context", "plain step", f"verifying {len(steps[0][2].verify) - 1} drafts", "one draft"],
-    )
-    frame = frame[frame.k == frame.k.min()].sort_values("context")
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.5, 3.4))
-        for name, colour in zip(frame.columns[2:], PALETTE, strict=False):
-            axes.plot(frame.context, frame[name], "o-", color=colour)
-            _label_end(axes, frame.context.iloc[-1], frame[name].iloc[-1], name, colour)
+    """What steps cost over the tokens before them: (k, context, costs) each; the first exit layer is drawn."""
+    first = sorted((context, costs) for k, context, costs in steps if k == steps[0][0])
+    contexts, costs = zip(*first, strict=True)
+    longest = len(costs[0].verify) - 1
+    lines = {
+        "plain step": [one.verify[0] for one in costs],
+        f"verifying {longest} drafts": [one.verify[longest] for one in costs],
+        "one draft": [one.draft for one in costs],
+    }
+    with _figure(save, figsize=(7.5, 3.4)) as axes:
+        for (name, times), colour in zip(lines.items(), PALETTE, strict=False):
+            axes.plot(contexts, times, "o-", color=colour)
+            _label_end(axes, contexts[-1], times[-1], name, colour)
         axes.set(xlabel="tokens before the step", ylabel="milliseconds", xscale="log", ylim=(0, None))
-        axes.set_title(f"What a step costs as the text grows (exit layer {frame.k.iloc[0]})")
-        _finish(figure, save)
+        axes.set_title(f"What a step costs as the text grows (exit layer {steps[0][0]})")

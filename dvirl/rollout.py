@@ -5,13 +5,13 @@ one parallel shallow pass over that text, and replaying the block rule over them
 `spec_decode_step` gives one block at a time (`tests/test_rollout.py` holds the two equal).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kangaroo.adapter import KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
@@ -23,6 +23,9 @@ Sampler = Callable[[Tensor], Tensor]
 
 Answer = Callable[[list[list[int]]], "Rollout"]
 """Responses for a batch of prompts."""
+
+Drafts = tuple[Tensor, Tensor]
+"""The draft policy at N positions, before anything is chosen: logits `[N, V']`, float32, and exit states `[N, D]`."""
 
 COMPACT_BELOW = 0.75
 """Share of unfinished rows under which finished ones are dropped from a batch."""
@@ -57,13 +60,13 @@ class Responses:
         starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
         return self.tokens[(steps >= starts) & (steps < ends)]
 
-    def take(self, rows: Tensor) -> Responses:
+    def take(self, rows: Tensor) -> "Responses":
         """Some rows, cut to their longest."""
         prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
         width = int((prompt_lens + response_lens).max()) if len(rows) else 0
         return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
 
-    def stored(self) -> Responses:
+    def stored(self) -> "Responses":
         """These alone, on the CPU, tokens as int32."""
         return Responses(self.tokens.int().cpu(), self.prompt_lens.cpu(), self.response_lens.cpu())
 
@@ -83,20 +86,15 @@ class Rollout(Responses):
     verifier_confidence: Tensor
     max_new_tokens: int
 
-    def groups(self, size: int) -> Iterator[Rollout]:
+    def groups(self, size: int) -> Iterator["Rollout"]:
         """So many rows at a time, cut to their longest."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             width = int((self.prompt_lens + self.response_lens)[rows].max())
             reach = int(self.response_lens[rows].max())
-            yield Rollout(
-                tokens=self.tokens[rows, :width],
-                prompt_lens=self.prompt_lens[rows],
-                response_lens=self.response_lens[rows],
-                verifier_hidden=self.verifier_hidden[rows, :reach],
-                verifier_confidence=self.verifier_confidence[rows, :reach],
-                max_new_tokens=self.max_new_tokens,
-            )
+            hidden, confidence = self.verifier_hidden[rows, :reach], self.verifier_confidence[rows, :reach]
+            lengths = self.prompt_lens[rows], self.response_lens[rows]
+            yield Rollout(self.tokens[rows, :width], *lengths, hidden, confidence, self.max_new_tokens)
 
     def prompts(self) -> list[list[int]]:
         """The prompts' tokens."""
@@ -134,9 +132,8 @@ class Tape:
         def play(prompts: list[list[int]]) -> Rollout:
             rollout = next(rollouts, None)
             if rollout is None or rollout.prompts() != prompts:
-                raise ValueError(
-                    "the tape holds no answers to these prompts; play it with the settings it was recorded with"
-                )
+                advice = "play it with the settings it was recorded with"
+                raise ValueError(f"the tape holds no answers to these prompts; {advice}")
             return rollout
 
         return play
@@ -203,19 +200,16 @@ class _Batch:
         self.shallow = KVCache(model.config, split, len(tokens), capacity, like)
         self.deep = KVCache(model.config, layers - split, len(tokens), capacity, like)
         shared = common_prefix(tokens, lengths)
-        if shared:
-            self._fill(_Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target), shared)
+        if shared:  # what all rows begin with is computed once, and its keys and values are copied
+            prefix = _Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target)
+            for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
+                for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
+                    wide[:, :, :shared] = one
+                own.length = shared
         hidden = self._forward(tokens[:, shared:])
         self.rows = torch.arange(len(tokens), device=tokens.device)
         self.shallow.length = self.deep.length = lengths
         self.last = hidden[self.rows, lengths - shared - 1]
-
-    def _fill(self, prefix: _Batch, length: int) -> None:
-        """Copy the keys and values of the prefix that all rows share, computed once, to every row."""
-        for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
-            for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
-                wide[:, :, :length] = one
-            own.length = length
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.model.without_adapters(*(("lora_S",) if self.target == "base" else ())):
@@ -267,16 +261,21 @@ def generate(
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
     device = model.lm_head.weight.device
-    rows = [torch.tensor(list(prompt)) for prompt in prompts]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
+    tokens = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True).to(device)
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
     with model.folded():
-        batch = _Batch(model, tokens.to(device), lengths.to(device), tokens.shape[1] + max_new_tokens, target)
+        batch = _Batch(model, tokens, prompt_lens, tokens.shape[1] + max_new_tokens, target)
         ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         chosen, hidden, confidence = _answer(batch, max_new_tokens, ends, sampler, keep_states)
     ended = torch.isin(chosen, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
-    return _rollout(tokens.to(device), lengths.to(device), response_lens, chosen, hidden, confidence)
+    reach = int(response_lens.max())
+    inside = torch.arange(reach, device=device) < response_lens[:, None]  # what stands behind an end is cleared
+    tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
+    rows, positions = inside.nonzero(as_tuple=True)
+    tokens[rows, prompt_lens[rows] + positions] = chosen[rows, positions]
+    hidden, confidence = hidden[:, :reach] * inside[:, :, None], confidence[:, :reach] * inside
+    return Rollout(tokens, prompt_lens, response_lens, hidden, confidence, max_new_tokens)
 
 
 def _answer(
@@ -311,25 +310,6 @@ def _answer(
                 chosen, alive = chosen[alive], alive[alive]
         batch.append(chosen)
     return tokens, hidden, confidence
-
-
-def _rollout(
-    prompts: Tensor, prompt_lens: Tensor, response_lens: Tensor, chosen: Tensor, hidden: Tensor, confidence: Tensor
-) -> Rollout:
-    """Set each response behind its prompt, and clear what was computed behind its end."""
-    reach = int(response_lens.max())
-    inside = torch.arange(reach, device=chosen.device) < response_lens[:, None]
-    tokens = torch.nn.functional.pad(prompts, (0, int((prompt_lens + response_lens).max()) - prompts.shape[1]))
-    rows, positions = inside.nonzero(as_tuple=True)
-    tokens[rows, prompt_lens[rows] + positions] = chosen[rows, positions]
-    return Rollout(
-        tokens=tokens,
-        prompt_lens=prompt_lens,
-        response_lens=response_lens,
-        verifier_hidden=hidden[:, :reach] * inside[:, :, None],
-        verifier_confidence=confidence[:, :reach] * inside,
-        max_new_tokens=chosen.shape[1],
-    )
 
 
 def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> list[int] | None:
@@ -394,7 +374,7 @@ def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, 
 
 def draft_logits_at(
     model: KangarooModel, tokens: Tensor, prompt_lens: Tensor, rows: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Drafts:
     """One parallel shallow pass: the draft's logits for chosen response tokens, with gradients if enabled.
 
     Args:
@@ -412,27 +392,11 @@ def draft_logits_at(
     return model.head_logits(states[rows, before]), exit_hidden[rows, before]
 
 
-@dataclass(frozen=True)
-class Drafts:
-    """The draft policy at every draftable position of a rollout, before anything is chosen or scored.
-
-    Attributes:
-        rows, positions: `[M]`, as `response_index` gives them.
-        logits: `[M, V']`, float32.
-        exit_hidden: `[M, D]`.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    logits: Tensor
-    exit_hidden: Tensor
-
-
 @torch.no_grad()
 def draft_rollout(model: KangarooModel, rollout: Rollout) -> Drafts:
-    """The draft's logits behind the verified text, for all response tokens but the first, in one pass."""
+    """The draft behind the verified text, for all response tokens but the first, in one pass."""
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
-    return Drafts(rows, positions, *draft_logits_at(model, rollout.tokens, rollout.prompt_lens, rows, positions))
+    return draft_logits_at(model, rollout.tokens, rollout.prompt_lens, rows, positions)
 
 
 @torch.no_grad()
@@ -448,10 +412,10 @@ def score_drafts(
         settings: draft_len, threshold and the draft's temperature.
         noise: uniform `[B, R]`, one number a response position, for sampled drafts.
     """
-    rows, positions = drafts.rows, drafts.positions
-    index, confidence = choose_tokens(
-        drafts.logits, settings.draft_temperature, None if noise is None else noise[rows, positions]
-    )
+    rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    logits, exit_hidden = drafts
+    drawn = None if noise is None else noise[rows, positions]
+    index, confidence = choose_tokens(logits, settings.draft_temperature, drawn)
     drafted = model.token_ids(index)
     own = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     agrees, sure = (drafted == own).tolist(), confidence.tolist()
@@ -466,7 +430,7 @@ def score_drafts(
         offset = stop
     keep = torch.tensor(scored, dtype=torch.long, device=rows.device)
     records = Records(
-        hidden=drafts.exit_hidden[keep],
+        hidden=exit_hidden[keep],
         token=drafted[keep],
         reward=(drafted == own)[keep].float(),
         verifier_confidence=rollout.verifier_confidence[rows[keep], positions[keep]],

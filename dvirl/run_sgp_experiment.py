@@ -1,7 +1,5 @@
 """One fine-tuning as an experiment: train, evaluate before and after, write `results/<name of run_dir>.json`."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from dataclasses import asdict

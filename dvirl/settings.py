@@ -1,7 +1,5 @@
 """How settings work: frozen dataclasses, checked when made, read from flags, YAML, namespaces and notebooks."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect
@@ -47,12 +45,11 @@ class Settings:
             allowed, limits = spec.metadata.get("allowed"), spec.metadata.get("range")
             if allowed and value not in allowed:
                 raise DvirlError(f"{spec.name} is {value!r}; expected one of {', '.join(allowed)}")
-            if limits and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not limits[0] <= value <= limits[1]
-            ):
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if limits and not (numeric and limits[0] <= value <= limits[1]):
                 raise DvirlError(f"{spec.name} is {value!r}; expected a number from {limits[0]:g} to {limits[1]:g}")
-            if spec.type in ("int", "str", "bool") and type(value).__name__ != spec.type:
-                raise DvirlError(f"{spec.name} is {value!r}; expected {spec.type}")
+            if spec.type in (int, str, bool) and type(value) is not spec.type:
+                raise DvirlError(f"{spec.name} is {value!r}; expected {type(spec.default).__name__}")
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -104,9 +101,9 @@ def _field_docs(kind: type[Any]) -> dict[str, str]:
 
 def with_help(kind: type[Config]) -> type[Config]:
     """The same settings class with each field's docstring as its `help` metadata, which HfArgumentParser shows."""
-    texts, types = _field_docs(kind), {"int": int, "float": float, "str": str, "bool": bool}
+    texts = _field_docs(kind)
     specs = [
-        (spec.name, types[str(spec.type)], field(default=spec.default, metadata={"help": texts[spec.name]}))
+        (spec.name, spec.type, field(default=spec.default, metadata={"help": texts[spec.name]}))
         for spec in dataclasses.fields(kind)  # type: ignore[arg-type]
     ]
     return dataclasses.make_dataclass(kind.__name__, specs)

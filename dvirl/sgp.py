@@ -1,7 +1,5 @@
 """SGP, shallow-gradient fine-tuning: what drafts learns from supervised records, and nothing else moves."""
 
-from __future__ import annotations
-
 import math
 import random
 import sys
@@ -23,7 +21,6 @@ from dvirl.data import Prompt, PromptStream, read_prompts
 from dvirl.errors import DvirlError
 from dvirl.lora import attach_draft, clipped_step, cosine_rate, make_optimizer, shallow_parameters, train_only
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import draft_vocabulary
 from dvirl.trace import log_line
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -130,9 +127,8 @@ class SGPTrainer:
         self.train_set, self.held_out = self._split(chosen)
         planned = math.ceil(config.epochs * len(self.train_set) / config.batch_size)
         self.num_steps = min(planned, config.max_steps or planned)
-        base, tokens = self.loaded.model, torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
-        vocabulary = draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab)
-        self.peft_model, self.model = attach_draft(base, config, vocabulary)
+        tokens = torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
+        self.peft_model, self.model = attach_draft(self.loaded.model, config, tokens)
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         self.optimizer = make_optimizer(self.parameters, config.lr)
 

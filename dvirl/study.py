@@ -3,8 +3,6 @@
 Rows are kept in OUT.rows.jsonl as they come, and the same command goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json
@@ -16,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,7 +27,6 @@ import torch.nn.functional as F
 import yaml
 from filelock import FileLock
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dvirl import checkpoint
 from dvirl.buffer import TrainingBatch
@@ -43,7 +41,7 @@ from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import Responses, Tape, draft_logits_at, generate, judge, verifier_states
 from dvirl.settings import from_mapping, read_yaml
-from dvirl.sgp import SGPTrainer
+from dvirl.sgp import SGPTrainer, collate, make_example
 from dvirl.trace import plain, read_metrics, write_json
 from dvirl.trainer import DVITrainer, Served
 from kangaroo.kangaroo_model import KangarooModel
@@ -93,7 +91,7 @@ class Study:
         if not self.seeds or not self.variants:
             raise DvirlError("a study needs at least one seed and one variant")
 
-    def small(self) -> Study:
+    def small(self) -> "Study":
         """The laptop-size version."""
         quick = self.quick
         changes = quick.get("starts", {})
@@ -194,30 +192,22 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
         `ppl`, `ppl_untouched`, `drift_kl` (nats a token) and `drift_tokens`, on the replies of the first
         conversations of chatterbot-corpus, in the model's chat format.
     """
-    chat, base = trainer.loaded.chat, trainer.loaded.model
-    pairs = [(chat.encode(p.turns), chat.encode_response(p.response)) for p in chatterbot_prompts()[:REPLIES]]
+    chat, base, prompts = trainer.loaded.chat, trainer.loaded.model, chatterbot_prompts()[:REPLIES]
+    examples = [make_example(chat.encode(one.turns), chat.encode_response(one.response)) for one in prompts]
     served = ("lora_S",) if trainer.config.target == "base" else ()
     sums = torch.zeros(5)
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        tokens = pad_sequence([torch.tensor(a + b) for a, b in part], batch_first=True).to(base.device)
-        at = [(row, column) for row, (a, b) in enumerate(part) for column in range(len(a), len(a) + len(b))]
-        rows, columns = torch.tensor(at, device=base.device).T
-        own, untouched = (_log_probs(trainer, tokens, rows, columns - 1, off) for off in (served, ("lora_S", "lora_D")))
-        picked = tokens[rows, columns][:, None]
+    for start in range(0, len(examples), batch):
+        tokens, targets = (one.to(base.device) for one in collate(examples[start : start + batch]))
+        said = targets >= 0
+        states = (verifier_states(base, tokens, off)[said] for off in (served, ("lora_S", "lora_D")))
+        own, untouched = (base.lm_head(one).float().log_softmax(dim=-1) for one in states)
+        losses = [F.nll_loss(one, targets[said], reduction="sum") for one in (own, untouched)]
         changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).sum()
         divergence = F.kl_div(own, untouched, log_target=True, reduction="sum")
-        parts = (-own.gather(1, picked).sum(), -untouched.gather(1, picked).sum(), divergence, changed)
-        sums += torch.stack([part.float().cpu() for part in (*parts, torch.tensor(len(rows)))])
+        sums += torch.tensor([float(one) for one in (*losses, divergence, changed, said.sum())])
     means = sums[:4] / sums[4]
     figures = [*means[:2].exp().tolist(), *means[2:].tolist()]
     return dict(zip(("ppl", "ppl_untouched", "drift_kl", "drift_tokens"), figures, strict=True))
-
-
-def _log_probs(trainer: DVITrainer, tokens: Tensor, rows: Tensor, columns: Tensor, off: Sequence[str]) -> Tensor:
-    base = trainer.loaded.model
-    logits: Tensor = base.lm_head(verifier_states(base, tokens, off)[rows, columns]).float()
-    return logits.log_softmax(dim=-1)
 
 
 def thinned(run_dir: Path) -> dict[str, list[float | None]]:
@@ -356,10 +346,8 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
     baseline = float(batch.reward.mean())
     policy = (on.logits.detach() / trainer.config.policy_temperature).softmax(dim=-1)
     fresh = torch.multinomial(policy.cpu(), draws, replacement=True, generator=trainer.generator).to(policy.device)
-    redrawn = [
-        reinforce_loss(replace(on, drafted=drawn).on_drafted(), (drawn == on.verified).float(), baseline)
-        for drawn in fresh.T
-    ]
+    anew = ((replace(on, drafted=drawn).on_drafted(), (drawn == on.verified).float()) for drawn in fresh.T)
+    redrawn = [reinforce_loss(log_probs, rewards, baseline) for log_probs, rewards in anew]
     exact = _gradient(trainer, exact_pg_loss(*on.on_verified()))
     gradients = {
         "stale": _gradient(trainer, reinforce_loss(on.on_drafted(), batch.reward, baseline)),
@@ -507,16 +495,21 @@ KINDS = {kind.__name__: kind for kind in (grid, staleness, adaptation, federated
 
 def summary(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard deviation over seeds of every figure, by start and variant."""
-    groups: dict[str, dict[str, list[float]]] = {}
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        group = groups.setdefault(row_name(row, keys=("start", "variant")), {})
         for key, value in row["figures"].items():
-            group.setdefault(key, []).append(float(value))
+            groups[row_name(row, keys=("start", "variant"))][key].append(float(value))
     return {name: {key: _spread(values) for key, values in group.items()} for name, group in groups.items()}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+    """Over the seeds that have a value: one whose verifier says nothing any more has no agreement."""
+    there = [value for value in values if not math.isnan(value)]
+    return {
+        "mean": fmean(there) if there else math.nan,
+        "std": stdev(there) if len(there) > 1 else 0.0,
+        "n": len(there),
+    }
 
 
 def resume(study: Study, kept: Path) -> dict[str, Row]:
@@ -593,11 +586,11 @@ def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -
         tasks = [task for task in tasks if any(task.due())]
         turns = range(len(tasks))
         if workers == 1:
-            errors = [error for error in map(_work, tasks, turns) if error]
+            ended = list(map(_work, tasks, turns))
         else:
             with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                errors = [error for error in pool.map(_work, tasks, turns) if error]
-    if errors:
+                ended = list(pool.map(_work, tasks, turns))
+    if errors := [error for error in ended if error]:
         errors[0].add_note(f"the rows of before are kept in {kept}; the same command goes on")
         raise errors[0]
     found = resume(study, kept)

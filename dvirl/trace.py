@@ -1,7 +1,5 @@
 """The log of a run: one JSON object a line, written at once, read as a table."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,8 +11,32 @@ import pandas as pd
 from dvirl.errors import DvirlError
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
+@dataclass(kw_only=True)
+class Counters:
+    """How far a run is, see `StepMetrics`; all of it is in every checkpoint."""
+
+    step: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    drift_flag: bool = False
+    rollout_s: float = 0.0
+    fast_s: float = 0.0
+    slow_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class SlowResult:
+    """What a slow update, or a measurement in its place, says of the verifier, see `StepMetrics`."""
+
+    loss_slow: float | None = None
+    drift_kl: float | None = None
+    drift_tokens: float | None = None
+
+
+@dataclass(kw_only=True)
+class StepMetrics(Counters, SlowResult):
     """One fast step, and the slow update that followed it if one did. None where there is nothing to say.
 
     Attributes:
@@ -43,32 +65,20 @@ class StepMetrics:
         wall_s: seconds since the run began.
     """
 
-    step: int
     phase: str
     loss: float
     loss_rl: float
     loss_kl: float
     loss_ce: float
-    loss_slow: float | None = None
     accept_rate: float
     mat: float
     reward: float
     baseline: float
     ppl_sample: float
-    drift_kl: float | None = None
-    drift_tokens: float | None = None
-    drift_flag: bool
-    prompts: int
-    tokens: int
     tok_per_s: float
     grad_norm: float
     lr: float
     buffer_size: int
-    skipped: int
-    rollout_s: float
-    fast_s: float
-    slow_s: float
-    wall_s: float
 
 
 def plain(values: Any) -> Any:
@@ -95,6 +105,18 @@ def cut_log(path: Path, step: int) -> None:
         path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
 
 
+def parse_line(where: str, text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        DvirlError: if it is none; the message begins with `where`.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DvirlError(f"{where}: not valid JSON ({error})") from error
+
+
 def read_metrics(path: str | Path) -> pd.DataFrame:
     """The table of a `metrics.jsonl`, one row a step.
 
@@ -105,10 +127,5 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DvirlError(f"{path}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DvirlError(f"{path}:{number}: not valid JSON ({error})") from error
+    rows = [parse_line(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
     return pd.DataFrame(rows, columns=None if rows else [spec.name for spec in fields(StepMetrics)])

@@ -1,7 +1,5 @@
 """Training from the command line: `dvirl train`, or `python -m dvirl.train_dvi`."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from functools import partial
@@ -37,10 +35,8 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
         first, last = (part.accept_rate.mean() for part in (metrics.head(tenth), metrics.tail(tenth)))
         print(f"accept rate: {first:.3f} over the first {tenth} steps, {last:.3f} over the last {tenth}")
     counters = trainer.counters
-    print(
-        f"time: {counters.rollout_s:.0f} s generation, {counters.fast_s:.0f} s drafting and fast updates, "
-        f"{counters.slow_s:.0f} s slow updates"
-    )
+    updates = f"{counters.fast_s:.0f} s drafting and fast updates, {counters.slow_s:.0f} s slow updates"
+    print(f"time: {counters.rollout_s:.0f} s generation, {updates}")
     print(f"log: {run_dir / 'metrics.jsonl'}")
     print(f"checkpoint: {run_dir / 'checkpoints' / f'step-{counters.step:06d}'}")
     return trainer

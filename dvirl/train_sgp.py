@@ -1,7 +1,5 @@
 """Shallow-gradient fine-tuning from the command line: `dvirl sgp`."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 

@@ -1,13 +1,11 @@
 """DVI-RL: draft, verify, improve. The loop reads as the method: collect, fast update, slow update, log, checkpoint."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -26,17 +24,8 @@ from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
 from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, fast_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import (
-    Answer,
-    Judgement,
-    Rollout,
-    draft_logits_at,
-    draft_rollout,
-    draft_vocabulary,
-    generate,
-    score_drafts,
-)
-from dvirl.trace import StepMetrics, log_line
+from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
+from dvirl.trace import Counters, SlowResult, StepMetrics, log_line
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -74,21 +63,6 @@ class Baseline:
 
 
 @dataclass
-class Counters:
-    """How far a run is; all of it is in every checkpoint."""
-
-    step: int = 0
-    prompts: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    drift_flag: bool = False
-    rollout_s: float = 0.0
-    fast_s: float = 0.0
-    slow_s: float = 0.0
-    wall_s: float = 0.0
-
-
-@dataclass
 class Served:
     """What the served decoder did on the responses since the last step, pooled; in every checkpoint too."""
 
@@ -110,23 +84,6 @@ class Served:
         inside = reach < rollout.response_lens[:, None]
         self.nll -= float(rollout.verifier_confidence[inside].log().sum())
         self.tokens += rollout.num_tokens
-
-
-@dataclass(frozen=True)
-class SlowResult:
-    """What a slow update, or a measurement in its place, says of the verifier, see `StepMetrics`."""
-
-    loss_slow: float | None
-    drift_kl: float
-    drift_tokens: float
-
-
-def counted_vocabulary(loaded: LoadedModel, split: PromptSplit, config: DVIConfig) -> list[int] | None:
-    """The tokens that the exit head covers, counted on the model's responses to the stream's first prompts."""
-    if config.draft_vocab == 0:
-        return None
-    rollout = generate(loaded.model, split.stream.peek(VOCAB_SAMPLE), config.max_new_tokens, loaded.eos_ids)
-    return draft_vocabulary(rollout.response_tokens(), loaded.model.config.vocab_size, config.draft_vocab)
 
 
 def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
@@ -170,8 +127,10 @@ class DVITrainer:
             base.set_exit_layer(config.exit_layer)
         except ValueError as error:
             raise DvirlError(str(error)) from error
-        vocabulary = counted_vocabulary(self.loaded, self.split, config)
-        self.peft_model, self.model = lora.attach_draft(base, config, vocabulary, deep=True)
+        counted = None
+        if config.draft_vocab:
+            counted = self._generate(self.split.stream.peek(VOCAB_SAMPLE)).response_tokens()
+        self.peft_model, self.model = lora.attach_draft(base, config, counted, deep=True)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = lora.make_optimizer(self.shallow, config.lr_shallow)
@@ -253,10 +212,10 @@ class DVITrainer:
     def _judge(self, group: Rollout) -> None:
         """Draft on a group: serving drafts are counted, learning drafts become records."""
         config = self.config
-        drafts = draft_rollout(self.model, group)
+        drafts = logits, _ = draft_rollout(self.model, group)
         serving = learning = score_drafts(self.model, group, drafts, config.decode)
         if config.actions == "sampled":
-            noise = torch.rand(group.verifier_confidence.shape, generator=self.generator).to(drafts.logits.device)
+            noise = torch.rand(group.verifier_confidence.shape, generator=self.generator).to(logits.device)
             learning = score_drafts(self.model, group, drafts, config.learn, noise)
         self.served.add(group, serving)
         self.buffer.add(learning.records, group, serving.records.num_accepted)
@@ -319,12 +278,12 @@ class DVITrainer:
         logits = self._verifier_logits(batch, accepted)
         frozen = self._verifier_logits(batch, accepted, without=("lora_D",))
         loss, divergence = slow_loss(logits, batch.token[accepted], frozen, self.config.beta_kl)
-        drift = self.measure_drift(batch) if self.config.target == "adapted" else None
-        self._apply(self.slow_optimizer, loss, self.config.lr_deep)
-        if drift is not None:
-            return SlowResult(float(loss.detach()), drift.drift_kl, drift.drift_tokens)
         changed = (logits.argmax(dim=-1) != frozen.argmax(dim=-1)).float().mean()
-        return SlowResult(float(loss.detach()), float(divergence), float(changed))
+        drift = SlowResult(drift_kl=float(divergence), drift_tokens=float(changed))
+        if self.config.target == "adapted":
+            drift = self.measure_drift(batch)
+        self._apply(self.slow_optimizer, loss, self.config.lr_deep)
+        return replace(drift, loss_slow=float(loss.detach()))
 
     @torch.no_grad()
     def measure_drift(self, batch: TrainingBatch) -> SlowResult:
@@ -334,7 +293,7 @@ class DVITrainer:
         untouched = self._verifier_logits(batch, everywhere, without=("lora_S", "lora_D")).log_softmax(dim=-1)
         divergence = F.kl_div(untouched, own, log_target=True, reduction="batchmean")
         changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).float().mean()
-        return SlowResult(None, float(divergence), float(changed))
+        return SlowResult(drift_kl=float(divergence), drift_tokens=float(changed))
 
     def _verifier_logits(self, batch: TrainingBatch, chosen: Tensor, without: tuple[str, ...] = ()) -> Tensor:
         """The verifier's float32 logits `[N, V]` at the chosen records, some adapters left out.
@@ -388,7 +347,7 @@ class DVITrainer:
         served, counters = self.served, self.counters
         self.served = Served(wall_s=counters.wall_s)
         accept_rate = served.accepted / served.drafted if served.drafted else math.nan
-        self._guard_drift(accept_rate, slow)
+        self._guard_drift(accept_rate, slow.drift_kl if slow else None)
         return StepMetrics(
             **fast,
             **(asdict(slow) if slow else {}),
@@ -400,16 +359,16 @@ class DVITrainer:
             **asdict(counters),
         )
 
-    def _guard_drift(self, accept_rate: float, slow: SlowResult | None) -> None:
+    def _guard_drift(self, accept_rate: float, drift_kl: float | None) -> None:
         """Warn, once, if drift is suspected when it is measured."""
         counters, bound = self.counters, self.config.drift_bound
         first, last = self.rates[:DRIFT_WINDOW], self.rates[DRIFT_WINDOW:]
         self.rates = [*first, *last[1 - DRIFT_WINDOW :], accept_rate]
-        if slow and not counters.drift_flag and drift_suspected(self.rates, slow.drift_kl, bound):
+        if drift_kl is not None and not counters.drift_flag and drift_suspected(self.rates, drift_kl, bound):
             counters.drift_flag = True
             tqdm.write(
                 f"step {counters.step}: the accept rate rose from {fmean(first):.3f} to "
-                f"{fmean(self.rates[DRIFT_WINDOW:]):.3f} while the verifier drifted {slow.drift_kl:.3g} nats a token, "
+                f"{fmean(self.rates[DRIFT_WINDOW:]):.3f} while the verifier drifted {drift_kl:.3g} nats a token, "
                 f"past drift_bound {bound:g}; it may accept more because it got worse",
                 file=sys.stderr,
             )
@@ -420,8 +379,7 @@ class DVITrainer:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
         buffer = self.buffer.state_dict()
         tensors = {**buffer["tensors"], "generator": self.generator.get_state()}
-        for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
-            tensors |= lora.optimizer_tensors(optimizer, name)
+        tensors |= lora.optimizer_tensors(fast=self.fast_optimizer, slow=self.slow_optimizer)
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
@@ -441,14 +399,12 @@ class DVITrainer:
         self.split.stream.position = numbers["stream"]["position"]
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
-        for name, optimizer in (("fast", self.fast_optimizer), ("slow", self.slow_optimizer)):
-            lora.load_optimizer(optimizer, name, tensors)
+        lora.load_optimizers(tensors, fast=self.fast_optimizer, slow=self.slow_optimizer)
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands; return its folder."""
-        return checkpoint.save(
-            Path(self.config.run_dir), self.counters.step, self.peft_model, self.model, self.state_dict()
-        )
+        run_dir, step = Path(self.config.run_dir), self.counters.step
+        return checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continue from a checkpoint of a run with the same settings.

@@ -148,6 +148,14 @@ def test_the_table_has_means_and_deviations_over_seeds():
     assert table["a"]["x"]["std"] == pytest.approx(statistics.stdev([0.1, 0.4, 0.7]))
 
 
+def test_a_seed_without_a_figure_is_left_out_of_its_mean():
+    rows = [{"start": "untrained", "variant": "kl", "seed": seed, "figures": {"ece": ece, "none": float("nan")}}
+            for seed, ece in enumerate((0.2, float("nan"), 0.4))]  # fmt: skip
+    found = summarise(rows)["untrained/kl"]
+    assert found["ece"] == {"mean": pytest.approx(0.3), "std": pytest.approx(0.1414, abs=1e-4), "n": 2}
+    assert found["none"]["n"] == 0 and found["none"]["mean"] != found["none"]["mean"]
+
+
 def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
     trainer = a_trainer(tmp_path, draft_len=3)
     scramble_lora(trainer.model, ["lora_S"], 0.1)

@@ -1,7 +1,5 @@
 """A finished run, judged by the step-by-step decoder on its held-out prompts: `dvirl acceptance RUN_DIR`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Sequence
@@ -77,5 +75,4 @@ def main(argv: Sequence[str]) -> None:
     print(f"{same} of {len(found['plain'].responses)} responses equal those of the same verifier without drafts")
     if args.out:
         figures = {name: {**dataclasses.asdict(one), "responses": None} for name, one in found.items()}
-        content = {"run_dir": str(args.run_dir), "figures": figures, "equal_responses": same}
-        write_json(args.out, content)
+        write_json(args.out, {"run_dir": str(args.run_dir), "figures": figures, "equal_responses": same})

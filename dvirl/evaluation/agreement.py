@@ -1,7 +1,5 @@
 """How often a draft's argmax is the verifier's token on greedy answers, in one pass: `dvirl agreement DRAFTER`."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math
@@ -160,11 +158,8 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
     Raises:
         DvirlError: for a drafter, file or setting that does not fit.
     """
-    parser = argparse.ArgumentParser(
-        prog="dvirl agreement",
-        description=__doc__,
-        epilog="Without --questions and --own: the drafter's own questions.",
-    )
+    default = "Without --questions and --own: the drafter's own questions."
+    parser = argparse.ArgumentParser(prog="dvirl agreement", description=__doc__, epilog=default)
     parser.add_argument("drafter", help="name of a shipped drafter, or a folder such as RUN_DIR/drafter")
     args = parse_measured(parser, argv, shortest=2)
     drafter = load_drafter(args.drafter, dtype="float32", device=args.device)

@@ -5,8 +5,6 @@ are medians over questions of ratios taken on the same question. Each way answer
 what CUDA captures before that is reported apart.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ A block of n drafts, each accepted with chance a, commits 1 + a + … + a^n toke
 and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, medians of interleaved repeats.
 """
 
-from __future__ import annotations
-
 import argparse
 from argparse import Namespace
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Are answers with drafts those without, and where they part, is it a tie? `dvirl check`, of a draft or two files."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Decoding with early exit, one question at a time, and what it measures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Both ways answer the same prompts with the same verifier and score the same draf
 of several repeats are compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
@@ -29,8 +27,7 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
     torch.set_num_threads(config.threads)
     loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
     prompts = load_prompts(config, loaded).stream.take(num_prompts)
-    covered = range(min(config.draft_vocab, loaded.model.config.vocab_size)) if config.draft_vocab else None
-    _, model = attach_draft(loaded.model, config, covered, deep=True)
+    _, model = attach_draft(loaded.model, config, deep=True)
 
     def step_by_step() -> int:
         return measure_acceptance(
