@@ -10,6 +10,7 @@ from test_drafters import exported
 from test_models import save_tiny
 
 from dvirl import cli, models
+from dvirl.evaluation import bench
 from dvirl.evaluation.bench import GENERATE, PLAIN, Timed, _speed, spread, ways
 from kangaroo.earlyexit import DecodeConfig
 
@@ -33,7 +34,7 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
     source = save_tiny(tmp_path / "model")
     exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"], ["Sum up"]])
-    flags = ["--questions", questions, "--dtype", "float32", "--device", "cpu", "--max_new_tokens", "12"]
+    flags = ["--questions", questions, "--dtype", "float32", "--device", "cpu", "--max_new_tokens", "12", "--rows", "2"]
     assert cli.main(["bench", str(tmp_path / "d"), *flags, "--threads", "1", "--out", str(tmp_path / "o.json")]) == 0
     printed = capsys.readouterr().out
     assert "blocks of four learned drafts pay from an acceptance of " in printed
@@ -44,7 +45,30 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
     assert all(one["equal"] == one["questions"] == 3 and one["tok_per_s"] > 0 for one in figures.values())
     assert figures[PLAIN]["mat"] == 1.0 == figures[PLAIN]["over_plain"] and figures[GENERATE]["mat"] is None
     assert figures["learned, 4"]["mat"] >= 1.0 and len(content["costs"]["verify"]) == 9
+    assert figures["learned, 4"]["accept_rate"] is not None and figures[PLAIN]["accept_rate"] is None
+    assert set(content["batched"]) == set(ways(8)) and content["capture_s"] == 0
+    assert all(set(one) == {"batch 2 tok_per_s", "batch 1 tok_per_s", "over batch 1"} and min(one.values()) > 0
+               for one in content["batched"].values())  # fmt: skip
     assert content["versions"] and content["model"]["dtype"] == "float32"
+
+
+def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "model")
+    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    files = [question_file(tmp_path / f"{name}.jsonl", [["What is it?"]]) for name in "ab"]
+    real, calls = bench._speed, []
+
+    def speed(*args):
+        calls.append(args)
+        if len(calls) > len(ways(8)) + 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(bench, "_speed", speed)
+    flags = ["--dtype", "float32", "--device", "cpu", "--max_new_tokens", "4", "--threads", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([str(tmp_path / "d"), "--questions", *files, *flags, "--out", str(tmp_path / "o.json")])
+    assert list(json.loads((tmp_path / "o.json").read_text())["figures"]) == files[:1]
 
 
 def test_the_ways_are_those_that_the_table_names():
@@ -56,6 +80,7 @@ def test_the_ways_are_those_that_the_table_names():
     [
         (["--draft_len", "0"], "draft_len is 0; expected at least 1"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0; expected at least 1"),
+        (["--rows", "-1"], "rows is -1; expected at least 0"),
         ([], "nothing to measure on"),
     ],
 )

@@ -112,6 +112,19 @@ def test_in_bfloat16_every_difference_is_judged_in_float32():
     assert all(math.log2(one.resolution).is_integer() and one.gap >= 0 for one in report.differences)
 
 
+@pytest.mark.parametrize("how", [dict(), dict(source="hybrid", adaptive=True)], ids=["fixed", "hybrid"])
+def test_in_bfloat16_passes_of_one_size_give_identical_answers(how):
+    """And passes as long as their tokens do not, on the same model: the size is what makes the difference."""
+    model, prompts = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer").bfloat16(), random_prompts(40, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = DecodeConfig(5, deterministic=True, **how)
+    report = compare_decoders(model, {"random": prompts}, 60, settings, (EOS,))
+    assert (report.answers, report.identical) == (40, 40)
+    model.bfloat16().load_state_dict(before)
+    report = compare_decoders(model, {"random": prompts}, 60, DecodeConfig(5, **how), (EOS,))
+    assert report.identical < 40
+
+
 def test_a_run_is_checked(run_dir, capsys, tmp_path):  # noqa: F811
     questions = tmp_path / "q.jsonl"
     rows = [{"question_id": n, "category": "x", "turns": [text]} for n, text in enumerate(["What?", "Who are you?"])]
@@ -201,6 +214,7 @@ def test_a_file_of_another_layout_is_refused(tmp_path, row, message):
     ("arguments", "message"),
     [([], "give either a draft"), (["x", "--answers", "a", "b"], "give either a draft"),
      (["x", "--max_new_tokens", "0"], "max_new_tokens is 0"), (["x", "--draft_len", "-1"], "draft_len is -1"),
+     (["x", "--source", "guess"], "source is 'guess'"), (["x", "--draft_len", "16", "--deterministic"], "expected below 16"),
      (["nothing-here"], "no drafter 'nothing-here'")],
 )  # fmt: skip
 def test_bad_arguments_are_said(arguments, message, capsys):

@@ -20,7 +20,7 @@ from dvirl.evaluation.agreement import parse_measured, question_sets
 from dvirl.models import DEFAULT_MODEL, LoadedModel, load, load_drafter, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.trace import write_json
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.earlyexit import SOURCES, DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 VERDICTS = ("tie", "stop rule", "error")
@@ -151,7 +151,8 @@ def compare_decoders(
         settings: how to draft; its reference drafts nothing.
         eos_ids: tokens that end an answer.
     """
-    dtype, alone = model.head_model.weight.dtype, DecodeConfig(draft_len=0, target=settings.target)
+    dtype = model.head_model.weight.dtype
+    alone = DecodeConfig(draft_len=0, target=settings.target, deterministic=settings.deterministic)
     named = [(f"{name} {index}", prompt) for name, part in prompts.items() for index, prompt in enumerate(part)]
     answers: list[tuple[list[int], list[int]]] = []
     with model.base_model.folded():
@@ -267,6 +268,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--draft_len", type=int, default=4, help="tokens drafted before a verification, at most")
     parser.add_argument("--threshold", type=float, default=0.0, help="confidence below which drafting stops")
+    parser.add_argument("--source", default="learned", help=f"what drafts: {', '.join(SOURCES)}")
+    parser.add_argument("--adaptive", action="store_true", help="choose each block by acceptance and step costs")
+    parser.add_argument("--deterministic", action="store_true", help="passes of one size, in both decoders")
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="with --answers: the model that gave them")
     parser.add_argument("--dtype", default="auto", help="of the decoders: auto, float32, bfloat16 or float16")
     args = parse_measured(parser, argv)
@@ -283,7 +287,13 @@ def _check(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
         report = compare_files(args.answers[0], args.answers[1], args.questions, loaded, dtype, args.max_new_tokens)
         return report, circumstances(loaded)
     try:
-        settings = DecodeConfig(args.draft_len, args.threshold)
+        settings = DecodeConfig(
+            args.draft_len,
+            args.threshold,
+            source=args.source,
+            adaptive=args.adaptive,
+            deterministic=args.deterministic,
+        )
     except ValueError as error:
         raise DvirlError(str(error)) from error
     model, loaded = _draft(args.draft, args.dtype, args.device)
