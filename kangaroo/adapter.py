@@ -7,15 +7,13 @@ and nothing else has to be masked: padding and rejected drafts sit in later slot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 from transformers import LlamaConfig
 
 if TYPE_CHECKING:
@@ -145,6 +143,11 @@ class KVCache:
         """Count `count` more positions as filled in every row."""
         self.lengths = [length + count for length in self.lengths]
 
+    def move(self, counts: Tensor) -> None:
+        """Let the next pass of fixed shape begin `counts [B]` positions later."""
+        assert self.fixed is not None
+        self.fixed = self.fixed[0] + counts, self.fixed[1]
+
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
         self.keys = [keys[rows] for keys in self.keys]
@@ -247,12 +250,6 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return (scores.float() * scale).softmax(dim=-1).to(scores.dtype)
 
 
-@cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as one kernel where Triton is there to make it, for passes that are captured once."""
-    return torch.compile(function, dynamic=True) if has_triton() else function
-
-
 def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """Queries `[B, H, T, E]` on keys and values `[B, G, S, E]`: mixed values `[B, H, T, E]`."""
     batch, heads, length, size = queries.shape
@@ -262,8 +259,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -
     if queries.is_cuda and (length == 1 or plan.rows is not None):
         # cuDNN's kernel is planned anew for every length that the cache grows to, 30 ms each; products are not.
         scores = queries.reshape(batch, groups, -1, size) @ keys.transpose(-1, -2)
-        soften = compiled(masked_softmax) if plan.rows is not None else masked_softmax
-        return torch.matmul(soften(scores, plan.mask, size**-0.5), values).view(queries.shape)
+        return torch.matmul(masked_softmax(scores, plan.mask, size**-0.5), values).view(queries.shape)
     if length == 1:
         folded = queries.view(batch, groups, -1, size)
         return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).reshape(queries.shape)

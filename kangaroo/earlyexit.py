@@ -6,6 +6,7 @@ counting. Greedy output never depends on what drafts, since every committed toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from kangaroo.sgp_lora import AdapterSwitch
 
 TARGETS = ("base", "adapted")
 SOURCES = ("learned", "lookup", "hybrid")
+AHEAD = 2
+"""Drafts of one captured pass: a look at each of them before the next would cost half as much again."""
 HELD = 4
 """Sets of caches, with what was captured over them, that a model on CUDA keeps."""
 PASS_ROWS = 16
@@ -168,8 +171,9 @@ class Row:
         text: prompt and response so far.
         stop: the length at which it ends, whatever it says.
         chooser: says what its blocks draft.
-        noise: uniform in [0, 1), one number a position of the response, for sampled drafts; None draws them.
-        generator: what sampling draws from; None if nothing is drawn.
+        noise: uniform in [0, 1), one number a position of the response, for sampled drafts; None if they are not. A
+            position that is drafted anew takes the same number again, which nothing committed has depended on.
+        generator: what the verifier's samples are drawn from; None if it is greedy.
         start: the prompt's length.
     """
 
@@ -198,11 +202,9 @@ class Row:
         Raises:
             ValueError: if there is none.
         """
-        if self.noise is not None:
-            return float(self.noise[len(self.text.tokens) - self.start + depth])
-        if self.generator is None:
+        if self.noise is None:
             raise ValueError("sampled drafts need noise")
-        return float(self.uniform(1))
+        return float(self.noise[min(len(self.text.tokens) - self.start + depth, len(self.noise) - 1)])
 
 
 @dataclass
@@ -214,6 +216,7 @@ class _Proposal:
     states: list[Tensor] = field(default_factory=list)
     chances: list[Tensor] = field(default_factory=list)
     passes: list[Tensor] = field(default_factory=list)
+    over: bool = False
 
     def block(self, tail: list[int], width: int) -> DraftBlock:
         return DraftBlock(
@@ -548,11 +551,16 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]
         return outputs
 
+    def _width(self, longest: int) -> int:
+        """Positions of a pass whose longest row has so many: more of them where that spares passes of other sizes."""
+        caches = self._caches()
+        if not caches.deep.length or not (caches.replays or caches.rows):
+            return longest
+        return max(caches.rows, longest if longest <= 2 else 8 * math.ceil((longest - 1) / 8) + 1)
+
     def _padded(self, feeds: Sequence[Sequence[int]]) -> Tensor:
         """`[B, T]` on the host, zeros behind each row's tokens."""
-        width = max(1, *map(len, feeds))
-        caches = self._caches()
-        width = max(width, caches.rows) if caches.deep.length else width
+        width = self._width(max(1, *map(len, feeds)))
         return torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds])
 
     def _draft(
@@ -565,25 +573,21 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         going = [at for at, count in enumerate(counts) if count]
         feeds = [row.text.tokens[caches.draft.lengths[at] :] if counts[at] else [] for at, row in enumerate(rows)]
         while going:
-            noise = (
-                [row.draft_noise(len(made[at].tokens)) if at in going else 0.0 for at, row in enumerate(rows)]
-                if settings.draft_temperature
-                else []
-            )
-            chosen, last, chances, *states = self._propose(feeds, policy, settings, noise)
-            tokens, confidence = chosen.tolist()
+            drafts, states, chances, *whole = self._propose(feeds, rows, made, policy, settings)
             for at in going:
-                made[at].tokens.append(int(tokens[at]))
-                made[at].confidence.append(confidence[at])
-                made[at].states.append(last[at])
-                made[at].chances.append(chances[at])
-                made[at].passes += [one[at, : len(feeds[at])] for one in states]
-            going = [
-                at
-                for at in going
-                if rows[at].chooser.goes_on(made[at].tokens[-1], made[at].confidence[-1])
-                and len(made[at].tokens) < counts[at]
-            ]
+                made[at].passes += [one[at, : len(feeds[at])] for one in whole]
+            for step, (tokens, confidence) in enumerate(drafts.tolist()):
+                for at in going:
+                    made[at].passes += [states[step, at][None]] if whole and step else []
+                still = [at for at in going if not made[at].over]
+                for at in still:
+                    made[at].tokens.append(int(tokens[at]))
+                    made[at].confidence.append(confidence[at])
+                    made[at].states.append(states[step, at])
+                    made[at].chances.append(chances[step, at])
+                    goes_on = rows[at].chooser.goes_on(int(tokens[at]), confidence[at])
+                    made[at].over = not goes_on or len(made[at].tokens) == counts[at]
+            going = [at for at in going if not made[at].over]
             feeds = [[made[at].tokens[-1]] if at in going else [] for at in range(len(rows))]
         tails = [
             row.chooser.tail()[: row.room - 1 - len(one.tokens)] if row.room else []
@@ -593,33 +597,50 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         return blocks, [one.passes for one in made]
 
     def _propose(
-        self, feeds: Sequence[Sequence[int]], policy: DraftPolicy, settings: DecodeConfig, noise: Sequence[float]
+        self,
+        feeds: Sequence[Sequence[int]],
+        rows: Sequence[Row],
+        made: Sequence[_Proposal],
+        policy: DraftPolicy,
+        settings: DecodeConfig,
     ) -> tuple[Tensor, ...]:
-        """One draft behind each row's tokens.
+        """The next drafts behind each row's tokens: n of them, one but where passes are captured.
 
         Returns:
-            Ids and confidences `[2, B]`; the exit states they come from `[B, D]`; what sampled drafts were drawn from,
-            `[B, V']`, or none; and with target="adapted" the exit states of all positions, `[B, T, D]`.
+            Ids and confidences `[n, 2, B]`; the exit states they come from `[n, B, D]`; what sampled drafts were drawn
+            from, `[n, B, V']`, or none; and with target="adapted" the exit states of all tokens fed, `[B, T, D]`.
         """
         caches, sampled, adapted = self._caches(), settings.draft_temperature > 0, settings.target == "adapted"
         top_k, top_p = (settings.top_k, settings.top_p) if settings.temperature else (0, 1.0)
+        ahead, over = AHEAD if caches.replays and caches.draft.length else 1, (caches.draft, caches.drafter)
 
         def run(ids: Tensor, last: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
-            states, at = self.forward_shallow(ids, cache=caches.draft), torch.arange(len(ids), device=ids.device)
-            logits = policy.head_logits(policy.drafter_states(states, caches.drafter)[at, last], caches.drafter)
-            if sampled:
-                chances = distribution(logits, settings.draft_temperature, top_k, top_p)
-                index, confidence = inverse_cdf(chances, *uniform), chances.amax(dim=-1)
-            else:
-                chances, (index, confidence) = logits[:, :0], choose_tokens(logits)
-            drafts = torch.stack((policy.token_ids(index).double(), confidence.double()))
-            return (drafts, states[at, last], chances, *([states] if adapted else []))
+            found, whole, at = [], [], torch.arange(len(ids), device=ids.device)
+            for step in range(ahead):
+                states = self.forward_shallow(ids, cache=caches.draft)
+                logits = policy.head_logits(policy.drafter_states(states, caches.drafter)[at, last], caches.drafter)
+                if sampled:
+                    chances = distribution(logits, settings.draft_temperature, top_k, top_p)
+                    index, confidence = inverse_cdf(chances, uniform[0][:, step]), chances.amax(dim=-1)
+                else:
+                    chances, (index, confidence) = logits[:, :0], choose_tokens(logits)
+                ids = policy.token_ids(index)[:, None]
+                found.append((torch.stack((ids[:, 0].double(), confidence.double())), states[at, last], chances))
+                whole.append(states)
+                if ahead > 1:
+                    for cache in over:
+                        cache.move(last + 1)
+                last = torch.zeros_like(last)
+            return (*(torch.stack(one) for one in zip(*found, strict=True)), *(whole[:1] if adapted else []))
 
-        counts = [len(feed) for feed in feeds]
-        last, uniform = torch.tensor([max(0, count - 1) for count in counts]), torch.tensor(noise, dtype=torch.float64)
-        how = ("draft", settings.draft_temperature, top_k, top_p)
-        given = (self._padded(feeds), last, *([uniform] if sampled else []))
-        out = self._pass(how, run, (caches.draft, caches.drafter), counts, *given)
+        last = torch.tensor([max(0, len(feed) - 1) for feed in feeds])
+        given = [self._padded(feeds), last]
+        if sampled:
+            noise = [[row.draft_noise(len(one.tokens) + step) if feed else 0.0 for step in range(ahead)]
+                     for row, one, feed in zip(rows, made, feeds, strict=True)]  # fmt: skip
+            given.append(torch.tensor(noise, dtype=torch.float64))
+        counts = [len(feed) + ahead - 1 if feed else 0 for feed in feeds]
+        out = self._pass(("draft", settings.draft_temperature, top_k, top_p), run, over, counts, *given)
         if caches.replays is None:
             return out
         return (out[0], *(one.clone() for one in out[1:]))  # the next replay writes over them
@@ -677,8 +698,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         )
         whole = [torch.cat([*row, states[at, : len(rest[at])]]) for at, row in enumerate(passes)]
         padded = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
-        missing = max(0, caches.rows - padded.shape[1]) if caches.deep.length else 0
-        return nn.functional.pad(padded, (0, 0, 0, missing))
+        return nn.functional.pad(padded, (0, 0, 0, self._width(padded.shape[1]) - padded.shape[1]))
 
     @torch.no_grad()
     def spec_decode_step(

@@ -326,7 +326,8 @@ class KangarooModel(nn.Module):
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
             eos_ids: tokens that end a response.
-            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts.
+            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts; drawn if the answer is
+                sampled, too, and none is given.
             seed: of what sampling draws, for all prompts or one each; what stands beside a prompt changes nothing.
 
         Yields:
@@ -341,16 +342,12 @@ class KangarooModel(nn.Module):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        rows = {
-            at: Row(
-                LookupIndex(prompt),
-                len(prompt) + max_new_tokens,
-                self.chooser(settings, at, len(prompts)),
-                noise,
-                torch.Generator().manual_seed(seeds[at]) if settings.temperature else None,
-            )
-            for at, prompt in enumerate(prompts)
-        }
+        rows = {}
+        for at, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(seeds[at]) if settings.temperature else None
+            own = torch.rand(max_new_tokens, generator=generator) if generator and settings.draft_temperature else None
+            chooser, text = self.chooser(settings, at, len(prompts)), LookupIndex(prompt)
+            rows[at] = Row(text, len(prompt) + max_new_tokens, chooser, own if noise is None else noise, generator)
         capacity = max(row.stop for row in rows.values())
         with self.base_model.decoding(capacity, self, settings.target, len(rows), settings.deterministic) as caches:
             while any(row.room for row in rows.values()):
