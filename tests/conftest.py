@@ -27,8 +27,12 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Settings that a test trains with may ask torch for two threads, and tiny models are many times slower on them."""
+    """No test sees what the one before it left: settings that it trained with may ask torch for two threads.
+
+    Tiny models are many times slower on two. And workers steal tests from one another, in no order.
+    """
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 VOCAB = 264
