@@ -39,7 +39,7 @@ test: $(READY) lint  ## lint, the whole test suite with coverage, the notebooks 
 	$(MAKE) --no-print-directory experiments-quick
 
 experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each, two at a time
-	ls configs/study-*.yaml | xargs -n 1 basename -s .yaml | OMP_NUM_THREADS=1 xargs -P 2 -I NAME \
+	ls -r configs/study-*.yaml | xargs -n 1 basename -s .yaml | OMP_NUM_THREADS=1 xargs -P 2 -I NAME \
 	  $(BIN)/dvirl study configs/NAME.yaml --quick --set threads=1 --out runs/quick/NAME.json
 
 bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
