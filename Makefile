@@ -34,19 +34,19 @@ train: $(READY)  ## run notebooks/03_train.ipynb on its defaults
 	@echo "checkpoint:        $$(ls -d $(RUN)/checkpoints/step-* | tail -n 1)"
 
 test: $(READY) lint  ## lint, the whole test suite with coverage, the notebooks against their outputs, every study small
-	$(BIN)/pytest tests -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/pytest tests -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=85
 	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks
 	$(MAKE) --no-print-directory experiments-quick
 
-experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each
-	for s in configs/study-*.yaml; do \
-	  $(BIN)/dvirl study $$s --quick --out runs/quick/$$(basename $$s .yaml).json || exit 1; done
+experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each, two at a time
+	ls -r configs/study-*.yaml | xargs -n 1 basename -s .yaml | OMP_NUM_THREADS=1 xargs -P 2 -I NAME \
+	  $(BIN)/dvirl study configs/NAME.yaml --quick --set threads=1 --out runs/quick/NAME.json
 
 bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
 	$(BIN)/dvirl bench smollm2-135m-k2 $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
 
 test-quick: $(READY)  ## the tests that need no real model
-	$(BIN)/pytest tests -n 2 --dist loadfile -m 'not real'
+	$(BIN)/pytest tests -n 2 --dist worksteal -m 'not real'
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

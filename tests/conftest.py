@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from argparse import Namespace
 from pathlib import Path
@@ -18,7 +19,21 @@ from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
 
-torch.set_num_threads(1)
+
+def pytest_collection_finish() -> None:
+    """What imports left behind stays for good: `gc.collect`, which studies call for every row, need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """No test sees what the one before it left: settings that it trained with may ask torch for two threads.
+
+    Tiny models are many times slower on two. And workers steal tests from one another, in no order.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
 
 VOCAB = 264
 EOS = 2

@@ -43,13 +43,13 @@ def records_of(decoded, prompt_len, row):
 def compare(model, config, prompts, eos, noise=None):
     rollout = generate(model.base_model, prompts, LENGTH, eos, config.target)
     judgement = judge(model, rollout, config, noise)
+    parts = []
     for row, prompt in enumerate(prompts):
         decoded = model.generate(prompt, LENGTH, config, eos, None if noise is None else noise[row])
+        parts.append(records_of(decoded, len(prompt), row))
         assert rollout.responses()[row] == decoded.tokens
         blocks = [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in decoded.blocks[1:]]
         assert [(b.start, b.num_drafted, b.num_accepted, b.block_len) for b in judgement.blocks[row]] == blocks
-    parts = [records_of(model.generate(p, LENGTH, config, eos, None if noise is None else noise[r]), len(p), r)
-             for r, p in enumerate(prompts)]  # fmt: skip
     joined = type(parts[0])(*(torch.cat([getattr(p, f) for p in parts]) for f in parts[0].__dataclass_fields__))
     assert_same_records(judgement.records, joined)
     return judgement
