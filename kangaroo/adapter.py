@@ -126,6 +126,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity, self.window, self.device = capacity, window, like.device
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.stack: Stack | None = None
         self.fixed: tuple[Tensor, int] | None = None
         self.lengths = [0] * batch_size
@@ -177,6 +178,8 @@ class AttentionPlan:
         mask: boolean `[B, 1, T, S]`, or None: plain causal if `causal`, else everything is seen.
         slots: the cache slots read.
         rows: `[B, 1]`, 0…B-1, where each row writes at its own positions; None where all write at the same.
+        bias: `[B * G, H / G * T, S]`, 0 where the query sees the slot and minus infinity elsewhere: the mask of
+            passes of fixed shape, whose rows are the T queries of each head of a group.
     """
 
     position_ids: Tensor
@@ -186,6 +189,7 @@ class AttentionPlan:
     causal: bool
     slots: slice
     rows: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def plan_cached(rotary: LlamaRotaryEmbedding, cache: KVCache, length: int, dtype: torch.dtype) -> AttentionPlan:
@@ -213,7 +217,15 @@ def plan_cached(rotary: LlamaRotaryEmbedding, cache: KVCache, length: int, dtype
         seen = torch.arange(slots.start, slots.stop, device=cache.device)
         mask = _prepare_decoder_attention_mask(position_ids, seen, cache.window)
     cos, sin = rotary(position_ids, max(highest, slots.stop - 1), dtype)
-    return AttentionPlan(position_ids, cos, sin, mask, mask is None and length > 1, slots, rows)
+    bias = None if cache.fixed is None or mask is None else _bias(mask, cache, dtype)
+    return AttentionPlan(position_ids, cos, sin, mask, mask is None and length > 1, slots, rows, bias)
+
+
+def _bias(mask: Tensor, cache: KVCache, dtype: torch.dtype) -> Tensor:
+    batch, _, length, slots = mask.shape
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    per_group = bias[:, :, None].expand(batch, cache.groups, cache.heads // cache.groups, length, slots)
+    return per_group.reshape(batch * cache.groups, -1, slots)
 
 
 def plan_uncached(
@@ -242,24 +254,23 @@ def plan_uncached(
     return AttentionPlan(position_ids, cos, sin, mask, mask is None, slice(0, length))
 
 
-def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention weights `[B, G, R * T, S]` of scores whose R * T rows are T queries of R heads; mask `[B, 1, T, S]`."""
-    if mask is not None:
-        apart = scores.view(*scores.shape[:2], -1, *mask.shape[2:])
-        scores = apart.masked_fill(~mask[:, :, None], float("-inf")).view(scores.shape)
-    return (scores.float() * scale).softmax(dim=-1).to(scores.dtype)
-
-
 def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """Queries `[B, H, T, E]` on keys and values `[B, G, S, E]`: mixed values `[B, H, T, E]`."""
     batch, heads, length, size = queries.shape
     groups = keys.shape[1]
     # The queries of one group see the same keys, so they can stand as rows of one small product: a quarter of
     # the time of enable_gqa for a batch of single tokens in bfloat16 on a CPU.
-    if queries.is_cuda and (length == 1 or plan.rows is not None):
+    if plan.bias is not None:
+        folded, seen = queries.reshape(batch * groups, -1, size), keys.reshape(batch * groups, -1, size)
+        weights = torch.baddbmm(plan.bias, folded, seen.transpose(1, 2), alpha=size**-0.5).softmax(dim=-1)
+        return torch.bmm(weights, values.reshape(seen.shape)).view(queries.shape)
+    if queries.is_cuda and length == 1:
         # cuDNN's kernel is planned anew for every length that the cache grows to, 30 ms each; products are not.
-        scores = queries.reshape(batch, groups, -1, size) @ keys.transpose(-1, -2)
-        return torch.matmul(masked_softmax(scores, plan.mask, size**-0.5), values).view(queries.shape)
+        scores = (queries.view(batch, groups, -1, size) * size**-0.5) @ keys.transpose(-1, -2)
+        if plan.mask is not None:
+            scores = scores.masked_fill(~plan.mask, float("-inf"))
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        return torch.matmul(weights, values).reshape(queries.shape)
     if length == 1:
         folded = queries.view(batch, groups, -1, size)
         return F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask).reshape(queries.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -153,6 +154,16 @@ class StepCosts:
             middle = (low + high) / 2
             low, high = (low, middle) if self.speedup(middle, count) >= 1.0 else (middle, high)
         return high
+
+
+def growing(times: Sequence[float]) -> tuple[float, ...]:
+    """The numbers nearest to these, by squares, of which none is below the one before (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for time in times:
+        pools.append([time])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return tuple(fmean(pool) for pool in pools for _ in pool)
 
 
 def _expected(chance: float, count: int) -> float:

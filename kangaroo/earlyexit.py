@@ -652,8 +652,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """The verifier's choices behind each row's last token and its drafts.
 
         Returns:
-            `[3, B, n + 1]`: its tokens, its probabilities of them, and whether its logits were finite; and its logits
-            `[B, n + 1, V]` if it samples. Right behind the prompt n is 0.
+            Its tokens and its probabilities of them, `[2, B, n + 1]`, and its logits `[B, n + 1, V]` if it samples. n
+            is 0 right behind the prompt.
         """
         caches = self._caches()
         begun, sampled, base = caches.deep.length > 0, settings.temperature > 0, settings.target == "base"
@@ -672,7 +672,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
                 hidden = hidden[torch.arange(len(given), device=given.device), last[0]][:, None]
             logits = self.head_logits(hidden, caches.deep)
             confidence, own = logits.softmax(dim=-1).max(dim=-1)
-            seen = torch.stack((own.double(), confidence.double(), torch.isfinite(logits).all(dim=-1).double()))
+            seen = torch.stack((own.double(), confidence.double()))  # not a number if any logit is none
             return (seen, logits) if sampled else (seen,)
 
         given = self._padded(extended) if base else self._adapted_states(extended, passes, policy)
@@ -727,14 +727,14 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         else:
             drafts, passes = [_Proposal().block([], self.config.hidden_size) for _ in rows], [[] for _ in rows]
         seen, *logits = self._verify(rows, drafts, passes, policy, settings)
-        own, confidence, finite = seen.tolist()
+        own, confidence = seen.tolist()
         verdicts: list[Verification | None] = []
         for at, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             count, start = len(draft.tokens), len(row.text.tokens)
             if not row.room:
                 verdicts.append(None)
                 continue
-            if not all(finite[at][: count + 1]):
+            if not all(map(math.isfinite, confidence[at][: count + 1])):
                 raise ValueError(f"the verifier's logits at position {start} are not finite")
             drafted = draft.tokens.tolist()
             if logits:

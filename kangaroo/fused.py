@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
-from kangaroo.adapter import AttentionPlan, DecoderLayer, KVCache, apply_rotary, attend, masked_softmax
+from kangaroo.adapter import AttentionPlan, DecoderLayer, KVCache, apply_rotary, attend
 
 Product = Callable[[Tensor], Tensor]
 
@@ -71,61 +71,45 @@ class FusedLayer:
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype) -> None:
         attention = layer.self_attn
+        on_cuda = attention.q_proj.weight.is_cuda
+        self.turn: Callable[..., Tensor] = compiled(apply_rotary) if on_cuda else apply_rotary
+        self.gate: Callable[..., Tensor] = compiled(_gated) if on_cuda else _gated
         self.heads, self.groups, self.size = attention.num_heads, attention.num_groups, attention.head_dim
-        self.eps = layer.input_layernorm.eps
-        self.norms = [layer.input_layernorm.weight.detach().to(dtype)]
-        parts = [_parts(dtype, attention.q_proj, attention.k_proj, attention.v_proj), _parts(dtype, attention.o_proj)]
+        self.norms = [_norm(layer.input_layernorm, dtype)]
+        self.qkv = _fused(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _fused(dtype, attention.o_proj)
+        self.gate_up: Product | None = None
         if layer.feed_forward:
-            self.norms.append(layer.post_attention_layernorm.weight.detach().to(dtype))
-            parts += [_parts(dtype, layer.mlp.gate_proj, layer.mlp.up_proj), _parts(dtype, layer.mlp.down_proj)]
-        self.parts = parts if attention.q_proj.weight.is_cuda else []
-        self.products = [_product(one) for one in parts]
+            self.norms.append(_norm(layer.post_attention_layernorm, dtype))
+            self.gate_up = _fused(dtype, layer.mlp.gate_proj, layer.mlp.up_proj)
+            self.down = _fused(dtype, layer.mlp.down_proj)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`, as `DecoderLayer.forward`."""
-        if self.parts and cache.fixed is not None:
-            assert plan.rows is not None and plan.mask is not None
-            where = (plan.rows, plan.position_ids, plan.cos, plan.sin, plan.mask)
-            kept, sizes = (cache.keys[layer], cache.values[layer]), (self.heads, self.groups, self.size)
-            return compiled(fixed_layer)(hidden, self.norms, self.parts, kept, where, sizes, self.eps)
         batch, length, _ = hidden.shape
-        qkv, out, *feed_forward = self.products
-        heads = qkv(_normed(hidden, self.norms[0], self.eps)).view(batch, length, -1, self.size).transpose(1, 2)
+        heads = self.qkv(self.norms[0](hidden)).view(batch, length, -1, self.size).transpose(1, 2)
         turned, values = torch.split(heads, [self.heads + self.groups, self.groups], dim=1)
-        turned = apply_rotary(turned, plan.cos, plan.sin)
+        turned = self.turn(turned, plan.cos, plan.sin)
         queries, keys = torch.split(turned, [self.heads, self.groups], dim=1)
         mixed = attend(queries, *cache.update(layer, keys, values, plan), plan)
-        hidden = hidden + out(mixed.transpose(1, 2).reshape(batch, length, -1))
-        for gate_up, down in [feed_forward] if feed_forward else []:
-            hidden = hidden + down(_gated(gate_up(_normed(hidden, self.norms[1], self.eps))))
+        hidden = hidden + self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        if self.gate_up is not None:
+            hidden = hidden + self.down(self.gate(self.gate_up(self.norms[1](hidden))))
         return hidden
 
 
-Parts = list[tuple[Tensor, Tensor | None]]
-"""Weights and biases of projections that read the same input; their results stand side by side."""
+def _norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:
+    shape, weight, eps = norm.normalized_shape, norm.weight.detach().to(dtype), norm.eps
+    return lambda states: F.rms_norm(states, shape, weight, eps)
 
 
-def _parts(dtype: torch.dtype, *projections: nn.Linear) -> Parts:
-    apart: Parts = [(one.weight.detach().to(dtype), None if one.bias is None else one.bias.detach().to(dtype))
-             for one in projections]  # fmt: skip
-    if apart[0][0].is_cuda and apart[0][0].numel() > LARGE:
-        return apart
-    biases = [bias for _, bias in apart if bias is not None]
-    return [(torch.cat([weight for weight, _ in apart]), torch.cat(biases) if biases else None)]
-
-
-def _product(parts: Parts) -> Product:
-    products = [product(*one) for one in parts]
-    return products[0] if len(parts) == 1 else lambda states: torch.cat([one(states) for one in products], dim=-1)
-
-
-def _linear(states: Tensor, parts: Parts) -> Tensor:
-    results = [F.linear(states, *one) for one in parts]
-    return results[0] if len(parts) == 1 else torch.cat(results, dim=-1)
-
-
-def _normed(states: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    return F.rms_norm(states, weight.shape, weight, eps)
+def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
+    if projections[0].weight.is_cuda and projections[0].weight.numel() > LARGE:
+        parts = [product(one.weight.detach().to(dtype), one.bias) for one in projections]
+        return parts[0] if len(parts) == 1 else lambda states: torch.cat([part(states) for part in parts], dim=-1)
+    weight = torch.cat([one.weight.detach().to(dtype) for one in projections])
+    biases = [one.bias.detach().to(dtype) for one in projections if one.bias is not None]
+    return product(weight, torch.cat(biases) if biases else None)
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -135,44 +119,8 @@ def _gated(gate_up: Tensor) -> Tensor:
 
 @cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function in few kernels, where Triton is there to make them: for passes that are captured once."""
+    """The function as one kernel where Triton is there to make it. For what has no sums, whose order could change."""
     return torch.compile(function, dynamic=True) if has_triton() else function
-
-
-def fixed_layer(
-    hidden: Tensor,
-    norms: list[Tensor],
-    parts: list[Parts],
-    kept: tuple[Tensor, Tensor],
-    where: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    sizes: tuple[int, int, int],
-    eps: float | None,
-) -> Tensor:
-    """What `FusedLayer` computes in a pass of fixed shape, as one function of tensors: compiled once for all layers.
-
-    Args:
-        hidden: `[B, T, D]`.
-        norms, parts: the layer's weights.
-        kept: keys and values of the cache, `[B, G, capacity, E]`; the pass's own are written into them.
-        where: rows, position_ids, cos, sin and mask of the `AttentionPlan`.
-        sizes: query heads, key heads, head size.
-        eps: of the norms.
-    """
-    (keys, values), (rows, positions, cos, sin, mask), (heads, groups, size) = kept, where, sizes
-    batch, length, _ = hidden.shape
-    mixed = _linear(_normed(hidden, norms[0], eps), parts[0]).view(batch, length, -1, size).transpose(1, 2)
-    turned, new_values = torch.split(mixed, [heads + groups, groups], dim=1)
-    queries, new_keys = torch.split(apply_rotary(turned, cos, sin), [heads, groups], dim=1)
-    keys[rows, :, positions] = new_keys.transpose(1, 2)
-    values[rows, :, positions] = new_values.transpose(1, 2)
-    slots = mask.shape[-1]
-    scores = queries.reshape(batch, groups, -1, size) @ keys[:, :, :slots].transpose(-1, -2)
-    weights = masked_softmax(scores, mask, size**-0.5)
-    mixed = (weights @ values[:, :, :slots]).view(batch, heads, length, size)
-    hidden = hidden + _linear(mixed.transpose(1, 2).reshape(batch, length, -1), parts[1])
-    if len(parts) > 2:
-        hidden = hidden + _linear(_gated(_linear(_normed(hidden, norms[1], eps), parts[2])), parts[3])
-    return hidden
 
 
 class Stack:
@@ -192,8 +140,7 @@ class Stack:
         head: Tensor | None = None,
     ) -> None:
         self.layers = [FusedLayer(cast(DecoderLayer, layer), dtype) for layer in layers]
-        weight, eps = norm.weight.detach().to(dtype), norm.eps
-        self.norm: Product = lambda states: _normed(states, weight, eps)
+        self.norm = _norm(norm, dtype)
         self.head = None if head is None else product(head.to(dtype))
 
 

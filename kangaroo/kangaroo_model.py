@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
-from kangaroo.drafting import Chooser, Governor, LookupIndex, Scripted, StepCosts
+from kangaroo.drafting import Chooser, Governor, LookupIndex, Scripted, StepCosts, growing
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Row, Verification
 from kangaroo.fused import Stack, Stacks, can_stack
 from kangaroo.published import read_published
@@ -271,7 +270,7 @@ class KangarooModel(nn.Module):
     def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1) -> StepCosts:
         """Time blocks behind `context` tokens, all lengths in turn.
 
-        The costs are medians, made to grow: noise must not make a longer block look cheaper.
+        The costs are medians, and the nearest to them that grow: noise must not make a longer block look cheaper.
 
         Args:
             longest: drafts of a block.
@@ -302,7 +301,7 @@ class KangarooModel(nn.Module):
                     drafted.append(drafting)
                     for kept, time_ in zip(verify, times, strict=True):
                         kept.append(time_)
-        return StepCosts(tuple(accumulate(map(median, verify), max)), max(0.0, median(drafted)))
+        return StepCosts(growing([median(times) for times in verify]), max(0.0, median(drafted)))
 
     def now(self) -> float:
         """Seconds on the clock once the device has done what it was given."""
@@ -326,8 +325,8 @@ class KangarooModel(nn.Module):
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
             eos_ids: tokens that end a response.
-            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts; drawn if the answer is
-                sampled, too, and none is given.
+            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts; drawn if the answer
+                is sampled, too, and none is given.
             seed: of what sampling draws, for all prompts or one each; what stands beside a prompt changes nothing.
 
         Yields:

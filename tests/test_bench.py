@@ -46,7 +46,7 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
     assert figures[PLAIN]["mat"] == 1.0 == figures[PLAIN]["over_plain"] and figures[GENERATE]["mat"] is None
     assert figures["learned, 4"]["mat"] >= 1.0 and len(content["costs"]["verify"]) == 9
     assert figures["learned, 4"]["accept_rate"] is not None and figures[PLAIN]["accept_rate"] is None
-    assert set(content["batched"]) == set(ways(8)) and content["capture_s"] == 0
+    assert set(content["batched"]) == set(bench.BATCHED) and content["capture_s"] == 0
     assert all(set(one) == {"batch 2 tok_per_s", "batch 1 tok_per_s", "over batch 1"} and min(one.values()) > 0
                for one in content["batched"].values())  # fmt: skip
     assert content["versions"] and content["model"]["dtype"] == "float32"

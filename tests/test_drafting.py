@@ -11,7 +11,7 @@ from conftest import random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, Scripted, StepCosts
+from kangaroo.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, Scripted, StepCosts, growing
 from kangaroo.earlyexit import DecodeConfig, DraftBlock, Row, Verification
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
@@ -143,6 +143,11 @@ def test_costs_by_hand():
     assert COSTS.speedup(0.5, 2) == pytest.approx(1.75 * 10 / 14.5)
     assert COSTS.speedup(COSTS.break_even(4), 4) == pytest.approx(1.0, abs=1e-6)
     assert StepCosts((10.0, 21.0), 1.0).break_even(1) == math.inf
+
+
+def test_noise_is_pooled_so_that_costs_grow():
+    assert growing([3.0, 1.0, 2.0, 5.0, 4.0]) == (2.0, 2.0, 2.0, 4.5, 4.5)
+    assert growing([9.0, 1.0, 2.0]) == (4.0, 4.0, 4.0) and growing([1.0, 1.5, 7.0]) == (1.0, 1.5, 7.0)
 
 
 def test_measured_costs_are_positive_grow_and_are_measured_once():
