@@ -218,6 +218,12 @@ class _Proposal:
     passes: list[Tensor] = field(default_factory=list)
     over: bool = False
 
+    def add(self, token: int, confidence: float, state: Tensor, chances: Tensor) -> None:
+        self.tokens.append(token)
+        self.confidence.append(confidence)
+        self.states.append(state)
+        self.chances.append(chances)
+
     def block(self, tail: list[int], width: int) -> DraftBlock:
         return DraftBlock(
             tokens=torch.tensor(self.tokens + tail, dtype=torch.long),
@@ -574,21 +580,16 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         feeds = [row.text.tokens[caches.draft.lengths[at] :] if counts[at] else [] for at, row in enumerate(rows)]
         while going:
             drafts, states, chances, *whole = self._propose(feeds, rows, made, policy, settings)
-            for at in going:
-                made[at].passes += [one[at, : len(feeds[at])] for one in whole]
             for step, (tokens, confidence) in enumerate(drafts.tolist()):
                 for at in going:
-                    made[at].passes += [states[step, at][None]] if whole and step else []
-                still = [at for at in going if not made[at].over]
-                for at in still:
-                    made[at].tokens.append(int(tokens[at]))
-                    made[at].confidence.append(confidence[at])
-                    made[at].states.append(states[step, at])
-                    made[at].chances.append(chances[step, at])
-                    goes_on = rows[at].chooser.goes_on(int(tokens[at]), confidence[at])
-                    made[at].over = not goes_on or len(made[at].tokens) == counts[at]
+                    if whole:
+                        made[at].passes.append(states[step, at][None] if step else whole[0][at, : len(feeds[at])])
+                    if not made[at].over:
+                        made[at].add(int(tokens[at]), confidence[at], states[step, at], chances[step, at])
+                        goes_on = rows[at].chooser.goes_on(int(tokens[at]), confidence[at])
+                        made[at].over = not goes_on or len(made[at].tokens) == counts[at]
             going = [at for at in going if not made[at].over]
-            feeds = [[made[at].tokens[-1]] if at in going else [] for at in range(len(rows))]
+            feeds = [made[at].tokens[-1:] if at in going else [] for at in range(len(rows))]
         tails = [
             row.chooser.tail()[: row.room - 1 - len(one.tokens)] if row.room else []
             for row, one in zip(rows, made, strict=True)
@@ -727,31 +728,12 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         else:
             drafts, passes = [_Proposal().block([], self.config.hidden_size) for _ in rows], [[] for _ in rows]
         seen, *logits = self._verify(rows, drafts, passes, policy, settings)
-        own, confidence = seen.tolist()
         verdicts: list[Verification | None] = []
-        for at, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-            count, start = len(draft.tokens), len(row.text.tokens)
-            if not row.room:
-                verdicts.append(None)
-                continue
-            if not all(map(math.isfinite, confidence[at][: count + 1])):
-                raise ValueError(f"the verifier's logits at position {start} are not finite")
-            drafted = draft.tokens.tolist()
-            if logits:
-                accepted, token = self._sampled(row, draft, logits[0][at, : count + 1], policy, settings)
-            else:
-                accepted = count_accepted(drafted, [int(one) for one in own[at][: count + 1]])
-                token = int(own[at][accepted])
-            verdicts.append(
-                Verification(
-                    start=start,
-                    committed=(*drafted[:accepted], token),
-                    num_drafted=min(count, accepted + 1),
-                    num_accepted=accepted,
-                    draft=draft,
-                    verifier_confidence=torch.tensor(confidence[at][: count + 1]),
-                )
-            )
+        for at, (row, draft, own, confidence) in enumerate(zip(rows, drafts, *seen.tolist(), strict=True)):
+            chosen = None
+            if row.room and logits:
+                chosen = self._sampled(row, draft, logits[0][at, : len(draft.tokens) + 1], policy, settings)
+            verdicts.append(_verdict(row, draft, own, confidence, chosen) if row.room else None)
         caches.roll_back([0 if one is None else one.start + one.num_accepted for one in verdicts])
         return verdicts
 
@@ -767,6 +749,28 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             proposed[:learned] = 0.0
             proposed[:learned, policy.token_ids(torch.arange(covered, device=target.device))] = draft.chances
         return speculative_sampling(target, proposed, drafted, row.uniform(len(drafted) + 1).to(target.device))
+
+
+def _verdict(
+    row: Row, draft: DraftBlock, own: list[float], confidence: list[float], sampled: tuple[int, int] | None
+) -> Verification:
+    """What a row commits: what was sampled, or else what the verifier's own tokens accept.
+
+    Raises:
+        ValueError: if a logit was not finite.
+    """
+    count, start, drafted = len(draft.tokens), len(row.text.tokens), draft.tokens.tolist()
+    if not all(map(math.isfinite, confidence[: count + 1])):
+        raise ValueError(f"the verifier's logits at position {start} are not finite")
+    accepted, token = sampled or (count_accepted(drafted, [int(one) for one in own]), None)
+    return Verification(
+        start=start,
+        committed=(*drafted[:accepted], int(own[accepted]) if token is None else token),
+        num_drafted=min(count, accepted + 1),
+        num_accepted=accepted,
+        draft=draft,
+        verifier_confidence=torch.tensor(confidence[: count + 1]),
+    )
 
 
 def _reused(held: list[DecodeCaches], fresh: DecodeCaches) -> DecodeCaches:

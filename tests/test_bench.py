@@ -71,6 +71,18 @@ def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
     assert list(json.loads((tmp_path / "o.json").read_text())["figures"]) == files[:1]
 
 
+def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "model")
+    model = exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    flags = ["--dtype", "float32", "--device", "cpu", "--max_new_tokens", "8", "--threads", "1", "--questions"]
+    real, seen = bench.compare, []
+    monkeypatch.setattr(bench, "compare", lambda drafter, *args: seen.append(drafter) or real(drafter, *args))
+    questions = question_file(tmp_path / "q.jsonl", [["What is it?"]])
+    (found,) = bench.main([str(tmp_path / "d"), *flags, questions, "--hostile"]).values()
+    assert not (seen[0].model.draft_ids == model.draft_ids).any()
+    assert all(one.equal == 1 for one in found.values())
+
+
 def test_the_ways_are_those_that_the_table_names():
     assert ways(6)[PLAIN] == DecodeConfig(0) and ways(6)["hybrid"] == DecodeConfig(6, source="hybrid", adaptive=True)
 

@@ -207,12 +207,17 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 by default")
     parser.add_argument("--threads", type=int, default=2, help="torch threads; 2 by default")
     parser.add_argument("--rows", type=int, default=0, help="also time so many texts at once; 0, the default, does not")
+    parser.add_argument("--hostile", action="store_true", help="let learned drafts be wrong: what drafting costs then")
     args = parse_measured(parser, argv)
     for option, lowest in (("draft_len", 1), ("threads", 1), ("rows", 0)):
         if getattr(args, option) < lowest:
             raise DvirlError(f"{option} is {getattr(args, option)}; expected at least {lowest}")
     torch.set_num_threads(args.threads)
     drafter = load_drafter(args.drafter, dtype=args.dtype, device=args.device)
+    if args.hostile:
+        if drafter.model.draft_ids is None:
+            raise DvirlError(f"{args.drafter} drafts any token; expected one with a draft vocabulary for --hostile")
+        drafter.model.draft_ids = drafter.model.draft_ids.roll(1)  # each row of its head now says its neighbour's token
     sets = question_sets(drafter.loaded, asked_for(args, drafter), args.own, args.seed)
     sets = {name: spread(prompts, args.num_questions) for name, prompts in sets.items()}
     with drafter.model.base_model.folded():
