@@ -177,8 +177,8 @@ def judge_prompts(trainer: DVITrainer, prompts: Sequence[Sequence[int]]) -> dict
     served.add(rollout, judge(trainer.model, rollout, config.decode))
     agreement = asdict(measure_agreement(trainer.model, rollout.stored()))
     return {
-        "accept_rate": served.accepted / max(1, served.drafted),
-        "mat": served.committed / max(1, served.blocks),
+        "accept_rate": served.accepted / served.drafted if served.drafted else math.nan,
+        "mat": served.committed / served.blocks if served.blocks else math.nan,
         "agreement": agreement["rate"],
         **{name: agreement[name] for name in ("confidence", "ece", "covered")},
     }

@@ -165,6 +165,11 @@ def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
     assert found["accept_rate"] == pytest.approx(steps.accept_rate) and found["mat"] == pytest.approx(steps.mat)
 
 
+def test_where_nothing_is_drafted_there_is_no_accept_rate(tmp_path):
+    found = judge_prompts(a_trainer(tmp_path, max_new_tokens=1), random_prompts(3, 5))
+    assert math.isnan(found["accept_rate"]) and math.isnan(found["mat"]) and math.isnan(found["agreement"])
+
+
 def test_perplexity_and_drift_equal_hugging_faces(tmp_path):
     trainer = a_trainer(tmp_path)
     assert judge_verifier(trainer)["drift_kl"] == pytest.approx(0.0, abs=1e-6)
