@@ -22,6 +22,8 @@ SURE_NGRAM = 2
 USED, IDLE = 0.95, 0.995
 """What remains of a choice's record at each block, where it was chosen and where it was not: idle choices drift back to
 their hopeful start and are tried again."""
+SHARED_IDLE = 0.998
+"""The same of choices for a batch, whose start is as hopeful as can be and whose records grow by a block a text."""
 BINS = 10
 """Bins of confidence whose acceptance is counted."""
 
@@ -288,3 +290,73 @@ class Governor(Chooser):
         if looked_up and verdict.num_drafted > learned:
             self._records[self._tail].accepted += verdict.num_accepted - learned
             self._records[self._tail].scored += verdict.num_drafted - learned
+
+
+class Shared:
+    """One choice for all texts of a batch: they share each pass, so that one text's long block is paid for by all.
+
+    Every choice, a source and a length, has a decayed record of what a text commits by it and of its cost; the one that
+    is worth most is taken, as a `Governor` does. A choice is tried if it would pay were all drafts right.
+
+    Args:
+        settings: `source` and `draft_len`, the longest block.
+        costs: of steps of so many texts.
+    """
+
+    def __init__(self, settings: DecodeConfig, costs: StepCosts) -> None:
+        self.costs, self.choice, self._stale = costs, ("", 0), True
+        self._starts = {("", 0): _Record(1.0, 1.0, 1.0, costs.verify[0])}
+        for source in ("learned", "lookup") if settings.source == "hybrid" else (settings.source,):
+            for count in sorted({size for size in (1, 2, 4, 8, settings.draft_len) if 0 < size <= settings.draft_len}):
+                self._starts[source, count] = _Record(1.0, 1.0, count + 1.0, self._price(source, count))
+        self._records = {choice: replace(start) for choice, start in self._starts.items()}
+        self._tokens, self._cost = 4.0, 4.0 * costs.verify[0]
+
+    def _price(self, source: str, count: int) -> float:
+        return self.costs.block(count, 0) if source == "learned" else self.costs.block(0, count)
+
+    def pick(self) -> tuple[str, int]:
+        """The choice of this pass, the same for all texts until one has learned from it."""
+        if self._stale:
+            rate = max(self._tokens / self._cost, 1.0 / self.costs.verify[0])
+            self.choice = max(self._records, key=lambda choice: self._records[choice].gain(rate))
+            for choice, record in self._records.items():
+                record.fade(self._starts[choice], USED if choice == self.choice else SHARED_IDLE)
+            self._stale = False
+        return self.choice
+
+    def learn(self, verdict: Verification) -> None:
+        """Count what a text has committed by the choice."""
+        cost = self._price(*self.choice)
+        self._tokens, self._cost = 0.98 * self._tokens + verdict.block_len, 0.98 * self._cost + cost
+        record = self._records[self.choice]
+        record.tokens += verdict.block_len
+        record.cost += cost
+        record.blocks += 1.0
+        self._stale = True
+
+
+class Sharer(Chooser):
+    """One text's part in a shared choice."""
+
+    def __init__(self, settings: DecodeConfig, shared: Shared) -> None:
+        super().__init__(settings)
+        self.shared = shared
+
+    def begin(self, index: LookupIndex, room: int) -> int:
+        """As in `Chooser`."""
+        source, count = self.shared.pick()
+        self._index, self._room, self._drafted = index, min(count, room), []
+        return self._room if source == "learned" else 0
+
+    def goes_on(self, token: int, confidence: float) -> bool:
+        """As in `Chooser`: up to the length that all share."""
+        return True
+
+    def tail(self) -> list[int]:
+        """As in `Chooser`."""
+        return self._index.propose(self._room)[0] if self.shared.choice[0] == "lookup" else []
+
+    def learn(self, verdict: Verification) -> None:
+        """As in `Chooser`."""
+        self.shared.learn(verdict)

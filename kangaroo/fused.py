@@ -5,8 +5,6 @@ rows; its float32 product of two or three rows even takes twice that of five. No
 from the weights as they are, and made anew when they have changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import cast

@@ -1,7 +1,5 @@
 """KangarooModel: the early-exit model together with what drafts, and decoding with both."""
 
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
-from kangaroo.drafting import Chooser, Governor, LookupIndex, Scripted, StepCosts, growing
+from kangaroo.drafting import Chooser, Governor, LookupIndex, Scripted, Shared, Sharer, StepCosts, growing
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Row, Verification
 from kangaroo.fused import Stack, Stacks, can_stack
 from kangaroo.published import read_published
@@ -85,7 +83,7 @@ class KangarooModel(nn.Module):
         self.base_model = base
         self._stacks = Stacks()
         self._costs: dict[int, StepCosts] = {}
-        self._governors: dict[tuple[DecodeConfig, int, int], Governor] = {}
+        self._governors: dict[tuple[DecodeConfig, int], Governor | Shared] = {}
         drafter = getattr(args, "drafter", "none")
         window, layers = getattr(args, "adapter_window", 64), getattr(args, "drafter_layers", 1)
         self.adapter_model = AdapterModel(base.config, drafter, window, layers)
@@ -252,14 +250,15 @@ class KangarooModel(nn.Module):
 
     # Decoding
 
-    def chooser(self, settings: DecodeConfig, row: int = 0, rows: int = 1) -> Chooser:
-        """What decides on a row's blocks: fixed, or the governor of these settings, which remembers earlier texts."""
+    def chooser(self, settings: DecodeConfig, rows: int = 1) -> Chooser:
+        """What decides on the blocks of one of so many texts: fixed, or by what earlier texts have shown."""
         if not settings.adaptive:
             return Chooser(settings)
-        key = (settings, row, rows)
-        if key not in self._governors:
-            self._governors[key] = Governor(settings, self.step_costs(settings.draft_len, rows))
-        return self._governors[key]
+        if (settings, rows) not in self._governors:
+            costs = self.step_costs(settings.draft_len, rows)
+            self._governors[settings, rows] = Governor(settings, costs) if rows == 1 else Shared(settings, costs)
+        found = self._governors[settings, rows]
+        return Sharer(settings, found) if isinstance(found, Shared) else found
 
     def step_costs(self, longest: int = 8, rows: int = 1) -> StepCosts:
         """What steps of so many rows cost here; measured once for blocks up to this length, in a second or two."""
@@ -345,7 +344,7 @@ class KangarooModel(nn.Module):
         for at, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seeds[at]) if settings.temperature else None
             own = torch.rand(max_new_tokens, generator=generator) if generator and settings.draft_temperature else None
-            chooser, text = self.chooser(settings, at, len(prompts)), LookupIndex(prompt)
+            chooser, text = self.chooser(settings, len(prompts)), LookupIndex(prompt)
             rows[at] = Row(text, len(prompt) + max_new_tokens, chooser, own if noise is None else noise, generator)
         capacity = max(row.stop for row in rows.values())
         with self.base_model.decoding(capacity, self, settings.target, len(rows), settings.deterministic) as caches:

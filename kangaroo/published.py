@@ -1,7 +1,5 @@
 """Reads an adapter in the layout of the published Kangaroo: a folder of `config.json` and one file of weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Passes of one shape, captured once as CUDA graphs and replayed: a small model's steps are mostly starting kernels."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Picking tokens from logits, and which drafts a verifier accepts: by argmax, or by speculative sampling."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -1,7 +1,5 @@
 """lora_S on the shallow layers and lora_D on the deep ones: two PEFT adapters on one model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

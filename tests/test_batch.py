@@ -6,7 +6,8 @@ import pytest
 from conftest import EOS, random_prompts, tiny_kangaroo
 
 from kangaroo import earlyexit
-from kangaroo.earlyexit import PASS_ROWS, DecodeConfig
+from kangaroo.drafting import LookupIndex, Shared, Sharer, StepCosts
+from kangaroo.earlyexit import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.replay import SHORTEST_VIEW, view
 
 SETTINGS = [
@@ -17,7 +18,9 @@ SETTINGS = [
     DecodeConfig(4, source="hybrid"),
     DecodeConfig(5, source="lookup", target="adapted"),
     DecodeConfig(3, draft_temperature=1.0, temperature=0.8, top_k=50, top_p=0.9),
+    DecodeConfig(5, source="hybrid", adaptive=True),
 ]
+NAME = "{0.source}-{0.draft_len}-{0.target}".format
 DRAFTERS = [dict(), dict(drafter="adapter", adapter_window=5), dict(drafter="layer", drafter_layers=2)]
 
 
@@ -25,7 +28,7 @@ def row_by_row(model, prompts, how, length=24):
     return [model.generate(prompt, length, how, (EOS,), seed=3) for prompt in prompts]
 
 
-@pytest.mark.parametrize("how", SETTINGS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.target}")
+@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("args", DRAFTERS, ids=lambda args: args.get("drafter", "none"))
 def test_a_batch_gives_what_each_row_gives_alone(how, args):
     """Deep layers that say little make drafts come true often, and differently from row to row."""
@@ -35,12 +38,14 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
     together = model.generate_batch(prompts, 24, how, (EOS,), seed=3)
     assert [one.tokens for one in together] == [one.tokens for one in alone]
     lengths = [[block.block_len for block in one.blocks] for one in together]
+    if how.adaptive:  # chooses for all of them together
+        return
     assert lengths == [[block.block_len for block in one.blocks] for one in alone]
     if how.draft_len > 3 and how.source == "learned":
         assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
 
 
-@pytest.mark.parametrize("how", SETTINGS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.target}")
+@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
     sizes = []
     inside = earlyexit.EarlyExitLlamaForCausalLM.forward_deep
@@ -77,7 +82,7 @@ class Recorded:
         return run(*static)
 
 
-@pytest.mark.parametrize("how", SETTINGS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.target}")
+@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
     model, prompts = tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(), random_prompts(6, 2)
@@ -111,3 +116,33 @@ def test_views_are_powers_of_two_within_the_capacity():
 def test_deterministic_needs_a_block_that_fits_its_passes():
     with pytest.raises(ValueError, match=f"expected below {PASS_ROWS}"):
         DecodeConfig(PASS_ROWS, deterministic=True)
+
+
+COSTS = StepCosts((10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0, 17.0, 18.0), 1.0)
+
+
+def shared_run(accepted, passes, source="hybrid", rows=8):
+    """Tokens a millisecond over plain decoding's, and the last choice; `accepted` of a source and a length."""
+    shared, tokens, cost = Shared(DecodeConfig(8, source=source, adaptive=True), COSTS), 0, 0.0
+    parts = [Sharer(DecodeConfig(8, source=source, adaptive=True), shared) for _ in range(rows)]
+    for _ in range(passes):
+        learned = [part.begin(LookupIndex([1, 2, 1, 2]), 100) for part in parts]
+        choice, count = shared.choice
+        assert learned == [count if choice == "learned" else 0] * rows
+        assert all(len(part.tail()) == (count if choice == "lookup" else 0) for part in parts)
+        right = accepted(choice, count)
+        for part in parts:
+            part.learn(Verification(0, (0,) * (right + 1), min(count, right + 1), right, None, None))
+        tokens, cost = tokens + right + 1, cost + COSTS.block(learned[0], count - learned[0])
+    return tokens / cost * COSTS.verify[0], shared.choice
+
+
+def test_texts_share_a_choice_and_give_up_drafts_that_are_never_right():
+    speed, choice = shared_run(lambda source, count: 0, 600)
+    assert speed > 0.96 and choice == ("", 0)
+
+
+def test_texts_share_the_choice_that_is_worth_most():
+    assert shared_run(lambda source, count: count, 300) == (pytest.approx(9 / 18 * 10, rel=0.05), ("lookup", 8))
+    speed, choice = shared_run(lambda source, count: min(count, 2) if source == "learned" else 0, 600)
+    assert choice == ("learned", 2) and speed > 0.95 * 3 / 14 * 10

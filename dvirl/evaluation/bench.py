@@ -231,19 +231,16 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
         found[name] = speeds
         content["capture_s"] = drafter.model.base_model.capture_s
         print(f"{name}\n{table({way: asdict(one) for way, one in speeds.items()})}", flush=True)
-        figures = {name: {way: asdict(one) for way, one in speeds.items()} for name, speeds in found.items()}
-        _keep(args.out, {**content, "figures": figures})
+        content["figures"] = {name: {way: asdict(one) for way, one in speeds.items()} for name, speeds in found.items()}
+        if args.out:
+            write_json(args.out, content)
     if args.rows:
         everything = [prompt for prompts in sets.values() for prompt in prompts]
         content["batched"] = batched(drafter, everything, args.max_new_tokens, args.rows, args.draft_len)
         print(table(content["batched"]))
-        _keep(args.out, {**content, "figures": figures})
+        if args.out:
+            write_json(args.out, content)
     return found
-
-
-def _keep(path: str, content: dict[str, Any]) -> None:
-    if path:
-        write_json(path, content)
 
 
 def spread(prompts: list[Any], count: int) -> list[Any]:
