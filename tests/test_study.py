@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, scramble_lora, tiny_loaded, tiny_split
+from conftest import EOS, VOCAB, random_prompts, scramble_lora, tiny_loaded, tiny_split
 from safetensors.torch import load_file
 from test_lossless import as_hugging_face
 
@@ -166,7 +166,9 @@ def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
 
 
 def test_where_nothing_is_drafted_there_is_no_accept_rate(tmp_path):
-    found = judge_prompts(a_trainer(tmp_path, max_new_tokens=1), random_prompts(3, 5))
+    trainer = a_trainer(tmp_path)
+    trainer.loaded = replace(trainer.loaded, eos_ids=tuple(range(VOCAB)))  # every answer is one token
+    found = judge_prompts(trainer, random_prompts(3, 5))
     assert math.isnan(found["accept_rate"]) and math.isnan(found["mat"]) and math.isnan(found["agreement"])
 
 
