@@ -304,6 +304,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self.past_key_values: DecodeCaches | None = None
         self._stacks = Stacks()
         self._held: list[DecodeCaches] = []
+        self._captures: list[float] = []
         self.set_exit_layer(config.num_hidden_layers // 2 if EARLY_STOP_LAYER is None else EARLY_STOP_LAYER)
         self.post_init()
 
@@ -320,8 +321,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
     @property
     def capture_s(self) -> float:
-        """Seconds spent on capturing the passes that are held; 0 but on CUDA."""
-        return sum(caches.replays.capture_s for caches in self._held if caches.replays)
+        """Seconds spent on capturing passes so far; 0 but on CUDA."""
+        return sum(self._captures)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, for weight tying."""
@@ -497,7 +498,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
                     self._use_stacks(caches)
                 caches.rows = PASS_ROWS if deterministic else 0
                 if on_cuda:
-                    caches = _reused(self._held, caches)
+                    caches = _reused(self._held, caches, self._captures)
                 self.past_key_values = caches
                 yield caches
         finally:
@@ -773,7 +774,7 @@ def _verdict(
     )
 
 
-def _reused(held: list[DecodeCaches], fresh: DecodeCaches) -> DecodeCaches:
+def _reused(held: list[DecodeCaches], fresh: DecodeCaches, captures: list[float]) -> DecodeCaches:
     """The caches of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""
 
     def kinds(caches: DecodeCaches) -> list[tuple[object, ...]]:
@@ -784,6 +785,6 @@ def _reused(held: list[DecodeCaches], fresh: DecodeCaches) -> DecodeCaches:
             caches.roll_back(0)
             caches.rows = fresh.rows
             return caches
-    fresh.replays = Replays()
+    fresh.replays = Replays(captures)
     held[:] = [fresh, *held[: HELD - 1]]
     return fresh

@@ -26,14 +26,14 @@ class _Captured:
 class Replays:
     """Captured passes over the same caches and weights.
 
-    Attributes:
-        capture_s: seconds spent on capturing so far, warm-up included.
+    Args:
+        seconds: where to note how long each capture took, warm-up included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: list[float]) -> None:
         self._captured: dict[Hashable, _Captured] = {}
         self._pool: Any = None
-        self.capture_s = 0.0
+        self._seconds = seconds
 
     def __call__(self, key: Hashable, run: Pass, *inputs: Tensor) -> tuple[Tensor, ...]:
         """`run(*inputs)`, by replaying what was captured for this key and these shapes.
@@ -50,6 +50,7 @@ class Replays:
         return held.outputs
 
     def _capture(self, run: Pass, inputs: tuple[Tensor, ...]) -> _Captured:
+        torch.cuda.synchronize()  # what is still running is not part of it
         began = time.perf_counter()
         static = tuple(one.cuda() if one.device.type == "cpu" else one.clone() for one in inputs)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -62,7 +63,8 @@ class Replays:
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = run(*static)
         self._pool = graph.pool()
-        self.capture_s += time.perf_counter() - began
+        torch.cuda.synchronize()
+        self._seconds.append(time.perf_counter() - began)
         return _Captured(graph, static, outputs)
 
 

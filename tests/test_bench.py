@@ -5,25 +5,54 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from conftest import tiny_kangaroo
 from test_distill import question_file
 from test_drafters import exported
 from test_models import save_tiny
 
 from dvirl import cli, models
 from dvirl.evaluation import bench
-from dvirl.evaluation.bench import GENERATE, PLAIN, Timed, _speed, spread, ways
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.evaluation.bench import GENERATE, PLAIN, _speed, spread, ways
+from dvirl.evaluation.measure import Answer, in_turn, timed
+from kangaroo.drafting import StepCosts
+from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+
+COSTS = StepCosts((0.1, 0.1), 0.0)
+"""Blocks of 0.1 ms, whatever they hold."""
+
+
+def answer(token: int, count: int, wall_s: float, decoding_s: float, blocks: int) -> Answer:
+    """So many tokens in so many equal blocks behind the prefill's, without drafts."""
+    draft = DraftBlock(torch.tensor([]), torch.tensor([]), torch.zeros(0, 4))
+    sizes = [1] + [(count - 1) // blocks] * blocks if blocks else []
+    verdicts = [Verification(0, (token,) * size, 0, 0, draft, torch.tensor([])) for size in sizes]
+    return Answer([token] * count, wall_s, wall_s - decoding_s, verdicts)
 
 
 def test_figures_are_medians_of_ratios_on_the_same_question():
-    plain = [Timed([1] * 10, 1.0, 0.9, 0.9, 9), Timed([2] * 10, 2.0, 1.8, 0.9, 9), Timed([3] * 10, 4.0, 3.0, 3.0, 9)]
-    way = [Timed([1] * 10, 0.5, 0.4, 0.2, 3), Timed([2] * 10, 2.0, 1.8, 0.9, 3), Timed([4] * 20, 2.0, 1.0, 0.9, 4)]
-    found = _speed(way, plain)
-    assert found.over_plain == 2.0 and found.over_ideal == 0.5  # of 2, 1 and 4; of 0.5, 0.5 and 0.9
+    plain = [answer(1, 10, 1.0, 9e-4, 9), answer(2, 10, 2.0, 1.8e-3, 9), answer(3, 10, 4.0, 9e-4, 9)]
+    way = [answer(1, 10, 0.5, 6e-4, 3), answer(2, 10, 2.0, 1.8e-3, 9), answer(4, 21, 2.1, 8e-4, 4)]
+    found = _speed(way, plain, COSTS)
+    assert found.over_plain == 2.0 and found.over_ideal == pytest.approx(0.5)  # of 2, 1 and 4; of 0.5, 0.5 and 0.5
     assert found.tok_per_s == pytest.approx((20 + 5 + 10) / 3)
-    assert found.mat == pytest.approx((9 + 9 + 19) / 10) and (found.equal, found.questions) == (2, 3)
-    theirs = _speed([Timed(one.tokens, one.seconds, 0.0, 0.0, 9) for one in way], plain)
+    assert found.mat == pytest.approx((9 + 9 + 20) / 16) and (found.equal, found.questions) == (2, 3)
+    theirs = _speed([Answer(one.tokens, one.wall_s) for one in way], plain, COSTS)
     assert theirs.over_ideal is None and theirs.mat is None and theirs.over_plain == 2.0
+
+
+def test_what_capturing_takes_is_left_out_of_an_answer(monkeypatch):
+    model, captured = tiny_kangaroo(0), iter([1.0, 1.5])
+    clock = iter([10.0, 10.2, 12.0])
+    monkeypatch.setattr(type(model), "now", lambda _: next(clock))
+    monkeypatch.setattr(type(model.base_model), "capture_s", property(lambda _: next(captured)))
+    one = timed(model, [3, 4], 5, DecodeConfig(0))
+    assert (one.wall_s, one.prefill_s, one.decoding_s) == pytest.approx((1.5, 0.2, 1.3))
+    assert one.accept_lengths == [1] * 4 == Answer(one.tokens, 1.0).accept_lengths
+
+
+def test_the_order_changes_from_turn_to_turn():
+    assert [in_turn("abc", turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
 
 
 def test_questions_are_spread_over_a_file():

@@ -2,29 +2,29 @@
 
 Ways alternate question by question and in changing order, so that what else the machine does hits all alike; figures
 are medians over questions of ratios taken on the same question. Each way answers two questions before the clock counts;
-what CUDA captures before that is reported apart.
+the time that CUDA takes to capture passes is reported apart.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
 
 from dvirl.checkpoint import circumstances
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import asked_for, parse_measured, question_sets
-from dvirl.models import LoadedDrafter, LoadedModel, load_drafter, source
+from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
+from dvirl.evaluation.measure import Answer, in_turn, timed
+from dvirl.models import LoadedDrafter, load_drafter
 from dvirl.trace import write_json
 from kangaroo.drafting import StepCosts
 from kangaroo.earlyexit import DecodeConfig
-from kangaroo.kangaroo_model import KangarooModel
 
 GENERATE, PLAIN = "generate", "plain"
 BATCHED = (PLAIN, "learned, 4", "hybrid")
@@ -45,19 +45,6 @@ def ways(longest: int) -> dict[str, DecodeConfig]:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One answer: its tokens, its seconds, those behind the prefill, what its blocks should have taken, and drafts."""
-
-    tokens: list[int]
-    seconds: float
-    decoding_s: float = 0.0
-    ideal_s: float = 0.0
-    blocks: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-
-@dataclass(frozen=True)
 class Speed:
     """One way on one set of questions.
 
@@ -65,7 +52,7 @@ class Speed:
         tok_per_s: mean over questions of new tokens over wall seconds, the prefill included (Spec-Bench).
         over_plain: median over questions of the speed over plain decoding's on the same question.
         over_ideal: median over questions of the time that the blocks should have taken, by the step costs measured
-            before, over the time they took, prefill excluded; None for Hugging Face's.
+            before the set, over the time they took, prefill excluded; None for Hugging Face's.
         mat: tokens a verification commits, prefill excluded; None for Hugging Face's.
         accept_rate: accepted over scored drafts; None without drafts.
         equal: answers that are plain decoding's, token for token.
@@ -81,38 +68,15 @@ class Speed:
     questions: int
 
 
-def timed(
-    model: KangarooModel,
-    prompt: list[int],
-    limit: int,
-    settings: DecodeConfig,
-    eos_ids: Sequence[int],
-    costs: StepCosts,
-) -> Timed:
-    """Decode one prompt by our loop."""
-    began = model.now()
-    stream = model.decode_blocks(prompt, limit, settings, eos_ids)
-    blocks, prefilled = [next(stream)], model.now()
-    blocks += stream
-    end, tokens = model.now(), [token for block in blocks for token in block.committed]
-    drafts = [block.draft for block in blocks[1:]]
-    ideal = sum(costs.block(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts) / 1e3
-    drafted, accepted = sum(block.num_drafted for block in blocks), sum(block.num_accepted for block in blocks)
-    return Timed(tokens, end - began, end - prefilled, ideal, len(drafts), drafted, accepted)
-
-
-def generated(theirs: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], limit: int) -> Timed:
-    """Decode one prompt by Hugging Face's greedy `generate`, its cache on."""
-    ids, ends = torch.tensor([prompt], device=loaded.model.device), list(loaded.eos_ids)
-    began = time.perf_counter()
-    out = theirs.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    tokens = out[0, len(prompt) :].tolist()  # waits for the device
-    return Timed(tokens, time.perf_counter() - began)
+def ideal_s(answer: Answer, costs: StepCosts) -> float:
+    """Seconds that the blocks of an answer should have taken, the prefill left out."""
+    drafts = [block.draft for block in answer.blocks[1:]]
+    return sum(costs.block(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts) / 1e3
 
 
 @torch.no_grad()
 def compare(
-    drafter: LoadedDrafter, sets: dict[str, list[list[int]]], limit: int, longest: int, costs: StepCosts
+    drafter: LoadedDrafter, sets: dict[str, list[list[int]]], limit: int, longest: int
 ) -> Iterator[tuple[str, dict[str, Speed]]]:
     """Time every way on every set, and yield each set when it is done.
 
@@ -121,26 +85,26 @@ def compare(
         sets: prompts by the name of their set.
         limit: length limit of an answer.
         longest: drafts of a block at most.
-        costs: by which the adaptive ways choose and the ideal is counted.
     """
     model, loaded = drafter.model, drafter.loaded
-    theirs = LlamaForCausalLM.from_pretrained(source(loaded.name), torch_dtype=loaded.model.dtype)
-    theirs = theirs.to(loaded.model.device).eval()
-    run: dict[str, Callable[[list[int]], Timed]] = {GENERATE: lambda prompt: generated(theirs, loaded, prompt, limit)}
-    for name, settings in ways(longest).items():
-        run[name] = lambda prompt, how=settings: timed(model, prompt, limit, how, loaded.eos_ids, costs)  # type: ignore[misc]
+    theirs, eos_ids = hugging_face(loaded), loaded.eos_ids
+    run: dict[str, Callable[[list[int]], Answer]] = {
+        GENERATE: lambda prompt: generate_forward(theirs, prompt, limit, eos_ids)
+    }
+    for name, how in ways(longest).items():
+        run[name] = partial(timed, model, limit=limit, settings=how, eos_ids=eos_ids)
     with model.base_model.folded():
         first = next(iter(sets.values()))
         for prompt in first[:WARM_UP]:
             for decode in run.values():
                 decode(prompt)
         for name, prompts in sets.items():
-            answers: dict[str, list[Timed]] = {way: [] for way in run}
+            costs = model.measure_costs(longest)
+            answers: dict[str, list[Answer]] = {way: [] for way in run}
             for turn, prompt in enumerate(tqdm(prompts, desc=name, unit="question", leave=False)):
-                order = list(run)[turn % len(run) :] + list(run)[: turn % len(run)]
-                for way in order:
+                for way in in_turn(list(run), turn):
                     answers[way].append(run[way](prompt))
-            yield name, {way: _speed(given, answers[PLAIN]) for way, given in answers.items()}
+            yield name, {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
 
 
 @torch.no_grad()
@@ -154,10 +118,11 @@ def batched(
         raise DvirlError(f"rows is {rows}; expected at most the {len(prompts)} questions")
 
     def rate(group: list[list[int]], how: DecodeConfig, together: bool) -> float:
-        began = model.now()
+        began, captured = model.now(), model.base_model.capture_s
         parts = [group] if together else [[prompt] for prompt in group]
         decoded = [one for part in parts for one in model.generate_batch(part, limit, how, eos_ids)]
-        return sum(len(one.tokens) for one in decoded) / (model.now() - began)
+        wall_s = model.now() - began - (model.base_model.capture_s - captured)
+        return sum(len(one.tokens) for one in decoded) / wall_s
 
     found: dict[str, dict[str, float]] = {}
     with model.base_model.folded():
@@ -173,16 +138,17 @@ def batched(
     return found
 
 
-def _speed(given: Sequence[Timed], plain: Sequence[Timed]) -> Speed:
-    ratios = [len(a.tokens) / a.seconds * b.seconds / len(b.tokens) for a, b in zip(given, plain, strict=True)]
-    drafted = sum(one.drafted for one in given)
-    ideals = [one.ideal_s / one.decoding_s for one in given if one.ideal_s]
+def _speed(given: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts) -> Speed:
+    ratios = [len(a.tokens) / a.wall_s * b.wall_s / len(b.tokens) for a, b in zip(given, plain, strict=True)]
+    drafted = sum(one.num_drafted for one in given)
+    ideals = [ideal_s(one, costs) / one.decoding_s for one in given if len(one.blocks) > 1]
+    lengths = [length for one in given if one.blocks for length in one.accept_lengths]
     return Speed(
-        tok_per_s=fmean(len(one.tokens) / one.seconds for one in given),
+        tok_per_s=fmean(len(one.tokens) / one.wall_s for one in given),
         over_plain=median(ratios),
         over_ideal=median(ideals) if ideals else None,
-        mat=sum(len(a.tokens) - 1 for a in given) / sum(a.blocks for a in given) if ideals else None,
-        accept_rate=sum(one.accepted for one in given) / drafted if drafted else None,
+        mat=fmean(lengths) if lengths else None,
+        accept_rate=sum(one.num_accepted for one in given) / drafted if drafted else None,
         equal=sum(a.tokens == b.tokens for a, b in zip(given, plain, strict=True)),
         questions=len(given),
     )
@@ -227,7 +193,7 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
     print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
     content = {"arguments": vars(args), **circumstances(drafter.loaded), "costs": asdict(costs)}
     found: dict[str, dict[str, Speed]] = {}
-    for name, speeds in compare(drafter, sets, args.max_new_tokens, args.draft_len, costs):
+    for name, speeds in compare(drafter, sets, args.max_new_tokens, args.draft_len):
         found[name] = speeds
         content["capture_s"] = drafter.model.base_model.capture_s
         print(f"{name}\n{table({way: asdict(one) for way, one in speeds.items()})}", flush=True)

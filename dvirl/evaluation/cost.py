@@ -19,7 +19,8 @@ from dvirl import plots
 from dvirl.checkpoint import circumstances
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import asked_for, parse_measured, question_sets
-from dvirl.evaluation.bench import PLAIN, spread, timed
+from dvirl.evaluation.bench import PLAIN, spread
+from dvirl.evaluation.measure import timed
 from dvirl.models import DEFAULT_MODEL, load, load_drafter, resolve_device, resolve_dtype
 from dvirl.trace import write_json
 from kangaroo.drafting import StepCosts
@@ -107,12 +108,12 @@ def check(name: str, args: Namespace, lengths: Sequence[int] = (2, 4, 6)) -> lis
         costs = model.step_costs(max(lengths))
         for prompt in [prompts[0], *tqdm(prompts, desc="checking", unit="question", leave=False)]:
             for way, how in ways.items():
-                answer = timed(model, prompt, args.max_new_tokens, how, loaded.eos_ids, costs)
+                answer = timed(model, prompt, args.max_new_tokens, how, loaded.eos_ids)
                 if prompt is not prompts[0]:  # which warms up
                     seconds[way] += answer.decoding_s
                     tokens[way] += len(answer.tokens) - 1
-                    drafted[way] += answer.drafted
-                    accepted[way] += answer.accepted
+                    drafted[way] += answer.num_drafted
+                    accepted[way] += answer.num_accepted
     found = []
     for count in lengths:
         way = str(count)

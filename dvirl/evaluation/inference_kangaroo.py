@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from dvirl.evaluation.measure import timed
 from kangaroo.earlyexit import DecodeConfig, Verification
 from kangaroo.kangaroo_model import Decoded, KangarooModel
 
@@ -47,9 +48,8 @@ def kangaroo_forward(
     where shorter blocks here fill the limit; it reads on behind an end-of-sequence token that the prefill gives; and
     it cuts prompt and response at 2,048 tokens together.
     """
-    began = model.now()
-    decoded = model.generate(prompt, max_new_tokens, settings, eos_ids)
-    return decoded, model.now() - began
+    answer = timed(model, prompt, max_new_tokens, settings, eos_ids)
+    return Decoded(answer.tokens, list(answer.blocks)), answer.wall_s
 
 
 def measure_acceptance(
