@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dvirl.config import ModelSettings
 from dvirl.errors import DvirlError
-from dvirl.settings import read_yaml
+from dvirl.settings import Settings, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
@@ -58,7 +58,7 @@ def circumstances(loaded: "LoadedModel") -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path, config: ModelSettings, loaded: "LoadedModel", **more: Any) -> None:
+def write_config(folder: Path, config: Settings, loaded: "LoadedModel", **more: Any) -> None:
     """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"config": asdict(config), **circumstances(loaded), **more}
@@ -197,7 +197,7 @@ def newest(run_dir: str | Path) -> Path:
     return folders[-1]
 
 
-def claim(run_dir: Path, config: ModelSettings, loaded: "LoadedModel") -> None:
+def claim(run_dir: Path, config: Settings, loaded: "LoadedModel") -> None:
     """Write `config.yaml` into a new run folder, or see that a run that is to go on has the same settings.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from tqdm import tqdm
@@ -17,6 +17,8 @@ from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedModel
 from dvirl.trace import parse_line
+
+Parsed = TypeVar("Parsed")
 
 HUB_ROWS = 10_000
 """Rows streamed from a hub data set at most."""
@@ -164,29 +166,45 @@ PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
 }
 
 
-def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Prompt]:
-    """All prompts of a file or hub data set, without repeats.
+def parsed_rows(
+    source: str, parse: Callable[[Any], Parsed], on_bad_row: str = "refuse"
+) -> Iterator[tuple[str, Parsed]]:
+    """What `parse` makes of each row of a file or hub data set, with its place for messages.
 
     Args:
-        kind: a key of `PARSERS`.
         source: path or hub id.
+        parse: raises a DvirlError for a malformed row.
         on_bad_row: "refuse" raises at the first malformed row, "skip" reports it on standard error.
 
     Raises:
-        DvirlError: for a malformed row, with its file and line, or when no prompt is left.
+        DvirlError: for a malformed row, with its file and line.
     """
-    prompts: dict[str, Prompt] = {}
     for where, row in read_rows(source):
         try:
             if isinstance(row, DvirlError):
                 raise row
-            found = PARSERS[kind](row)
+            parsed = parse(row)
         except DvirlError as error:
             message = str(error) if str(error).startswith(where) else f"{where}: {error}"
             if on_bad_row == "refuse":
                 raise DvirlError(message) from error
             tqdm.write(f"skipped {message}", file=sys.stderr)
             continue
+        yield where, parsed
+
+
+def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Prompt]:
+    """All prompts of a file or hub data set, without repeats.
+
+    Args:
+        kind: a key of `PARSERS`.
+        source, on_bad_row: as in `parsed_rows`.
+
+    Raises:
+        DvirlError: for a malformed row, with its file and line, or when no prompt is left.
+    """
+    prompts: dict[str, Prompt] = {}
+    for _, found in parsed_rows(source, PARSERS[kind], on_bad_row):
         for prompt in found if isinstance(found, list) else [found]:
             prompts.setdefault(prompt.key, prompt)
     if not prompts:

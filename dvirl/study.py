@@ -35,13 +35,14 @@ from dvirl.corpus import answer
 from dvirl.data import PromptSplit, PromptStream, chatterbot_prompts, load_prompts, read_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.agreement import measure_agreement
+from dvirl.evaluation.drift import verifier_figures, verifier_sums
 from dvirl.federated import average_adapters
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Responses, Tape, draft_logits_at, generate, judge, verifier_states
+from dvirl.rollout import Responses, Tape, draft_logits_at, generate, judge
 from dvirl.settings import from_mapping, read_yaml
-from dvirl.sgp import SGPTrainer, collate, make_example
+from dvirl.sgp import SGPTrainer, make_example
 from dvirl.trace import plain, read_metrics, write_json
 from dvirl.trainer import DVITrainer, Served
 from kangaroo.kangaroo_model import KangarooModel
@@ -184,30 +185,18 @@ def judge_prompts(trainer: DVITrainer, prompts: Sequence[Sequence[int]]) -> dict
     }
 
 
-@torch.no_grad()
 def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
     """Perplexity of human replies under the verifier, and its drift from the untouched model on them.
 
     Returns:
-        `ppl`, `ppl_untouched`, `drift_kl` (nats a token) and `drift_tokens`, on the replies of the first
-        conversations of chatterbot-corpus, in the model's chat format.
+        `drift.verifier_figures`, on the replies of the first conversations of chatterbot-corpus, in the model's chat
+        format.
     """
-    chat, base, prompts = trainer.loaded.chat, trainer.loaded.model, chatterbot_prompts()[:REPLIES]
+    chat, prompts = trainer.loaded.chat, chatterbot_prompts()[:REPLIES]
     examples = [make_example(chat.encode(one.turns), chat.encode_response(one.response)) for one in prompts]
-    served = ("lora_S",) if trainer.config.target == "base" else ()
-    sums = torch.zeros(5)
-    for start in range(0, len(examples), batch):
-        tokens, targets = (one.to(base.device) for one in collate(examples[start : start + batch]))
-        said = targets >= 0
-        states = (verifier_states(base, tokens, off)[said] for off in (served, ("lora_S", "lora_D")))
-        own, untouched = (base.lm_head(one).float().log_softmax(dim=-1) for one in states)
-        losses = [F.nll_loss(one, targets[said], reduction="sum") for one in (own, untouched)]
-        changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).sum()
-        divergence = F.kl_div(own, untouched, log_target=True, reduction="sum")
-        sums += torch.tensor([float(one) for one in (*losses, divergence, changed, said.sum())])
-    means = sums[:4] / sums[4]
-    figures = [*means[:2].exp().tolist(), *means[2:].tolist()]
-    return dict(zip(("ppl", "ppl_untouched", "drift_kl", "drift_tokens"), figures, strict=True))
+    groups = (examples[start : start + batch] for start in range(0, len(examples), batch))
+    sums = [verifier_sums(trainer.loaded.model, group, trainer.config.target) for group in groups]
+    return verifier_figures(torch.stack(sums).sum(dim=0))
 
 
 def thinned(run_dir: Path) -> dict[str, list[float | None]]:

@@ -99,7 +99,7 @@ def pair(folder: Path, seed: int = 0, **changes) -> tuple[KangarooModel, Publish
 
 
 def ours(model: KangarooModel, prompt, steps, threshold, eos=(), limit=LIMIT, target="adapted"):
-    decoded, _ = kangaroo_forward(model, prompt, limit, DecodeConfig(steps, threshold, target), eos)
+    decoded = kangaroo_forward(model, prompt, limit, DecodeConfig(steps, threshold, target), eos)
     return decoded.tokens, [block.block_len for block in decoded.blocks]
 
 

@@ -3,16 +3,19 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dvirl.checkpoint import newest
 from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
+from dvirl.models import LoadedModel, load_drafter
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.trace import write_json
 from dvirl.trainer import DVITrainer
 from kangaroo.earlyexit import DecodeConfig
+from kangaroo.kangaroo_model import KangarooModel
 
 
 def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
@@ -30,6 +33,30 @@ def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
     if not isinstance(settings, dict):
         raise DvirlError(f"{path}: expected the settings of a run under 'config'")
     return DVITrainer(from_mapping(DVIConfig, {**settings, **changes}, str(path))), checkpoint
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft to judge: a model with it, the same model with its tokenizer, and what its verifier reads."""
+
+    model: KangarooModel
+    loaded: LoadedModel
+    target: str = "base"
+
+
+def open_draft(name: str, dtype: str, device: str) -> Draft:
+    """What drafts by this name: a run as its newest checkpoint has it, or a drafter, shipped or in a folder.
+
+    Raises:
+        DvirlError: if there is none.
+    """
+    if (Path(name) / "checkpoints").is_dir() and not (Path(name) / "drafter").is_dir():
+        trainer, checkpoint = open_run(name, dtype=dtype, device=device)
+        trainer.load_checkpoint(checkpoint)
+        return Draft(trainer.model, trainer.loaded, trainer.config.target)
+    inside = Path(name) / "drafter"
+    drafter = load_drafter(inside if inside.is_dir() else name, dtype=dtype, device=device)
+    return Draft(drafter.model, drafter.loaded)
 
 
 def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Acceptance]:

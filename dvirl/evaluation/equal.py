@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.checkpoint import circumstances
-from dvirl.data import read_prompts, read_rows
+from dvirl.data import parsed_rows, read_prompts, read_rows
 from dvirl.errors import DvirlError
-from dvirl.evaluation.acceptance import open_run
+from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.agreement import parse_measured, question_sets
-from dvirl.models import DEFAULT_MODEL, LoadedModel, load, load_drafter, resolve_dtype
+from dvirl.evaluation.spec_bench import parse_answer
+from dvirl.models import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.trace import write_json
 from kangaroo.earlyexit import SOURCES, DecodeConfig
@@ -171,26 +171,19 @@ def compare_decoders(
 # Two files
 
 
-def read_answers(path: str) -> tuple[dict[str, list[str]], list[Difference]]:
-    """The turns of each answer of a file in Spec-Bench's layout, by question id, and the repeated ids.
+def read_answers(path: str) -> tuple[dict[str, dict[str, Any]], list[Difference]]:
+    """The answer to each question of a file in Spec-Bench's layout, by question id, and the repeated ids.
 
     Raises:
         DvirlError: for a row of another layout, with its file and line.
     """
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     repeated: list[Difference] = []
-    for where, row in read_rows(path):
-        if isinstance(row, DvirlError):
-            raise row
-        try:
-            name, turns = str(row["question_id"]), row["choices"][0]["turns"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise DvirlError(f"{where}: expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise DvirlError(f"{where}: choices[0].turns is {turns!r:.60}; expected a list of strings")
+    for _, row in parsed_rows(path, parse_answer):
+        name = str(row["question_id"])
         if name in answers:
             repeated.append(_whole(name, "answered twice"))
-        answers[name] = turns
+        answers[name] = row["choices"][0]
     return answers, repeated
 
 
@@ -201,7 +194,9 @@ def _whole(question: str, reason: str) -> Difference:
 def compare_files(
     reference: str, candidate: str, questions: Sequence[str], loaded: LoadedModel, dtype: torch.dtype, limit: int
 ) -> Report:
-    """Compare two answer files turn by turn, their texts encoded again; after a difference later turns are left out.
+    """Compare two answer files turn by turn; after a difference later turns are left out.
+
+    Token ids are compared where both files have them, as ours do, and else the texts, encoded again.
 
     Args:
         reference, candidate: answer files in Spec-Bench's layout.
@@ -232,27 +227,36 @@ def _asked(path: str) -> dict[str, list[str]]:
 
 def _compare_turns(
     name: str,
-    own: Sequence[str],
-    theirs: Sequence[str],
+    own: dict[str, Any],
+    theirs: dict[str, Any],
     turns: Sequence[str] | None,
     model: KangarooModel,
     loaded: LoadedModel,
     dtype: torch.dtype,
     limit: int,
 ) -> Difference | None:
-    if len(own) != len(theirs):
-        return _whole(name, f"{len(theirs)} turns, the reference has {len(own)}")
-    for index, pair in enumerate(zip(own, theirs, strict=True)):
-        if pair[0] == pair[1]:
+    texts = [own["turns"], theirs["turns"]]
+    if len(texts[0]) != len(texts[1]):
+        return _whole(name, f"{len(texts[1])} turns, the reference has {len(texts[0])}")
+    exact = all(len(answer.get("tokens") or ()) == len(texts[0]) for answer in (own, theirs))
+    for index in range(len(texts[0])):
+        first, second = (_ids(answer, index, loaded, limit, exact) for answer in (own, theirs))
+        if first == second:
             continue
-        texts = (loaded.chat.encode_response(text) for text in pair)
-        first, second = (ids if len(ids) >= limit else [*ids, *loaded.eos_ids[:1]] for ids in texts)
         after: LogitsAfter | None = None
         if turns is not None and index < len(turns):
-            said = [part for both in zip(turns, own[:index], strict=False) for part in both]
+            said = [part for both in zip(turns, texts[0][:index], strict=False) for part in both]
             after = partial(last_logits, model, loaded.chat.encode([*said, turns[index]]))
         return compare(f"{name}, turn {index + 1}", first, second, limit, loaded.eos_ids, dtype, after)
     return None
+
+
+def _ids(answer: dict[str, Any], index: int, loaded: LoadedModel, limit: int, exact: bool) -> list[int]:
+    """A turn's token ids: those of the file, or else its text's, with an end unless it is as long as answers may be."""
+    if exact:
+        return list(answer["tokens"][index])
+    ids = loaded.chat.encode_response(answer["turns"][index])
+    return ids if len(ids) >= limit else [*ids, *loaded.eos_ids[:1]]
 
 
 # The command
@@ -296,20 +300,10 @@ def _check(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
         )
     except ValueError as error:
         raise DvirlError(str(error)) from error
-    model, loaded = _draft(args.draft, args.dtype, args.device)
+    draft = open_draft(args.draft, args.dtype, args.device)
+    model, loaded = draft.model, draft.loaded
     where, prompts = circumstances(loaded), question_sets(loaded, args.questions, args.own, args.seed)
     return compare_decoders(model, prompts, args.max_new_tokens, settings, loaded.eos_ids), where
-
-
-def _draft(name: str, dtype: str, device: str) -> tuple[KangarooModel, LoadedModel]:
-    """What drafts: a run as its newest checkpoint has it, or a drafter."""
-    if (Path(name) / "checkpoints").is_dir() and not (Path(name) / "drafter").is_dir():
-        trainer, checkpoint = open_run(name, dtype=dtype, device=device)
-        trainer.load_checkpoint(checkpoint)
-        return trainer.model, trainer.loaded
-    inside = Path(name) / "drafter"
-    drafter = load_drafter(inside if inside.is_dir() else name, dtype=dtype, device=device)
-    return drafter.model, drafter.loaded
 
 
 def main(argv: Sequence[str]) -> Report:

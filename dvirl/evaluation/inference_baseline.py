@@ -27,6 +27,8 @@ def generate_forward(theirs: LlamaForCausalLM, prompt: Sequence[int], limit: int
     return Answer(tokens, time.perf_counter() - began)
 
 
-def plain_forward(model: KangarooModel, prompt: Sequence[int], limit: int, eos_ids: Sequence[int]) -> Answer:
+def plain_forward(
+    model: KangarooModel, prompt: Sequence[int], limit: int, eos_ids: Sequence[int], target: str = "base"
+) -> Answer:
     """Decode one prompt greedily by our loop, the same that verifies drafts, without any."""
-    return timed(model, prompt, limit, DecodeConfig(0), eos_ids)
+    return timed(model, prompt, limit, DecodeConfig(0, target=target), eos_ids)

@@ -14,6 +14,7 @@ def dvi_forward(
     eos_ids: Sequence[int],
     draft_len: int = 8,
     source: str = "learned",
+    target: str = "base",
 ) -> Answer:
     """Decode one prompt with learned drafts, `draft_len` at most; with source "hybrid", looked-up ones where better."""
-    return timed(model, prompt, limit, DecodeConfig(draft_len, source=source, adaptive=True), eos_ids)
+    return timed(model, prompt, limit, DecodeConfig(draft_len, target=target, source=source, adaptive=True), eos_ids)

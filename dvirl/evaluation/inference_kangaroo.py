@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from dvirl.evaluation.measure import timed
+from dvirl.evaluation.measure import Answer, timed
 from kangaroo.earlyexit import DecodeConfig, Verification
-from kangaroo.kangaroo_model import Decoded, KangarooModel
+from kangaroo.kangaroo_model import KangarooModel
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def kangaroo_forward(
     max_new_tokens: int,
     settings: DecodeConfig,
     eos_ids: Sequence[int] = (),
-) -> tuple[Decoded, float]:
-    """Decode one prompt; return the response and the wall seconds it took, the device synchronised.
+) -> Answer:
+    """Decode one prompt by the clock, with early exit, drafter and threshold.
 
     The blocks' `block_len` are the accept lengths of the published Kangaroo (arXiv 2404.18911): the prefill's 1, then
     accepted drafts and the verifier's own token; a draft below `threshold` is its block's last, and verified too.
@@ -48,8 +48,7 @@ def kangaroo_forward(
     where shorter blocks here fill the limit; it reads on behind an end-of-sequence token that the prefill gives; and
     it cuts prompt and response at 2,048 tokens together.
     """
-    answer = timed(model, prompt, max_new_tokens, settings, eos_ids)
-    return Decoded(answer.tokens, list(answer.blocks)), answer.wall_s
+    return timed(model, prompt, max_new_tokens, settings, eos_ids)
 
 
 def measure_acceptance(
@@ -75,10 +74,10 @@ def measure_acceptance(
     responses: list[list[int]] = []
     with model.base_model.folded():
         for prompt in tqdm(prompts, desc="decoding", unit="prompt", disable=not show_progress, leave=False):
-            decoded, seconds = kangaroo_forward(model, prompt, max_new_tokens, settings, eos_ids)
-            blocks += decoded.blocks[1:]
-            rates.append(len(decoded.tokens) / seconds)
-            responses.append(decoded.tokens)
+            answer = kangaroo_forward(model, prompt, max_new_tokens, settings, eos_ids)
+            blocks += answer.blocks[1:]
+            rates.append(len(answer.tokens) / answer.wall_s)
+            responses.append(answer.tokens)
     drafted, accepted = sum(b.num_drafted for b in blocks), sum(b.num_accepted for b in blocks)
     return Acceptance(
         accept_rate=accepted / drafted if drafted else math.nan,

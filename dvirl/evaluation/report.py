@@ -1,0 +1,47 @@
+"""Reports: a page of tables and figures, as Markdown and as HTML."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mistune
+import pandas as pd
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;display:block;overflow-x:auto}th,td{padding:.2rem .7rem;text-align:right}
+th{border-bottom:1px solid}td:first-child,th:first-child{text-align:left}img{max-width:100%;background:#fff}
+@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}}"""
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A table in Markdown, its index first; what is not a number is empty."""
+    head = [frame.index.name or "", *map(str, frame.columns)]
+    rows = [[index, *values] for index, values in zip(frame.index, frame.itertuples(index=False), strict=True)]
+    lines = [head, ["---", *["---:"] * len(frame.columns)], *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "" if pd.isna(value) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def describe(content: Mapping[str, Any]) -> str:
+    """What a result was measured on, in a sentence."""
+    machine, model = content["machine"], content["model"]
+    where = machine.get("accelerator") or f"{machine['cores']} cores"
+    versions = content["versions"]
+    what = f"Measured {content['date']} on {where} in {model['dtype']}, torch {versions['torch']}"
+    return f"{what}, dvirl {versions['dvirl']}, the model {model['fingerprint'][:15]}…"
+
+
+def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write `path`.md and `path`.html, from parts in Markdown."""
+    text = "\n\n".join([f"# {title}", *parts]) + "\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    body = str(mistune.create_markdown(plugins=["table"])(text))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    page = f"<!doctype html>\n<html lang=\"en\"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    path.with_suffix(".html").write_text(page, encoding="utf-8")

@@ -1,0 +1,298 @@
+"""Spec-Bench evaluation: every way of decoding on every question, by one measure, in one run: `dvirl evaluate`.
+
+Methods alternate question by question, in an order that changes, so that what else the machine does hits all alike. A
+run that was cut off goes on where it stopped.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from dvirl import plots, settings
+from dvirl.checkpoint import circumstances, claim
+from dvirl.errors import DvirlError
+from dvirl.evaluation.acceptance import Draft, open_draft
+from dvirl.evaluation.bench import spread
+from dvirl.evaluation.drift import verifier_sums
+from dvirl.evaluation.inference_baseline import generate_forward, hugging_face, plain_forward
+from dvirl.evaluation.inference_dvi import dvi_forward
+from dvirl.evaluation.inference_kangaroo import kangaroo_forward
+from dvirl.evaluation.inference_pld import pld_forward
+from dvirl.evaluation.measure import Answer, in_turn
+from dvirl.evaluation.report import describe, markdown_table, write_report
+from dvirl.evaluation.spec_bench import (
+    OVERALL,
+    Question,
+    answer_table,
+    measures,
+    read_questions,
+    resume_answers,
+    write_answer,
+)
+from dvirl.models import LoadedModel
+from dvirl.settings import Settings, choice, from_mapping, from_namespace, number
+from dvirl.sgp import make_example
+from dvirl.trace import accept_events, keep_lines, log_line, write_json
+from kangaroo.earlyexit import DecodeConfig
+
+GENERATE = "generate"
+METHODS = (GENERATE, "plain", "pld", "kangaroo", "dvi", "hybrid")
+
+Method = Callable[[Sequence[int]], Answer]
+Kept = dict[tuple[str, int], dict[int | str, dict[str, Any]]]
+"""Answers by question id, by method and repeat."""
+
+
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """What is asked, and how it is decoded."""
+
+    questions: str = "mini"
+    """Questions in Spec-Bench's schema: a file, a hub id, or mini, the packaged set."""
+    any_category: bool = False
+    """Take questions of categories that Spec-Bench does not have; each is a task of its own."""
+    num_questions: int = number(0, 0)
+    """So many of the questions, spread over the set; 0 for all."""
+    methods: str = ",".join(METHODS)
+    """By commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (a confidence threshold ends
+    a block), dvi (blocks by acceptance and step costs), hybrid (dvi, with looked-up drafts where these do better)."""
+    baseline: str = choice("plain", ("plain", GENERATE))
+    """What speed-ups are over."""
+    answer_tokens: int = number(128, 2)
+    """Length limit of each turn's answer."""
+    longest: int = number(8, 1, 64)
+    """Drafts of a block at most: pld, dvi, hybrid."""
+    kangaroo_steps: int = number(6, 1, 64)
+    """Drafts of a block at most: kangaroo (arXiv 2404.18911)."""
+    kangaroo_threshold: float = number(0.6, 0, 1)
+    """Confidence below which a draft is its block's last: kangaroo."""
+    repeats: int = number(1, 1, 1000)
+    """Times that every question is answered by every method."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = self.methods.split(",")
+        if unknown := sorted(set(asked) - set(METHODS)):
+            raise DvirlError(f"methods has {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
+        if self.baseline not in asked or len(set(asked)) < len(asked):
+            raise DvirlError(f"methods is {self.methods!r}; expected the baseline {self.baseline} in it, and none twice")
+
+
+@dataclass(frozen=True)
+class EvalConfig(EvalSettings):
+    """Everything that an evaluation depends on."""
+
+    draft: str = "smollm2-135m-k2"
+    """A shipped drafter, a drafter's folder or a run's."""
+    dtype: str = "auto"
+    """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = number(2, 1, 1024)
+    """CPU threads of torch."""
+    seed: int = number(0, 0, 2**63 - 1)
+    """Of the resampling behind intervals."""
+    run_dir: str = "runs/evaluate"
+    """Folder of this evaluation: config.yaml, answers/, trace.jsonl, results.json, report.md, report.html, figures."""
+
+
+def part_of(given: EvalSettings, **more: Any) -> EvalConfig:
+    """The settings of an evaluation that is a part of something else."""
+    return EvalConfig(**{spec.name: getattr(given, spec.name) for spec in fields(EvalSettings)}, **more)
+
+
+# Answering
+
+
+def methods(draft: Draft, how: EvalSettings) -> dict[str, Method]:
+    """The ways of decoding asked for, each from a prompt to an answer by the clock."""
+    model, target, eos_ids = draft.model, draft.target, draft.loaded.eos_ids
+    ours = {
+        "plain": partial(plain_forward, target=target),
+        "pld": partial(pld_forward, draft_len=how.longest, target=target),
+        "kangaroo": partial(
+            kangaroo_forward, settings=DecodeConfig(how.kangaroo_steps, how.kangaroo_threshold, target)
+        ),
+        "dvi": partial(dvi_forward, draft_len=how.longest, target=target),
+        "hybrid": partial(dvi_forward, draft_len=how.longest, target=target, source="hybrid"),
+    }
+    asked = how.methods.split(",")
+    theirs = hugging_face(draft.loaded) if GENERATE in asked else None
+
+    def decode(name: str, prompt: Sequence[int]) -> Answer:
+        if name == GENERATE:
+            assert theirs is not None
+            return generate_forward(theirs, prompt, how.answer_tokens, eos_ids)
+        return ours[name](model, prompt, how.answer_tokens, eos_ids=eos_ids)  # type: ignore[operator]
+
+    return {name: partial(decode, name) for name in asked}
+
+
+def prompts_of(question: Question, answers: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
+    """The prompt of every turn up to the first that has no answer yet; later ones see the answers before them."""
+    count = min(len(question.turns), len(answers) + 1)
+    said = [text for both in zip(question.turns, answers, strict=False) for text in both]
+    return [loaded.chat.encode([*said[: 2 * turn], question.turns[turn]]) for turn in range(count)]
+
+
+def answer_question(
+    question: Question, decode: Method, loaded: LoadedModel, limit: int
+) -> tuple[list[str], list[Answer]]:
+    """Text and measure of every turn's answer.
+
+    Raises:
+        DvirlError: if a prompt and an answer of `limit` tokens are longer than the model's context.
+    """
+    texts: list[str] = []
+    answers: list[Answer] = []
+    context = loaded.model.config.max_position_embeddings
+    for _ in question.turns:
+        prompt = prompts_of(question, texts, loaded)[-1]
+        if len(prompt) + limit > context:
+            asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
+            raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+        answers.append(decode(prompt))
+        texts.append(loaded.tokenizer.decode(answers[-1].tokens, skip_special_tokens=True))
+    return texts, answers
+
+
+@torch.no_grad()
+def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, folder: Path) -> tuple[Kept, float]:
+    """Answer what the folder has no answer to yet; every answer is on disk as soon as it is there.
+
+    Returns:
+        All answers, and the share of the time that decoding did not take; NaN if nothing was left to answer.
+    """
+    loaded, run = draft.loaded, methods(draft, how)
+    files = {(name, turn): folder / "answers" / f"{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
+    kept: Kept = {key: resume_answers(path) for key, path in files.items()}
+    answered = {(*key, one) for key, answers in kept.items() for one in answers}
+    trace = folder / "trace.jsonl"
+    keep_lines(trace, lambda line: (line["method"], line["repeat"], line["question_id"]) in answered)
+    files[how.baseline, 0].parent.mkdir(parents=True, exist_ok=True)
+    missing = [
+        (turn, name, question)
+        for turn in range(how.repeats)
+        for at, question in enumerate(questions)
+        for name in in_turn(list(run), at + turn)
+        if question.question_id not in kept[name, turn]
+    ]
+    words = loaded.tokenizer.decode
+    with draft.model.base_model.folded():
+        for decode in run.values() if missing else ():
+            answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
+        began, decoded_s, captured = time.perf_counter(), 0.0, draft.model.base_model.capture_s
+        for turn, name, question in tqdm(missing, desc="answering", unit="answer", leave=False):
+            texts, answers = answer_question(question, run[name], loaded, how.answer_tokens)
+            decoded_s += sum(one.wall_s for one in answers)
+            for at, one in enumerate(answers):
+                about = {"method": name, "question_id": question.question_id, "category": question.category}
+                log_line(trace, accept_events(one.blocks, words, **about, turn=at, repeat=turn))
+            path = files[name, turn]
+            write_answer(path, question, f"{loaded.name}-{name}", texts, answers)
+        decoded_s += draft.model.base_model.capture_s - captured
+        spent = time.perf_counter() - began
+    kept = {key: resume_answers(path) for key, path in files.items()}
+    return kept, 1 - decoded_s / spent if missing else float("nan")
+
+
+# Judging
+
+
+def judged(draft: Draft, questions: Sequence[Question], kept: Kept, baseline: str) -> pd.DataFrame:
+    """What the verifier makes of every answer, and whether it is the baseline's.
+
+    Returns:
+        A row for each answer: method, repeat, question_id, `identical`, and the sums `drift.verifier_figures` reads. An
+        answer of `generate` is the untouched model's own.
+    """
+    known: dict[tuple[tuple[int, ...], ...], list[float]] = {}
+    rows = []
+    for (method, repeat), answers in kept.items():
+        for question in questions:
+            choice = answers[question.question_id]["choices"][0]
+            sums = torch.zeros(5, dtype=torch.float64)
+            for prompt, tokens in zip(prompts_of(question, choice["turns"], draft.loaded), choice["tokens"], strict=True):
+                key = (tuple(prompt), tuple(tokens))
+                if key not in known:
+                    example = [make_example(prompt, tokens)]
+                    known[key] = verifier_sums(draft.loaded.model, example, draft.target).tolist()
+                sums += torch.tensor(known[key], dtype=torch.float64)
+            if method == GENERATE:
+                sums[0], sums[2:4] = sums[1], 0.0
+            same = choice["tokens"] == kept[baseline, repeat][question.question_id]["choices"][0]["tokens"]
+            about = {"method": method, "repeat": repeat, "question_id": question.question_id, "identical": same}
+            rows.append({**about, "sums": sums})
+    return pd.DataFrame(rows)
+
+
+def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
+    """Answer, measure, and write answers, trace, results, report and figures into `run_dir`.
+
+    Args:
+        draft: what drafts and verifies.
+        config: everything else.
+
+    Returns:
+        `spec_bench.measures`, by task and method.
+
+    Raises:
+        DvirlError: for bad questions, an answer file that cannot be read, or a folder of another evaluation.
+    """
+    folder = Path(config.run_dir)
+    questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
+    claim(folder, config, draft.loaded)
+    kept, overhead = answer_all(draft, questions, config, folder)
+    answers = answer_table(kept).merge(judged(draft, questions, kept, config.baseline))
+    found = measures(answers, config.baseline, config.seed)
+    content = {
+        "arguments": asdict(config),
+        **circumstances(draft.loaded),
+        "date": time.strftime("%Y-%m-%d"),
+        "capture_s": draft.model.base_model.capture_s,
+        "overhead": overhead,
+        "figures": found.to_dict("records"),
+    }
+    write_json(folder / "results.json", content)
+    plots.speedups(found, config.baseline, folder / "speedup.png")
+    wide = found.pivot(index="method", columns="task", values="speedup")
+    wide = wide.loc[config.methods.split(","), list(dict.fromkeys(found.task))]
+    overall = found[found.task == found.task.iloc[-1]].drop(columns="task")
+    parts = [
+        describe(content),
+        markdown_table(overall.set_index("method")),
+        f"Speed-up over {config.baseline} by task:",
+        markdown_table(wide),
+        "![Speed-up by task and method](speedup.png)",
+    ]
+    write_report(folder / "report", f"{config.draft} on {config.questions}", parts)
+    return found
+
+
+parse_args = partial(settings.parse_args, EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures.")
+"""Settings from flags; see `settings.parse_args`."""
+
+
+def main(args: Any) -> pd.DataFrame:
+    """Evaluate, and print the table and where the results are.
+
+    Args:
+        args: settings, or a namespace with some of their names.
+
+    Raises:
+        DvirlError: for bad input.
+    """
+    config = from_namespace(EvalConfig, args)
+    torch.set_num_threads(config.threads)
+    found = evaluate(open_draft(config.draft, config.dtype, config.device), config)
+    print((Path(config.run_dir) / "report.md").read_text(encoding="utf-8"))
+    print(f"report: {config.run_dir}/report.html\nresults: {config.run_dir}/results.json")
+    print(f"answers: {config.run_dir}/answers\ntrace: {config.run_dir}/trace.jsonl (dvirl trace draws it)")
+    return found

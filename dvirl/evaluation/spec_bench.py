@@ -1,0 +1,210 @@
+"""Spec-Bench's files and measures (Xia et al. 2024, arXiv 2401.07851): questions, answers, and what answers tell.
+
+Two lists of a published answer are read in more than one way; ours are: `accept_lengths` has what each verification
+committed, its own token included and the prefill left out, so that their mean is `mat`; `decoding_steps` counts the
+verifier's passes, the prefill included.
+"""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dvirl.data import parse_spec_bench, parsed_rows
+from dvirl.errors import DvirlError
+from dvirl.evaluation.measure import Answer
+from dvirl.trace import log_line
+
+MINI = Path(__file__).parents[1] / "mini_bench.jsonl"
+"""Twenty-four questions of our own, four of each task."""
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+TASKS = {
+    **dict.fromkeys(MT_BENCH, "mt_bench"),
+    **{name: name for name in ("translation", "summarization", "qa", "math_reasoning", "rag")},
+}
+"""The task of each category."""
+OVERALL = "overall"
+DRAWS = 2000
+"""Resamples of the questions behind an interval."""
+
+
+# Questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its id, category and the user's turns."""
+
+    question_id: int | str
+    category: str
+    turns: tuple[str, ...]
+
+    @property
+    def task(self) -> str:
+        """Spec-Bench's task of its category; a category of another set is a task of its own."""
+        return TASKS.get(self.category, self.category or "other")
+
+
+def read_questions(source: str, any_category: bool = False) -> list[Question]:
+    """The questions of a file or hub data set, or of the packaged set by the name "mini".
+
+    Args:
+        source: where.
+        any_category: take categories that Spec-Bench does not have.
+
+    Raises:
+        DvirlError: for a malformed row, an unknown category or an id that was there before, with its file and line.
+    """
+    found: dict[int | str, Question] = {}
+
+    def parse(row: Any) -> Question:
+        turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
+        one = Question(row["question_id"], row.get("category") or "", turns)
+        if not isinstance(one.question_id, int | str):
+            raise DvirlError(f"'question_id' is {one.question_id!r}; expected a number or a string")
+        if one.question_id in found:
+            raise DvirlError(f"question_id {one.question_id!r} is there twice")
+        if one.category not in TASKS and not any_category:
+            known = ", ".join(TASKS)
+            raise DvirlError(f"category is {one.category!r}; expected one of {known}, or --any_category")
+        return one
+
+    for _, question in parsed_rows(str(MINI) if source == "mini" else source, parse):
+        found[question.question_id] = question
+    if not found:
+        raise DvirlError(f"{source}: no questions found")
+    return list(found.values())
+
+
+# Answers
+
+
+def write_answer(
+    path: Path, question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]
+) -> None:
+    """Append the answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
+    choice = {
+        "index": 0,
+        "turns": list(texts),
+        "decoding_steps": [len(one.accept_lengths) + 1 for one in answers],
+        "new_tokens": [len(one.tokens) for one in answers],
+        "wall_time": [one.wall_s for one in answers],
+        "accept_lengths": [length for one in answers for length in one.accept_lengths],
+        "num_drafted": [one.num_drafted for one in answers],
+        "num_accepted": [one.num_accepted for one in answers],
+        "tokens": [one.tokens for one in answers],
+    }
+    named = {"question_id": question.question_id, "category": question.category, "answer_id": uuid.uuid4().hex}
+    log_line(path, {**named, "model_id": model_id, "choices": [choice], "tstamp": time.time()})
+
+
+def parse_answer(row: Any) -> dict[str, Any]:
+    """An answer row as it is, if it is one: a question id, and the texts of its turns.
+
+    Raises:
+        DvirlError: if it is none.
+    """
+    try:
+        _, turns = row["question_id"], row["choices"][0]["turns"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise DvirlError(f"choices[0].turns is {turns!r:.60}; expected a list of strings")
+    found: dict[str, Any] = row
+    return found
+
+
+def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
+    """The answers that a file holds, by question id; a torn last line, of an evaluation that was cut off, is dropped.
+
+    Raises:
+        DvirlError: for any other line that is no answer of ours, or a question that is answered twice.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    found: dict[int | str, dict[str, Any]] = {}
+    for where, row in parsed_rows(str(path), _parse_own) if text.strip() else ():
+        if row["question_id"] in found:
+            raise DvirlError(f"{where}: question_id {row['question_id']!r} is answered twice")
+        found[row["question_id"]] = row
+    return found
+
+
+def _parse_own(row: Any) -> dict[str, Any]:
+    choice = parse_answer(row)["choices"][0]
+    turns = len(choice["turns"])
+    for name in ("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted", "tokens"):
+        if not isinstance(choice.get(name), list) or len(choice[name]) != turns:
+            raise DvirlError(f"choices[0].{name} is {choice.get(name)!r:.60}; expected a list, an entry a turn")
+    found: dict[str, Any] = row
+    return found
+
+
+# Measures
+
+
+def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, dict[str, Any]]]) -> pd.DataFrame:
+    """A row for each answer: method, repeat, question_id, category, task, and the sums over its turns.
+
+    Args:
+        files: answers by question id, by method and repeat.
+    """
+    rows = []
+    for (method, repeat), answers in files.items():
+        for key, row in answers.items():
+            choice = row["choices"][0]
+            sums = {name: sum(choice[name]) for name in ("new_tokens", "wall_time", "num_drafted", "num_accepted")}
+            lengths = choice["accept_lengths"]
+            about = {"method": method, "repeat": repeat, "question_id": key, "category": row["category"]}
+            task = Question(key, row["category"], ()).task
+            rows.append({**about, "task": task, **sums, "committed": sum(lengths), "blocks": len(lengths)})
+    return pd.DataFrame(rows).assign(tok_per_s=lambda table: table.new_tokens / table.wall_time)
+
+
+def measures(table: pd.DataFrame, baseline: str, seed: int = 0) -> pd.DataFrame:
+    """Spec-Bench's figures of every method, for each task and overall.
+
+    Args:
+        table: as `answer_table` gives it, every method with the same questions and repeats.
+        baseline: the method that speed-ups are over; its answers are of the same run.
+        seed: of the resampling.
+
+    Returns:
+        A row for each task and method: `mat`, pooled over verifications; `accept_rate`, pooled over scored drafts;
+        `tok_per_s`, the mean of the answers' rates; `speedup`, the ratio of these means, with the interval `low` to
+        `high` that holds it in 95 of 100 resamples of the questions; and `speedup_std` over repeats.
+    """
+    rows = []
+    tasks = {task: part for task, part in table.groupby("task", sort=False)}
+    for task, part in [*tasks.items(), *([(OVERALL, table)] if len(tasks) > 1 else [])]:
+        rates = part.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
+        draws = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
+        base = rates[baseline].to_numpy()
+        for method, own in part.groupby("method", sort=False):
+            rate = rates[method].to_numpy()
+            again = rate.mean(axis=1)[draws].mean(axis=1) / base.mean(axis=1)[draws].mean(axis=1)
+            each = rate.mean(axis=0) / base.mean(axis=0)
+            sums = own[["num_drafted", "num_accepted", "committed", "blocks"]].sum()
+            rows.append(
+                {
+                    "task": task,
+                    "method": method,
+                    "questions": len(rates),
+                    "mat": sums.committed / sums.blocks if sums.blocks else np.nan,
+                    "accept_rate": sums.num_accepted / sums.num_drafted if sums.num_drafted else np.nan,
+                    "tok_per_s": rate.mean(),
+                    "speedup": rate.mean() / base.mean(),
+                    "low": np.quantile(again, 0.025),
+                    "high": np.quantile(again, 0.975),
+                    "speedup_std": each.std(ddof=1) if len(each) > 1 else np.nan,
+                }
+            )
+    return pd.DataFrame(rows)
