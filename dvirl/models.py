@@ -183,7 +183,7 @@ def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
 def load_drafter(
     name_or_folder: str | Path, loaded: LoadedModel | None = None, dtype: str = "auto", device: str = "auto"
 ) -> LoadedDrafter:
-    """Load a drafter that `checkpoint.export` wrote, and its model.
+    """Load a drafter that `checkpoint.export` wrote, or that of a run's checkpoint, and its model.
 
     Args:
         name_or_folder: a shipped name or a folder.
@@ -194,7 +194,8 @@ def load_drafter(
         DvirlError: if there is no such drafter, or it is incomplete or was made for another model.
     """
     folder = drafter_folder(name_or_folder)
-    settings, made_for = _drafter_settings(folder / "config.yaml")
+    about = (path / "config.yaml" for path in (folder, *folder.absolute().parents[1:2]))  # a checkpoint's is its run's
+    settings, made_for = _drafter_settings(next(filter(Path.exists, about), folder / "config.yaml"))
     loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
     if loaded.fingerprint != made_for:
         raise DvirlError(f"{folder}: made for the model {made_for}, but {loaded.name!r} is {loaded.fingerprint}")

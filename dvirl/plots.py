@@ -117,3 +117,39 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: str | Pa
             _label_end(axes, contexts[-1], times[-1], name, colour)
         axes.set(xlabel="tokens before the step", ylabel="milliseconds", xscale="log", ylim=(0, None))
         axes.set_title(f"What a step costs as the text grows (exit layer {steps[0][0]})")
+
+
+def speedups(found: pd.DataFrame, baseline: str, save: str | Path | None = None) -> None:
+    """How much faster than the baseline each method is, task by task, with 95 % intervals.
+
+    Args:
+        found: as `spec_bench.measures` gives it.
+        baseline: left out, it is 1 everywhere.
+        save: also write the figure here.
+    """
+    tasks = list(dict.fromkeys(found.task))
+    names = [name for name in dict.fromkeys(found.method) if name != baseline]
+    size = (1.2 + 1.25 * len(tasks), 0.9 + 0.36 * len(names))
+    with _figure(save, ncols=len(tasks), sharey=True, squeeze=False, figsize=size) as (row,):
+        for axes, task in zip(row, tasks, strict=True):
+            own = found[found.task == task].set_index("method").loc[names]
+            for place, one in enumerate(own.itertuples()):
+                colour = PALETTE[place % len(PALETTE)]
+                axes.plot([one.low, one.high], [place, place], color=colour)
+                axes.plot([one.speedup], [place], "o", color=colour)
+                axes.text(one.speedup, place - 0.17, f"{one.speedup:.2f}", ha="center", fontsize=7.5, color=colour)
+            axes.axvline(1.0, color="grey", linewidth=1)
+            axes.set_title(task.replace("_", "\n"), fontsize=9)
+            axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.6))
+        row[len(tasks) // 2].set_xlabel(f"times as fast as {baseline}")
+
+
+def losses(metrics: pd.DataFrame, save: str | Path | None = None) -> None:
+    """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
+    with _figure(save, figsize=(7.5, 3.4)) as axes:
+        for (name, text), colour in zip(
+            {"loss_exit": "exit head", "loss_main": "last layer"}.items(), PALETTE, strict=False
+        ):
+            _trend(axes, metrics.step, metrics[name], text, colour)
+        axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", ylim=(0, None))
+        axes.set_title("What both heads make of human replies")

@@ -1,26 +1,38 @@
-"""One fine-tuning as an experiment: train, evaluate before and after, write `results/<name of run_dir>.json`."""
+"""One fine-tuning as an experiment: inject, evaluate, train, evaluate, report: `dvirl sgp-experiment`."""
 
 import sys
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from dvirl import cli, train_sgp
+from dvirl import cli, plots, settings
 from dvirl.config import SGPConfig
-from dvirl.settings import from_namespace, read_yaml
-from dvirl.trace import plain, write_json
+from dvirl.evaluation.acceptance import Draft
+from dvirl.evaluation.experiment import Experiment, SGPExperiment
+from dvirl.sgp import SGPTrainer
+from dvirl.trace import read_metrics
+
+parse_args = partial(
+    settings.parse_args, SGPExperiment, "dvirl sgp-experiment", "Fine-tune, and evaluate on both ends."
+)
+"""Settings from flags; see `settings.parse_args`."""
 
 
-def main(args: Namespace | SGPConfig) -> Path:
-    """Train, and return a file with settings, versions and held-out figures; arguments and errors as in `train_sgp`."""
-    config = from_namespace(SGPConfig, args)
-    result = train_sgp.main(config)
-    content = plain({**read_yaml(Path(config.run_dir) / "config.yaml"), **asdict(result)})
-    path = Path("results") / f"{Path(config.run_dir).name}.json"
-    write_json(path, content)
-    print(f"results: {path}")
-    return path
+def main(args: Namespace | SGPExperiment) -> Path:
+    """Run it, and return `results/<name of run_dir>.json`; arguments and errors as in `run_dvi_experiment.main`."""
+    config = settings.from_namespace(SGPExperiment, args)
+    experiment, trainer = Experiment(config), SGPTrainer(settings.part(SGPConfig, config))
+
+    def train() -> dict[str, Any]:
+        return {"held_out": asdict(trainer.train())}
+
+    def draw(path: Path) -> None:
+        plots.losses(read_metrics(Path(config.run_dir) / "metrics.jsonl"), path)
+
+    return experiment.run(Draft(trainer.model, trainer.loaded), train, draw)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(lambda argv: main(train_sgp.parse_args(argv)), sys.argv[1:]))
+    sys.exit(cli.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

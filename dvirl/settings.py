@@ -69,6 +69,11 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     return from_mapping(kind, vars(args), "arguments") if isinstance(args, Namespace) else args
 
 
+def part(kind: type[Config], given: Any) -> Config:
+    """A settings object of a class that `given`'s class extends, with the same values."""
+    return kind(**{spec.name: getattr(given, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The names and values of a YAML settings file.
 

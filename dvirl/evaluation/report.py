@@ -16,10 +16,10 @@ th{border-bottom:1px solid}td:first-child,th:first-child{text-align:left}img{max
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """A table in Markdown, its index first; what is not a number is empty."""
-    head = [frame.index.name or "", *map(str, frame.columns)]
-    rows = [[index, *values] for index, values in zip(frame.index, frame.itertuples(index=False), strict=True)]
-    lines = [head, ["---", *["---:"] * len(frame.columns)], *([_cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    head = [str(frame.index.name or ""), *(str(name) for name in frame.columns)]
+    rows = [[_cell(value) for value in row] for row in frame.itertuples()]
+    lines = [head, ["---", *["---:"] * len(frame.columns)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: Any) -> str:
@@ -42,6 +42,8 @@ def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
     text = "\n\n".join([f"# {title}", *parts]) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     body = str(mistune.create_markdown(plugins=["table"])(text))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    page = f"<!doctype html>\n<html lang=\"en\"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    page = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
     path.with_suffix(".html").write_text(page, encoding="utf-8")

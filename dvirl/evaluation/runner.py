@@ -6,8 +6,8 @@ run that was cut off goes on where it stopped.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from dvirl.evaluation.inference_pld import pld_forward
 from dvirl.evaluation.measure import Answer, in_turn
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import (
-    OVERALL,
     Question,
     answer_table,
     measures,
@@ -37,9 +36,9 @@ from dvirl.evaluation.spec_bench import (
     write_answer,
 )
 from dvirl.models import LoadedModel
-from dvirl.settings import Settings, choice, from_mapping, from_namespace, number
+from dvirl.settings import Settings, choice, from_namespace, number
 from dvirl.sgp import make_example
-from dvirl.trace import accept_events, keep_lines, log_line, write_json
+from dvirl.trace import accept_events, keep_lines, log_line, token_texts, write_json
 from kangaroo.earlyexit import DecodeConfig
 
 GENERATE = "generate"
@@ -61,8 +60,9 @@ class EvalSettings(Settings):
     num_questions: int = number(0, 0)
     """So many of the questions, spread over the set; 0 for all."""
     methods: str = ",".join(METHODS)
-    """By commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (a confidence threshold ends
-    a block), dvi (blocks by acceptance and step costs), hybrid (dvi, with looked-up drafts where these do better)."""
+    """By commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (a confidence threshold
+    ends a block), dvi (blocks by acceptance and step costs), hybrid (dvi, with looked-up drafts where these are
+    better)."""
     baseline: str = choice("plain", ("plain", GENERATE))
     """What speed-ups are over."""
     answer_tokens: int = number(128, 2)
@@ -82,7 +82,9 @@ class EvalSettings(Settings):
         if unknown := sorted(set(asked) - set(METHODS)):
             raise DvirlError(f"methods has {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
         if self.baseline not in asked or len(set(asked)) < len(asked):
-            raise DvirlError(f"methods is {self.methods!r}; expected the baseline {self.baseline} in it, and none twice")
+            raise DvirlError(
+                f"methods is {self.methods!r}; expected the baseline {self.baseline} in it, and none twice"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,6 @@ class EvalConfig(EvalSettings):
     """Of the resampling behind intervals."""
     run_dir: str = "runs/evaluate"
     """Folder of this evaluation: config.yaml, answers/, trace.jsonl, results.json, report.md, report.html, figures."""
-
-
-def part_of(given: EvalSettings, **more: Any) -> EvalConfig:
-    """The settings of an evaluation that is a part of something else."""
-    return EvalConfig(**{spec.name: getattr(given, spec.name) for spec in fields(EvalSettings)}, **more)
 
 
 # Answering
@@ -130,7 +127,7 @@ def methods(draft: Draft, how: EvalSettings) -> dict[str, Method]:
         if name == GENERATE:
             assert theirs is not None
             return generate_forward(theirs, prompt, how.answer_tokens, eos_ids)
-        return ours[name](model, prompt, how.answer_tokens, eos_ids=eos_ids)  # type: ignore[operator]
+        return ours[name](model, prompt, how.answer_tokens, eos_ids=eos_ids)
 
     return {name: partial(decode, name) for name in asked}
 
@@ -171,7 +168,9 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
         All answers, and the share of the time that decoding did not take; NaN if nothing was left to answer.
     """
     loaded, run = draft.loaded, methods(draft, how)
-    files = {(name, turn): folder / "answers" / f"{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
+    files = {
+        (name, turn): folder / "answers" / f"{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run
+    }
     kept: Kept = {key: resume_answers(path) for key, path in files.items()}
     answered = {(*key, one) for key, answers in kept.items() for one in answers}
     trace = folder / "trace.jsonl"
@@ -184,7 +183,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
         for name in in_turn(list(run), at + turn)
         if question.question_id not in kept[name, turn]
     ]
-    words = loaded.tokenizer.decode
+    words = cache(token_texts(loaded.tokenizer))
     with draft.model.base_model.folded():
         for decode in run.values() if missing else ():
             answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
@@ -219,7 +218,9 @@ def judged(draft: Draft, questions: Sequence[Question], kept: Kept, baseline: st
         for question in questions:
             choice = answers[question.question_id]["choices"][0]
             sums = torch.zeros(5, dtype=torch.float64)
-            for prompt, tokens in zip(prompts_of(question, choice["turns"], draft.loaded), choice["tokens"], strict=True):
+            for prompt, tokens in zip(
+                prompts_of(question, choice["turns"], draft.loaded), choice["tokens"], strict=True
+            ):
                 key = (tuple(prompt), tuple(tokens))
                 if key not in known:
                     example = [make_example(prompt, tokens)]

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from dvirl.data import parse_spec_bench, parsed_rows
 from dvirl.errors import DvirlError
+from dvirl.evaluation.drift import verifier_figures
 from dvirl.evaluation.measure import Answer
 from dvirl.trace import log_line
 
@@ -173,14 +175,16 @@ def measures(table: pd.DataFrame, baseline: str, seed: int = 0) -> pd.DataFrame:
     """Spec-Bench's figures of every method, for each task and overall.
 
     Args:
-        table: as `answer_table` gives it, every method with the same questions and repeats.
+        table: as `answer_table` gives it, every method with the same questions and repeats; with `runner.judged` joined
+            to it, what the verifier makes of the answers is in the result.
         baseline: the method that speed-ups are over; its answers are of the same run.
         seed: of the resampling.
 
     Returns:
         A row for each task and method: `mat`, pooled over verifications; `accept_rate`, pooled over scored drafts;
         `tok_per_s`, the mean of the answers' rates; `speedup`, the ratio of these means, with the interval `low` to
-        `high` that holds it in 95 of 100 resamples of the questions; and `speedup_std` over repeats.
+        `high` that holds it in 95 of 100 resamples of the questions; `speedup_std` over repeats; `ppl`, `drift_kl` and
+        `drift_tokens` of `drift.verifier_figures`; and `identical`, answers that are the baseline's, token for token.
     """
     rows = []
     tasks = {task: part for task, part in table.groupby("task", sort=False)}
@@ -193,6 +197,7 @@ def measures(table: pd.DataFrame, baseline: str, seed: int = 0) -> pd.DataFrame:
             again = rate.mean(axis=1)[draws].mean(axis=1) / base.mean(axis=1)[draws].mean(axis=1)
             each = rate.mean(axis=0) / base.mean(axis=0)
             sums = own[["num_drafted", "num_accepted", "committed", "blocks"]].sum()
+            judged = verifier_figures(torch.stack(list(own["sums"])).sum(dim=0)) if "sums" in own else {}
             rows.append(
                 {
                     "task": task,
@@ -205,6 +210,8 @@ def measures(table: pd.DataFrame, baseline: str, seed: int = 0) -> pd.DataFrame:
                     "low": np.quantile(again, 0.025),
                     "high": np.quantile(again, 0.975),
                     "speedup_std": each.std(ddof=1) if len(each) > 1 else np.nan,
+                    **{name: judged[name] for name in ("ppl", "drift_kl", "drift_tokens") if judged},
+                    **({"identical": own.identical.sum()} if "identical" in own else {}),
                 }
             )
     return pd.DataFrame(rows)

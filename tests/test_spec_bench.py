@@ -1,0 +1,320 @@
+"""Spec-Bench's files and figures: read as published, written so that others can read them, never a question twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import EOS, tiny_loaded
+from test_bench import answer
+from test_drafters import exported
+from test_models import save_tiny
+
+from dvirl import cli, models
+from dvirl.errors import DvirlError
+from dvirl.evaluation import runner
+from dvirl.evaluation.acceptance import open_draft
+from dvirl.evaluation.equal import compare_files
+from dvirl.evaluation.measure import Answer
+from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompts_of
+from dvirl.evaluation.spec_bench import (
+    TASKS,
+    Question,
+    answer_table,
+    measures,
+    read_questions,
+    resume_answers,
+    write_answer,
+)
+from dvirl.trace import read_trace
+
+ASKED = [
+    {"question_id": 81, "category": "writing", "turns": ["Write it", "Once more"]},
+    {"question_id": 161, "category": "qa", "turns": ["What is it?"]},
+    {"question_id": 7, "category": "math", "turns": ["Sum up", "And now?"]},
+]
+TINY = ["--dtype", "float32", "--device", "cpu", "--threads", "1", "--answer_tokens", "8"]
+
+
+def write_questions(path, rows=ASKED) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    """Folder of a tiny drafter."""
+    folder = tmp_path_factory.mktemp("draft")
+    exported(folder / "d", models.load(str(save_tiny(folder / "model")), dtype="float32", device="cpu"))
+    return str(folder / "d")
+
+
+@pytest.fixture(scope="module")
+def evaluated(draft, tmp_path_factory):
+    """An evaluation of all methods, two repeats: its folder and its table."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    config = EvalConfig(draft=draft, questions=write_questions(folder / "q.jsonl"), repeats=2, answer_tokens=8, threads=1,
+                        dtype="float32", device="cpu", run_dir=str(folder / "run"))  # fmt: skip
+    return folder / "run", runner.main(config)
+
+
+# Questions
+
+
+def test_the_packaged_set_has_four_questions_of_each_task():
+    questions = read_questions("mini")
+    assert Counter(one.task for one in questions) == dict.fromkeys(TASKS.values(), 4)
+    assert all(len(one.turns) == (2 if one.task == "mt_bench" else 1) for one in questions)
+    assert len({one.question_id for one in questions}) == 24
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**ASKED[0], "category": "poetry"}, "q.jsonl:2: category is 'poetry'; expected one of writing"),
+        ({**ASKED[0], "question_id": 161}, "q.jsonl:2: question_id 161 is there twice"),
+        ({**ASKED[0], "question_id": [1]}, "q.jsonl:2: 'question_id' is [1]; expected a number or a string"),
+        ({**ASKED[0], "turns": []}, "q.jsonl:2: expected 'turns' to be a list"),
+        ({"turns": ["x"]}, "q.jsonl:2: expected an object with 'question_id'"),
+    ],
+)
+def test_a_bad_question_is_named_with_its_line(tmp_path, row, message):
+    with pytest.raises(DvirlError) as error:
+        read_questions(write_questions(tmp_path / "q.jsonl", [ASKED[1], row]))
+    assert message in str(error.value)
+
+
+def test_other_categories_are_tasks_of_their_own_where_asked_for(tmp_path):
+    path = write_questions(tmp_path / "q.jsonl", [{**ASKED[1], "category": "poetry"}, {**ASKED[0], "category": ""}])
+    assert [one.task for one in read_questions(path, any_category=True)] == ["poetry", "other"]
+
+
+def test_a_file_that_is_no_question_file_is_said(tmp_path):
+    (tmp_path / "q.jsonl").write_text("{no json\n")
+    for path, message in ((tmp_path / "q.jsonl", "q.jsonl:1: not valid JSON"), (tmp_path / "x.jsonl", "no such file")):
+        with pytest.raises(DvirlError, match=message):
+            read_questions(str(path))
+
+
+# Answering
+
+
+def test_a_later_turn_sees_the_answer_before_it():
+    loaded, seen = tiny_loaded(), []
+
+    def decode(prompt):
+        seen.append(list(prompt))
+        return Answer([70 + len(seen), 71, EOS], 1.0)
+
+    texts, answers = answer_question(Question(1, "writing", ("One", "Two")), decode, loaded, 8)
+    assert [one.tokens[0] for one in answers] == [71, 72] and all("<|im_end|>" not in text for text in texts)
+    assert seen == [loaded.chat.encode(["One"]), loaded.chat.encode(["One", texts[0], "Two"])]
+    assert prompts_of(Question(1, "writing", ("One", "Two")), texts, loaded) == seen
+
+
+def test_a_question_beyond_the_context_is_refused():
+    with pytest.raises(
+        DvirlError, match=r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* 256"
+    ):
+        answer_question(Question(5, "qa", ("x" * 260,)), lambda _: Answer([EOS], 1.0), tiny_loaded(), 8)
+
+
+# Measures
+
+
+def published(ours, baseline, task=None):
+    """Spec-Bench's speed.py by its description: mean accepted tokens, tokens a second, and their ratio."""
+    lengths, rates, bases = [], [], []
+    for mine, its in zip(map(json.loads, ours), map(json.loads, baseline), strict=True):
+        assert mine["question_id"] == its["question_id"]
+        if task in (None, TASKS[mine["category"]]):
+            own, other = mine["choices"][0], its["choices"][0]
+            lengths += own["accept_lengths"]
+            rates.append(sum(own["new_tokens"]) / sum(own["wall_time"]))
+            bases.append(sum(other["new_tokens"]) / sum(other["wall_time"]))
+    return np.mean(lengths), np.mean(rates), np.mean(rates) / np.mean(bases)
+
+
+def test_independent_metrics_read_our_files_to_the_same_figures(evaluated):
+    folder, _ = evaluated
+    lines = {name: (folder / f"answers/{name}-1.jsonl").read_text().splitlines() for name in METHODS}
+    files = {(name, 0): resume_answers(folder / f"answers/{name}-1.jsonl") for name in METHODS}
+    found = measures(answer_table(files), "plain").set_index(["task", "method"])
+    for task in ("mt_bench", "qa", "overall"):
+        for name in METHODS:
+            mat, rate, speedup = published(lines[name], lines["plain"], None if task == "overall" else task)
+            row = found.loc[task, name]
+            assert (row.mat, row.tok_per_s, row.speedup) == pytest.approx((mat, rate, speedup), rel=1e-12)
+
+
+def test_an_answer_has_the_published_layout(evaluated):
+    folder, _ = evaluated
+    for name in METHODS:
+        for row in map(json.loads, (folder / f"answers/{name}-2.jsonl").read_text().splitlines()):
+            assert list(row) == ["question_id", "category", "answer_id", "model_id", "choices", "tstamp"]
+            (choice,) = row["choices"]
+            turns = next(one["turns"] for one in ASKED if one["question_id"] == row["question_id"])
+            for key in ("turns", "decoding_steps", "new_tokens", "wall_time"):
+                assert len(choice[key]) == len(turns)
+            assert choice["index"] == 0 and sum(choice["accept_lengths"]) == sum(choice["new_tokens"]) - len(turns)
+            assert sum(choice["decoding_steps"]) == len(choice["accept_lengths"]) + len(turns)
+            assert choice["new_tokens"] == list(map(len, choice["tokens"]))
+
+
+def test_figures_by_hand(tmp_path):
+    questions = [Question(1, "qa", ("a",)), Question(2, "rag", ("b",))]
+    for name, seconds in (("plain", (1.0, 2.0)), ("dvi", (0.5, 0.5))):
+        for question, wall_s in zip(questions, seconds, strict=True):
+            write_answer(
+                tmp_path / name, question, "m", ["x"], [answer(5, 9, wall_s, wall_s / 2, 8 if name == "plain" else 2)]
+            )
+    files = {(name, 0): resume_answers(tmp_path / name) for name in ("plain", "dvi")}
+    found = measures(answer_table(files), "plain").set_index(["task", "method"])
+    assert found.loc[("overall", "dvi"), "speedup"] == pytest.approx((18 + 18) / (9 + 4.5))  # of means, not of ratios
+    assert found.loc[("rag", "dvi"), "speedup"] == pytest.approx(4.0) and found.loc[("qa", "dvi"), "mat"] == 4.0
+    low, high = found.loc[("overall", "dvi"), ["low", "high"]]
+    assert low == pytest.approx(2.0) and high == pytest.approx(4.0)  # only one question, or only the other
+    assert math.isnan(found.loc[("qa", "plain"), "accept_rate"]) and math.isnan(found.loc[("qa", "dvi"), "speedup_std"])
+
+
+def test_repeats_give_a_deviation_and_intervals_hold_the_figure(evaluated):
+    _, found = evaluated
+    assert set(found.task) == {"mt_bench", "qa", "overall"} and set(found.method) == set(METHODS)
+    assert (found.low <= found.speedup).all() and (found.speedup <= found.high).all()
+    plain = found[found.method == "plain"]
+    assert (plain.speedup == 1).all() and (plain.mat == 1).all() and (plain.speedup_std == 0).all()
+    assert found.speedup_std.notna().all() and (found.identical == found.questions * 2).all()  # float32: all the same
+
+
+def test_perplexity_is_that_of_the_answers_and_nothing_drifts(evaluated, draft):
+    folder, found = evaluated
+    loaded = open_draft(draft, "float32", "cpu").loaded
+    nll, count = 0.0, 0
+    for question in read_questions(str(folder.parent / "q.jsonl")):
+        choice = resume_answers(folder / "answers/dvi-1.jsonl")[question.question_id]["choices"][0]
+        for prompt, tokens in zip(prompts_of(question, choice["turns"], loaded), choice["tokens"], strict=True):
+            with torch.no_grad(), loaded.model.without_adapters("lora_S"):
+                states = loaded.model.forward_deep(loaded.model.forward_shallow(torch.tensor([prompt + tokens])))
+                logs = loaded.model.lm_head(states)[0].log_softmax(-1)
+            nll -= sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(tokens))
+            count += len(tokens)
+    overall = found[(found.task == "overall")].set_index("method")
+    assert overall.ppl["dvi"] == pytest.approx(math.exp(nll / count), rel=1e-5) and overall.drift_kl.abs().max() < 1e-6
+
+
+# Results
+
+
+def test_results_report_trace_and_figure_are_written(evaluated):
+    folder, found = evaluated
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["figures"]) == len(found) and results["model"]["dtype"] == "float32" and results["overhead"] > 0
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert "<table>" in page and '<img src="speedup.png"' in page and "| kangaroo |" in text and "http" not in page
+    assert (folder / "speedup.png").stat().st_size > 5000
+    events = read_trace(folder / "trace.jsonl")
+    assert set(events.method) == {"pld", "kangaroo", "dvi", "hybrid"} & set(events.method) and {"dvi"} <= set(
+        events.method
+    )
+    rows = [row["choices"][0] for row in resume_answers(folder / "answers/dvi-1.jsonl").values()]
+    own = events[(events.method == "dvi") & (events.repeat == 0)]
+    assert len(own) == sum(sum(one["num_drafted"]) for one in rows)
+    assert own.accepted.sum() == sum(sum(one["num_accepted"]) for one in rows)
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(draft, tmp_path, monkeypatch):
+    flags = ["evaluate", "--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl"), *TINY,
+             "--methods", "plain,dvi", "--run_dir", str(tmp_path / "run")]  # fmt: skip
+    real, calls = runner.write_answer, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt  # the trace has this answer, the answer file has not
+        real(*args)
+
+    monkeypatch.setattr(runner, "write_answer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(flags)
+    kept = (tmp_path / "run/answers/plain-1.jsonl").read_text()
+    with (tmp_path / "run/answers/plain-1.jsonl").open("a") as file:
+        file.write('{"question_id": 7, "cat')  # torn
+    calls[:] = [None] * 4
+    assert cli.main(flags) == 0
+    assert len(calls) == 4 + 3 and (tmp_path / "run/answers/plain-1.jsonl").read_text().startswith(kept)
+    for name in ("plain", "dvi"):
+        ids = [json.loads(line)["question_id"] for line in (tmp_path / f"run/answers/{name}-1.jsonl").open()]
+        assert sorted(ids) == [7, 81, 161]
+    keys = [
+        (row["method"], row["question_id"], row["turn"])
+        for row in map(json.loads, (tmp_path / "run/trace.jsonl").open())
+    ]
+    assert len(keys) == len(set(keys)) == 2 * 5
+    calls[:] = [None] * 4
+    assert cli.main(flags) == 0 and len(calls) == 4  # nothing left
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--answer_tokens", "9"], "the run there has other settings: answer_tokens (8, now 9)"),
+        (["--methods", "dvi"], "expected the baseline plain in it"),
+        (["--methods", "plain,best"], "methods has best; expected some of generate"),
+        (["--questions", "nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_what_does_not_fit_is_said(evaluated, draft, capsys, change, message):
+    folder, _ = evaluated
+    flags = [
+        "--draft",
+        draft,
+        "--questions",
+        str(folder.parent / "q.jsonl"),
+        "--repeats",
+        "2",
+        *TINY,
+        "--run_dir",
+        str(folder),
+    ]
+    assert cli.main(["evaluate", *flags, *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json\n", "plain-1.jsonl:1: not valid JSON"),
+        ('{"question_id": 1}\n', "plain-1.jsonl:1: expected question_id and choices"),
+        ('{"question_id": 1, "category": "qa", "choices": [{"turns": ["a"]}]}\n', "1: choices[0].new_tokens is None"),
+    ],
+)
+def test_an_answer_file_that_cannot_be_read_is_said(tmp_path, text, message):
+    (tmp_path / "plain-1.jsonl").write_text(text)
+    with pytest.raises(DvirlError) as error:
+        resume_answers(tmp_path / "plain-1.jsonl")
+    assert message in str(error.value)
+
+
+def test_a_question_that_is_answered_twice_is_said(tmp_path):
+    for _ in range(2):
+        write_answer(tmp_path / "a.jsonl", Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)])
+    with pytest.raises(DvirlError, match=r"a.jsonl:2: question_id 3 is answered twice"):
+        resume_answers(tmp_path / "a.jsonl")
+
+
+def test_our_answer_files_are_compared_token_by_token(evaluated, draft, tmp_path):
+    folder, _ = evaluated
+    plain, hybrid = (str(folder / f"answers/{name}-1.jsonl") for name in ("plain", "hybrid"))
+    loaded, questions = open_draft(draft, "float32", "cpu").loaded, [str(folder.parent / "q.jsonl")]
+    report = compare_files(plain, hybrid, questions, loaded, torch.float32, 8)
+    assert (report.answers, report.identical) == (3, 3)
+    rows = [json.loads(line) for line in Path(hybrid).read_text().splitlines()]
+    rows[0]["choices"][0]["tokens"][1][2] += 1  # the text says nothing of it
+    other = write_questions(tmp_path / "a.jsonl", rows)
+    (found,) = compare_files(plain, other, questions, loaded, torch.float32, 8).differences
+    assert (found.question, found.position, found.verdict) == ("81, turn 2", 2, "error")
