@@ -119,18 +119,18 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: str | Pa
         axes.set_title(f"What a step costs as the text grows (exit layer {steps[0][0]})")
 
 
-def speedups(found: pd.DataFrame, baseline: str, save: str | Path | None = None) -> None:
-    """How much faster than the baseline each method is, task by task, with 95 % intervals.
+def speedups(found: pd.DataFrame, reference: str, save: str | Path | None = None) -> None:
+    """How much faster than the reference each method is, task by task, with 95 % intervals.
 
     Args:
         found: as `spec_bench.measures` gives it.
-        baseline: left out, it is 1 everywhere.
+        reference: left out, it is 1 everywhere.
         save: also write the figure here.
     """
     tasks = list(dict.fromkeys(found.task))
-    names = [name for name in dict.fromkeys(found.method) if name != baseline]
+    names = [name for name in dict.fromkeys(found.method) if name != reference]
     size = (1.2 + 1.25 * len(tasks), 0.9 + 0.36 * len(names))
-    with _figure(save, ncols=len(tasks), sharey=True, squeeze=False, figsize=size) as (row,):
+    with _figure(save, ncols=len(tasks), sharex=True, sharey=True, squeeze=False, figsize=size) as (row,):
         for axes, task in zip(row, tasks, strict=True):
             own = found[found.task == task].set_index("method").loc[names]
             for place, one in enumerate(own.itertuples()):
@@ -141,7 +141,7 @@ def speedups(found: pd.DataFrame, baseline: str, save: str | Path | None = None)
             axes.axvline(1.0, color="grey", linewidth=1)
             axes.set_title(task.replace("_", "\n"), fontsize=9)
             axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.6))
-        row[len(tasks) // 2].set_xlabel(f"times as fast as {baseline}")
+        row[len(tasks) // 2].set_xlabel(f"times as fast as {reference}")
 
 
 def losses(metrics: pd.DataFrame, save: str | Path | None = None) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import random_prompts, scramble_lora, tiny_loaded, tiny_pair, tiny_split
 from test_models import save_tiny
+from test_spec_bench import write_questions
 from test_trainer import tiny_settings
 
 from dvirl import checkpoint, cli, run_sgp_experiment
@@ -332,17 +333,18 @@ def test_an_experiment_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)]
     args = Namespace(model_name=str(save_tiny(tmp_path / "m")), records_path=str(write_rows(tmp_path / "r", rows)),
-                     exit_layer=1, max_steps=2, run_dir="runs/sgp-tiny", threads=1, device="cpu", dtype="float32")  # fmt: skip
+                     exit_layer=1, max_steps=2, run_dir="runs/sgp-tiny", threads=1, device="cpu", dtype="float32",
+                     questions=write_questions(tmp_path / "q.jsonl"), answer_tokens=6, methods="plain,fixed,dvi")  # fmt: skip
     path = run_sgp_experiment.main(args)
     found = json.loads((tmp_path / "results/sgp-tiny.json").read_text())
     assert str(path) == "results/sgp-tiny.json" and f"results: {path}" in capsys.readouterr().out
-    assert found["config"]["beta_exit"] == 0.7 and found["versions"]["torch"] == torch.__version__
-    assert found["steps"] == 2 and set(found["before"]) == set(found["after"]) >= {
-        "loss_main",
-        "loss_exit",
-        "agreement",
-    }
-    assert found["model"]["fingerprint"].startswith("sha256:") and Path(found["checkpoint"]).is_dir()
+    assert found["settings"]["beta_exit"] == 0.7 and found["versions"]["torch"] == torch.__version__
+    held_out = found["held_out"]
+    names = {"loss_main", "loss_exit", "agreement"}
+    assert held_out["steps"] == 2 and set(held_out["before"]) == set(held_out["after"]) >= names
+    assert found["model"]["fingerprint"].startswith("sha256:") and Path(held_out["checkpoint"]).is_dir()
+    assert found["figures"]["accept_rate_before"] is not None and Path("results/sgp-tiny.html").exists()
+    assert Path("results/sgp-tiny/training.png").stat().st_size > 2000
 
 
 def test_the_experiment_as_a_module_says_what_is_wrong():

@@ -188,7 +188,7 @@ def test_perplexity_and_drift_equal_hugging_faces(tmp_path):
                 p, q = (m(torch.tensor([context + reply])).logits[0].log_softmax(-1) for m in (untouched, own))
             for at, token in enumerate(reply, start=len(context) - 1):
                 nll -= float(q[at, token])
-                drift += float((p[at].exp() * (p[at] - q[at])).sum())
+                drift += float((q[at].exp() * (q[at] - p[at])).sum())
                 changed += int(p[at].argmax() != q[at].argmax())
                 count += 1
         assert found["ppl"] == pytest.approx(math.exp(nll / count), rel=1e-3)

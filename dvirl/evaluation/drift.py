@@ -9,6 +9,7 @@ from torch import Tensor
 from dvirl.rollout import verifier_states
 from dvirl.sgp import collate
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
+from kangaroo.sgp_lora import lora_parameters
 
 
 @torch.no_grad()
@@ -22,9 +23,15 @@ def verifier_sums(base: EarlyExitLlamaForCausalLM, examples: Sequence[Tensor], t
     """
     tokens, targets = (one.to(base.device) for one in collate(examples))
     said = targets >= 0
-    served = ("lora_S",) if target == "base" else ()
-    states = (verifier_states(base, tokens, off)[said] for off in (served, ("lora_S", "lora_D")))
-    own, untouched = (base.lm_head(one).float().log_softmax(dim=-1) for one in states)
+
+    def log_probs(off: Sequence[str]) -> Tensor:
+        logits: Tensor = base.lm_head(verifier_states(base, tokens, off)[said])
+        return logits.float().log_softmax(dim=-1)
+
+    there = [name for name in ("lora_S", "lora_D") if lora_parameters(base, [name])]
+    served = [name for name in there if name == "lora_S" and target == "base"]
+    own = log_probs(served)
+    untouched = own if served == there else log_probs(there)
     losses = [F.nll_loss(one, targets[said], reduction="sum") for one in (own, untouched)]
     divergence = F.kl_div(untouched, own, log_target=True, reduction="sum")
     changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).sum()

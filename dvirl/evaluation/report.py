@@ -25,7 +25,8 @@ def markdown_table(frame: pd.DataFrame) -> str:
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    return "" if pd.isna(value) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
 
 
 def describe(content: Mapping[str, Any]) -> str:

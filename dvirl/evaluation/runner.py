@@ -42,7 +42,7 @@ from dvirl.trace import accept_events, keep_lines, log_line, token_texts, write_
 from kangaroo.earlyexit import DecodeConfig
 
 GENERATE = "generate"
-METHODS = (GENERATE, "plain", "pld", "kangaroo", "dvi", "hybrid")
+METHODS = (GENERATE, "plain", "pld", "kangaroo", "fixed", "dvi", "hybrid")
 
 Method = Callable[[Sequence[int]], Answer]
 Kept = dict[tuple[str, int], dict[int | str, dict[str, Any]]]
@@ -59,18 +59,20 @@ class EvalSettings(Settings):
     """Take questions of categories that Spec-Bench does not have; each is a task of its own."""
     num_questions: int = number(0, 0)
     """So many of the questions, spread over the set; 0 for all."""
-    methods: str = ",".join(METHODS)
-    """By commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (a confidence threshold
-    ends a block), dvi (blocks by acceptance and step costs), hybrid (dvi, with looked-up drafts where these are
-    better)."""
-    baseline: str = choice("plain", ("plain", GENERATE))
+    methods: str = "generate,plain,pld,kangaroo,dvi,hybrid"
+    """By commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (learned drafts up to a
+    doubtful one), fixed (so many learned drafts, always), dvi (as many as acceptance and step costs make pay), hybrid
+    (dvi, with looked-up drafts where these are better)."""
+    reference: str = choice("plain", ("plain", GENERATE))
     """What speed-ups are over."""
     answer_tokens: int = number(128, 2)
     """Length limit of each turn's answer."""
     longest: int = number(8, 1, 64)
     """Drafts of a block at most: pld, dvi, hybrid."""
     kangaroo_steps: int = number(6, 1, 64)
-    """Drafts of a block at most: kangaroo (arXiv 2404.18911)."""
+    """Drafts of a block at most: kangaroo; it and the threshold are those of arXiv 2404.18911."""
+    fixed_len: int = number(4, 1, 64)
+    """Drafts of a block: fixed."""
     kangaroo_threshold: float = number(0.6, 0, 1)
     """Confidence below which a draft is its block's last: kangaroo."""
     repeats: int = number(1, 1, 1000)
@@ -81,9 +83,9 @@ class EvalSettings(Settings):
         asked = self.methods.split(",")
         if unknown := sorted(set(asked) - set(METHODS)):
             raise DvirlError(f"methods has {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
-        if self.baseline not in asked or len(set(asked)) < len(asked):
+        if self.reference not in asked or len(set(asked)) < len(asked):
             raise DvirlError(
-                f"methods is {self.methods!r}; expected the baseline {self.baseline} in it, and none twice"
+                f"methods is {self.methods!r}; expected the reference {self.reference} in it, and none twice"
             )
 
 
@@ -117,6 +119,7 @@ def methods(draft: Draft, how: EvalSettings) -> dict[str, Method]:
         "kangaroo": partial(
             kangaroo_forward, settings=DecodeConfig(how.kangaroo_steps, how.kangaroo_threshold, target)
         ),
+        "fixed": partial(kangaroo_forward, settings=DecodeConfig(how.fixed_len, target=target)),
         "dvi": partial(dvi_forward, draft_len=how.longest, target=target),
         "hybrid": partial(dvi_forward, draft_len=how.longest, target=target, source="hybrid"),
     }
@@ -175,7 +178,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
     answered = {(*key, one) for key, answers in kept.items() for one in answers}
     trace = folder / "trace.jsonl"
     keep_lines(trace, lambda line: (line["method"], line["repeat"], line["question_id"]) in answered)
-    files[how.baseline, 0].parent.mkdir(parents=True, exist_ok=True)
+    files[how.reference, 0].parent.mkdir(parents=True, exist_ok=True)
     missing = [
         (turn, name, question)
         for turn in range(how.repeats)
@@ -192,8 +195,8 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
             texts, answers = answer_question(question, run[name], loaded, how.answer_tokens)
             decoded_s += sum(one.wall_s for one in answers)
             for at, one in enumerate(answers):
-                about = {"method": name, "question_id": question.question_id, "category": question.category}
-                log_line(trace, accept_events(one.blocks, words, **about, turn=at, repeat=turn))
+                asked: Any = {"question_id": question.question_id, "category": question.category}
+                log_line(trace, accept_events(one.blocks, words, method=name, **asked, turn=at, repeat=turn))
             path = files[name, turn]
             write_answer(path, question, f"{loaded.name}-{name}", texts, answers)
         decoded_s += draft.model.base_model.capture_s - captured
@@ -205,8 +208,8 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
 # Judging
 
 
-def judged(draft: Draft, questions: Sequence[Question], kept: Kept, baseline: str) -> pd.DataFrame:
-    """What the verifier makes of every answer, and whether it is the baseline's.
+def judged(draft: Draft, questions: Sequence[Question], kept: Kept, reference: str) -> pd.DataFrame:
+    """What the verifier makes of every answer, and whether it is the reference's.
 
     Returns:
         A row for each answer: method, repeat, question_id, `identical`, and the sums `drift.verifier_figures` reads. An
@@ -228,7 +231,7 @@ def judged(draft: Draft, questions: Sequence[Question], kept: Kept, baseline: st
                 sums += torch.tensor(known[key], dtype=torch.float64)
             if method == GENERATE:
                 sums[0], sums[2:4] = sums[1], 0.0
-            same = choice["tokens"] == kept[baseline, repeat][question.question_id]["choices"][0]["tokens"]
+            same = choice["tokens"] == kept[reference, repeat][question.question_id]["choices"][0]["tokens"]
             about = {"method": method, "repeat": repeat, "question_id": question.question_id, "identical": same}
             rows.append({**about, "sums": sums})
     return pd.DataFrame(rows)
@@ -251,8 +254,8 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
     claim(folder, config, draft.loaded)
     kept, overhead = answer_all(draft, questions, config, folder)
-    answers = answer_table(kept).merge(judged(draft, questions, kept, config.baseline))
-    found = measures(answers, config.baseline, config.seed)
+    answers = answer_table(kept).merge(judged(draft, questions, kept, config.reference))
+    found = measures(answers, config.reference, config.seed)
     content = {
         "arguments": asdict(config),
         **circumstances(draft.loaded),
@@ -262,14 +265,14 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         "figures": found.to_dict("records"),
     }
     write_json(folder / "results.json", content)
-    plots.speedups(found, config.baseline, folder / "speedup.png")
+    plots.speedups(found, config.reference, folder / "speedup.png")
     wide = found.pivot(index="method", columns="task", values="speedup")
     wide = wide.loc[config.methods.split(","), list(dict.fromkeys(found.task))]
     overall = found[found.task == found.task.iloc[-1]].drop(columns="task")
     parts = [
         describe(content),
         markdown_table(overall.set_index("method")),
-        f"Speed-up over {config.baseline} by task:",
+        f"Speed-up over {config.reference} by task:",
         markdown_table(wide),
         "![Speed-up by task and method](speedup.png)",
     ]

@@ -171,27 +171,27 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, dict[str, An
     return pd.DataFrame(rows).assign(tok_per_s=lambda table: table.new_tokens / table.wall_time)
 
 
-def measures(table: pd.DataFrame, baseline: str, seed: int = 0) -> pd.DataFrame:
+def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame:
     """Spec-Bench's figures of every method, for each task and overall.
 
     Args:
         table: as `answer_table` gives it, every method with the same questions and repeats; with `runner.judged` joined
             to it, what the verifier makes of the answers is in the result.
-        baseline: the method that speed-ups are over; its answers are of the same run.
+        reference: the method that speed-ups are over; its answers are of the same run.
         seed: of the resampling.
 
     Returns:
         A row for each task and method: `mat`, pooled over verifications; `accept_rate`, pooled over scored drafts;
         `tok_per_s`, the mean of the answers' rates; `speedup`, the ratio of these means, with the interval `low` to
         `high` that holds it in 95 of 100 resamples of the questions; `speedup_std` over repeats; `ppl`, `drift_kl` and
-        `drift_tokens` of `drift.verifier_figures`; and `identical`, answers that are the baseline's, token for token.
+        `drift_tokens` of `drift.verifier_figures`; and `identical`, answers that are the reference's, token for token.
     """
     rows = []
     tasks = {task: part for task, part in table.groupby("task", sort=False)}
     for task, part in [*tasks.items(), *([(OVERALL, table)] if len(tasks) > 1 else [])]:
         rates = part.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
         draws = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
-        base = rates[baseline].to_numpy()
+        base = rates[reference].to_numpy()
         for method, own in part.groupby("method", sort=False):
             rate = rates[method].to_numpy()
             again = rate.mean(axis=1)[draws].mean(axis=1) / base.mean(axis=1)[draws].mean(axis=1)
