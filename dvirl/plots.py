@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from dvirl.errors import DvirlError
+from dvirl.trace import FACETS, accept_rates
 from kangaroo.drafting import StepCosts
 
 PALETTE = BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -153,3 +154,38 @@ def losses(metrics: pd.DataFrame, save: str | Path | None = None) -> None:
             _trend(axes, metrics.step, metrics[name], text, colour)
         axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", ylim=(0, None))
         axes.set_title("What both heads make of human replies")
+
+
+def rejections(events: pd.DataFrame, save: str | Path | None = None) -> None:
+    """Where drafts are rejected: by position in the block, token class and category, one colour a method.
+
+    Left the accept rate of the drafts scored there, with its 95 % interval; right the share of all rejects.
+
+    Args:
+        events: as `read_trace` gives them.
+        save: also write the figure here.
+
+    Raises:
+        DvirlError: for no method, or more than there are colours.
+    """
+    methods = list(events.method.unique())
+    if not 0 < len(methods) <= len(PALETTE):
+        raise DvirlError(f"{len(methods)} methods; a figure shows 1 to {len(PALETTE)}, chosen by --method")
+    groups = [events.groupby(by).accepted.mean().sort_values(ascending=False).index for by in FACETS]
+    groups[0] = groups[0].sort_values()
+    sizes, thick = [len(group) + 0.5 for group in groups], 0.7 / len(methods)
+    how: Any = dict(ncols=2, height_ratios=sizes, width_ratios=(3, 2), sharex="col", sharey="row", layout="constrained")
+    with _figure(save, 3, figsize=(7.5, 1.8 + 0.23 * sum(sizes)), **how) as axes:
+        for (left, right), (by, title), group in zip(axes, FACETS.items(), groups, strict=True):
+            for place, (name, colour) in enumerate(zip(methods, PALETTE, strict=False)):
+                found = accept_rates(events[events.method == name], by)
+                y = group.get_indexer(found.index) + (place - (len(methods) - 1) / 2) * thick
+                left.hlines(y, found.low, found.high, color=colour)
+                left.plot(found.accept_rate, y, "o", color=colour, markersize=4, label=name)
+                right.barh(y, found.rejects, thick, color=colour, zorder=2)
+            left.set(yticks=range(len(group)), yticklabels=group, ylim=(len(group) - 0.4, -0.6))
+            left.set_title(f"by {title}", loc="left", fontsize=10)
+        left.set(xlabel="accept rate, 95 % interval")
+        right.set(xlabel="share of all rejects", xlim=(0, None))
+        left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(PALETTE),
+                           frameon=False, labelcolor="linecolor", handlelength=0.5)  # fmt: skip
