@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick bench experiments-quick lint lab shell notebooks clean
+.PHONY: help setup train test test-quick evaluate bench experiments-quick lint lab shell notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ experiments-quick: $(READY)  ## run the laptop-size version of every study in co
 
 bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
 	$(BIN)/dvirl bench smollm2-135m-k2 $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
+
+evaluate: $(READY)  ## judge the drafter in the box by Spec-Bench's measures, on the packaged questions, all methods in turn
+	$(BIN)/dvirl evaluate --answer_tokens 48 --run_dir runs/evaluate-$(STAMP)
 
 test-quick: $(READY)  ## the tests that need no real model
 	$(BIN)/pytest tests -n 2 --dist worksteal -m 'not real'

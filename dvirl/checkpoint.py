@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -205,8 +205,15 @@ def claim(run_dir: Path, config: Settings, loaded: "LoadedModel") -> None:
     """
     path = run_dir / "config.yaml"
     if path.exists():
-        before, now = read_yaml(path).get("config", {}), asdict(config)
-        differ = [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]
-        if differ:
-            raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; choose another run_dir")
+        refuse_other(path, read_yaml(path).get("config", {}), asdict(config))
     write_config(run_dir, config, loaded)
+
+
+def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """See that settings kept in a file are those of now.
+
+    Raises:
+        DvirlError: if they differ; the message names them.
+    """
+    if differ := [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]:
+        raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; choose another folder")

@@ -27,6 +27,7 @@ COMMANDS = {
     "study": ("study", "run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)"),
     "acceptance": ("evaluation.acceptance", "decode a run's held-out prompts step by step, before and after training"),
     "average-adapters": ("federated", "average the adapters or checkpoints of several clients, weighted by tokens"),
+    "sweep": ("sweep", "run a grid of notebooks or commands from a YAML file in parallel (configs/sweep-*.yaml)"),
     "fetch": ("embedded", "fetch the default model into the cache, once, and print its folder"),
 }
 """Module and help of each command: the module's `main`, behind its `parse_args` if it has one."""

@@ -13,7 +13,7 @@ from dvirl.errors import DvirlError
 from dvirl.trace import FACETS, accept_rates
 from kangaroo.drafting import StepCosts
 
-PALETTE = BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+PALETTE = BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 """From Okabe and Ito's."""
 
 STYLE: Any = {

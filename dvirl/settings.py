@@ -59,7 +59,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
         DvirlError: for an unknown name or a value out of range.
     """
     known = sorted(spec.name for spec in dataclasses.fields(kind))  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := sorted(map(str, set(values) - set(known))):
         raise DvirlError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
     return kind(**values)
 
