@@ -74,10 +74,10 @@ def test_a_second_experiment_of_the_same_name_is_refused(done, capsys):
 def test_main_takes_a_namespace_of_the_names_of_old(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Namespace(model_name=str(save_tiny(tmp_path / "m")), exit_layer=1, fast_batch=1, slow_every=2, beta_kl=0.2,
-                     baseline_momentum=0.8, num_prompts=4, max_new_tokens=6, draft_vocab=0, run_dir="runs/old", threads=1,
+                     baseline_momentum=0.8, num_prompts=4, max_new_tokens=6, draft_vocab=0, run_dir="runs/lr=0.1", threads=1,
                      device="cpu", dtype="float32", questions=write_questions(tmp_path / "q.jsonl"), answer_tokens=4,
                      methods="plain,fixed,dvi", lora_rank=2, held_out=2)  # fmt: skip
-    assert run_dvi_experiment.main(args) == Path("results/old.json") and Path("results/old.html").exists()
+    assert run_dvi_experiment.main(args) == Path("results/lr=0.1.json") and Path("results/lr=0.1.html").exists()
 
 
 def test_the_settings_are_those_of_both_parts():

@@ -204,7 +204,7 @@ def test_perplexity_is_that_of_the_answers_and_nothing_drifts(evaluated, draft):
             nll -= sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(tokens))
             count += len(tokens)
     overall = found[(found.task == "overall")].set_index("method")
-    assert overall.ppl["dvi"] == pytest.approx(math.exp(nll / count), rel=1e-5) and overall.drift_kl.abs().max() < 1e-6
+    assert overall.ppl["dvi"] == pytest.approx(math.exp(nll / count), rel=1e-4) and overall.drift_kl.abs().max() < 1e-6
 
 
 # Results

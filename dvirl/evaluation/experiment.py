@@ -98,7 +98,7 @@ class Experiment:
             "after": after.to_dict("records"),
             **plain(trained),
         }
-        path = self.folder.with_suffix(".json")
+        path = Path(f"{self.folder}.json")
         draw(self.folder / "training.png")
         write_json(path, content)
         tables = [f"{when}:\n\n{markdown_table(found.set_index('task'))}" for when, found in
@@ -106,8 +106,8 @@ class Experiment:
         figures = [f"![]({self.name}/{name})" for name in ("training.png", "before/speedup.png", "after/speedup.png")]
         changed = f"What the draft does on {self.config.questions}, before and after training:"
         parts = [describe(content), changed, markdown_table(compared), *figures, *tables]
-        write_report(path.with_suffix(""), f"Experiment {self.name}", parts)
-        print(f"{changed}\n{markdown_table(compared)}\nresults: {path}\nreport: {path.with_suffix('.html')}")
+        write_report(self.folder, f"Experiment {self.name}", parts)
+        print(f"{changed}\n{markdown_table(compared)}\nresults: {path}\nreport: {self.folder}.html")
         return path
 
     def _evaluate(self, draft: Draft, when: str) -> pd.DataFrame:

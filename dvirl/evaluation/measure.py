@@ -31,6 +31,12 @@ class Answer:
         return [block.block_len for block in self.blocks[1:]] if self.blocks else [1] * (len(self.tokens) - 1)
 
     @property
+    def nll(self) -> float:
+        """Negative log-likelihood of the tokens under the verifier that said them, in nats; NaN without blocks."""
+        own = [float(p) for block in self.blocks for p in block.verifier_confidence[: block.block_len]]
+        return -sum(map(math.log, own)) if own else math.nan
+
+    @property
     def decoding_s(self) -> float:
         """Seconds behind the prefill."""
         return self.wall_s - self.prefill_s

@@ -41,10 +41,10 @@ def describe(content: Mapping[str, Any]) -> str:
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write `path`.md and `path`.html, from parts in Markdown."""
     text = "\n\n".join([f"# {title}", *parts]) + "\n"
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    path.with_name(f"{path.name}.md").write_text(text, encoding="utf-8")
     body = str(mistune.create_markdown(plugins=["table"])(text))
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     page = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
-    path.with_suffix(".html").write_text(page, encoding="utf-8")
+    path.with_name(f"{path.name}.html").write_text(page, encoding="utf-8")

@@ -5,6 +5,7 @@ run that was cut off goes on where it stopped.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dvirl import plots, settings
@@ -20,7 +22,7 @@ from dvirl.checkpoint import circumstances, claim
 from dvirl.errors import DvirlError
 from dvirl.evaluation.acceptance import Draft, open_draft
 from dvirl.evaluation.bench import spread
-from dvirl.evaluation.drift import verifier_sums
+from dvirl.evaluation.drift import verifier_figures, verifier_sums
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face, plain_forward
 from dvirl.evaluation.inference_dvi import dvi_forward
 from dvirl.evaluation.inference_kangaroo import kangaroo_forward
@@ -28,6 +30,7 @@ from dvirl.evaluation.inference_pld import pld_forward
 from dvirl.evaluation.measure import Answer, in_turn
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import (
+    OVERALL,
     Question,
     answer_table,
     measures,
@@ -208,33 +211,22 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
 # Judging
 
 
-def judged(draft: Draft, questions: Sequence[Question], kept: Kept, reference: str) -> pd.DataFrame:
-    """What the verifier makes of every answer, and whether it is the reference's.
+def drifted(draft: Draft, questions: Sequence[Question], answers: dict[int | str, dict[str, Any]]) -> pd.DataFrame:
+    """How far the verifier is from the untouched model on given answers, pooled by task and overall.
 
     Returns:
-        A row for each answer: method, repeat, question_id, `identical`, and the sums `drift.verifier_figures` reads. An
-        answer of `generate` is the untouched model's own.
+        `drift_kl` and `drift_tokens` of `drift.verifier_figures`, by task.
     """
-    known: dict[tuple[tuple[int, ...], ...], list[float]] = {}
-    rows = []
-    for (method, repeat), answers in kept.items():
-        for question in questions:
-            choice = answers[question.question_id]["choices"][0]
-            sums = torch.zeros(5, dtype=torch.float64)
-            for prompt, tokens in zip(
-                prompts_of(question, choice["turns"], draft.loaded), choice["tokens"], strict=True
-            ):
-                key = (tuple(prompt), tuple(tokens))
-                if key not in known:
-                    example = [make_example(prompt, tokens)]
-                    known[key] = verifier_sums(draft.loaded.model, example, draft.target).tolist()
-                sums += torch.tensor(known[key], dtype=torch.float64)
-            if method == GENERATE:
-                sums[0], sums[2:4] = sums[1], 0.0
-            same = choice["tokens"] == kept[reference, repeat][question.question_id]["choices"][0]["tokens"]
-            about = {"method": method, "repeat": repeat, "question_id": question.question_id, "identical": same}
-            rows.append({**about, "sums": sums})
-    return pd.DataFrame(rows)
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
+    for question in questions:
+        choice = answers[question.question_id]["choices"][0]
+        pairs = zip(prompts_of(question, choice["turns"], draft.loaded), choice["tokens"], strict=True)
+        for pair in pairs:
+            found = verifier_sums(draft.loaded.model, [make_example(*pair)], draft.target)
+            for name in (question.task, OVERALL):
+                sums[name] += found
+    rows = [{"task": name, **verifier_figures(one)} for name, one in sums.items()]
+    return pd.DataFrame(rows)[["task", "drift_kl", "drift_tokens"]]
 
 
 def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
@@ -254,8 +246,8 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
     claim(folder, config, draft.loaded)
     kept, overhead = answer_all(draft, questions, config, folder)
-    answers = answer_table(kept).merge(judged(draft, questions, kept, config.reference))
-    found = measures(answers, config.reference, config.seed)
+    found = measures(answer_table(kept), config.reference, config.seed)
+    found = found.merge(drifted(draft, questions, kept[config.reference, 0]))
     content = {
         "arguments": asdict(config),
         **circumstances(draft.loaded),

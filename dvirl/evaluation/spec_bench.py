@@ -5,6 +5,7 @@ committed, its own token included and the prefill left out, so that their mean i
 verifier's passes, the prefill included.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dvirl.data import parse_spec_bench, parsed_rows
 from dvirl.errors import DvirlError
-from dvirl.evaluation.drift import verifier_figures
 from dvirl.evaluation.measure import Answer
 from dvirl.trace import log_line
 
@@ -99,6 +98,7 @@ def write_answer(
         "accept_lengths": [length for one in answers for length in one.accept_lengths],
         "num_drafted": [one.num_drafted for one in answers],
         "num_accepted": [one.num_accepted for one in answers],
+        "nll": [one.nll for one in answers],
         "tokens": [one.tokens for one in answers],
     }
     named = {"question_id": question.question_id, "category": question.category, "answer_id": uuid.uuid4().hex}
@@ -143,7 +143,7 @@ def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
 def _parse_own(row: Any) -> dict[str, Any]:
     choice = parse_answer(row)["choices"][0]
     turns = len(choice["turns"])
-    for name in ("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted", "tokens"):
+    for name in ("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted", "nll", "tokens"):
         if not isinstance(choice.get(name), list) or len(choice[name]) != turns:
             raise DvirlError(f"choices[0].{name} is {choice.get(name)!r:.60}; expected a list, an entry a turn")
     found: dict[str, Any] = row
@@ -164,10 +164,12 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, dict[str, An
         for key, row in answers.items():
             choice = row["choices"][0]
             sums = {name: sum(choice[name]) for name in ("new_tokens", "wall_time", "num_drafted", "num_accepted")}
+            sums["nll"] = math.nan if None in choice["nll"] else sum(choice["nll"])
             lengths = choice["accept_lengths"]
             about = {"method": method, "repeat": repeat, "question_id": key, "category": row["category"]}
             task = Question(key, row["category"], ()).task
-            rows.append({**about, "task": task, **sums, "committed": sum(lengths), "blocks": len(lengths)})
+            said = {"said": str(choice["tokens"]), "committed": sum(lengths), "blocks": len(lengths)}
+            rows.append({**about, "task": task, **sums, **said})
     return pd.DataFrame(rows).assign(tok_per_s=lambda table: table.new_tokens / table.wall_time)
 
 
@@ -175,16 +177,16 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
     """Spec-Bench's figures of every method, for each task and overall.
 
     Args:
-        table: as `answer_table` gives it, every method with the same questions and repeats; with `runner.judged` joined
-            to it, what the verifier makes of the answers is in the result.
+        table: as `answer_table` gives it, every method with the same questions and repeats.
         reference: the method that speed-ups are over; its answers are of the same run.
         seed: of the resampling.
 
     Returns:
         A row for each task and method: `mat`, pooled over verifications; `accept_rate`, pooled over scored drafts;
         `tok_per_s`, the mean of the answers' rates; `speedup`, the ratio of these means, with the interval `low` to
-        `high` that holds it in 95 of 100 resamples of the questions; `speedup_std` over repeats; `ppl`, `drift_kl` and
-        `drift_tokens` of `drift.verifier_figures`; and `identical`, answers that are the reference's, token for token.
+        `high` that holds it in 95 of 100 resamples of the questions; `speedup_std` over repeats; `ppl`, the
+        perplexity of the answers under the verifier that gave them; and `identical`, answers that are those of the
+        reference in the same repeat, token for token.
     """
     rows = []
     tasks = {task: part for task, part in table.groupby("task", sort=False)}
@@ -192,12 +194,13 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
         rates = part.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
         draws = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
         base = rates[reference].to_numpy()
+        said = part.set_index(["question_id", "repeat"]).said
+        plain = said[part.method.eq(reference).to_numpy()]
         for method, own in part.groupby("method", sort=False):
             rate = rates[method].to_numpy()
             again = rate.mean(axis=1)[draws].mean(axis=1) / base.mean(axis=1)[draws].mean(axis=1)
             each = rate.mean(axis=0) / base.mean(axis=0)
-            sums = own[["num_drafted", "num_accepted", "committed", "blocks"]].sum()
-            judged = verifier_figures(torch.stack(list(own["sums"])).sum(dim=0)) if "sums" in own else {}
+            sums = own[["num_drafted", "num_accepted", "committed", "blocks", "new_tokens", "nll"]].sum(skipna=False)
             rows.append(
                 {
                     "task": task,
@@ -210,8 +213,8 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
                     "low": np.quantile(again, 0.025),
                     "high": np.quantile(again, 0.975),
                     "speedup_std": each.std(ddof=1) if len(each) > 1 else np.nan,
-                    **{name: judged[name] for name in ("ppl", "drift_kl", "drift_tokens") if judged},
-                    **({"identical": own.identical.sum()} if "identical" in own else {}),
+                    "ppl": np.exp(sums.nll / sums.new_tokens),
+                    "identical": said[part.method.eq(method).to_numpy()].eq(plain).sum(),
                 }
             )
     return pd.DataFrame(rows)
