@@ -253,7 +253,7 @@ def test_bad_input_is_one_sentence(trace, tmp_path, argv, message, capsys):
 
 
 def test_more_methods_than_colours_are_refused(tmp_path):
-    for name in "abcde":
+    for name in "abcdefg":
         write_line(tmp_path / "t.jsonl", name, 1, "maths", [0], [1], ["word"])
-    with pytest.raises(DvirlError, match="5 methods; a figure shows 1 to 4"):
+    with pytest.raises(DvirlError, match="7 methods; a figure shows 1 to 6"):
         plots.rejections(read_trace(tmp_path / "t.jsonl"))
