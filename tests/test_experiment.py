@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_cli import TINY
 from test_models import save_tiny
 from test_spec_bench import write_questions
@@ -83,6 +84,21 @@ def test_main_takes_a_namespace_of_the_names_of_old(tmp_path, monkeypatch):
 def test_the_settings_are_those_of_both_parts():
     both = DVIExperiment(exit_layer=3, answer_tokens=7)
     assert (both.draft_len, both.longest, both.methods) == (2, 8, "plain,pld,fixed,dvi")
+
+
+def test_a_sweep_takes_the_figures_of_experiments(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [flag.removeprefix("--") for flag in (*TINY, *ASKED)]
+    base = dict(zip(names[::2], map(yaml.safe_load, names[1::2]), strict=True), held_out=4)
+    base |= {"model_name": str(done / "model"), "questions": str(done / "q.jsonl")}
+    grid = {"exit_layer": [base.pop("exit_layer")]}
+    base.pop("threads")
+    Path("s.yaml").write_text(yaml.safe_dump({"run": "experiment", "base": base, "grid": grid}))
+    assert cli.main(["sweep", "s.yaml", "--cores", "1"]) == 0
+    (row,) = json.loads(Path("runs/s/table.json").read_text())["rows"]
+    found = json.loads((done / "results/e.json").read_text())["figures"]
+    assert row["exit_layer"] == 2 and row["ppl_after"] == pytest.approx(found["ppl_after"])  # the same run again
+    assert row["accept_rate_after"] == found["accept_rate_after"]
 
 
 # A checkpoint by itself

@@ -4,6 +4,7 @@ Methods alternate question by question, in an order that changes, so that what e
 run that was cut off goes on where it stopped.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -116,12 +117,11 @@ class EvalConfig(EvalSettings):
 def methods(draft: Draft, how: EvalSettings) -> dict[str, Method]:
     """The ways of decoding asked for, each from a prompt to an answer by the clock."""
     model, target, eos_ids = draft.model, draft.target, draft.loaded.eos_ids
+    stopping = DecodeConfig(how.kangaroo_steps, how.kangaroo_threshold, target)
     ours = {
         "plain": partial(plain_forward, target=target),
         "pld": partial(pld_forward, draft_len=how.longest, target=target),
-        "kangaroo": partial(
-            kangaroo_forward, settings=DecodeConfig(how.kangaroo_steps, how.kangaroo_threshold, target)
-        ),
+        "kangaroo": partial(kangaroo_forward, settings=stopping),
         "fixed": partial(kangaroo_forward, settings=DecodeConfig(how.fixed_len, target=target)),
         "dvi": partial(dvi_forward, draft_len=how.longest, target=target),
         "hybrid": partial(dvi_forward, draft_len=how.longest, target=target, source="hybrid"),
@@ -166,6 +166,19 @@ def answer_question(
     return texts, answers
 
 
+def missing(
+    questions: Sequence[Question], names: Sequence[str], repeats: int, kept: Kept
+) -> list[tuple[str, int, Question]]:
+    """Method, repeat and question of every answer that is not there yet, in the order in which they are to be given."""
+    return [
+        (name, repeat, question)
+        for repeat in range(repeats)
+        for at, question in enumerate(questions)
+        for name in in_turn(names, at + repeat)
+        if question.question_id not in kept[name, repeat]
+    ]
+
+
 @torch.no_grad()
 def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, folder: Path) -> tuple[Kept, float]:
     """Answer what the folder has no answer to yet; every answer is on disk as soon as it is there.
@@ -173,39 +186,27 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
     Returns:
         All answers, and the share of the time that decoding did not take; NaN if nothing was left to answer.
     """
-    loaded, run = draft.loaded, methods(draft, how)
-    files = {
-        (name, turn): folder / "answers" / f"{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run
-    }
+    loaded, run, base = draft.loaded, methods(draft, how), draft.model.base_model
+    files = {(name, turn): folder / f"answers/{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
     kept: Kept = {key: resume_answers(path) for key, path in files.items()}
-    answered = {(*key, one) for key, answers in kept.items() for one in answers}
-    trace = folder / "trace.jsonl"
-    keep_lines(trace, lambda line: (line["method"], line["repeat"], line["question_id"]) in answered)
-    files[how.reference, 0].parent.mkdir(parents=True, exist_ok=True)
-    missing = [
-        (turn, name, question)
-        for turn in range(how.repeats)
-        for at, question in enumerate(questions)
-        for name in in_turn(list(run), at + turn)
-        if question.question_id not in kept[name, turn]
-    ]
-    words = cache(token_texts(loaded.tokenizer))
-    with draft.model.base_model.folded():
-        for decode in run.values() if missing else ():
-            answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
-        began, decoded_s, captured = time.perf_counter(), 0.0, draft.model.base_model.capture_s
-        for turn, name, question in tqdm(missing, desc="answering", unit="answer", leave=False):
-            texts, answers = answer_question(question, run[name], loaded, how.answer_tokens)
+    trace, limit, words = folder / "trace.jsonl", how.answer_tokens, cache(token_texts(loaded.tokenizer))
+    keep_lines(trace, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
+    (folder / "answers").mkdir(exist_ok=True)
+    left = missing(questions, list(run), how.repeats, kept)
+    with base.folded():
+        for name in run if left else ():
+            answer_question(questions[0], run[name], loaded, limit)  # warms up
+        began, decoded_s = time.perf_counter(), -base.capture_s
+        for name, repeat, question in tqdm(left, desc="answering", unit="answer", leave=False):
+            texts, answers = answer_question(question, run[name], loaded, limit)
+            about: Any = {"method": name, "question_id": question.question_id, "category": question.category}
+            for turn, one in enumerate(answers):
+                log_line(trace, accept_events(one.blocks, words, **about, turn=turn, repeat=repeat))
+            write_answer(files[name, repeat], question, f"{loaded.name}-{name}", texts, answers)
             decoded_s += sum(one.wall_s for one in answers)
-            for at, one in enumerate(answers):
-                asked: Any = {"question_id": question.question_id, "category": question.category}
-                log_line(trace, accept_events(one.blocks, words, method=name, **asked, turn=at, repeat=turn))
-            path = files[name, turn]
-            write_answer(path, question, f"{loaded.name}-{name}", texts, answers)
-        decoded_s += draft.model.base_model.capture_s - captured
-        spent = time.perf_counter() - began
+        decoded_s, spent_s = decoded_s + base.capture_s, time.perf_counter() - began
     kept = {key: resume_answers(path) for key, path in files.items()}
-    return kept, 1 - decoded_s / spent if missing else float("nan")
+    return kept, 1 - decoded_s / spent_s if left else math.nan
 
 
 # Judging
