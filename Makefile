@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick evaluate bench experiments-quick lint lab shell notebooks clean
+.PHONY: help setup train test test-quick faults evaluate bench experiments-quick lint lab shell notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ evaluate: $(READY)  ## judge the drafter in the box by Spec-Bench's measures, on
 
 test-quick: $(READY)  ## the tests that need no real model
 	$(BIN)/pytest tests -n 2 --dist worksteal -m 'not real'
+
+faults: $(READY)  ## kill a run at 120 places and see that, resumed, it is the run that was never killed
+	DVIRL_FAULTS=120 $(BIN)/pytest tests/test_resume.py -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

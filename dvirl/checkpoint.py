@@ -1,8 +1,10 @@
 """A run on disk: config.yaml once, and checkpoints that appear whole or not at all."""
 
+import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import sys
 import tempfile
@@ -13,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +27,7 @@ from torch import Tensor
 from dvirl.config import ModelSettings
 from dvirl.errors import DvirlError
 from dvirl.settings import Settings, read_yaml
+from dvirl.trace import write_text
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 DRAFTER = "drafter.safetensors"
 STATE = ("trainer.safetensors", "trainer.json")
+MANIFEST = "manifest.json"
 
 
 def environment() -> dict[str, Any]:
@@ -60,9 +66,8 @@ def circumstances(loaded: "LoadedModel") -> dict[str, Any]:
 
 def write_config(folder: Path, config: Settings, loaded: "LoadedModel", **more: Any) -> None:
     """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = {"config": asdict(config), **circumstances(loaded), **more}
-    (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: bool = True) -> Path:
@@ -80,16 +85,113 @@ def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: 
 
 
 @contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, and clear away what a killed one left half-written.
+
+    Raises:
+        DvirlError: if another process is at it; the message says which.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(run_dir / ".lock", timeout=0), run_dir / ".holder"
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DvirlError(f"{run_dir} is in use by {holder.read_text()}; wait for it, or choose another") from error
+    try:
+        write_text(holder, f"process {os.getpid()} on {platform.node()}")
+        for left in (*run_dir.glob("checkpoints/.writing-*"), *run_dir.glob("checkpoints/.gone-*")):
+            shutil.rmtree(left)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails."""
+    """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails.
+
+    Raises:
+        DvirlError: if it cannot be written.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
         filled = Path(scratch) / folder.name
         filled.mkdir()
-        yield filled
-        if folder.exists():
-            shutil.rmtree(folder)
+        try:
+            yield filled
+            for path in (*filled.rglob("*"), filled):
+                _flush(path)
+        except (OSError, SafetensorError) as error:
+            raise DvirlError(f"{folder}: could not be written ({error}); what was there before is whole") from error
+        _discard(folder)
         os.replace(filled, folder)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder if it is there, never leaving a part of it under its name."""
+    if folder.exists():
+        gone = folder.with_name(f".gone-{folder.name}")
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints of a run but the newest `keep` and the one of the best `score`."""
+    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+    best = max(folders, key=lambda folder: json.loads((folder / "trainer.json").read_text())["score"])
+    for folder in folders[:-keep]:
+        if folder != best:
+            _discard(folder)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The checksum of every file of a folder, by its path inside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def verify(folder: Path) -> None:
+    """See that a checkpoint holds what was written.
+
+    Raises:
+        DvirlError: for a file that is missing, truncated or changed; the message names it.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        now = _sums(folder)
+    except (OSError, ValueError) as error:
+        raise DvirlError(f"{folder}: no readable {MANIFEST} ({error}); not a complete checkpoint") from error
+    for name, checksum in manifest.items():
+        if now.get(name) != checksum:
+            wrong = "is missing" if name not in now else "is not what was written, cut off or changed"
+            raise DvirlError(f"{folder / name} {wrong}; remove {folder} to go on from the checkpoint before it")
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator: tensors under `tensors`, plain numbers under `numbers`."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {"tensors": tensors, "numbers": {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}}
+
+
+def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Restore what `random_state` gave."""
+    torch.set_rng_state(tensors["rng.torch"].cpu())
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
+    version, inner, gauss = numbers["python"]
+    random.setstate((version, tuple(inner), gauss))
+    np.random.set_state(tuple(numbers["numpy"]))
 
 
 def save(
@@ -112,6 +214,7 @@ def save(
             tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
             save_file(tensors, scratch / "trainer.safetensors")
             (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
+        (scratch / MANIFEST).write_text(json.dumps(_sums(scratch), indent=1) + "\n")
     return folder
 
 
@@ -127,6 +230,8 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
     missing = [name for name in (*adapters, DRAFTER, *(() if draft_only else STATE)) if not (folder / name).exists()]
     if missing:
         raise DvirlError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
+    if not draft_only or (folder / MANIFEST).exists():
+        verify(folder)
     device = model.head_model.weight.device
     try:
         for name in adapters:
@@ -209,11 +314,26 @@ def claim(run_dir: Path, config: Settings, loaded: "LoadedModel") -> None:
     write_config(run_dir, config, loaded)
 
 
-def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """See that settings kept in a file are those of now.
+def run_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The settings of a run, from its `config.yaml`.
+
+    Raises:
+        DvirlError: if the folder holds no run.
+    """
+    path = Path(run_dir) / "config.yaml"
+    settings = read_yaml(path).get("config")
+    if not isinstance(settings, dict):
+        raise DvirlError(f"{path}: expected the settings of a run under 'config'")
+    return settings
+
+
+def refuse_other(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], instead: str = "choose another folder"
+) -> None:
+    """See that settings kept in a file are those of now; `instead` is what else to do.
 
     Raises:
         DvirlError: if they differ; the message names them.
     """
     if differ := [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]:
-        raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; choose another folder")
+        raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; {instead}")

@@ -43,9 +43,12 @@ def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> 
     """Run a command; bad input is one sentence on standard error and exit code 2."""
     try:
         command(argv)
-    except DvirlError as error:
+    except (DvirlError, OSError) as error:
         print(f"dvirl: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dvirl: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -164,6 +164,8 @@ class DVIConfig(DraftSettings):
     """Norm to which gradients are clipped."""
     checkpoint_every: int = number(100, 1)
     """Fast updates between checkpoints, which fall between two rollouts; one is always written at the end."""
+    keep_checkpoints: int = number(3, 1)
+    """Newest checkpoints that are kept; the one with the best accept rate of the steps before it is kept as well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -115,7 +115,7 @@ def with_help(kind: type[Config]) -> type[Config]:
 
 
 def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
-    """Settings from flags, on top of a YAML file if `--config` names one.
+    """Settings from flags, on top of a YAML file if `--config` names one, or of those of a run that is to `--resume`.
 
     Raises:
         DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
@@ -123,9 +123,12 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
     first = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="", help="YAML file of settings; flags override it")
     parser = HfArgumentParser(with_help(kind), prog=prog, description=description, parents=[first])
-    path = first.parse_known_args(argv)[0].config
+    first.add_argument("--resume", default="")
+    given = first.parse_known_args(argv)[0]
+    path = given.config or (f"{given.resume}/config.yaml" if given.resume else "")
     if path:
         values = read_yaml(path)
+        values = values.get("config", values)  # a run's own file has more than settings
         from_mapping(kind, values, path)
         parser.set_defaults(**values)
     args = parser.parse_args(list(argv))

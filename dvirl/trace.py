@@ -1,6 +1,7 @@
 """The logs of a run and of an evaluation: one JSON object a line, written at once, read as a table."""
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -98,10 +99,21 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file, its folder too if there is none: whole or not at all, and on the disk when this returns."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
 def write_json(path: str | Path, values: Any) -> None:
-    """Write a JSON file, its folder too if there is none; what is not a number is null."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(plain(values), indent=1) + "\n")
+    """Write a JSON file as `write_text` does; what is not a number is null."""
+    write_text(path, json.dumps(plain(values), indent=1) + "\n")
 
 
 def log_line(path: Path, values: Mapping[str, Any]) -> None:
@@ -114,7 +126,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines of a log that are not to be kept, and a torn last one."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if keep(json.loads(line))), encoding="utf-8")
+        write_text(path, "".join(line for line in lines if keep(json.loads(line))))
 
 
 def cut_log(path: Path, step: int) -> None:

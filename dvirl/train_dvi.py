@@ -2,15 +2,27 @@
 
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dvirl import cli, settings
 from dvirl.config import DVIConfig
 from dvirl.trace import read_metrics
-from dvirl.trainer import DVITrainer
+from dvirl.trainer import DVITrainer, resume
 
-parse_args = partial(settings.parse_args, DVIConfig, "dvirl train", "Train a draft while it generates.")
+
+@dataclass(frozen=True)
+class TrainConfig(DVIConfig):
+    """Settings of a run, and whether it is one that goes on."""
+
+    resume: str = ""
+    """Folder of a run to go on with, from its newest checkpoint, by its own settings."""
+    accept_changes: bool = False
+    """Let a run go on with settings that other flags change."""
+
+
+parse_args = partial(settings.parse_args, TrainConfig, "dvirl train", "Train a draft while it generates.")
 """Settings from flags; see `settings.parse_args`."""
 
 
@@ -24,9 +36,15 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
         The trainer, its run done.
 
     Raises:
-        DvirlError: for bad settings, a bad source, or a run folder that holds a run already.
+        DvirlError: for bad settings, a bad source, a run folder that holds a run already, or none to resume.
     """
-    trainer = DVITrainer(settings.from_namespace(DVIConfig, args))
+    config = settings.from_namespace(TrainConfig, args)
+    run = settings.part(DVIConfig, config)
+    if isinstance(config, TrainConfig) and config.resume:
+        trainer = resume(config.resume, run, accept_changes=config.accept_changes)
+        print(f"{config.resume}: {trainer.counters.prompts} of {run.num_prompts} prompts are done")
+    else:
+        trainer = DVITrainer(run)
     trainer.train()
     run_dir = Path(trainer.config.run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")

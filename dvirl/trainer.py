@@ -22,10 +22,12 @@ from dvirl.buffer import ReplayBuffer, TrainingBatch
 from dvirl.config import DVIConfig
 from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
+from dvirl.interrupt import Stop, stoppable
 from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, fast_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
-from dvirl.trace import Counters, SlowResult, StepMetrics, log_line
+from dvirl.settings import from_mapping, read_yaml
+from dvirl.trace import Counters, SlowResult, StepMetrics, cut_log, log_line
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -141,6 +143,7 @@ class DVITrainer:
         self.counters, self.served = Counters(), Served()
         self.rates: list[float] = []
         self.answer: Answer = self._generate
+        self.resumed = False
         if config.start_from:
             checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
 
@@ -149,14 +152,27 @@ class DVITrainer:
     def train(self, show_progress: bool = True) -> None:
         """Run until `num_prompts` are done, logging every step and writing checkpoints into `run_dir`.
 
+        Ctrl-C and SIGTERM end it behind the batch of prompts at hand, with a checkpoint; called again, it goes on.
+
         Raises:
-            DvirlError: if `run_dir` holds another run already.
+            DvirlError: if `run_dir` holds another run already, another process is at it, or the disk is full.
         """
-        config, counters = self.config, self.counters
-        log = checkpoint.start_log(Path(config.run_dir), config, self.loaded, new=counters.step == 0)
-        last_saved = counters.step
+        config, counters, run_dir = self.config, self.counters, Path(self.config.run_dir)
+        with checkpoint.held(run_dir), stoppable() as stop:
+            log = checkpoint.start_log(run_dir, config, self.loaded, new=counters.step == 0 and not self.resumed)
+            cut_log(log, counters.step)
+            if not self.finished:
+                self._run(log, stop, show_progress)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all prompts are done."""
+        return self.counters.prompts >= self.config.num_prompts
+
+    def _run(self, log: Path, stop: Stop, show_progress: bool) -> None:
+        config, counters, last_saved = self.config, self.counters, self.counters.step
         with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
-            while counters.prompts < config.num_prompts:
+            while not self.finished and not stop.signal:
                 for metrics in self.advance():
                     log_line(log, asdict(metrics))
                     bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
@@ -377,8 +393,8 @@ class DVITrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
-        buffer = self.buffer.state_dict()
-        tensors = {**buffer["tensors"], "generator": self.generator.get_state()}
+        buffer, drawn = self.buffer.state_dict(), checkpoint.random_state()
+        tensors = {**buffer["tensors"], **drawn["tensors"], "generator": self.generator.get_state()}
         tensors |= lora.optimizer_tensors(fast=self.fast_optimizer, slow=self.slow_optimizer)
         numbers = {
             "counters": asdict(self.counters),
@@ -387,6 +403,8 @@ class DVITrainer:
             "baseline": [self.baseline.value, self.baseline.count],
             "stream": {"position": self.split.stream.position},
             "buffer": buffer["numbers"],
+            "random": drawn["numbers"],
+            "score": fmean(self.rates[-DRIFT_WINDOW:]) if self.rates else 0.0,
         }
         return {"tensors": tensors, "numbers": numbers}
 
@@ -400,11 +418,14 @@ class DVITrainer:
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
         lora.load_optimizers(tensors, fast=self.fast_optimizer, slow=self.slow_optimizer)
+        checkpoint.set_random_state(tensors, numbers["random"])
 
     def save_checkpoint(self) -> Path:
-        """Write a checkpoint of the run as it stands; return its folder."""
+        """Write a checkpoint of the run as it stands, and remove old ones; return its folder."""
         run_dir, step = Path(self.config.run_dir), self.counters.step
-        return checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
+        folder = checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
+        checkpoint.prune(run_dir, self.config.keep_checkpoints)
+        return folder
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continue from a checkpoint of a run with the same settings.
@@ -413,3 +434,35 @@ class DVITrainer:
             DvirlError: if it is incomplete or belongs to another model or settings.
         """
         self.load_state_dict(checkpoint.load(Path(folder), self.peft_model, self.model))
+
+
+def resume(
+    run_dir: str | Path,
+    config: DVIConfig | None = None,
+    loaded: LoadedModel | None = None,
+    split: PromptSplit | None = None,
+    accept_changes: bool = False,
+) -> DVITrainer:
+    """A trainer that goes on from the newest checkpoint of a run, or from its beginning if it has none yet.
+
+    Args:
+        run_dir: the run's folder, which may have been moved.
+        config: the settings to go on with; the run's own if not given.
+        loaded, split: as for `DVITrainer`.
+        accept_changes: go on with other settings than the run's.
+
+    Raises:
+        DvirlError: if the folder holds no run, or one of other settings or another model, or a broken checkpoint.
+    """
+    path, before = Path(run_dir) / "config.yaml", {**checkpoint.run_settings(run_dir), "run_dir": str(run_dir)}
+    config = replace(config or from_mapping(DVIConfig, before, str(path)), run_dir=str(run_dir))
+    if not accept_changes:
+        checkpoint.refuse_other(path, before, asdict(config), "give --accept_changes true to go on with these")
+    trainer = DVITrainer(config, loaded, split)
+    made_for = read_yaml(path).get("model", {}).get("fingerprint")
+    if made_for != trainer.loaded.fingerprint:
+        raise DvirlError(f"{path}: the run is of the model {made_for}, and this one is {trainer.loaded.fingerprint}")
+    trainer.resumed = True
+    if any((Path(run_dir) / "checkpoints").glob("step-*")):
+        trainer.load_checkpoint(checkpoint.newest(run_dir))
+    return trainer

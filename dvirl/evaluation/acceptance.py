@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvirl.checkpoint import newest
+from dvirl.checkpoint import newest, run_settings
 from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
 from dvirl.models import LoadedModel, load_drafter
-from dvirl.settings import from_mapping, read_yaml
+from dvirl.settings import from_mapping
 from dvirl.trace import write_json
 from dvirl.trainer import DVITrainer
 from kangaroo.earlyexit import DecodeConfig
@@ -28,11 +28,8 @@ def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
     Raises:
         DvirlError: if the folder holds no run.
     """
-    path = Path(run_dir) / "config.yaml"
-    checkpoint, settings = newest(run_dir), read_yaml(path).get("config")
-    if not isinstance(settings, dict):
-        raise DvirlError(f"{path}: expected the settings of a run under 'config'")
-    return DVITrainer(from_mapping(DVIConfig, {**settings, **changes}, str(path))), checkpoint
+    checkpoint, settings = newest(run_dir), {**run_settings(run_dir), **changes}
+    return DVITrainer(from_mapping(DVIConfig, settings, f"{run_dir}/config.yaml")), checkpoint
 
 
 @dataclass(frozen=True)

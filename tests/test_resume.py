@@ -1,0 +1,321 @@
+"""Nothing is lost: a run that is killed anywhere and resumed is the run that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_loaded, tiny_split
+from safetensors.torch import load_file
+from test_models import save_tiny
+from test_trainer import tiny_settings
+
+from dvirl import checkpoint, cli, trace, trainer
+from dvirl.checkpoint import held, newest, prune, verify
+from dvirl.errors import DvirlError
+from dvirl.evaluation.bench import spread
+from dvirl.interrupt import stoppable
+from dvirl.trainer import DVITrainer, resume
+
+POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
+"""Places at which runs are killed; `make faults` takes more."""
+EVENTS = [(trainer, "generate"), (trainer, "cut_log"), (trainer, "log_line"), (DVITrainer, "_judge"), (DVITrainer, "step"),
+          (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (checkpoint, "_flush"), (checkpoint, "prune"),
+          (checkpoint, "_discard"), (checkpoint, "write_text"), (trace, "write_text"), (os, "replace")]  # fmt: skip
+"""What is going on when a run is killed, before it and after it."""
+
+
+def settings(folder, **changes):
+    return tiny_settings(run_dir=str(folder), keep_checkpoints=1, **changes)
+
+
+def attempt(folder: Path, kill_at: int = 0) -> int:
+    """Begin a run or go on with it, to be killed at so manieth an event; how many there were."""
+    count = 0
+
+    def tick():
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(real):
+        def call(*args, **how):
+            tick()
+            found = real(*args, **how)
+            tick()
+            return found
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in EVENTS:
+            patch.setattr(owner, name, watched(getattr(owner, name)))
+        if (folder / "config.yaml").exists():
+            run = resume(folder, None, tiny_loaded(), tiny_split())
+        else:
+            run = DVITrainer(settings(folder), tiny_loaded(), tiny_split())
+        run.train(show_progress=False)
+    return count
+
+
+def in_child(work) -> int:
+    """Run in a process of its own; how that ended, as `os.waitpid` says it."""
+    number = os.fork()
+    if number == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(number, 0)[1]
+
+
+def timeless(values):
+    """Without what the clock says."""
+    return {name: value for name, value in values.items() if not name.endswith("_s") and name != "tok_per_s"}
+
+
+def what_is_there(folder: Path):
+    """Everything that a run leaves but the times: log, weights, and the trainer's state."""
+    lines = [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = newest(folder)
+    verify(last)
+    tensors = {str(path.relative_to(last)): load_file(path) for path in last.rglob("*.safetensors")}
+    numbers = json.loads((last / "trainer.json").read_text())
+    numbers |= {name: timeless(numbers[name]) for name in ("counters", "served")}
+    return lines, tensors, numbers
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed: its folder, and how many events it had."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, attempt(folder)
+
+
+@pytest.mark.parametrize("part", range(POINTS))
+def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part):
+    folder, events = whole
+    assert events > 100
+    kill_at = spread(range(1, events + 1), POINTS)[part]
+    status = in_child(lambda: attempt(tmp_path / "run", kill_at))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    for checkpoints in (tmp_path / "run").glob("checkpoints/step-*"):
+        verify(checkpoints)
+    assert in_child(lambda: attempt(tmp_path / "run")) == 0
+    lines, tensors, numbers = what_is_there(tmp_path / "run")
+    expected = what_is_there(folder)
+    assert lines == expected[0] and numbers == expected[2] and tensors.keys() == expected[1].keys()
+    for file, values in tensors.items():
+        assert values.keys() == expected[1][file].keys()
+        assert all(torch.equal(value, expected[1][file][name]) for name, value in values.items()), file
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_a_torn_last_line_is_written_anew(whole, tmp_path):
+    folder, events = whole
+    assert os.WIFSIGNALED(in_child(lambda: attempt(tmp_path / "run", events // 2)))
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    assert in_child(lambda: attempt(tmp_path / "run")) == 0
+    assert what_is_there(tmp_path / "run")[0] == what_is_there(folder)[0]
+
+
+def test_a_finished_run_resumed_does_nothing(whole):
+    folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+    lines = (folder / "metrics.jsonl").read_text()
+    run = resume(folder, None, tiny_loaded(), tiny_split())
+    assert run.finished
+    run.train(show_progress=False)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")} == before
+    assert (folder / "metrics.jsonl").read_text() == lines
+
+
+def test_every_random_generator_goes_on(tmp_path):
+    run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+    folder = run.save_checkpoint()
+    expected = (torch.rand(3), np.random.rand(3), torch.rand(3, generator=run.generator))
+    resume_from = DVITrainer(settings(tmp_path / "other"), tiny_loaded(), tiny_split())
+    resume_from.load_checkpoint(folder)
+    found = (torch.rand(3), np.random.rand(3), torch.rand(3, generator=resume_from.generator))
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+# Settings
+
+
+def test_other_settings_are_refused_unless_accepted(whole):
+    folder, _ = whole
+    other = settings(folder, lr_shallow=1e-3, fast_batch=5)
+    with pytest.raises(DvirlError) as error:
+        resume(folder, other, tiny_loaded(), tiny_split())
+    assert "fast_batch (3, now 5), lr_shallow (0.004, now 0.001); give --accept_changes" in str(error.value)
+    assert resume(folder, other, tiny_loaded(), tiny_split(), accept_changes=True).config.fast_batch == 5
+    with pytest.raises(DvirlError, match="the run is of the model sha256:tiny, and this one is sha256:other"):
+        loaded = tiny_loaded()
+        resume(folder, None, type(loaded)(**{**vars(loaded), "fingerprint": "sha256:other"}), tiny_split())
+
+
+def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):
+    flags = ["--exit_layer", "2", "--num_prompts", "8", "--rollout_batch", "4", "--max_new_tokens", "8", "--fast_batch", "1",
+             "--lora_rank", "2", "--draft_vocab", "0", "--threads", "1", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    run_dir = tmp_path / "run"
+    assert cli.main(["train", "--model_name", str(save_tiny(tmp_path / "m")), "--run_dir", str(run_dir), *flags]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(run_dir)]) == 0
+    assert f"{run_dir}: 8 of 8 prompts are done" in capsys.readouterr().out
+    assert cli.main(["train", "--resume", str(run_dir), "--num_prompts", "12"]) == 2
+    assert "num_prompts (8, now 12); give --accept_changes true" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(run_dir), "--num_prompts", "12", "--accept_changes"]) == 0
+    assert "8 of 12 prompts are done" in capsys.readouterr().out
+    moved = run_dir.rename(tmp_path / "moved")
+    assert cli.main(["train", "--resume", str(moved)]) == 0
+    assert cli.main(["train", "--resume", str(tmp_path / "none")]) == 2
+    assert "none/config.yaml: No such file" in capsys.readouterr().err
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(whole, tmp_path, monkeypatch, number, code):
+    real = DVITrainer.step
+
+    def step(self):
+        if self.counters.step == 2:
+            os.kill(os.getpid(), number)
+        return real(self)
+
+    def work():
+        monkeypatch.setattr(DVITrainer, "step", step)
+        run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+        os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+
+    status = in_child(work)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == code
+    reached = json.loads((newest(tmp_path / "run") / "trainer.json").read_text())["counters"]
+    assert 2 < reached["step"] and reached["prompts"] == 8
+    assert in_child(lambda: attempt(tmp_path / "run")) == 0
+    assert what_is_there(tmp_path / "run")[0] == what_is_there(whole[0])[0]
+
+
+def test_an_interrupted_cell_can_be_run_again(whole, tmp_path, monkeypatch):
+    run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+    real, asked = DVITrainer.step, []
+
+    def step(self):
+        if not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGINT))
+        return real(self)
+
+    monkeypatch.setattr(DVITrainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(show_progress=False)
+    assert not run.finished and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run.train(show_progress=False)
+    assert what_is_there(tmp_path / "run")[0] == what_is_there(whole[0])[0]
+
+
+def test_a_second_signal_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        raise AssertionError("still there")
+
+
+def test_threads_that_get_no_signals_train_all_the_same():
+    found = []
+
+    def work():
+        with stoppable() as stop:
+            found.append(stop.signal)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("drafter.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is not what was written"),
+        ("lora_S/adapter_model.safetensors", lambda data: data[: len(data) // 2], "is not what was written"),
+        ("trainer.safetensors", None, "trainer.safetensors missing"),
+        ("lora_D/adapter_config.json", None, "lora_D/adapter_config.json is missing"),
+        ("manifest.json", lambda data: b"{", "no readable manifest.json"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_was_written_is_named(whole, tmp_path, file, change, message):
+    run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+    folder = run.save_checkpoint()
+    path = folder / file
+    data = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(data))
+    with pytest.raises(DvirlError, match=message) as error:
+        run.load_checkpoint(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, score in enumerate((0.1, 0.5, 0.2, 0.3, 0.4), start=1):
+        folder = tmp_path / f"checkpoints/step-{step:06d}"
+        trace.write_text(folder / "trainer.json", json.dumps({"score": score}))
+    prune(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_a_full_disk_ends_a_run_with_the_last_checkpoint_whole(whole, tmp_path, capfd):
+    """Files of the process may not grow beyond a size, by the system, which is met in the middle of a checkpoint."""
+    sizes = sorted(path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file())
+
+    def work():
+        run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+        first = run.save_checkpoint()
+        assert first.exists()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1000, sizes[-1] - 1000))
+        os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+
+    status = in_child(work)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
+    assert "could not be written" in capfd.readouterr().err
+    (folder,) = (tmp_path / "run/checkpoints").iterdir()
+    verify(folder)
+
+
+def test_a_second_process_is_told_who_holds_a_run(tmp_path):
+    with held(tmp_path):
+        with pytest.raises(DvirlError, match=rf"is in use by process {os.getpid()} on \S+; wait for it"), held(tmp_path):
+            pass
+    with held(tmp_path):
+        pass
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    for name in (".writing-x", ".gone-step-000001", "step-000002"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with held(tmp_path):
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
