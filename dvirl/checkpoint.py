@@ -175,13 +175,23 @@ def verify(folder: Path) -> None:
             raise DvirlError(f"{folder / name} {wrong}; remove {folder} to go on from the checkpoint before it")
 
 
+def seed_all(seed: int) -> None:
+    """Seed every global random generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: tensors under `tensors`, plain numbers under `numbers`."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state(legacy=True)
-    return {"tensors": tensors, "numbers": {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}}
+    return {
+        "tensors": tensors,
+        "numbers": {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]},
+    }
 
 
 def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ class DVITrainer:
 
     def __init__(self, config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> None:
         torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
+        checkpoint.seed_all(config.seed)
         self.config = config
         self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
         self.split = split or load_prompts(config, self.loaded)

@@ -151,7 +151,7 @@ def test_broken_checkpoints_are_named(tmp_path):
     trainer, _ = run(tmp_path)
     folder = newest(tmp_path / "run")
     (folder / "drafter.safetensors").write_bytes(b"garbage")
-    with pytest.raises(DvirlError, match="unreadable checkpoint"):
+    with pytest.raises(DvirlError, match="drafter.safetensors is not what was written"):
         trainer.load_checkpoint(folder)
     (folder / "drafter.safetensors").unlink()
     with pytest.raises(DvirlError, match=r"not a complete checkpoint, drafter\.safetensors missing"):
