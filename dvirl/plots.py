@@ -117,6 +117,8 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: str | Pa
             axes.plot(contexts, times, "o-", color=colour)
             _label_end(axes, contexts[-1], times[-1], name, colour)
         axes.set(xlabel="tokens before the step", ylabel="milliseconds", xscale="log", ylim=(0, None))
+        axes.set_xticks(contexts, labels=map(str, contexts))
+        axes.minorticks_off()
         axes.set_title(f"What a step costs as the text grows (exit layer {steps[0][0]})")
 
 
