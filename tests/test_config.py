@@ -11,7 +11,7 @@ import pytest
 from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
-from dvirl.settings import from_mapping, from_namespace, read_yaml, with_help
+from dvirl.settings import from_mapping, from_namespace, part, read_yaml, with_help
 from dvirl.train_dvi import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -53,9 +53,9 @@ def test_every_field_has_a_help_text_and_a_flag():
     texts = {field.name: field.metadata["help"] for field in dataclasses.fields(with_help(DVIConfig))}
     assert set(texts) == {field.name for field in FIELDS} and all(len(text) > 5 for text in texts.values())
     config = parse_args(
-        [part for field in FIELDS for part in (f"--{field.name}", str(field.default)) if str(field.default)]
+        [word for field in FIELDS for word in (f"--{field.name}", str(field.default)) if str(field.default)]
     )
-    assert config == DVIConfig()
+    assert part(DVIConfig, config) == DVIConfig()
 
 
 def test_flags_override_yaml(tmp_path):
@@ -138,4 +138,4 @@ def test_run_folders_are_new(tmp_path, monkeypatch):
 
 
 def test_no_flag_at_all_gives_the_defaults():
-    assert parse_args([]) == DVIConfig()
+    assert part(DVIConfig, parse_args([])) == DVIConfig()

@@ -97,7 +97,7 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
         raise OSError("no space left")
 
     monkeypatch.setattr(checkpoint, "write_config", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(DvirlError, match="could not be written .no space left.; what was there before is whole"):
         checkpoint.export(tmp_path / "other", peft_model, model, config, loaded)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 

@@ -203,7 +203,7 @@ def test_the_same_seed_gives_the_same_run_and_its_checkpoint_loads_again(tmp_pat
     )
     folder = tmp_path / "a" / "checkpoints" / "step-000005"
     assert result.checkpoint == str(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["drafter.safetensors", "lora_S"]
+    assert sorted(path.name for path in folder.iterdir()) == ["drafter.safetensors", "lora_S", "manifest.json"]
     fresh = SGPTrainer(sgp_settings(draft_vocab=100, seed=5), tiny_loaded(), pairs()[::-1])
     checkpoint.load(folder, fresh.peft_model, fresh.model, draft_only=True)
     mine, its = first.model.state_dict(), fresh.model.state_dict()
