@@ -46,7 +46,7 @@ bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl 
 	$(BIN)/dvirl bench smollm2-135m-k2 $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
 
 evaluate: $(READY)  ## judge the drafter in the box by Spec-Bench's measures, on the packaged questions, all methods in turn
-	$(BIN)/dvirl evaluate --answer_tokens 40 --run_dir runs/evaluate-$(STAMP)
+	$(BIN)/dvirl evaluate --answer_tokens 32 --run_dir runs/evaluate-$(STAMP)
 
 test-quick: $(READY)  ## the tests that need no real model
 	$(BIN)/pytest tests -n 2 --dist worksteal -m 'not real'
