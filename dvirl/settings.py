@@ -128,7 +128,7 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
     path = given.config or (f"{given.resume}/config.yaml" if given.resume else "")
     if path:
         values = read_yaml(path)
-        values = values.get("config", values)  # a run's own file has more than settings
+        values = values["config"] if isinstance(values.get("config"), dict) else values  # a run's file has more
         from_mapping(kind, values, path)
         parser.set_defaults(**values)
     args = parser.parse_args(list(argv))

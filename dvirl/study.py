@@ -43,7 +43,7 @@ from dvirl.models import LoadedModel, load
 from dvirl.rollout import Responses, Tape, draft_logits_at, generate, judge
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer, make_example
-from dvirl.trace import plain, read_metrics, write_json
+from dvirl.trace import plain, read_metrics, write_json, write_text
 from dvirl.trainer import DVITrainer, Served
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -521,9 +521,7 @@ def resume(study: Study, kept: Path) -> dict[str, Row]:
     differ += [f"seed {seed}" for seed in before.get("seeds", []) if seed not in now["seeds"]]
     if rows and differ:
         raise DvirlError(f"{kept} is of another study ({', '.join(differ)}); remove it, or give another --out")
-    scratch = kept.with_name(f".{kept.name}")
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in [now, *rows]))
-    scratch.replace(kept)
+    write_text(kept, "".join(json.dumps(line) + "\n" for line in [now, *rows]))
     return {row_name(row): row for row in rows}
 
 

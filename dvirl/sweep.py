@@ -82,8 +82,7 @@ def run_cell(sweep: Sweep, cell: dict[str, object], stop: Event) -> None:
         process.terminate()  # which does nothing to one that has ended
     if process.returncode == 0:
         made = {"command": shlex.join(command), "seconds": (pd.Timestamp.now() - began).total_seconds()}
-        trace.write_json(folder / ".cell.json", {"settings": cell, **made, "figures": read_figures(folder)})
-        (folder / ".cell.json").replace(folder / "cell.json")
+        trace.write_json(folder / "cell.json", {"settings": cell, **made, "figures": read_figures(folder)})
 
 
 def read_figures(folder: Path) -> dict[str, float]:

@@ -123,10 +123,15 @@ def log_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of a log that are not to be kept, and a torn last one."""
+    """Drop the lines of a log that are not to be kept, and a torn last one.
+
+    Raises:
+        DvirlError: for another line that is no JSON.
+    """
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        write_text(path, "".join(line for line in lines if keep(json.loads(line))))
+        where = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1))
+        write_text(path, "".join(line for place, line in where if keep(parse_line(place, line))))
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -139,3 +139,9 @@ def test_run_folders_are_new(tmp_path, monkeypatch):
 
 def test_no_flag_at_all_gives_the_defaults():
     assert part(DVIConfig, parse_args([])) == DVIConfig()
+
+
+def test_a_file_whose_config_is_no_mapping_is_one_sentence(tmp_path):
+    (tmp_path / "x.yaml").write_text("config: 5\n")
+    with pytest.raises(DvirlError, match="unknown setting config"):
+        parse_args(["--config", str(tmp_path / "x.yaml")])

@@ -19,6 +19,7 @@ from dvirl.trace import (
     FACETS,
     accept_events,
     accept_rates,
+    cut_log,
     log_line,
     read_metrics,
     read_trace,
@@ -257,3 +258,14 @@ def test_more_methods_than_colours_are_refused(tmp_path):
         write_line(tmp_path / "t.jsonl", name, 1, "maths", [0], [1], ["word"])
     with pytest.raises(DvirlError, match="7 methods; a figure shows 1 to 6"):
         plots.rejections(read_trace(tmp_path / "t.jsonl"))
+
+
+def test_a_broken_line_of_a_log_that_is_cut_is_named(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"step": 1}\nno json\n{"step": 2}\n')
+    with pytest.raises(DvirlError, match=r"t.jsonl:2: not valid JSON"):
+        cut_log(path, 1)
+    assert path.read_text().startswith('{"step": 1}\nno json')  # as it was
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    cut_log(path, 1)
+    assert path.read_text() == '{"step": 1}\n'

@@ -15,7 +15,7 @@ from dvirl.evaluation.acceptance import Draft
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.runner import EvalConfig, EvalSettings, evaluate
 from dvirl.settings import part
-from dvirl.trace import plain, write_json
+from dvirl.trace import write_json
 
 COMPARED = {
     "accept_rate": "fixed",
@@ -96,7 +96,7 @@ class Experiment:
             "figures": {f"{name}_{when}": value for name, row in compared.iterrows() for when, value in row.items()},
             "before": before.to_dict("records"),
             "after": after.to_dict("records"),
-            **plain(trained),
+            **trained,
         }
         path = Path(f"{self.folder}.json")
         draw(self.folder / "training.png")
