@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from dvirl.errors import DvirlError
 from dvirl.settings import MANY, Settings, choice, number
+from dvirl.trackers import TRACKERS
 from kangaroo.adapter import DRAFTERS
 from kangaroo.earlyexit import TARGETS, DecodeConfig
 from kangaroo.kangaroo_model import HEADS
@@ -130,18 +131,18 @@ class DVIConfig(DraftSettings):
     kl_floor: float = number(0.5, 0, 1)
     """kl_to_rl: weight that the KL keeps; without any, drafts lose their calibration."""
     rollout_batch: int = number(64, 1, 65536)
-    """Prompts answered by the verifier in one batch."""
+    """Prompts answered by the verifier in one batch, by each process."""
     judge_batch: int = number(2, 1, 65536)
-    """Responses drafted on at once, by the draft as it is then."""
+    """Responses drafted on at once, by the draft as it is then; so many for each process."""
     fast_batch: int = number(8, 1)
-    """Accepted tokens that trigger a fast update."""
+    """Accepted tokens that trigger a fast update, of all processes together."""
     replay: int = number(1, 0, 1000)
     """Steps after each fast update on as many older responses, by the same loss (kl_to_rl: KL); none if that is
     reinforce or masked_ce, which need fresh drafts."""
     slow_every: int = number(16, 0)
     """Fast updates between slow updates; 0 turns the slow update off."""
     slow_batch: int = number(2, 1, 65536)
-    """Most recent responses that a slow update looks at."""
+    """Most recent responses that a slow update looks at; so many for each process."""
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
     drift_bound: float = number(0.05, 0, 1e6)
@@ -166,6 +167,9 @@ class DVIConfig(DraftSettings):
     """Fast updates between checkpoints, which fall between two rollouts; one is always written at the end."""
     keep_checkpoints: int = number(3, 1)
     """Newest checkpoints that are kept; the one with the best accept rate of the steps before it is kept as well."""
+
+    tracker: str = choice("auto", TRACKERS)
+    """Where figures go besides metrics.jsonl, by Accelerate: auto (TensorBoard if installed), none, all, or one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,7 @@ from dvirl.processes import Processes
 from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.trace import Counters, SlowResult, StepMetrics, cut_log, log_line
+from dvirl.trackers import chosen, tracking
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -121,6 +122,7 @@ class DVITrainer:
     """
 
     def __init__(self, config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> None:
+        chosen(config.tracker)
         torch.set_num_threads(config.threads)
         checkpoint.seed_all(config.seed)
         self.config, self.processes = config, Processes(config.device)
@@ -180,11 +182,16 @@ class DVITrainer:
 
     def _run(self, log: Path | None, stop: Stop, show_progress: bool) -> None:
         config, counters, last_saved, asked = self.config, self.counters, self.counters.step, 0
-        with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
+        tracker = config.tracker if log else "none"
+        with (
+            tracking(tracker, Path(config.run_dir), asdict(config)) as track,
+            tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar,
+        ):
             while not self.finished and not (asked := self.processes.largest(stop.signal)):
                 for metrics in self.advance():
                     if log:
                         log_line(log, asdict(metrics))
+                        track(asdict(metrics))
                     bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
                     bar.update(metrics.prompts - bar.n)
                 bar.update(counters.prompts - bar.n)
@@ -210,9 +217,7 @@ class DVITrainer:
         with self._timed("rollout_s"):
             together = config.rollout_batch * processes.count
             prompts = self.split.stream.take(min(together, config.num_prompts - self.counters.prompts))
-            own = self.answer(
-                list(processes.share(prompts)) or prompts[:1]
-            )  # who has none still has to meet the others
+            own = self.answer(list(processes.share(prompts)) or prompts[:1])  # one at least, for its tensors' shapes
             rollout = processes.rollouts(own, len(prompts))
         for group in rollout.groups(config.judge_batch * processes.count):
             with self._timed("fast_s"):

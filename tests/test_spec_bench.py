@@ -8,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import EOS, tiny_loaded
 from test_bench import answer
 from test_drafters import exported
 from test_models import save_tiny
+from test_processes import in_processes
 
 from dvirl import cli, models
 from dvirl.errors import DvirlError
@@ -25,13 +27,13 @@ from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompt
 from dvirl.evaluation.spec_bench import (
     TASKS,
     Question,
+    answer_row,
     answer_table,
     measures,
     read_questions,
     resume_answers,
-    write_answer,
 )
-from dvirl.trace import read_trace
+from dvirl.trace import log_line, read_trace
 
 ASKED = [
     {"question_id": 81, "category": "writing", "turns": ["Write it", "Once more"]},
@@ -170,9 +172,8 @@ def test_figures_by_hand(tmp_path):
     questions = [Question(1, "qa", ("a",)), Question(2, "rag", ("b",))]
     for name, seconds in (("plain", (1.0, 2.0)), ("dvi", (0.5, 0.5))):
         for question, wall_s in zip(questions, seconds, strict=True):
-            write_answer(
-                tmp_path / name, question, "m", ["x"], [answer(5, 9, wall_s, wall_s / 2, 8 if name == "plain" else 2)]
-            )
+            answers = [answer(5, 9, wall_s, wall_s / 2, 8 if name == "plain" else 2)]
+            log_line(tmp_path / name, answer_row(question, "m", ["x"], answers))
     files = {(name, 0): resume_answers(tmp_path / name) for name in ("plain", "dvi")}
     found = measures(answer_table(files), "plain").set_index(["task", "method"])
     assert found.loc[("overall", "dvi"), "speedup"] == pytest.approx((18 + 18) / (9 + 4.5))  # of means, not of ratios
@@ -228,15 +229,16 @@ def test_results_report_trace_and_figure_are_written(evaluated):
 def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(draft, tmp_path, monkeypatch):
     flags = ["evaluate", "--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl"), *TINY,
              "--methods", "plain,dvi", "--run_dir", str(tmp_path / "run")]  # fmt: skip
-    real, calls = runner.write_answer, []
+    calls = []
 
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt  # the trace has this answer, the answer file has not
-        real(*args)
+    def killed(path, line):
+        if path.parent.name == "answers":
+            calls.append(line)
+            if len(calls) == 4:
+                raise KeyboardInterrupt  # the trace has this answer, the answer file has not
+        log_line(path, line)
 
-    monkeypatch.setattr(runner, "write_answer", killed)
+    monkeypatch.setattr(runner, "log_line", killed)
     assert cli.main(flags) == 130
     kept = (tmp_path / "run/answers/plain-1.jsonl").read_text()
     with (tmp_path / "run/answers/plain-1.jsonl").open("a") as file:
@@ -254,6 +256,34 @@ def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(draft, tmp
     assert len(keys) == len(set(keys)) == 2 * 5
     calls[:] = [None] * 4
     assert cli.main(flags) == 0 and len(calls) == 4  # nothing left
+
+
+def test_two_processes_share_the_questions_and_the_first_judges(evaluated, draft, tmp_path, capfd):
+    folder, alone = evaluated
+    flags = ["evaluate", "--draft", draft, "--questions", str(folder.parent / "q.jsonl"), *TINY, "--repeats", "2",
+             "--methods", ",".join(METHODS), "--run_dir", str(tmp_path / "run")]  # fmt: skip
+    decoded = []
+
+    def work(rank):
+        real = runner.answer_question
+        patch = pytest.MonkeyPatch()
+        patch.setattr(runner, "answer_question", lambda *args: decoded.append(args[0].question_id) or real(*args))
+        assert cli.main(flags) == 0
+        left = decoded[len(METHODS) :]  # behind those that warm up
+        assert sorted(set(left)) == [[7, 81], [161]][rank] and len(left) == 2 * len(METHODS) * [2, 1][rank]
+
+    assert in_processes(2, work) == [0, 0]
+    assert capfd.readouterr().out.count("results: ") == 1
+    for path in (folder / "answers").iterdir():
+        one, two = ({key: row["choices"][0]["tokens"] for key, row in resume_answers(file).items()}
+                    for file in (path, tmp_path / "run/answers" / path.name))  # fmt: skip
+        assert one == two and len(one) == 3
+    key = ["method", "question_id", "repeat", "turn", "position", "at", "accepted"]
+    traces = [read_trace(run / "trace.jsonl")[key] for run in (folder, tmp_path / "run")]
+    fixed = [one[one.method.isin(("kangaroo", "fixed"))].sort_values(key, ignore_index=True) for one in traces]
+    assert len(fixed[0]) > 20 and fixed[0].equals(fixed[1])  # others draft by what they have seen before
+    found = pd.DataFrame(json.loads((tmp_path / "run/results.json").read_text())["figures"])
+    assert (found.questions == alone.questions).all() and (found.identical == alone.identical).all()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +329,7 @@ def test_an_answer_file_that_cannot_be_read_is_said(tmp_path, text, message):
 
 def test_a_question_that_is_answered_twice_is_said(tmp_path):
     for _ in range(2):
-        write_answer(tmp_path / "a.jsonl", Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)])
+        log_line(tmp_path / "a.jsonl", answer_row(Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)]))
     with pytest.raises(DvirlError, match=r"a.jsonl:2: question_id 3 is answered twice"):
         resume_answers(tmp_path / "a.jsonl")
 

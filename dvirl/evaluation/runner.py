@@ -33,13 +33,14 @@ from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import (
     OVERALL,
     Question,
+    answer_row,
     answer_table,
     measures,
     read_questions,
     resume_answers,
-    write_answer,
 )
 from dvirl.models import LoadedModel
+from dvirl.processes import Processes
 from dvirl.settings import Settings, choice, from_namespace, number
 from dvirl.sgp import make_example
 from dvirl.trace import accept_events, keep_lines, log_line, token_texts, write_json
@@ -187,23 +188,34 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
         All answers, and the share of the time that decoding did not take; NaN if nothing was left to answer.
     """
     loaded, run, base = draft.loaded, methods(draft, how), draft.model.base_model
+    together = Processes(loaded.model.device.type)
     files = {(name, turn): folder / f"answers/{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
     kept: Kept = {key: resume_answers(path) for key, path in files.items()}
     trace, limit, words = folder / "trace.jsonl", how.answer_tokens, cache(token_texts(loaded.tokenizer))
-    keep_lines(trace, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
-    (folder / "answers").mkdir(exist_ok=True)
-    left = missing(questions, list(run), how.repeats, kept)
+    if together.first:
+        keep_lines(trace, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
+        (folder / "answers").mkdir(exist_ok=True)
+    left = missing(together.share(questions), list(run), how.repeats, kept)
     with base.folded():
         for name in run if left else ():
             answer_question(questions[0], run[name], loaded, limit)  # warms up
         began, decoded_s = time.perf_counter(), -base.capture_s
-        for name, repeat, question in tqdm(left, desc="answering", unit="answer", leave=False):
-            texts, answers = answer_question(question, run[name], loaded, limit)
-            about: Any = {"method": name, "question_id": question.question_id, "category": question.category}
-            for turn, one in enumerate(answers):
-                log_line(trace, accept_events(one.blocks, words, **about, turn=turn, repeat=repeat))
-            write_answer(files[name, repeat], question, f"{loaded.name}-{name}", texts, answers)
-            decoded_s += sum(one.wall_s for one in answers)
+        rounds = tqdm(range(together.largest(len(left))), desc="answering", unit="answer", leave=False)
+        for at in rounds:
+            lines: list[tuple[Path, dict[str, Any]]] = []
+            if at < len(left):
+                name, repeat, question = left[at]
+                texts, answers = answer_question(question, run[name], loaded, limit)
+                about: Any = {"method": name, "question_id": question.question_id, "category": question.category}
+                lines = [
+                    (trace, accept_events(one.blocks, words, **about, turn=turn, repeat=repeat))
+                    for turn, one in enumerate(answers)
+                ]
+                lines.append((files[name, repeat], answer_row(question, f"{loaded.name}-{name}", texts, answers)))
+                decoded_s += sum(one.wall_s for one in answers)
+            for path, line in together.gathered(lines):
+                if together.first:
+                    log_line(path, line)
         decoded_s, spent_s = decoded_s + base.capture_s, time.perf_counter() - began
     kept = {key: resume_answers(path) for key, path in files.items()}
     return kept, 1 - decoded_s / spent_s if left else math.nan
@@ -238,15 +250,20 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         config: everything else.
 
     Returns:
-        `spec_bench.measures`, by task and method.
+        `spec_bench.measures`, by task and method. Several processes answer a share of the questions each; the first
+        writes and judges, and the others return an empty table.
 
     Raises:
         DvirlError: for bad questions, an answer file that cannot be read, or a folder of another evaluation.
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
-    claim(folder, config, draft.loaded)
+    first = Processes(config.device).first
+    if first:
+        claim(folder, config, draft.loaded)
     kept, overhead = answer_all(draft, questions, config, folder)
+    if not first:
+        return pd.DataFrame()
     found = measures(answer_table(kept), config.reference, config.seed)
     found = found.merge(drifted(draft, questions, kept[config.reference, 0]))
     content = {
@@ -288,7 +305,10 @@ def main(args: Any) -> pd.DataFrame:
     """
     config = from_namespace(EvalConfig, args)
     torch.set_num_threads(config.threads)
+    together = Processes(config.device)
     found = evaluate(open_draft(config.draft, config.dtype, config.device), config)
+    if not together.first:
+        return found
     print((Path(config.run_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"report: {config.run_dir}/report.html\nresults: {config.run_dir}/results.json")
     print(f"answers: {config.run_dir}/answers\ntrace: {config.run_dir}/trace.jsonl (dvirl trace draws it)")

@@ -19,7 +19,6 @@ import pandas as pd
 from dvirl.data import parse_spec_bench, parsed_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.measure import Answer
-from dvirl.trace import log_line
 
 MINI = Path(__file__).parents[1] / "mini_bench.jsonl"
 """Twenty-four questions of our own, four of each task."""
@@ -85,10 +84,8 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
 # Answers
 
 
-def write_answer(
-    path: Path, question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]
-) -> None:
-    """Append the answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
+def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> dict[str, Any]:
+    """The answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
     choice = {
         "index": 0,
         "turns": list(texts),
@@ -102,7 +99,7 @@ def write_answer(
         "tokens": [one.tokens for one in answers],
     }
     named = {"question_id": question.question_id, "category": question.category, "answer_id": uuid.uuid4().hex}
-    log_line(path, {**named, "model_id": model_id, "choices": [choice], "tstamp": time.time()})
+    return {**named, "model_id": model_id, "choices": [choice], "tstamp": time.time()}
 
 
 def parse_answer(row: Any) -> dict[str, Any]:
