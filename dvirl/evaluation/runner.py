@@ -145,23 +145,26 @@ def prompts_of(question: Question, answers: Sequence[str], loaded: LoadedModel) 
     return [loaded.chat.encode([*said[: 2 * turn], question.turns[turn]]) for turn in range(count)]
 
 
-def answer_question(
-    question: Question, decode: Method, loaded: LoadedModel, limit: int
-) -> tuple[list[str], list[Answer]]:
-    """Text and measure of every turn's answer.
+def refuse_longer(questions: Sequence[Question], loaded: LoadedModel, limit: int) -> None:
+    """See that all turns of each question, with answers of `limit` tokens, fit into the model's context.
 
     Raises:
-        DvirlError: if a prompt and an answer of `limit` tokens are longer than the model's context.
+        DvirlError: if those of a question do not.
     """
+    context = loaded.model.config.max_position_embeddings
+    for one in questions:
+        prompt = prompts_of(one, [""] * (len(one.turns) - 1), loaded)[-1]
+        if (longest := len(prompt) + len(one.turns) * limit) > context:
+            asked = f"question {one.question_id}: its turns with answers of {limit} tokens take {longest}"
+            raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+
+
+def answer_question(question: Question, decode: Method, loaded: LoadedModel) -> tuple[list[str], list[Answer]]:
+    """Text and measure of every turn's answer."""
     texts: list[str] = []
     answers: list[Answer] = []
-    context = loaded.model.config.max_position_embeddings
     for _ in question.turns:
-        prompt = prompts_of(question, texts, loaded)[-1]
-        if len(prompt) + limit > context:
-            asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
-            raise DvirlError(f"{asked}; expected at most the model's context, {context}")
-        answers.append(decode(prompt))
+        answers.append(decode(prompts_of(question, texts, loaded)[-1]))
         texts.append(loaded.tokenizer.decode(answers[-1].tokens, skip_special_tokens=True))
     return texts, answers
 
@@ -189,16 +192,16 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
     loaded, run, base = draft.loaded, methods(draft, how), draft.model.base_model
     files = {(name, turn): folder / f"answers/{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
     kept: Kept = {key: resume_answers(path) for key, path in files.items()}
-    trace, limit, words = folder / "trace.jsonl", how.answer_tokens, cache(token_texts(loaded.tokenizer))
+    trace, words = folder / "trace.jsonl", cache(token_texts(loaded.tokenizer))
     keep_lines(trace, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
     (folder / "answers").mkdir(exist_ok=True)
     left = missing(questions, list(run), how.repeats, kept)
     with base.folded():
         for name in run if left else ():
-            answer_question(questions[0], run[name], loaded, limit)  # warms up
+            answer_question(questions[0], run[name], loaded)  # warms up
         began, decoded_s = time.perf_counter(), -base.capture_s
         for name, repeat, question in tqdm(left, desc="answering", unit="answer", leave=False):
-            texts, answers = answer_question(question, run[name], loaded, limit)
+            texts, answers = answer_question(question, run[name], loaded)
             about: Any = {"method": name, "question_id": question.question_id, "category": question.category}
             for turn, one in enumerate(answers):
                 log_line(trace, accept_events(one.blocks, words, **about, turn=turn, repeat=repeat))
@@ -245,6 +248,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
+    refuse_longer(questions, draft.loaded, config.answer_tokens)
     claim(folder, config, draft.loaded)
     kept, overhead = answer_all(draft, questions, config, folder)
     found = measures(answer_table(kept), config.reference, config.seed)
