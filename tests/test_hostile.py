@@ -180,7 +180,7 @@ def model():
 )
 def test_drafts_change_no_answer_to_a_hostile_prompt(model, name, prompt):
     plain = model.generate(prompt, 10, DecodeConfig(0)).tokens
-    ways = [DecodeConfig(4), DecodeConfig(3, source="lookup"), DecodeConfig(8, source="hybrid", adaptive=True)]
+    ways = [DecodeConfig(4), DecodeConfig(3, source="lookup"), DecodeConfig(8, source="hybrid")]
     assert [model.generate(prompt, 10, way).tokens for way in ways] == [plain] * 3
     with model.base_model.without_adapters("lora_S"):
         assert plain == generate(model.base_model, [prompt], 10).responses()[0]
@@ -219,10 +219,12 @@ def test_an_evaluation_takes_hostile_questions(tmp_path, capsys):
     rows = [{"question_id": name, "category": "qa", "turns": [text]} for name, text in TEXTS.items()]
     rows[0]["turns"].append(TEXTS["a system turn"])
     flags = ["--draft", str(tmp_path / "d"), "--questions", write_lines(tmp_path / "q.jsonl", rows),
-             "--methods", "plain,pld,hybrid", "--answer_tokens", "6", "--threads", "1", "--device", "cpu",
+             "--methods", "plain,kangaroo,fixed", "--answer_tokens", "6", "--threads", "1", "--device", "cpu",
              "--dtype", "float32", "--run_dir", str(tmp_path / "run")]  # fmt: skip
     assert cli.main(["evaluate", *flags]) == 0
-    answers = {name: resume_answers(tmp_path / f"run/answers/{name}-1.jsonl") for name in ("plain", "pld", "hybrid")}
+    answers = {
+        name: resume_answers(tmp_path / f"run/answers/{name}-1.jsonl") for name in ("plain", "kangaroo", "fixed")
+    }
     said = [{key: row["choices"][0]["tokens"] for key, row in one.items()} for one in answers.values()]
     assert set(said[0]) == {row["question_id"] for row in rows} and said == said[:1] * 3
 
@@ -291,7 +293,7 @@ def test_every_field_of_every_settings_class_refuses_what_it_cannot_be(kind):
 @pytest.mark.parametrize("kind", settings_classes(), ids=lambda kind: kind.__name__)
 def test_yaml_is_refused_likewise_and_whole_numbers_do_for_others(kind):
     kept = []
-    for spec in dataclasses.fields(kind):
+    for spec in (one for one in dataclasses.fields(kind) if one.name in kind.__annotations__):  # the rest is its bases'
         for value in wrong_values(spec):
             if isinstance(value, bytes | complex) or value == 10**5000:
                 continue
@@ -370,7 +372,7 @@ UPDATES = ("fast", "replay", "slow")
 
 @pytest.mark.parametrize("kind", UPDATES)
 @pytest.mark.parametrize("where", ["loss", "logit"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_an_update_that_is_not_finite_keeps_weights_and_states_and_is_counted(monkeypatch, capsys, kind, where, value):
     mine = practised(schedule="kl")
     before = learned(mine)
