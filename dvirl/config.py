@@ -98,7 +98,7 @@ class DVIConfig(DraftSettings):
     held_out: int = number(64, 0)
     """Prompts kept out of the stream, for evaluation."""
     max_prompt_tokens: int = number(512, 1)
-    """Longer prompts are left out."""
+    """Longer prompts are left out, and those that leave no room for a response in the model's context."""
     max_new_tokens: int = number(64, 2)
     """Length limit of a response."""
 

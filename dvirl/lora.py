@@ -147,14 +147,14 @@ def clipped_step(
     grad_clip: float,
     add_gradients: Callable[[Sequence[nn.Parameter]], None] = lambda _: None,
 ) -> float:
-    """Step, unless the gradient is not finite, and return the gradient's norm before clipping.
+    """Step, unless loss or gradient is not finite, and return the gradient's norm before clipping, then not finite too.
 
     With several processes (`Processes.add_gradients`) it is that of all together, and one may have no loss of its own.
     """
     optimizer.zero_grad(set_to_none=True)
     (group,) = optimizer.param_groups
     if loss is not None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(1 + 0 * loss.detach())  # type: ignore[no-untyped-call]  # 0 * inf is NaN, in all processes
     add_gradients(group["params"])
     grad_norm = float(clip_grad_norm_(group["params"], grad_clip))
     if math.isfinite(grad_norm):

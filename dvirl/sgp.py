@@ -130,7 +130,7 @@ class SGPTrainer:
         tokens = torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
         self.peft_model, self.model = attach_draft(self.loaded.model, config, tokens)
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        self.optimizer = make_optimizer(self.parameters, config.lr)
+        self.optimizer, self.skipped = make_optimizer(self.parameters, config.lr), 0
 
     def _split(self, records: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:
         """Records encoded, cut to `max_tokens`, shuffled; those for training and those held out."""
@@ -164,18 +164,22 @@ class SGPTrainer:
         return SGPResult(before, self.evaluate(), self.num_steps, str(folder))
 
     def step(self, step: int, examples: Sequence[Tensor]) -> dict[str, float]:
-        """Update number `step`, left out if its gradient is not finite.
+        """Update number `step`, left out if its loss or gradient is not finite.
 
         Returns:
-            loss and the other figures of these examples before the update, grad_norm before clipping, and lr.
+            loss and the other figures of these examples before the update, grad_norm before clipping, lr, and skipped,
+            the updates left out so far.
         """
         config = self.config
         train_only(self.model, self.parameters)
         sums = self._sums(examples)
         loss = sums.loss(config.beta_exit)
         lr = cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
-        grad_norm = clipped_step(self.optimizer, loss, lr, config.grad_clip)
-        return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": grad_norm, "lr": lr}
+        norm = clipped_step(self.optimizer, loss, lr, config.grad_clip)
+        if not math.isfinite(norm):
+            self.skipped += 1
+            tqdm.write(f"step {step}: loss or gradient is not finite; the update is left out", file=sys.stderr)
+        return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": norm, "lr": lr, "skipped": self.skipped}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

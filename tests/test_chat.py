@@ -7,7 +7,7 @@ from conftest import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvirl.chat import FORMATS, ChatEncoder, detect_format
+from dvirl.chat import FORMATS, VICUNA_SYSTEM, ChatEncoder, Control, detect_format
 from dvirl.errors import DvirlError
 
 TOKENIZER = tiny_tokenizer()
@@ -43,10 +43,12 @@ def test_it_is_the_real_tokenizers_own_encoding(real):
 
 def test_the_other_formats():
     bos = TOKENIZER.get_vocab()
-    segments = FORMATS["vicuna"](["Hi", "Hello", "Bye"])
-    assert "".join(s if isinstance(s, str) else s.token for s in segments).endswith(
-        "USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT:"
+    segments = FORMATS["vicuna"](["Hi", "Hello", "And?", "Well", "Bye"])
+    assert (  # FastChat's template, to the space
+        "".join(s if isinstance(s, str) else s.token for s in segments)
+        == f"<s>{VICUNA_SYSTEM} USER: Hi ASSISTANT: Hello</s>USER: And? ASSISTANT: Well</s>USER: Bye ASSISTANT:"
     )
+    assert FORMATS["vicuna"](["Hi"]) == [Control("<s>"), f"{VICUNA_SYSTEM} USER: Hi ASSISTANT:"]
     segments = FORMATS["llama-2"](["Hi", "Hello", "Bye"])
     assert (
         "".join(s if isinstance(s, str) else s.token for s in segments)

@@ -120,7 +120,7 @@ def test_notebook_parameters_become_settings():
         namespace("# Parameters\nexit_layer = 4\nthreads = 1\n", exit_layer=4, threads=1), run_dir="r"
     )
     assert (config.exit_layer, config.threads, config.run_dir) == (4, 1, "r")
-    assert notebook_config(namespace()).exit_layer == 6
+    assert notebook_config(namespace(), run_dir="r").exit_layer == 6
     assert assigned_names("a = 1\nb = c = 2\nprint(a)") == ["a", "b", "c"]
 
 

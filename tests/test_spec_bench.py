@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dvirl.evaluation import runner
 from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.equal import compare_files
 from dvirl.evaluation.measure import Answer
-from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompts_of
+from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompts_of, refuse_longer
 from dvirl.evaluation.spec_bench import (
     TASKS,
     Question,
@@ -81,6 +82,11 @@ def test_the_packaged_set_has_four_questions_of_each_task():
         ({**ASKED[0], "category": "poetry"}, "q.jsonl:2: category is 'poetry'; expected one of writing"),
         ({**ASKED[0], "question_id": 161}, "q.jsonl:2: question_id 161 is there twice"),
         ({**ASKED[0], "question_id": [1]}, "q.jsonl:2: 'question_id' is [1]; expected a number or a string"),
+        ({**ASKED[0], "question_id": "\ud800"}, "q.jsonl:2: 'question_id' is '\\ud800'; expected a number or a string"),
+        (
+            {**ASKED[0], "category": "a\0"},
+            "q.jsonl:2: 'question_id' is 81; expected a number or a string, and like the",
+        ),
         ({**ASKED[0], "turns": []}, "q.jsonl:2: expected 'turns' to be a list"),
         ({"turns": ["x"]}, "q.jsonl:2: expected an object with 'question_id'"),
     ],
@@ -119,11 +125,33 @@ def test_a_later_turn_sees_the_answer_before_it():
     assert prompts_of(Question(1, "writing", ("One", "Two")), texts, loaded) == seen
 
 
-def test_a_question_beyond_the_context_is_refused():
-    with pytest.raises(
-        DvirlError, match=r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* 256"
-    ):
-        answer_question(Question(5, "qa", ("x" * 260,)), lambda _: Answer([EOS], 1.0), tiny_loaded(), 8)
+@pytest.mark.parametrize("turns", [("x" * 260,), ("x", "y" * 260), ("x",) * 16])
+def test_a_question_beyond_the_context_is_refused_before_any_is_answered(draft, tmp_path, capsys, turns):
+    rows = [*ASKED, {"question_id": 5, "category": "qa", "turns": turns}]
+    flags = ["--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl", rows), *TINY]
+    assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and not (tmp_path / "run").exists()
+    assert re.search(r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* context, 256", said[0])
+
+
+def test_a_question_that_fills_the_context_is_answered():
+    loaded = tiny_loaded()
+    room = 256 - 8 - len(loaded.chat.encode([""]))
+    refuse_longer([Question(1, "qa", ("x" * room,))], loaded, 8)
+    with pytest.raises(DvirlError, match="question 2: a prompt of 249 tokens and 8 of answer"):
+        refuse_longer([Question(2, "qa", ("x" * (room + 1),))], loaded, 8)
+
+
+def test_answers_that_outgrow_the_context_are_noticed_when_they_do():
+    """A model that says less than it may needs no room for more: two answers of the full length would not fit."""
+    loaded = tiny_loaded()
+    asked, room = Question(3, "writing", ("x", "y")), 130
+    refuse_longer([asked], loaded, room)
+    brief = answer_question(asked, lambda _: Answer([EOS], 1.0), loaded, room)
+    assert len(brief[0]) == 2
+    with pytest.raises(DvirlError, match=rf"question 3: a prompt of \d+ tokens and {room} of answer"):
+        answer_question(asked, lambda _: Answer([70] * room, 1.0), loaded, room)
 
 
 # Measures

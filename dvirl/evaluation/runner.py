@@ -146,22 +146,36 @@ def prompts_of(question: Question, answers: Sequence[str], loaded: LoadedModel) 
     return [loaded.chat.encode([*said[: 2 * turn], question.turns[turn]]) for turn in range(count)]
 
 
+def refuse_longer(questions: Sequence[Question], loaded: LoadedModel, limit: int) -> None:
+    """See that the user's turns of each question, and one answer of `limit` tokens, fit into the model's context.
+
+    Raises:
+        DvirlError: if those of a question do not.
+    """
+    for one in questions:
+        _refuse_longer(one, prompts_of(one, [""] * (len(one.turns) - 1), loaded)[-1], loaded, limit)
+
+
+def _refuse_longer(question: Question, prompt: Sequence[int], loaded: LoadedModel, limit: int) -> None:
+    context = loaded.model.config.max_position_embeddings
+    if len(prompt) + limit > context:
+        asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
+        raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+
+
 def answer_question(
     question: Question, decode: Method, loaded: LoadedModel, limit: int
 ) -> tuple[list[str], list[Answer]]:
     """Text and measure of every turn's answer.
 
     Raises:
-        DvirlError: if a prompt and an answer of `limit` tokens are longer than the model's context.
+        DvirlError: if, behind the answers so far, another of `limit` tokens would outgrow the model's context.
     """
     texts: list[str] = []
     answers: list[Answer] = []
-    context = loaded.model.config.max_position_embeddings
     for _ in question.turns:
         prompt = prompts_of(question, texts, loaded)[-1]
-        if len(prompt) + limit > context:
-            asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
-            raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+        _refuse_longer(question, prompt, loaded, limit)
         answers.append(decode(prompt))
         texts.append(loaded.tokenizer.decode(answers[-1].tokens, skip_special_tokens=True))
     return texts, answers
@@ -258,6 +272,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
+    refuse_longer(questions, draft.loaded, config.answer_tokens)
     first = Processes(config.device).first
     if first:
         claim(folder, config, draft.loaded)

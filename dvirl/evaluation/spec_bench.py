@@ -65,8 +65,9 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
     def parse(row: Any) -> Question:
         turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
         one = Question(row["question_id"], row.get("category") or "", turns)
-        if not isinstance(one.question_id, int | str):
-            raise DvirlError(f"'question_id' is {one.question_id!r}; expected a number or a string")
+        if not isinstance(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
+            said = f"'question_id' is {one.question_id!r}; expected a number or a string"
+            raise DvirlError(f"{said}, and like the category, {one.category!r}, one that can be printed")
         if one.question_id in found:
             raise DvirlError(f"question_id {one.question_id!r} is there twice")
         if one.category not in TASKS and not any_category:
