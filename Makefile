@@ -37,13 +37,16 @@ train: $(READY)  ## run notebooks/03_train.ipynb on its defaults
 	@echo "figure:            $(RUN)/learning_curve.png"
 	@echo "checkpoint:        $$(ls -d $(RUN)/checkpoints/step-* | tail -n 1)"
 
+# Threads that wait for one another sleep: spinning takes the core from whatever runs beside them.
+test test-quick check-notebooks experiments-quick: export OMP_WAIT_POLICY = passive
+
 test: $(READY)  ## the whole test suite with coverage, lint, the notebooks against their outputs, every study small
 	$(BIN)/pytest tests -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
-	$(MAKE) --no-print-directory -j 2 --output-sync lint check-notebooks $(STUDIES) QUICK=runs/test \
+	$(MAKE) --no-print-directory -j 2 lint check-notebooks $(STUDIES) QUICK=runs/test \
 	  SET="threads=1 num_prompts=16 held_out=8 max_new_tokens=16"
 
 check-notebooks: $(READY)  ## execute the notebooks and compare what they say with their outputs
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks
+	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks
 
 experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each, two at a time
 	$(MAKE) --no-print-directory -j 2 $(STUDIES)
