@@ -129,6 +129,11 @@ def test_an_unknown_notebook_parameter_lists_the_known_ones():
         notebook_config(namespace("# Parameters\nexit_layr = 4", exit_layr=4))
 
 
+def test_a_notebook_parameter_of_a_bad_value_is_said():
+    with pytest.raises(DvirlError, match="schedule is 'magic'; expected one of"):
+        notebook_config(namespace("# Parameters\nschedule = 'magic'", schedule="magic"))
+
+
 def test_run_folders_are_new(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert new_run_dir("mine", "03") == "mine"

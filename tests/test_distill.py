@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import random_prompts, tiny_loaded
+from conftest import copied, random_prompts, tiny_loaded
 from test_corpus import ENDS
 from test_models import save_tiny
 
@@ -389,9 +389,10 @@ def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
     """What it answered it begins to predict, and the drafter that it ships says the same."""
     prompts = [real.chat.encode([text]) for text in ("Hello!", "Name three colours.", "What is rain?", "Count to ten.")]
     write_shard(tmp_path / "shard-00000.safetensors", answer(real, prompts, 20, 4))
-    mine = Distiller(
-        settings(tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99)
+    config = settings(
+        tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99
     )
+    mine = Distiller(config, copied(real))
     before = measure_agreement(mine.model, mine.responses).rate
     result = mine.train()
     after = measure_agreement(mine.model, mine.responses)
