@@ -149,7 +149,7 @@ GOOD = {**ABOUT, **{name: [] for name in EVENT}}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[1]", "no accept events of an answer"),
+        ("[1]", "expected a JSON object"),
         ('{"method": "a"', "not valid JSON"),
         (json.dumps({**GOOD, "at": [1]}), "of one length, the lists position, at,"),
         (json.dumps({**GOOD, "at": 3}), "no accept events"),
