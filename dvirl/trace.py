@@ -1,6 +1,5 @@
 """The logs of a run and of an evaluation: one JSON object a line, written at once, read as a table."""
 
-import io
 import json
 import os
 import unicodedata
@@ -132,9 +131,9 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         DvirlError: for another line that is no JSON object.
     """
     if path.exists():
-        lines = [line for line in numbered(path, read_text(path)) if line[1].endswith("\n")]
+        lines = numbered(path, read_text(path).rpartition("\n")[0])
         try:
-            write_text(path, "".join(line for where, line in lines if keep(parse_line(where, line, dict))))
+            write_text(path, "".join(f"{line}\n" for where, line in lines if keep(parse_line(where, line, dict))))
         except (KeyError, TypeError) as error:
             raise DvirlError(f"{path}: a line of another kind of log ({error!r})") from error
 
@@ -174,11 +173,11 @@ def read_text(path: str | Path) -> str:
 
 
 def numbered(path: str | Path, text: str) -> Iterator[tuple[str, str]]:
-    """The lines of a JSONL file's text that are not blank, each with its place for messages and its end.
+    """The lines of a JSONL file's text that are not blank, each with its place for messages.
 
     Only line feeds end lines: JSON strings may hold other separators, such as U+2028, as they are.
     """
-    return ((f"{path}:{number}", line) for number, line in enumerate(io.StringIO(text), start=1) if line.strip())
+    return ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
 def fits(value: Any, kind: Any) -> bool:

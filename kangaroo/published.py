@@ -53,8 +53,8 @@ def _build(path: Path, hidden_size: int, most: int) -> AdapterModel:
         if config.hidden_size != hidden_size:
             raise ValueError(f"its hidden_size is {config.hidden_size}, the base model's {hidden_size}")
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        epsilon, longest = float(config.rms_norm_eps), min(config.max_position_embeddings, 2**17)
-        vars(config).update(rms_norm_eps=epsilon, max_position_embeddings=longest)  # tabulated at first, not at most
+        longest, config.rms_norm_eps = min(config.max_position_embeddings, 2**17), float(config.rms_norm_eps)
+        config.max_position_embeddings = longest  # tabulated at first; more on demand
         if config.num_hidden_layers > most:
             raise ValueError(f"{config.num_hidden_layers} layers, but {most} tensors in all")
         if hidden_size % (2 * heads) or heads % groups:

@@ -85,7 +85,9 @@ def bounded(size: int):
         raise Hang
 
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(1000 + len(traceback.extract_stack()))  # what a user's process has; hypothesis raises it
+    sys.setrecursionlimit(
+        1000 + sum(1 for _ in traceback.walk_stack(None))
+    )  # what a user's process has; hypothesis raises it
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before, handlers = resource.getrlimit(resource.RLIMIT_AS), {}
     for signum, timer, seconds in (
