@@ -64,7 +64,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
             raise DvirlError(f"unknown setting {', '.join(unknown)[:200]}; known are {', '.join(known)}")
         return kind(**values)
     except (TypeError, ValueError) as error:
-        raise DvirlError(f"{where}: {' '.join(str(error).split())}") from error
+        raise DvirlError(f"{where}: {' '.join(str(error).split()):.2000}") from error
 
 
 def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:

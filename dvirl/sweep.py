@@ -54,7 +54,7 @@ class Sweep:
         if any(islice(product(*self.grid.values()), 10_000, None)):
             raise DvirlError("grid makes more than 10,000 cells")
         if taken := ({"run_dir", "threads", "results"} | {*self.base} & {*self.grid}) & {*self.base, *self.grid}:
-            raise DvirlError(f"{', '.join(taken):.99}: set by base and grid both, or for each cell by the sweep")
+            raise DvirlError(f"{', '.join(sorted(taken))}: set by base and grid both, or for each cell by the sweep")
         for cell in self.cells("", 1):
             if kind := RUNS.get(self.run):
                 settings.from_mapping(kind, cell, self.run)

@@ -241,7 +241,7 @@ def test_repeats_of_an_answer_make_no_interval_narrower():
     ("argv", "message"),
     [
         (["TRACE", "--method", "c"], "expected drafts of ['c']; it has ['a', 'b']"),
-        (["nowhere.jsonl"], "nowhere.jsonl: not a readable UTF-8 file"),
+        (["nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["EMPTY"], "expected drafts of a method; it has none"),
     ],
 )
