@@ -653,7 +653,7 @@ def test_a_broken_file_is_read_or_refused_in_one_sentence(tmp_path, name):
         done += 1
 
     case()
-    assert done >= cases(reader) and refused > 0
+    assert done >= cases(reader) and (refused or reader.read is pruned)
 
 
 def test_so_many_files_are_tried():
@@ -793,6 +793,7 @@ CORPUS = [
     ("checkpoint drafter", drafter_of(draft_ids=torch.full((16,), 10**6)), "step-000009: unreadable checkpoint .index"),
     ("checkpoint drafter", drafter_of(norm=torch.ones(32, dtype=torch.complex64)), r"norm.weight is \[32\], expected \[32\], real"),
     ("checkpoint drafter", drafter_of(norm=torch.ones(31)), r"norm.weight is \[31\], expected \[32\]"),
+    ("manifest", b'{"a\\nb": "x"}', "a b is missing"),
     ("manifest", b"[1]", "manifest.json: expected a JSON object"),
     ("manifest", b"[" * 10**5, "no readable manifest.json"),
     ("manifest", b"{}", "drafter.safetensors is not what was written"),
