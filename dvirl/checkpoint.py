@@ -187,7 +187,7 @@ def verify(folder: Path) -> None:
     for name, checksum in manifest.items():
         if now.get(name) != checksum:
             wrong = "is missing" if name not in now else "is not what was written, cut off or changed"
-            raise DvirlError(f"{folder / ' '.join(name.split())} {wrong}; remove {folder} to go on from the one before it")
+            raise DvirlError(f"{folder / ' '.join(name.split())} {wrong}; remove {folder} to go on from the one before")
 
 
 def seed_all(seed: int) -> None:
