@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick faults evaluate bench experiments-quick check-notebooks lint lab shell \
+.PHONY: help setup train test test-quick faults fuzz evaluate bench experiments-quick check-notebooks lint lab shell \
         notebooks clean $(STUDIES)
 
 help:  ## list the commands
@@ -65,6 +65,9 @@ test-quick: $(READY)  ## the tests that need no real model
 
 faults: $(READY)  ## kill a run at 120 places and see that, resumed, it is the run that was never killed
 	DVIRL_FAULTS=120 $(BIN)/pytest tests/test_resume.py -n 2 --dist worksteal
+
+fuzz: $(READY)  ## give every reader broken files, 12,000 in all and other ones each time
+	DVIRL_FUZZ=12000 $(BIN)/pytest tests/test_fuzz.py -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from threading import Event
@@ -46,11 +46,13 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if [*map(type, (self.run, self.name, self.grid, self.base))] != [str, str, dict, dict] or not self.grid:
-            raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {vars(self)}")
-        if self.run not in RUNS and not (self.run.endswith(".ipynb") and Path(self.run).is_file()):
-            raise DvirlError(f"run is {self.run!r}; expected a notebook that exists or one of {', '.join(RUNS)}")
+            raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {self!s:.99}")
+        if self.run not in RUNS and not (self.run.endswith(".ipynb") and os.path.isfile(self.run)):
+            raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {', '.join(RUNS)}")
         if bad := [k for k, v in self.grid.items() if not isinstance(v, list) or not 0 < len(v) == len({*map(str, v)})]:
-            raise DvirlError(f"grid has {bad[0]}: {self.grid[bad[0]]!r}; expected a list of different values")
+            raise DvirlError(f"grid has {bad[0]!s:.80}: {self.grid[bad[0]]!r:.80}; expected a list of different values")
+        if any(islice(product(*self.grid.values()), 10_000, None)):
+            raise DvirlError("grid makes more than 10,000 cells")
         if taken := ({"run_dir", "threads", "results"} | {*self.base} & {*self.grid}) & {*self.base, *self.grid}:
             raise DvirlError(f"{', '.join(sorted(taken))}: set by base and grid both, or for each cell by the sweep")
         for cell in self.cells("", 1):
