@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import random
+import subprocess
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,8 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dvirl.chat import ChatEncoder
+from dvirl.checkpoint import environment
 from dvirl.data import PromptSplit, PromptStream
 from dvirl.models import LoadedModel, load
+from dvirl.trace import write_json
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
@@ -33,6 +39,16 @@ def pytest_runtest_setup() -> None:
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def record(name: str, **figures) -> None:
+    """Add what a long test found to a file in the folder that make names, with what it depends on; else do nothing."""
+    if folder := os.environ.get("DVIRL_RESULTS"):
+        path, root = Path(folder, f"{name}.json"), Path(__file__).parents[1]
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        made = {"command": os.environ["DVIRL_COMMAND"], "commit": commit.stdout.strip(), "date": time.strftime("%F")}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**before, **made, **environment(), **figures})
 
 
 VOCAB = 264
