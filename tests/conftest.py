@@ -32,6 +32,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+FAULTS: dict[str, list[dict]] = {}
+"""What tests say by `record_property` of the faults they made, by their kind; gathered from all processes of tests."""
+
+
+def pytest_runtest_logreport(report) -> None:
+    """Take in what a test found."""
+    for kind, found in report.user_properties if report.when == "call" else ():
+        FAULTS.setdefault(kind, []).append({**found, "seconds": report.duration})
+
+
+def pytest_sessionfinish(session) -> None:
+    """Sum up the faults, where figures are asked for."""
+    if FAULTS and not hasattr(session.config, "workerinput"):
+        sums = {kind: {name: sum(one[name] for one in found) for name in found[0]} for kind, found in FAULTS.items()}
+        record("faults-cpu", **{kind: {"count": len(FAULTS[kind]), **found} for kind, found in sums.items()})
+
+
 def pytest_runtest_setup() -> None:
     """No test sees what the one before it left: settings that it trained with may ask torch for two threads.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ from dvirl.checkpoint import held, newest, prune, verify
 from dvirl.errors import DvirlError
 from dvirl.evaluation.bench import spread
 from dvirl.interrupt import stoppable
+from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer, resume
 
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
@@ -108,23 +110,42 @@ def whole(tmp_path_factory):
     return folder, attempt(folder)
 
 
+def same(folder: Path, other: Path) -> bool:
+    """Whether two runs left the same, times apart, and neither left anything half-written."""
+    (lines, tensors, numbers), expected = what_is_there(folder), what_is_there(other)
+    names = {file: values.keys() for file, values in tensors.items()}
+    return (
+        (lines, numbers, names) == (expected[0], expected[2], {f: values.keys() for f, values in expected[1].items()})
+        and all(
+            torch.equal(value, expected[1][f][name]) for f, values in tensors.items() for name, value in values.items()
+        )
+        and not list((folder / "checkpoints").glob(".*"))
+    )
+
+
+def unreadable(folder: Path) -> list[str]:
+    """What is wrong with a run's checkpoints."""
+    found = []
+    for one in folder.glob("checkpoints/step-*"):
+        try:
+            verify(one)
+        except DvirlError as error:
+            found.append(str(error))
+    return found
+
+
 @pytest.mark.parametrize("part", range(POINTS))
-def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part):
+def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part, record_property):
     folder, events = whole
     assert events > 100
     kill_at = spread(range(1, events + 1), POINTS)[part]
     status = in_child(lambda: attempt(tmp_path / "run", kill_at))
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    for checkpoints in (tmp_path / "run").glob("checkpoints/step-*"):
-        verify(checkpoints)
-    assert in_child(lambda: attempt(tmp_path / "run")) == 0
-    lines, tensors, numbers = what_is_there(tmp_path / "run")
-    expected = what_is_there(folder)
-    assert lines == expected[0] and numbers == expected[2] and tensors.keys() == expected[1].keys()
-    for file, values in tensors.items():
-        assert values.keys() == expected[1][file].keys()
-        assert all(torch.equal(value, expected[1][file][name]) for name, value in values.items()), file
-    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    wrong = unreadable(tmp_path / "run")
+    ended = in_child(lambda: attempt(tmp_path / "run"))
+    equal = ended == 0 and same(tmp_path / "run", folder)
+    record_property("kills of dvirl train", {"unreadable_checkpoints": len(wrong), "equal": equal})
+    assert not wrong and equal
 
 
 def test_a_torn_last_line_is_written_anew(whole, tmp_path):
@@ -291,23 +312,77 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     ]
 
 
-def test_a_full_disk_ends_a_run_with_the_last_checkpoint_whole(whole, tmp_path, capfd):
-    """Files of the process may not grow beyond a size, by the system, which is met in the middle of a checkpoint."""
-    sizes = sorted(path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file())
+def small_disk(folder: Path) -> bool:
+    """Give this process, alone and while it lives, a disk of 8 MiB; whether the system lets it."""
+    libc, user, mounts = ctypes.CDLL(None, use_errno=True), 0x10000000, 0x00020000
+    owners = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    folder.mkdir(exist_ok=True)
+    if libc.unshare(user | mounts):
+        return False
+    try:
+        for name, value in owners.items():
+            Path("/proc/self", name).write_text(value)
+    except OSError:
+        return False
+    return libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=8m") == 0
+
+
+def fill(folder: Path, room: int) -> None:
+    """Leave so many bytes of a small disk."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                break
+        file.truncate(file.tell() - room)
+
+
+@pytest.mark.parametrize(("where", "real"), [("checkpoint", True), ("checkpoint", False), ("log", False)])
+def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(whole, tmp_path, capfd, record_property, where, real):
+    """A disk that fills up behind the first checkpoint; a limit of the system's to files where none can be mounted."""
+    sizes = [path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file()]
+    disk, kinds, step = tmp_path / "disk", [], DVITrainer.step
+
+    def limit(run_dir, small):
+        if small:
+            return fill(disk, sum(sizes) // 2)
+        most = max(sizes) - 1000 if where == "checkpoint" else (run_dir / "metrics.jsonl").stat().st_size + 100
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     def work():
-        run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
-        first = run.save_checkpoint()
-        assert first.exists()
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1000, sizes[-1] - 1000))
-        os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+        small = real and in_child(lambda: os._exit(not small_disk(disk))) == 0 and small_disk(disk)
+        run_dir = disk / "run"
 
-    status = in_child(work)
-    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
-    assert "could not be written" in capfd.readouterr().err
-    (folder,) = (tmp_path / "run/checkpoints").iterdir()
-    verify(folder)
+        def run():
+            def full(self):
+                if not kinds and list(run_dir.glob("checkpoints/step-*")):
+                    kinds.append(limit(run_dir, small))
+                return step(self)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(DVITrainer, "step", full)
+                run = DVITrainer(settings(run_dir), tiny_loaded(), tiny_split())
+                os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+
+        status = in_child(run)
+        assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
+        verify(newest(run_dir))
+        reached = json.loads((newest(run_dir) / "trainer.json").read_text())["counters"]["step"]
+        assert 0 < reached <= len(read_metrics(run_dir / "metrics.jsonl"))
+        (disk / "filler").unlink(missing_ok=True)
+        assert in_child(lambda: attempt(run_dir)) == 0
+        assert same(run_dir, whole[0])
+        print("on a tmpfs" if small else "under a limit", flush=True)
+
+    equal = in_child(work) == 0
+    captured = capfd.readouterr()
+    said = [line for line in captured.err.splitlines() if line.startswith("dvirl: ")]
+    record_property("full disks", {"equal": equal, "tmpfs": "on a tmpfs" in captured.out})
+    assert equal, captured.err
+    assert len(said) == 1 and ("metrics.jsonl: could" if where == "log" else "step-") in said[0], said
+    assert "could not be written" in said[0]
 
 
 def test_a_second_process_is_told_who_holds_a_run(tmp_path):
