@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import time
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -66,6 +67,23 @@ def record(name: str, **figures) -> None:
         made = {"command": os.environ["DVIRL_COMMAND"], "commit": commit.stdout.strip(), "date": time.strftime("%F")}
         before = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, {**before, **made, **environment(), **figures})
+
+
+def in_child(work) -> int:
+    """Run in a process of its own; how that ended, as `os.waitpid` says it."""
+    number = os.fork()
+    if number == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(number, 0)[1]
 
 
 VOCAB = 264

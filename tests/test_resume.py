@@ -9,13 +9,12 @@ import resource
 import signal
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_loaded, tiny_split
+from conftest import in_child, tiny_loaded, tiny_split
 from safetensors.torch import load_file
 from test_models import save_tiny
 from test_trainer import tiny_settings
@@ -68,23 +67,6 @@ def attempt(folder: Path, kill_at: int = 0) -> int:
             run = DVITrainer(settings(folder), tiny_loaded(), tiny_split())
         run.train(show_progress=False)
     return count
-
-
-def in_child(work) -> int:
-    """Run in a process of its own; how that ended, as `os.waitpid` says it."""
-    number = os.fork()
-    if number == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitpid(number, 0)[1]
 
 
 def timeless(values):
