@@ -189,6 +189,16 @@ class DVIConfig(DraftSettings):
 
 
 @dataclass(frozen=True)
+class Resumable(Settings):
+    """What a command that trains takes besides the settings of its run."""
+
+    resume: str = ""
+    """Folder of a run to go on with, from its newest checkpoint, by its own settings."""
+    accept_changes: bool = False
+    """Let a run go on with settings that other flags change."""
+
+
+@dataclass(frozen=True)
 class SGPConfig(DraftSettings):
     """Everything that shallow-gradient fine-tuning depends on; AdamW, warm-up, then a cosine down to a tenth."""
 
@@ -219,3 +229,7 @@ class SGPConfig(DraftSettings):
     """Steps over which the rate grows from 0."""
     grad_clip: float = number(1.0, 1e-9, MANY)
     """Norm to which gradients are clipped."""
+    checkpoint_every: int = number(100, 1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = number(3, 1)
+    """Newest checkpoints that are kept."""

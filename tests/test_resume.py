@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,17 @@ import torch
 from conftest import in_child, tiny_loaded, tiny_split
 from safetensors.torch import load_file
 from test_models import save_tiny
+from test_sgp import flags as sgp_flags
+from test_sgp import pairs, sgp_settings, write_rows
 from test_trainer import tiny_settings
 
-from dvirl import checkpoint, cli, trace, trainer
+from dvirl import checkpoint, cli, sgp, trace, trainer
 from dvirl.checkpoint import held, newest, prune, verify
+from dvirl.config import SGPConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.bench import spread
 from dvirl.interrupt import stoppable
+from dvirl.sgp import SGPTrainer
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer, resume
 
@@ -31,7 +36,8 @@ POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (trainer, "cut_log"), (trainer, "log_line"), (DVITrainer, "_judge"), (DVITrainer, "step"),
           (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (checkpoint, "_flush"), (checkpoint, "prune"),
-          (checkpoint, "_discard"), (checkpoint, "write_text"), (trace, "write_text"), (os, "replace")]  # fmt: skip
+          (checkpoint, "_discard"), (checkpoint, "write_text"), (trace, "write_text"), (os, "replace"),
+          (sgp, "cut_log"), (sgp, "log_line"), (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 
 
@@ -39,7 +45,22 @@ def settings(folder, **changes):
     return tiny_settings(run_dir=str(folder), keep_checkpoints=1, **changes)
 
 
-def attempt(folder: Path, kill_at: int = 0) -> int:
+def online(folder: Path) -> DVITrainer:
+    """A new run of `dvirl train`, or one that goes on."""
+    if (folder / "config.yaml").exists():
+        return resume(folder, None, tiny_loaded(), tiny_split())
+    return DVITrainer(settings(folder), tiny_loaded(), tiny_split())
+
+
+def supervised(folder: Path) -> SGPTrainer:
+    """A new run of `dvirl sgp`, or one that goes on."""
+    make = partial(SGPTrainer, loaded=tiny_loaded(), records=pairs())
+    if (folder / "config.yaml").exists():
+        return checkpoint.go_on(make, SGPConfig, folder)
+    return make(sgp_settings(run_dir=str(folder), epochs=2, checkpoint_every=2, keep_checkpoints=1))
+
+
+def attempt(folder: Path, kill_at: int = 0, begin=online) -> int:
     """Begin a run or go on with it, to be killed at so manieth an event; how many there were."""
     count = 0
 
@@ -61,11 +82,7 @@ def attempt(folder: Path, kill_at: int = 0) -> int:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in EVENTS:
             patch.setattr(owner, name, watched(getattr(owner, name)))
-        if (folder / "config.yaml").exists():
-            run = resume(folder, None, tiny_loaded(), tiny_split())
-        else:
-            run = DVITrainer(settings(folder), tiny_loaded(), tiny_split())
-        run.train(show_progress=False)
+        begin(folder).train(show_progress=False)
     return count
 
 
@@ -81,7 +98,7 @@ def what_is_there(folder: Path):
     verify(last)
     tensors = {str(path.relative_to(last)): load_file(path) for path in last.rglob("*.safetensors")}
     numbers = json.loads((last / "trainer.json").read_text())
-    numbers |= {name: timeless(numbers[name]) for name in ("counters", "served")}
+    numbers |= {name: timeless(numbers[name]) for name in ("counters", "served") if name in numbers}
     return lines, tensors, numbers
 
 
@@ -90,6 +107,13 @@ def whole(tmp_path_factory):
     """A run that nobody disturbed: its folder, and how many events it had."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, attempt(folder)
+
+
+@pytest.fixture(scope="module")
+def whole_sgp(tmp_path_factory):
+    """The same of fine-tuning."""
+    folder = tmp_path_factory.mktemp("sgp") / "run"
+    return folder, attempt(folder, begin=supervised)
 
 
 def same(folder: Path, other: Path) -> bool:
@@ -116,18 +140,56 @@ def unreadable(folder: Path) -> list[str]:
     return found
 
 
+def killed_and_resumed(folder: Path, expected: Path, kill_at: int, begin) -> dict[str, float]:
+    """Kill a run at an event and go on with it: how many of its checkpoints were unreadable, and whether it ends equal."""
+    status = in_child(lambda: attempt(folder, kill_at, begin))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    wrong = unreadable(folder)
+    equal = in_child(lambda: attempt(folder, begin=begin)) == 0 and same(folder, expected)
+    return {"unreadable_checkpoints": len(wrong), "equal": equal}
+
+
 @pytest.mark.parametrize("part", range(POINTS))
 def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part, record_property):
     folder, events = whole
     assert events > 100
     kill_at = spread(range(1, events + 1), POINTS)[part]
-    status = in_child(lambda: attempt(tmp_path / "run", kill_at))
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    wrong = unreadable(tmp_path / "run")
-    ended = in_child(lambda: attempt(tmp_path / "run"))
-    equal = ended == 0 and same(tmp_path / "run", folder)
-    record_property("kills of dvirl train", {"unreadable_checkpoints": len(wrong), "equal": equal})
-    assert not wrong and equal
+    found = killed_and_resumed(tmp_path / "run", folder, kill_at, online)
+    record_property("kills of dvirl train", found)
+    assert found == {"unreadable_checkpoints": 0, "equal": True}
+
+
+@pytest.mark.parametrize("part", range(POINTS // 4))
+def test_so_is_shallow_gradient_fine_tuning(whole_sgp, tmp_path, part, record_property):
+    folder, events = whole_sgp
+    assert events > 100
+    kill_at = spread(range(1, events + 1), POINTS // 4)[part]
+    found = killed_and_resumed(tmp_path / "run", folder, kill_at, supervised)
+    record_property("kills of dvirl sgp", found)
+    assert found == {"unreadable_checkpoints": 0, "equal": True}
+
+
+def test_fine_tuning_that_is_asked_to_stop_goes_on_later(whole_sgp, tmp_path, monkeypatch):
+    real = SGPTrainer.step
+
+    def step(self, number, examples):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, number, examples)
+
+    def work():
+        monkeypatch.setattr(SGPTrainer, "step", step)
+        os._exit(cli.guarded(lambda _: supervised(tmp_path / "run").train(show_progress=False), []))
+
+    status = in_child(work)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 143
+    assert newest(tmp_path / "run").name == "step-000003"
+    run = supervised(tmp_path / "run")
+    result = run.train(show_progress=False)
+    assert same(tmp_path / "run", whole_sgp[0]) and run.done == run.num_steps == result.steps
+    assert result.before and result.before == json.loads((newest(whole_sgp[0]) / "trainer.json").read_text())["before"]
+    assert supervised(tmp_path / "run").train(show_progress=False) == result
+    assert same(tmp_path / "run", whole_sgp[0])
 
 
 def test_a_torn_last_line_is_written_anew(whole, tmp_path):
@@ -191,6 +253,21 @@ def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(moved)]) == 0
     assert cli.main(["train", "--resume", str(tmp_path / "none")]) == 2
     assert "none/config.yaml: No such file" in capsys.readouterr().err
+
+
+def test_the_command_line_resumes_fine_tuning_too(tmp_path, capsys):
+    model, run_dir = save_tiny(tmp_path / "m"), tmp_path / "run"
+    records = write_rows(tmp_path / "r.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)])
+    assert cli.main(["sgp", *sgp_flags(model, records, run_dir)]) == 0
+    said = capsys.readouterr().out
+    moved = run_dir.rename(tmp_path / "moved")
+    assert cli.main(["sgp", "--resume", str(moved)]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{moved}: 2 of 2 steps are done\n{said.replace(str(run_dir), str(moved))}"
+    assert cli.main(["sgp", "--resume", str(moved), "--epochs", "2"]) == 2
+    assert "epochs (1, now 2); give --accept_changes true" in capsys.readouterr().err
+    assert cli.main(["sgp", "--resume", str(moved), "--epochs", "2", "--accept_changes"]) == 0
+    assert "2 of 3 steps are done" in capsys.readouterr().out and newest(moved).name == "step-000003"
 
 
 # Signals
