@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -453,7 +453,6 @@ def resume(
     Raises:
         DvirlError: if the folder holds no run, or one of other settings or another model, or a broken checkpoint.
     """
-    trainer: DVITrainer = checkpoint.go_on(
-        lambda given: DVITrainer(given, loaded, split), DVIConfig, run_dir, config, accept_changes
-    )
+    make = partial(DVITrainer, loaded=loaded, split=split)
+    trainer: DVITrainer = checkpoint.go_on(make, DVIConfig, run_dir, config, accept_changes)
     return trainer
