@@ -155,27 +155,34 @@ def slope(values) -> float:
 
 def draw(points, save) -> None:
     """Memory above, times below, one column a setting."""
-    rows = {
-        "memory of the run (MiB)": {"memory_mib": plots.BLUE},
-        "milliseconds": {"update_ms": plots.ORANGE, "answer_ms": plots.GREEN},
+    rows = (["memory_mib"], ["update_ms", "answer_ms"])
+    names = {
+        "memory_mib": "memory",
+        "update_ms": "fast update,\ndrafting\nincluded",
+        "answer_ms": "answering\na prompt",
     }
-    names = {"update_ms": "fast update,\ndrafting included", "answer_ms": "answering\na prompt"}
     with plt.rc_context(plots.STYLE):
         figure, axes = plt.subplots(2, len(AXES), figsize=(11, 5), sharex="col", sharey="row", layout="constrained")
-        for (label, lines), line in zip(rows.items(), axes, strict=True):
-            line[0].set_ylabel(label)
+        for lines, line in zip(rows, axes, strict=True):
             for (setting, values), where in zip(AXES.items(), line, strict=True):
-                for name, colour in lines.items():
-                    found = [points[f"{setting}={value}"][name] for value in values]
-                    where.plot(values, found, "o-", color=colour)
-                    if setting == "buffer_size" and name in names:
-                        where.annotate(names[name], (values[0], found[0]), (0, 8), textcoords="offset points",
-                                       color=colour, va="bottom")  # fmt: skip
-                where.set(xscale="log", yscale="log")
+                for name, colour in zip(names, plots.PALETTE, strict=False):
+                    if name in lines:
+                        found = [points[f"{setting}={value}"][name] for value in values]
+                        where.plot(values, found, "o-", color=colour)
+                where.set(xscale="log")
                 where.set_xticks(values, labels=map(str, values))
                 where.minorticks_off()
+            for name, drawn in zip(lines, where.lines, strict=True):
+                end = (values[-1], drawn.get_ydata()[-1])
+                where.annotate(
+                    names[name], end, (8, 0), textcoords="offset points", color=drawn.get_color(), va="center"
+                )
+        axes[0][0].set(ylabel="memory of the run (MiB)", ylim=(0, None))
+        axes[1][0].set(ylabel="milliseconds", yscale="log")
+        axes[1][0].yaxis.set_major_formatter("{x:g}")
         for setting, where in zip(AXES, axes[1], strict=True):
             where.set_xlabel(setting)
+        figure.suptitle("What a run takes, one setting changed at a time (a tiny model, one CPU thread)")
         figure.savefig(save, bbox_inches="tight")
         plt.close(figure)
 
