@@ -124,10 +124,13 @@ def point(run_dir: str, prompt_tokens: int, **changes) -> dict:
     loaded = dataclasses.replace(tiny_loaded(), model=model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer = DVITrainer(config, loaded, PromptSplit(PromptStream(prompts, 0), []))
-    while len(trainer.buffer) < config.buffer_size:
-        for _ in trainer.collect():
-            pass
-    trainer.buffer.take_fresh()
+    buffer, added = trainer.buffer, []
+    buffer.add = lambda *given: added.append(given)
+    next(trainer.collect())
+    del buffer.add
+    while len(buffer) < config.buffer_size:
+        buffer.add(*added[0])
+    buffer.num_fresh = buffer.accepted_since_update = 0
     start, fast_s = dataclasses.replace(trainer.counters), []
     while len(fast_s) <= STEPS:
         fast_s += [metrics.fast_s for metrics in trainer.advance()]
