@@ -1,6 +1,6 @@
 """The replay buffer: scored drafts, accepts and rejects, and the responses that they stood in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ class TrainingBatch(Records):
     tokens: Tensor
     prompt_lens: Tensor
     verifier_hidden: Tensor
+
+    def every(self, count: int, first: int) -> "TrainingBatch":
+        """One response of every `count`, from the `first` on, and its records; there may be none."""
+        chosen = self.row % count == first
+        records = {spec.name: getattr(self, spec.name)[chosen] for spec in fields(Records)}
+        records |= {"row": records["row"] // count, "verifier_hidden": self.verifier_hidden[chosen]}
+        return replace(self, tokens=self.tokens[first::count], prompt_lens=self.prompt_lens[first::count], **records)
 
 
 FIELDS = ("hidden", "token", "reward", "verifier_confidence", "verifier_token", "response_id", "position")

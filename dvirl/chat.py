@@ -14,6 +14,8 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+"""Plain text to the tokenizer, so a user's turn with one is refused, as Meta's reference code does."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,22 @@ def _chatml(turns: Sequence[str]) -> list[Segment]:
 
 def _vicuna(turns: Sequence[str]) -> list[Segment]:
     segments: list[Segment] = [Control("<s>")]
-    text = VICUNA_SYSTEM
+    text = f"{VICUNA_SYSTEM} "
     for index, turn in enumerate(turns):
         if index % 2 == 0:
-            text += f" USER: {turn} ASSISTANT:"
+            text += f"USER: {turn} ASSISTANT:"
         else:
             segments += [f"{text} {turn}", Control("</s>")]
             text = ""
-    return [*segments, text.lstrip() if len(segments) > 1 else text]
+    return [*segments, text]
 
 
 def _llama2(turns: Sequence[str]) -> list[Segment]:
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
         if index % 2 == 0:
+            if found := [tag for tag in LLAMA2_TAGS if tag in turn]:
+                raise DvirlError(f"the prompt {turn!r:.60} spells {found[0]}, which opens or closes a turn of llama-2")
             segments += [Control("<s>"), f"[INST] {turn.strip()} [/INST]"]
         else:
             segments[-1] = f"{segments[-1]} {turn.strip()} "
@@ -103,13 +107,16 @@ class ChatEncoder:
         plain = {**definition, "added_tokens": [], "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        special = {token["id"] for token in definition["added_tokens"] if token["special"]}
+        self._control = special - {tokenizer.unk_token_id}
         self.encode([" "])
 
     def encode(self, turns: Sequence[str]) -> list[int]:
         """Token ids of turns of user, assistant, user, …, an odd number, ready for the assistant's next one.
 
         Raises:
-            DvirlError: for an even number of turns or a format that the tokenizer cannot spell.
+            DvirlError: for an even number of turns, a format that the tokenizer cannot spell, or a user's text that
+                spells a mark of llama-2.
         """
         if len(turns) % 2 == 0:
             raise DvirlError(f"a prompt has {len(turns)} turns; expected an odd number, the user's last")
@@ -143,6 +150,12 @@ class ChatEncoder:
         return ids[:first], ids[third + 1 :], ids[second + 1 : third]
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a text, in which nothing is a control token."""
+        """Token ids of a text, in which nothing is a control token.
+
+        Raises:
+            DvirlError: if the tokenizer's own model spells one all the same; byte-level BPE never does.
+        """
         ids: list[int] = self._plain.encode(text).ids
+        if not self._control.isdisjoint(ids):
+            raise DvirlError(f"the text {text!r:.60} spells a control token, even to this tokenizer's bare model")
         return ids

@@ -204,6 +204,11 @@ def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Non
     np.random.set_state(tuple(numbers["numpy"]))
 
 
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
 def save(
     run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: dict[str, Any] | None = None
 ) -> Path:
@@ -216,7 +221,7 @@ def save(
         model: its drafter goes into `drafter.safetensors`.
         state: the trainer's, tensors and numbers; None for weights alone.
     """
-    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    folder = step_folder(run_dir, step)
     with whole_folder(folder) as scratch:
         _save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from dvirl.errors import DvirlError
 from dvirl.settings import MANY, Settings, choice, number
+from dvirl.trackers import TRACKERS
 from kangaroo.adapter import DRAFTERS
 from kangaroo.earlyexit import TARGETS, DecodeConfig
 from kangaroo.kangaroo_model import HEADS
@@ -111,7 +112,7 @@ class DVIConfig(TrainSettings):
     held_out: int = number(64, 0)
     """Prompts kept out of the stream, for evaluation."""
     max_prompt_tokens: int = number(512, 1)
-    """Longer prompts are left out."""
+    """Longer prompts are left out, and those that leave no room for a response in the model's context."""
     max_new_tokens: int = number(64, 2)
     """Length limit of a response."""
 
@@ -144,18 +145,18 @@ class DVIConfig(TrainSettings):
     kl_floor: float = number(0.5, 0, 1)
     """kl_to_rl: weight that the KL keeps; without any, drafts lose their calibration."""
     rollout_batch: int = number(64, 1, 65536)
-    """Prompts answered by the verifier in one batch."""
+    """Prompts answered by the verifier in one batch, by each process."""
     judge_batch: int = number(2, 1, 65536)
-    """Responses drafted on at once, by the draft as it is then."""
+    """Responses drafted on at once, by the draft as it is then; so many for each process."""
     fast_batch: int = number(8, 1)
-    """Accepted tokens that trigger a fast update."""
+    """Accepted tokens that trigger a fast update, of all processes together."""
     replay: int = number(1, 0, 1000)
     """Steps after each fast update on as many older responses, by the same loss (kl_to_rl: KL); none if that is
     reinforce or masked_ce, which need fresh drafts."""
     slow_every: int = number(16, 0)
     """Fast updates between slow updates; 0 turns the slow update off."""
     slow_batch: int = number(2, 1, 65536)
-    """Most recent responses that a slow update looks at."""
+    """Most recent responses that a slow update looks at; so many for each process."""
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
     drift_bound: float = number(0.05, 0, 1e6)
@@ -172,6 +173,9 @@ class DVIConfig(TrainSettings):
     """AdamW rate of lora_D."""
     lr_schedule: str = choice("cosine", ("constant", "cosine"))
     """Of lr_shallow over the run: constant, or cosine down to a tenth."""
+
+    tracker: str = choice("auto", TRACKERS)
+    """Where figures go besides metrics.jsonl, by Accelerate: auto (TensorBoard if installed), none, all, or one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+from unicodedata import category
 
 import yaml
 from tqdm import tqdm
@@ -41,8 +42,9 @@ class Prompt:
     @property
     def key(self) -> str:
         """Equal for prompts that differ only in case, punctuation and white space."""
-        kept = "".join(letter if letter.isalnum() else " " for letter in " ".join(self.turns).lower())
-        return " ".join(kept.split())
+        text = " ".join(self.turns)
+        kept = "".join(one if one.isalnum() or category(one)[0] == "M" else " " for one in text.lower())
+        return " ".join(kept.split()) or text
 
 
 # Rows of files and hub data sets
@@ -282,9 +284,10 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
         DvirlError: for a malformed or empty source, or when nothing is left to train on.
     """
     encoded = _encoded_prompts(config, loaded)
-    short = [ids for ids in encoded if 0 < len(ids) <= config.max_prompt_tokens]
+    most = min(config.max_prompt_tokens, loaded.model.config.max_position_embeddings - config.max_new_tokens)
+    short = [ids for ids in encoded if 0 < len(ids) <= most]
     if left_out := len(encoded) - len(short):
-        tqdm.write(f"left out {left_out} prompts over {config.max_prompt_tokens} tokens", file=sys.stderr)
+        tqdm.write(f"left out {left_out} prompts over {most} tokens", file=sys.stderr)
     random.Random(config.seed).shuffle(short)
     if len(short) <= config.held_out:
         found = f"{config.prompts_source} has {len(short)} prompts"

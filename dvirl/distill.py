@@ -167,7 +167,7 @@ class Distiller:
         responses: what is learned from.
         left_out: rows that are not, by reason.
         model, peft_model: the model with its draft, and PEFT's view of it, which holds lora_S.
-        step, tokens, wall_s: how far the run is; all of it is in every checkpoint.
+        step, tokens, skipped, wall_s: how far the run is; all of it is in every checkpoint.
 
     Raises:
         DvirlError: for settings that do not fit the model, or a run folder with other settings.
@@ -187,7 +187,7 @@ class Distiller:
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices if config.muon else [], config.muon)
-        self.step, self.tokens, self.wall_s = 0, 0, 0.0
+        self.step, self.tokens, self.skipped, self.wall_s = 0, 0, 0, 0.0
         self._captured: dict[int, Any] = {}
         if (self.run_dir / "checkpoints").is_dir():
             self.load_checkpoint(checkpoint.newest(self.run_dir))
@@ -243,8 +243,7 @@ class Distiller:
     def train(self) -> DistillResult:
         """Learn from all responses `passes` times or until `max_minutes` are over; log, and write what was learned.
 
-        Raises:
-            DvirlError: at the first log line behind a loss or gradient that is not finite.
+        An update whose loss or gradient is not finite is left out, said with its step, and counted.
         """
         config, saved = self.config, self.step
         train_only(self.model, self.parameters)
@@ -335,12 +334,16 @@ class Distiller:
         return torch.cat([*(groups[i] for i in shuffle), *parts[-1:]])
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One update on some responses; its loss, agreement and gradient norm, left on the device."""
+        """One update on some responses, left out if it is not finite; its loss, agreement and gradient norm."""
         loss, agreement = self.objective(*self._positions(batch, states, states.is_cuda))
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.parameters, self.config.grad_clip)
-        self.optimizers.step(self.lr)
+        if bool((loss + norm).isfinite()):
+            self.optimizers.step(self.lr)
+        else:
+            self.skipped += 1
+            tqdm.write(f"step {self.step + 1}: loss or gradient is not finite; the update is left out", file=sys.stderr)
         self.step += 1
         self.tokens += int((batch.response_lens - 1).sum())
         return loss.detach(), agreement, norm
@@ -388,27 +391,25 @@ class Distiller:
             phase: "train".
             step: updates so far.
             tokens: response tokens learned from so far.
-            loss: what was minimised, nats a token, mean over the window.
+            loss: what was minimised, nats a token, mean over the window, of updates that were not left out.
             agreement: share of positions where the draft's argmax was the verifier's token, before the update, mean.
             lr, grad_norm: of the last update, the norm before clipping.
+            skipped: updates left out so far because a loss or gradient was not finite.
             tok_per_s: response tokens learned from over wall seconds, in the window.
             memory_gb: highest memory use so far, of the accelerator if there is one.
             wall_s: seconds of training so far.
         """
         loss, agreement, norm = (torch.stack(values) for values in zip(*window, strict=True))
-        broken = (~(loss.isfinite() & norm.isfinite())).nonzero()
-        if len(broken):
-            step = self.step - len(window) + 1 + int(broken[0])
-            raise DvirlError(f"step {step}: loss or gradient is not finite; the last checkpoint is before it")
         self.wall_s = time.perf_counter() - began
         return {
             "phase": "train",
             "step": self.step,
             "tokens": self.tokens,
-            "loss": float(loss.mean()),
+            "loss": float(loss[(loss + norm).isfinite()].mean()),
             "agreement": float(agreement.mean()),
             "lr": self.optimizers.lr,
             "grad_norm": float(norm[-1]),
+            "skipped": self.skipped,
             "tok_per_s": (self.tokens - mark[0]) / (self.wall_s - mark[1]),
             "memory_gb": self._memory_gb(),
             "wall_s": self.wall_s,
@@ -418,7 +419,7 @@ class Distiller:
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands; return its folder."""
-        numbers: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "wall_s": self.wall_s}
+        numbers: dict[str, Any] = {name: getattr(self, name) for name in ("step", "tokens", "skipped", "wall_s")}
         state = {"tensors": self.optimizers.tensors(), "numbers": numbers}
         return checkpoint.save(self.run_dir, self.step, self.peft_model, self.model, state)
 

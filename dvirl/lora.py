@@ -1,7 +1,7 @@
 """LoRA and draft on a model, what an update may step of them, the guard between, optimizers, rates, steps."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -140,11 +140,22 @@ def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floo
     return rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def clipped_step(optimizer: Optimizer, loss: Tensor, lr: float, grad_clip: float) -> float:
-    """Step, unless the gradient is not finite, and return the gradient's norm before clipping."""
+def clipped_step(
+    optimizer: Optimizer,
+    loss: Tensor | None,
+    lr: float,
+    grad_clip: float,
+    add_gradients: Callable[[Sequence[nn.Parameter]], None] = lambda _: None,
+) -> float:
+    """Step, unless loss or gradient is not finite, and return the gradient's norm before clipping, then not finite too.
+
+    With several processes (`Processes.add_gradients`) it is that of all together, and one may have no loss of its own.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
     (group,) = optimizer.param_groups
+    if loss is not None:
+        loss.backward(1 + 0 * loss.detach())  # type: ignore[no-untyped-call]  # 0 * inf is NaN, in all processes
+    add_gradients(group["params"])
     grad_norm = float(clip_grad_norm_(group["params"], grad_clip))
     if math.isfinite(grad_norm):
         group["lr"] = lr

@@ -156,6 +156,20 @@ def log_prob_of(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tens
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Of what the objectives take the mean over, how much these records are: all, unless other processes have others.
+
+    Attributes:
+        records, accepted, covered: share of the records, of the accepted ones, of those whose verifier's token the
+            exit head has.
+    """
+
+    records: float = 1.0
+    accepted: float = 1.0
+    covered: float = 1.0
+
+
+@dataclass(frozen=True)
 class Decisions:
     """N records, as the fast objectives see them.
 
@@ -169,6 +183,7 @@ class Decisions:
         rewards: `[N]`.
         baseline: subtracted from the rewards.
         reward_share: weight of kl_to_rl's reward terms, see `reward_weight`.
+        shares: by which the objectives of several processes add up to that of all records.
     """
 
     config: DVIConfig
@@ -179,6 +194,7 @@ class Decisions:
     rewards: Tensor
     baseline: float = 0.0
     reward_share: float = 0.0
+    shares: Shares = Shares()
 
     def on_drafted(self) -> Tensor:
         """The policy's log-probabilities `[N]` of the drafted tokens."""
@@ -196,17 +212,18 @@ def _kl_to_rl(on: Decisions) -> Tensor:
     if not share:
         return kl
     log_probs = on.on_drafted()
-    reward_terms = masked_ce_loss(log_probs, on.rewards) + reinforce_loss(log_probs, on.rewards, on.baseline)
+    reinforced = on.shares.records * reinforce_loss(log_probs, on.rewards, on.baseline)
+    reward_terms = on.shares.accepted * masked_ce_loss(log_probs, on.rewards) + reinforced
     return (1 - share * (1 - on.config.kl_floor)) * kl + share * reward_terms
 
 
 OBJECTIVES: dict[str, Callable[[Decisions], Tensor]] = {
-    "reinforce": lambda on: reinforce_loss(on.on_drafted(), on.rewards, on.baseline),
-    "exact_pg": lambda on: exact_pg_loss(*on.on_verified()),
-    "ce": lambda on: masked_ce_loss(*on.on_verified()),
-    "masked_ce": lambda on: masked_ce_loss(on.on_drafted(), on.rewards),
-    "kl": lambda on: kl_loss(on.logits, on.verifier(), on.config.kl_kind, on.config.kl_top_k),
-    "tv": lambda on: tv_loss(on.logits, on.verifier()),
+    "reinforce": lambda on: on.shares.records * reinforce_loss(on.on_drafted(), on.rewards, on.baseline),
+    "exact_pg": lambda on: on.shares.records * exact_pg_loss(*on.on_verified()),
+    "ce": lambda on: on.shares.covered * masked_ce_loss(*on.on_verified()),
+    "masked_ce": lambda on: on.shares.accepted * masked_ce_loss(on.on_drafted(), on.rewards),
+    "kl": lambda on: on.shares.records * kl_loss(on.logits, on.verifier(), on.config.kl_kind, on.config.kl_top_k),
+    "tv": lambda on: on.shares.records * tv_loss(on.logits, on.verifier()),
     "kl_to_rl": _kl_to_rl,
 }
 """What each schedule minimises, regularisers left out."""
@@ -221,5 +238,5 @@ def fast_loss(on: Decisions) -> Tensor:
     if config.kl_weight:
         loss = loss + config.kl_weight * OBJECTIVES["kl"](on)
     if config.entropy_weight:
-        loss = loss - config.entropy_weight * mean_entropy(on.logits, config.policy_temperature)
+        loss = loss - config.entropy_weight * on.shares.records * mean_entropy(on.logits, config.policy_temperature)
     return loss

@@ -1,6 +1,7 @@
 """Models by name: the embedded default, a local folder, or a hub id of any Llama; and drafters that ship for them."""
 
 import hashlib
+import json
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dvirl import checkpoint
 from dvirl.chat import ChatEncoder, detect_format
@@ -24,6 +26,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEFAULT_MODEL = "smollm2-135m"
 WEIGHTS = tuple(Path(__file__).parents[1] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
+
+
+TEXTS = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+"""What a model's `tokenizer_config.json` may say of its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +111,12 @@ def load(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
         try:
-            config = AutoConfig.from_pretrained(path)
-            if config.model_type != "llama":
-                raise DvirlError(f"{name_or_path}: architecture is {config.model_type!r}, expected 'llama'")
-            tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
-            model = EarlyExitLlamaForCausalLM.from_pretrained(path, torch_dtype=torch_dtype)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, DvirlError):
-                raise
+            config, tokenizer = _config(path), _tokenizer(path)
+            model = EarlyExitLlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=torch_dtype)
+        except DvirlError as error:
+            raise DvirlError(f"{name_or_path}: {error}") from error
+        except Exception as error:  # transformers raises a dozen kinds for what is all one thing to the user
             raise DvirlError(f"could not load the model {name_or_path!r}: {' '.join(str(error).split())}") from error
-    if not tokenizer.is_fast:
-        raise DvirlError(f"{name_or_path}: no tokenizer.json; expected a model with a fast tokenizer")
     model = model.to(where).requires_grad_(False).eval()
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew for every new shape, 30 ms each
@@ -123,6 +124,43 @@ def load(
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     eos_ids = tuple(int(token) for token in ends if token is not None)
     return LoadedModel(model, tokenizer, chat, eos_ids, name_or_path, _fingerprint(path, config))
+
+
+def _config(path: str) -> LlamaConfig:
+    """The model's `config.json`, which cannot ask for code here.
+
+    Raises:
+        DvirlError: for another architecture, or a folder that refers to other weights than its own.
+    """
+    file = cached_file(path, "config.json")
+    values = json.loads(Path(file).read_text(encoding="utf-8"))
+    if values.get("model_type") != "llama":
+        raise DvirlError(f"architecture is {values.get('model_type')!r}, expected 'llama'")
+    if _if_there(path, "adapter_config.json"):
+        raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
+    config: LlamaConfig = LlamaConfig.from_dict({**values, "_commit_hash": extract_commit_hash(file, None)})
+    return config
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of `tokenizer.json`; of `tokenizer_config.json` some texts are taken, and no class that it names.
+
+    Raises:
+        DvirlError: if there is no `tokenizer.json`.
+    """
+    file, about = _if_there(path, "tokenizer.json"), _if_there(path, "tokenizer_config.json")
+    if not file:
+        raise DvirlError("no tokenizer.json; expected a model with a fast tokenizer")
+    said = json.loads(Path(about).read_text(encoding="utf-8")) if about else {}
+    contents = {name: said[name].get("content") if isinstance(said[name], dict) else said[name] for name in said}
+    texts = {name: text for name, text in contents.items() if name in TEXTS and isinstance(text, str)}
+    return PreTrainedTokenizerFast(tokenizer_file=file, clean_up_tokenization_spaces=False, **texts)
+
+
+def _if_there(path: str, name: str) -> str | None:
+    """A file of a model, if it has it."""
+    file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return file
 
 
 def _fingerprint(where: str, config: Any) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dvirl.errors import DvirlError
 from kangaroo.adapter import KVCache
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
@@ -257,6 +258,7 @@ def generate(
 
     Raises:
         ValueError: for an empty prompt or a limit below 1.
+        DvirlError: if the model's logits are not finite.
     """
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
@@ -271,17 +273,23 @@ def generate(
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
     reach = int(response_lens.max())
     inside = torch.arange(reach, device=device) < response_lens[:, None]  # what stands behind an end is cleared
+    if len(broken := (inside & ~confidence[:, :reach].isfinite()).nonzero()):
+        row, at = broken[0].tolist()
+        raise DvirlError(f"the verifier's logits for token {at} of its answer to prompt {row} are not finite")
     tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
     rows, positions = inside.nonzero(as_tuple=True)
     tokens[rows, prompt_lens[rows] + positions] = chosen[rows, positions]
-    hidden, confidence = hidden[:, :reach] * inside[:, :, None], confidence[:, :reach] * inside
+    hidden, confidence = hidden[:, :reach] * inside[:, :, None], confidence[:, :reach] * (inside & keep_states)
     return Rollout(tokens, prompt_lens, response_lens, hidden, confidence, max_new_tokens)
 
 
 def _answer(
     batch: _Batch, max_new_tokens: int, ends: Tensor, sampler: Sampler | None, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, states and confidences `[B, max_new_tokens, …]`, whatever stands behind a row's end included."""
+    """Tokens, states and confidences `[B, max_new_tokens, …]`, whatever stands behind a row's end included.
+
+    Without states, logits stand for the confidences: these too show whether numbers are finite.
+    """
     count, width = batch.last.shape[0], batch.last.shape[1] if keep_states else 0
     tokens = batch.rows.new_zeros(count, max_new_tokens)
     hidden = batch.last.new_zeros(count, max_new_tokens, width)
@@ -290,13 +298,11 @@ def _answer(
     look_every = 1 if tokens.device.type == "cpu" else LOOK_EVERY
     for step in range(max_new_tokens):
         logits = batch.model.lm_head(batch.last)
-        if not keep_states:
-            chosen = logits.argmax(dim=-1) if sampler is None else sampler(logits.float())
-        else:
-            probabilities = logits.float().softmax(dim=-1)
-            chosen = probabilities.argmax(dim=-1) if sampler is None else sampler(logits.float())
+        weights = logits.float().softmax(dim=-1) if keep_states else logits
+        chosen = weights.argmax(dim=-1) if sampler is None else sampler(logits.float())
+        if keep_states:
             hidden[batch.rows, step] = batch.last
-            confidence[batch.rows, step] = probabilities.gather(1, chosen[:, None])[:, 0]
+        confidence[batch.rows, step] = weights.gather(1, chosen[:, None])[:, 0].float()
         tokens[batch.rows, step] = chosen
         alive = alive & ~torch.isin(chosen, ends)
         if step + 1 == max_new_tokens:

@@ -42,6 +42,10 @@ class Settings:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
+            if isinstance(value, int) and value.bit_length() > 999:  # Python need not spell it, nor can a float hold it
+                raise DvirlError(f"{spec.name} is a number of {value.bit_length()} bits; expected a smaller one")
+            if isinstance(value, str) and not (value.isprintable() and (value.strip() or not spec.default)):
+                raise DvirlError(f"{spec.name} is {value!r}; expected a name in printable letters")
             allowed, limits = spec.metadata.get("allowed"), spec.metadata.get("range")
             if allowed and value not in allowed:
                 raise DvirlError(f"{spec.name} is {value!r}; expected one of {', '.join(allowed)}")

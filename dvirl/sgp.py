@@ -132,7 +132,7 @@ class SGPTrainer:
         self.peft_model, self.model = lora.attach_draft(self.loaded.model, config, tokens)
         self.parameters = lora.shallow_parameters(self.model, config.lora_shallow)
         self.optimizer = lora.make_optimizer(self.parameters, config.lr)
-        self.done, self.wall_s, self.resumed = 0, 0.0, False
+        self.done, self.wall_s, self.skipped, self.resumed = 0, 0.0, 0, False
         self.before: dict[str, float] = {}
 
     def _split(self, records: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:
@@ -179,7 +179,7 @@ class SGPTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`; no step draws any."""
-        counters = {"step": self.done, "wall_s": self.wall_s}
+        counters = {"step": self.done, "wall_s": self.wall_s, "skipped": self.skipped}
         numbers = {"counters": counters, "before": self.before, "score": self.done}  # the last is the best
         return {"tensors": lora.optimizer_tensors(fast=self.optimizer), "numbers": numbers}
 
@@ -187,22 +187,26 @@ class SGPTrainer:
         """Continue from a checkpoint of a run with the same settings; errors as in `DVITrainer.load_checkpoint`."""
         state = checkpoint.load(folder, self.peft_model, self.model)
         lora.load_optimizers(state["tensors"], fast=self.optimizer)
-        self.done, self.wall_s = state["numbers"]["counters"].values()
+        self.done, self.wall_s, self.skipped = state["numbers"]["counters"].values()
         self.before = state["numbers"]["before"]
 
     def step(self, step: int, examples: Sequence[Tensor]) -> dict[str, float]:
-        """Update number `step`, left out if its gradient is not finite.
+        """Update number `step`, left out if its loss or gradient is not finite.
 
         Returns:
-            loss and the other figures of these examples before the update, grad_norm before clipping, and lr.
+            loss and the other figures of these examples before the update, grad_norm before clipping, lr, and skipped,
+            the updates left out so far.
         """
         config = self.config
         lora.train_only(self.model, self.parameters)
         sums = self._sums(examples)
         loss = sums.loss(config.beta_exit)
         lr = lora.cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
-        grad_norm = lora.clipped_step(self.optimizer, loss, lr, config.grad_clip)
-        return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": grad_norm, "lr": lr}
+        norm = lora.clipped_step(self.optimizer, loss, lr, config.grad_clip)
+        if not math.isfinite(norm):
+            self.skipped += 1
+            tqdm.write(f"step {step}: loss or gradient is not finite; the update is left out", file=sys.stderr)
+        return {"loss": float(loss.detach()), **sums.figures(), "grad_norm": norm, "lr": lr, "skipped": self.skipped}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ from dvirl.federated import average_adapters
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
-from dvirl.rollout import Responses, Tape, draft_logits_at, generate, judge
+from dvirl.rollout import Responses, Rollout, Tape, draft_logits_at, judge
 from dvirl.settings import from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer, make_example
 from dvirl.trace import plain, read_metrics, write_json, write_text
@@ -170,12 +170,10 @@ def draft_cost(model: KangarooModel) -> float:
     return draft / (count(*base.model.layers, base.model.norm) + base.lm_head.weight.numel())
 
 
-def judge_prompts(trainer: DVITrainer, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """The draft on the verifier's own answers, as both are now."""
-    config, loaded = trainer.config, trainer.loaded
-    rollout = generate(loaded.model, prompts, config.max_new_tokens, loaded.eos_ids, config.target)
+def judge_answers(trainer: DVITrainer, rollout: Rollout) -> dict[str, float]:
+    """The draft as it is now, on the verifier's answers."""
     served = Served()
-    served.add(rollout, judge(trainer.model, rollout, config.decode))
+    served.add(rollout, judge(trainer.model, rollout, trainer.config.decode))
     agreement = asdict(measure_agreement(trainer.model, rollout.stored()))
     return {
         "accept_rate": served.accepted / served.drafted if served.drafted else math.nan,
@@ -215,15 +213,16 @@ def learn(config: DVIConfig, split: PromptSplit, tape: Tape) -> Row:
         `figures` and `curve`. An empty tape is recorded.
     """
     trainer = DVITrainer(config, None, split)
-    before = judge_prompts(trainer, split.held_out)
-    if config.slow_every == 0 and config.target == "base":
+    changes = config.slow_every > 0 or config.target == "adapted"
+    answers = trainer.answer(split.held_out)
+    before = judge_answers(trainer, answers)
+    if not changes:
         trainer.answer = tape.playing() if tape.rollouts else tape.recording(trainer.answer)
     trainer.train(show_progress=False)
     counters = trainer.counters
     figures: dict[str, Any] = {f"{name}_before": before[name] for name in ("accept_rate", "agreement")}
-    figures |= judge_prompts(trainer, split.held_out)
-    if config.slow_every or config.target == "adapted":
-        figures |= judge_verifier(trainer)
+    figures |= judge_answers(trainer, trainer.answer(split.held_out) if changes else answers)
+    figures |= judge_verifier(trainer) if changes else {}
     figures |= {"draft_cost": draft_cost(trainer.model), "tokens": counters.tokens, "steps": counters.step}
     figures |= {"wall_s": counters.wall_s, "drift_flag": counters.drift_flag, "skipped": counters.skipped}
     return {"figures": figures, "curve": thinned(Path(config.run_dir))}

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from dvirl import cli, settings
+from dvirl.checkpoint import step_folder
 from dvirl.config import DVIConfig, Resumable
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer, resume
@@ -37,10 +38,18 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
     run = settings.part(DVIConfig, config)
     if isinstance(config, TrainConfig) and config.resume:
         trainer = resume(config.resume, run, accept_changes=config.accept_changes)
-        print(f"{config.resume}: {trainer.counters.prompts} of {run.num_prompts} prompts are done")
     else:
         trainer = DVITrainer(run)
+    if trainer.resumed and trainer.processes.first:
+        print(f"{trainer.config.run_dir}: {trainer.counters.prompts} of {run.num_prompts} prompts are done")
     trainer.train()
+    if trainer.processes.first:
+        _report(trainer)
+    return trainer
+
+
+def _report(trainer: DVITrainer) -> None:
+    """Print what a run came to, and where it is."""
     run_dir = Path(trainer.config.run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
     if len(metrics):
@@ -51,8 +60,7 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
     updates = f"{counters.fast_s:.0f} s drafting and fast updates, {counters.slow_s:.0f} s slow updates"
     print(f"time: {counters.rollout_s:.0f} s generation, {updates}")
     print(f"log: {run_dir / 'metrics.jsonl'}")
-    print(f"checkpoint: {run_dir / 'checkpoints' / f'step-{counters.step:06d}'}")
-    return trainer
+    print(f"checkpoint: {step_folder(run_dir, counters.step)}")
 
 
 if __name__ == "__main__":

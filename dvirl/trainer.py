@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,10 +23,12 @@ from dvirl.config import DVIConfig
 from dvirl.data import PromptSplit, load_prompts
 from dvirl.errors import DvirlError
 from dvirl.interrupt import Stop, stoppable
-from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, fast_loss, reward_weight, slow_loss
+from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, Shares, fast_loss, reward_weight, slow_loss
 from dvirl.models import LoadedModel, load
+from dvirl.processes import Processes
 from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
 from dvirl.trace import Counters, SlowResult, StepMetrics, cut_log, log_line
+from dvirl.trackers import chosen, tracking
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -111,6 +113,7 @@ class DVITrainer:
         buffer, baseline: the changing state outside the model and the optimizers; `counters`, `served`, `rates` and
             `generator` say how far the run is.
         split: the prompt stream, and the held-out prompts.
+        processes: those that train together, of which this is one.
         answer: responses for prompts, by default the verifier's as it is then; a `Tape` can stand in.
 
     Raises:
@@ -118,11 +121,12 @@ class DVITrainer:
     """
 
     def __init__(self, config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> None:
+        chosen(config.tracker)
         torch.set_num_threads(config.threads)
         checkpoint.seed_all(config.seed)
-        self.config = config
+        self.config, self.processes = config, Processes(config.device)
         self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
-        self.split = split or load_prompts(config, self.loaded)
+        self.split = split or self.processes.once(lambda: load_prompts(config, self.loaded))
         base = self.loaded.model
         try:
             base.set_exit_layer(config.exit_layer)
@@ -130,7 +134,8 @@ class DVITrainer:
             raise DvirlError(str(error)) from error
         counted = None
         if config.draft_vocab:
-            counted = self._generate(self.split.stream.peek(VOCAB_SAMPLE)).response_tokens()
+            sample = self.split.stream.peek(VOCAB_SAMPLE)
+            counted = self.processes.once(lambda: self._generate(sample).response_tokens().cpu())
         self.peft_model, self.model = lora.attach_draft(base, config, counted, deep=True)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
@@ -143,6 +148,7 @@ class DVITrainer:
         self.rates: list[float] = []
         self.answer: Answer = self._generate
         self.resumed = False
+        self._nothing = torch.zeros((), device=self.loaded.model.device)
         if config.start_from:
             checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
 
@@ -156,24 +162,35 @@ class DVITrainer:
         Raises:
             DvirlError: if `run_dir` holds another run already, another process is at it, or the disk is full.
         """
-        config, counters, run_dir = self.config, self.counters, Path(self.config.run_dir)
-        with checkpoint.held(run_dir), stoppable() as stop:
-            log = checkpoint.start_log(run_dir, config, self.loaded, new=counters.step == 0 and not self.resumed)
-            cut_log(log, counters.step)
+        run_dir, first = Path(self.config.run_dir), self.processes.first
+        with checkpoint.held(run_dir) if first else nullcontext(), stoppable() as stop:
+            log = self._start_log(run_dir) if first else None
             if not self.finished:
-                self._run(log, stop, show_progress)
+                self._run(log, stop, show_progress and first)
+
+    def _start_log(self, run_dir: Path) -> Path:
+        new = self.counters.step == 0 and not self.resumed
+        log = checkpoint.start_log(run_dir, self.config, self.loaded, new)
+        cut_log(log, self.counters.step)
+        return log
 
     @property
     def finished(self) -> bool:
         """Whether all prompts are done."""
         return self.counters.prompts >= self.config.num_prompts
 
-    def _run(self, log: Path, stop: Stop, show_progress: bool) -> None:
-        config, counters, last_saved = self.config, self.counters, self.counters.step
-        with tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar:
-            while not self.finished and not stop.signal:
+    def _run(self, log: Path | None, stop: Stop, show_progress: bool) -> None:
+        config, counters, last_saved, asked = self.config, self.counters, self.counters.step, 0
+        tracker = config.tracker if log else "none"
+        with (
+            tracking(tracker, Path(config.run_dir), asdict(config)) as track,
+            tqdm(total=config.num_prompts, initial=counters.prompts, unit="prompt", disable=not show_progress) as bar,
+        ):
+            while not self.finished and not (asked := self.processes.largest(stop.signal)):
                 for metrics in self.advance():
-                    log_line(log, asdict(metrics))
+                    if log:
+                        log_line(log, asdict(metrics))
+                        track(asdict(metrics))
                     bar.set_postfix_str(f"step {metrics.step}, accept rate {metrics.accept_rate:.3f}")
                     bar.update(metrics.prompts - bar.n)
                 bar.update(counters.prompts - bar.n)
@@ -181,11 +198,12 @@ class DVITrainer:
                     self.save_checkpoint()
                     last_saved = counters.step
         self.save_checkpoint()
+        stop.signal = stop.signal or asked
 
     def advance(self) -> Iterator[StepMetrics]:
         """One batch of prompts: collect, and step whenever enough has been accepted."""
         for _ in self.collect():
-            if self.buffer.due(self.config.fast_batch):
+            if self.processes.largest(self.buffer.due(self.config.fast_batch)):
                 yield self.step()
 
     def collect(self) -> Iterator[Rollout]:
@@ -194,11 +212,13 @@ class DVITrainer:
         Yields:
             Each group of responses, its records in the buffer, so that the next group meets an improved draft.
         """
-        config = self.config
+        config, processes = self.config, self.processes
         with self._timed("rollout_s"):
-            prompts = self.split.stream.take(min(config.rollout_batch, config.num_prompts - self.counters.prompts))
-            rollout = self.answer(prompts)
-        for group in rollout.groups(config.judge_batch):
+            together = config.rollout_batch * processes.count
+            prompts = self.split.stream.take(min(together, config.num_prompts - self.counters.prompts))
+            own = self.answer(list(processes.share(prompts)) or prompts[:1])  # one at least, for its tensors' shapes
+            rollout = processes.rollouts(own, len(prompts))
+        for group in rollout.groups(config.judge_batch * processes.count):
             with self._timed("fast_s"):
                 self._judge(group)
             yield group
@@ -221,7 +241,7 @@ class DVITrainer:
         if every and self.counters.step % every == 0:
             look = self.slow_update if self.config.slow_every else self.measure_drift
             with self._timed("slow_s"):
-                slow = look(self.buffer.recent(self.config.slow_batch))
+                slow = look(self.buffer.recent(self.config.slow_batch * self.processes.count))
         return self._metrics(fast, slow)
 
     def _judge(self, group: Rollout) -> None:
@@ -252,28 +272,45 @@ class DVITrainer:
         reward = float(batch.reward.mean())
         baseline = self.baseline.update(reward, len(batch.reward))
         share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
-        decisions = self.decisions(batch, baseline, share)
-        loss = fast_loss(decisions)
+        own, loss, seen = self.processes.share_of(batch), None, dict.fromkeys(("loss", *LOGGED), self._nothing)
+        if len(own):
+            decisions = self.decisions(own, baseline, share, batch)
+            loss = fast_loss(decisions)
+            with torch.no_grad():
+                seen = {"loss": loss, **{key: OBJECTIVES[name](decisions) for key, name in LOGGED.items()}}
         phase = config.schedule if config.schedule != "kl_to_rl" else ("ramp" if share else "kl")
-        figures: dict[str, Any] = {"phase": phase, "loss": float(loss.detach()), "reward": reward, "baseline": baseline}
-        with torch.no_grad():
-            figures |= {key: float(OBJECTIVES[name](decisions)) for key, name in LOGGED.items()}
+        figures = {"phase": phase, **self._totals(seen), "reward": reward, "baseline": baseline}
         lr = self._fast_lr()
         return {**figures, "grad_norm": self._apply(self.fast_optimizer, loss, lr), "lr": lr}
 
-    def decisions(self, batch: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0) -> Decisions:
-        """A batch of records as the objectives see it, with gradients to what `train_only` lets learn."""
-        logits, _ = draft_logits_at(self.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
+    def decisions(
+        self, own: TrainingBatch, baseline: float = 0.0, reward_share: float = 0.0, batch: TrainingBatch | None = None
+    ) -> Decisions:
+        """Some records as the objectives see them, this process's share of a `batch` if one is given.
+
+        Gradients reach what `train_only` lets learn.
+        """
+        shares = (
+            Shares() if batch is None or own is batch else Shares(*self._counts(own).div(self._counts(batch)).tolist())
+        )
+        logits, _ = draft_logits_at(self.model, own.tokens, own.prompt_lens, own.row, own.position)
         return Decisions(
             config=self.config,
             logits=logits,
-            verifier=cache(lambda: self.model.verifier_logits(batch.verifier_hidden)),
-            drafted=self.model.draft_index(batch.token),
-            verified=self.model.draft_index(batch.verifier_token),
-            rewards=batch.reward,
+            verifier=cache(lambda: self.model.verifier_logits(own.verifier_hidden)),
+            drafted=self.model.draft_index(own.token),
+            verified=self.model.draft_index(own.verifier_token),
+            rewards=own.reward,
             baseline=baseline,
             reward_share=reward_share,
+            shares=shares,
         )
+
+    def _counts(self, batch: TrainingBatch) -> Tensor:
+        """Records, accepted ones, and those whose verifier's token the exit head has; at least 1 each."""
+        covered = self.model.draft_index(batch.verifier_token) >= 0
+        counts = torch.ones_like(batch.reward).sum(), batch.reward.sum(), covered.sum()
+        return torch.stack(counts).clamp(min=1)
 
     def replay_update(self, batch: TrainingBatch) -> None:
         """One more step of lora_S, drafter and exit head, on older responses and without the reward of any draft.
@@ -282,7 +319,9 @@ class DVITrainer:
         policy; so a loss may look back if it asks the verifier alone.
         """
         lora.train_only(self.model, self.shallow)
-        self._apply(self.fast_optimizer, fast_loss(self.decisions(batch)), self._fast_lr())
+        own = self.processes.share_of(batch)
+        loss = fast_loss(self.decisions(own, batch=batch)) if len(own) else None
+        self._apply(self.fast_optimizer, loss, self._fast_lr())
 
     def slow_update(self, batch: TrainingBatch) -> SlowResult | None:
         """One step of lora_D on the accepted tokens of some responses, and of nothing else; None if there are none."""
@@ -290,15 +329,22 @@ class DVITrainer:
         if not bool(accepted.any()):
             return None
         lora.train_only(self.model, self.deep)
-        logits = self._verifier_logits(batch, accepted)
-        frozen = self._verifier_logits(batch, accepted, without=("lora_D",))
-        loss, divergence = slow_loss(logits, batch.token[accepted], frozen, self.config.beta_kl)
-        changed = (logits.argmax(dim=-1) != frozen.argmax(dim=-1)).float().mean()
-        drift = SlowResult(drift_kl=float(divergence), drift_tokens=float(changed))
+        own = self.processes.share_of(batch)
+        chosen = own.reward > 0
+        loss, seen = None, dict.fromkeys(("loss_slow", "drift_kl", "drift_tokens"), self._nothing)
+        if bool(chosen.any()):
+            share = float(chosen.sum()) / float(accepted.sum())
+            logits = self._verifier_logits(own, chosen)
+            frozen = self._verifier_logits(own, chosen, without=("lora_D",))
+            parts = slow_loss(logits, own.token[chosen], frozen, self.config.beta_kl)
+            changed = (logits.argmax(dim=-1) != frozen.argmax(dim=-1)).float().mean()
+            loss, divergence, moved = (share * part for part in (*parts, changed))
+            seen = {"loss_slow": loss, "drift_kl": divergence, "drift_tokens": moved}
+        found = SlowResult(**self._totals(seen))
         if self.config.target == "adapted":
-            drift = self.measure_drift(batch)
+            found = replace(self.measure_drift(batch), loss_slow=found.loss_slow)
         self._apply(self.slow_optimizer, loss, self.config.lr_deep)
-        return replace(drift, loss_slow=float(loss.detach()))
+        return found
 
     @torch.no_grad()
     def measure_drift(self, batch: TrainingBatch) -> SlowResult:
@@ -325,13 +371,23 @@ class DVITrainer:
             logits: Tensor = base.lm_head(hidden[batch.row[chosen], before[chosen]]).float()
         return logits
 
-    def _apply(self, optimizer: Optimizer, loss: Tensor, lr: float) -> float:
+    def _totals(self, own: dict[str, Tensor]) -> dict[str, float]:
+        """Figures of all processes together, each the sum of theirs."""
+        total = self.processes.sum(torch.stack([value.detach() for value in own.values()]))
+        return dict(zip(own, total.tolist(), strict=True))
+
+    def _apply(self, optimizer: Optimizer, loss: Tensor | None, lr: float) -> float:
         """Clip and step; a gradient that is not finite leaves the weights as they are and is counted."""
-        grad_norm = lora.clipped_step(optimizer, loss, lr, self.config.grad_clip)
+        grad_norm = lora.clipped_step(optimizer, loss, lr, self.config.grad_clip, self.processes.add_gradients)
         if not math.isfinite(grad_norm):
             self.counters.skipped += 1
-            tqdm.write(f"step {self.counters.step}: the gradient is not finite; this update is left out")
+            self._say(f"step {self.counters.step}: the gradient is not finite; this update is left out")
         return grad_norm
+
+    def _say(self, message: str) -> None:
+        """A line above the progress bar, once and not by every process."""
+        if self.processes.first:
+            tqdm.write(message, file=sys.stderr)
 
     @property
     def progress(self) -> float:
@@ -381,11 +437,10 @@ class DVITrainer:
         self.rates = [*first, *last[1 - DRIFT_WINDOW :], accept_rate]
         if drift_kl is not None and not counters.drift_flag and drift_suspected(self.rates, drift_kl, bound):
             counters.drift_flag = True
-            tqdm.write(
+            self._say(
                 f"step {counters.step}: the accept rate rose from {fmean(first):.3f} to "
                 f"{fmean(self.rates[DRIFT_WINDOW:]):.3f} while the verifier drifted {drift_kl:.3g} nats a token, "
-                f"past drift_bound {bound:g}; it may accept more because it got worse",
-                file=sys.stderr,
+                f"past drift_bound {bound:g}; it may accept more because it got worse"
             )
 
     # State
@@ -422,9 +477,10 @@ class DVITrainer:
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands, and remove old ones; return its folder."""
         run_dir, step = Path(self.config.run_dir), self.counters.step
-        folder = checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
-        checkpoint.prune(run_dir, self.config.keep_checkpoints)
-        return folder
+        if self.processes.first:
+            checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
+            checkpoint.prune(run_dir, self.config.keep_checkpoints)
+        return checkpoint.step_folder(run_dir, step)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continue from a checkpoint of a run with the same settings.

@@ -120,13 +120,18 @@ def test_notebook_parameters_become_settings():
         namespace("# Parameters\nexit_layer = 4\nthreads = 1\n", exit_layer=4, threads=1), run_dir="r"
     )
     assert (config.exit_layer, config.threads, config.run_dir) == (4, 1, "r")
-    assert notebook_config(namespace()).exit_layer == 6
+    assert notebook_config(namespace(), run_dir="r").exit_layer == 6
     assert assigned_names("a = 1\nb = c = 2\nprint(a)") == ["a", "b", "c"]
 
 
 def test_an_unknown_notebook_parameter_lists_the_known_ones():
     with pytest.raises(DvirlError, match=r"unknown notebook parameter exit_layr; known are .*eval_prompts, exit_layer"):
         notebook_config(namespace("# Parameters\nexit_layr = 4", exit_layr=4))
+
+
+def test_a_notebook_parameter_of_a_bad_value_is_said():
+    with pytest.raises(DvirlError, match="schedule is 'magic'; expected one of"):
+        notebook_config(namespace("# Parameters\nschedule = 'magic'", schedule="magic"))
 
 
 def test_run_folders_are_new(tmp_path, monkeypatch):

@@ -139,6 +139,7 @@ def test_held_out_prompts_never_come_up():
 def test_long_prompts_are_left_out(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("short one", "another", "long " * 500)))
-    config = tiny_settings(prompts_source="jsonl", prompts_path=str(path), held_out=1)
-    assert len(load_prompts(config, tiny_loaded()).stream) == 1
-    assert "left out 1 prompts over 512 tokens" in capsys.readouterr().err
+    for most, limit in ((200, 200), (512, 256 - 16)):  # the tiny model's context holds prompt and response
+        config = tiny_settings(prompts_source="jsonl", prompts_path=str(path), held_out=1, max_prompt_tokens=most)
+        assert len(load_prompts(config, tiny_loaded()).stream) == 1
+        assert f"left out 1 prompts over {limit} tokens" in capsys.readouterr().err

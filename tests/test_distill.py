@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import random_prompts, tiny_loaded
-from safetensors.torch import load_file
+from conftest import copied, random_prompts, tiny_loaded
 from test_corpus import ENDS
 from test_models import save_tiny
 
-from dvirl import checkpoint, cli, distill
+from dvirl import cli, distill
 from dvirl.corpus import answer, write_shard
 from dvirl.distill import DistillConfig, Distiller, _Objective
 from dvirl.errors import DvirlError
@@ -277,20 +276,25 @@ def test_the_clock_ends_a_run_and_its_schedule(tmp_path, responses, monkeypatch)
     assert again.train().steps == result.steps
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path, responses):
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_left_out_said_and_counted(tmp_path, responses, capsys, broken):
     mine = distiller(tmp_path, responses, log_every=3, checkpoint_every=1)
     update = mine.update
 
     def breaking(batch, states):
-        if mine.step == 4:
-            mine.parameters[0].data[0] = math.nan
-        return update(batch, states)
+        before = [*(p.clone() for p in mine.parameters), *(t.clone() for t in mine.optimizers.tensors().values())]
+        found = update(batch, states + broken if mine.step == 4 else states)
+        after = [*mine.parameters, *mine.optimizers.tensors().values()]
+        same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert same == (mine.step == 5)
+        return found
 
     mine.update = breaking
-    with pytest.raises(DvirlError, match="step 5: loss or gradient is not finite; the last checkpoint is before it"):
-        mine.train()
-    tensors = load_file(checkpoint.newest(tmp_path) / "trainer.safetensors")
-    assert checkpoint.newest(tmp_path).name == "step-000003" and all(t.isfinite().all() for t in tensors.values())
+    mine.train()
+    assert "step 5: loss or gradient is not finite; the update is left out" in capsys.readouterr().err
+    log = read_metrics(tmp_path / "metrics.jsonl").query("phase == 'train'")
+    assert log.skipped.tolist() == [0, *[1] * (len(log) - 1)] and log.loss.notna().all() and mine.step == mine.num_steps
+    assert distiller(tmp_path, responses, log_every=3, checkpoint_every=1).skipped == 1
 
 
 def test_batches_hold_every_response_once_a_pass_in_another_order(tmp_path, responses):
@@ -385,9 +389,10 @@ def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
     """What it answered it begins to predict, and the drafter that it ships says the same."""
     prompts = [real.chat.encode([text]) for text in ("Hello!", "Name three colours.", "What is rain?", "Count to ten.")]
     write_shard(tmp_path / "shard-00000.safetensors", answer(real, prompts, 20, 4))
-    mine = Distiller(
-        settings(tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99)
+    config = settings(
+        tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99
     )
+    mine = Distiller(config, copied(real))
     before = measure_agreement(mine.model, mine.responses).rate
     result = mine.train()
     after = measure_agreement(mine.model, mine.responses)

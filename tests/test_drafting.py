@@ -50,6 +50,7 @@ def test_a_lookup_grows_with_the_text_as_if_made_anew():
 # Losslessness
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("target", ["base", "adapted"])
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.adaptive}")
 def test_no_choice_changes_an_answer(how, target):

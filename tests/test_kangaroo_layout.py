@@ -109,6 +109,7 @@ def prompts_of(seed: int) -> list[list[int]]:
     return [short, list(chain(*others))[:80]]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.6, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_accept_lengths_are_the_published_ones(tmp_path, seed, threshold):

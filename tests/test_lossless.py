@@ -6,14 +6,13 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, scramble_lora, tiny_kangaroo, tiny_pair
+from conftest import EOS, copied, random_prompts, scramble_lora, tiny_kangaroo, tiny_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from dvirl.embedded import ensure_embedded
 from dvirl.lora import shallow_parameters
-from dvirl.models import load
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
@@ -29,6 +28,12 @@ def hf_greedy(model: LlamaForCausalLM, prompt: list[int], length: int, eos: int)
 
 
 @torch.no_grad()
+def hf_says(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> list[int]:
+    """What the model would say behind each part of an answer, in one pass; greedy decoding's answer says itself."""
+    return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+@torch.no_grad()
 def as_hugging_face(model: EarlyExitLlamaForCausalLM, *without: str) -> LlamaForCausalLM:
     """Hugging Face's Llama with our weights, the active adapters merged in."""
     with model.without_adapters(*without), model.folded():
@@ -39,6 +44,7 @@ def as_hugging_face(model: EarlyExitLlamaForCausalLM, *without: str) -> LlamaFor
     return theirs
 
 
+@pytest.mark.no_cover
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 5),
@@ -89,18 +95,22 @@ def test_an_adapted_target_would_not_pass_as_the_base():
 
 @pytest.mark.real
 def test_the_default_model_on_twenty_prompts(real):
-    base = load(dtype="float32", device="cpu")
+    base = copied(real)
     inject_dual_lora(base.model, 6)
     model = KangarooModel(base.model, None, Namespace(drafter="layer", head="full", draft_vocab=range(8192)), 6)
     scramble_lora(model, ["lora_S"], 0.02)
-    reference = LlamaForCausalLM.from_pretrained(ensure_embedded("smollm2-135m"))
+    reference = LlamaForCausalLM.from_pretrained(ensure_embedded("smollm2-135m"), low_cpu_mem_usage=True)
     questions = [
         f"Tell me something about the number {number} and the letter {chr(97 + number)}." for number in range(20)
     ]
     drafted = 0
-    for question in questions:
+    for number, question in enumerate(questions):
         prompt = base.chat.encode([question])
         decoded = model.generate(prompt, 12, DecodeConfig(3), base.eos_ids)
         drafted += sum(block.num_drafted for block in decoded.blocks)
-        assert decoded.tokens == hf_greedy(reference, prompt, 12, base.eos_ids[0]), question
+        assert decoded.tokens == hf_says(reference, prompt, decoded.tokens), question
+        assert base.eos_ids[0] in decoded.tokens[-1:] or len(decoded.tokens) == 12
+        assert base.eos_ids[0] not in decoded.tokens[:-1]
+        if number < 4:
+            assert decoded.tokens == hf_greedy(reference, prompt, 12, base.eos_ids[0])
     assert drafted > 100

@@ -7,6 +7,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -95,6 +96,59 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         models.load(str(folder), device="cpu")
     with pytest.raises(DvirlError, match="could not load the model"):
         models.load(str(tmp_path / "nowhere"), device="cpu")
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DvirlError, match=r"no tokenizer\.json"):
+        models.load(str(folder), device="cpu")
+
+
+class Pickled:
+    def __init__(self, makes: Path):
+        self.makes = makes
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.makes),)
+
+
+HOSTILE = {
+    "the tokenizer is of a class that unpickles": ("tokenizer_config.json", {"tokenizer_class": "RealmRetriever"}, ""),
+    "the tokenizer asks for code": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["code.Run", "code.Run"]}},
+        "",
+    ),
+    "the model asks for code": ("config.json", {"auto_map": {"AutoConfig": "code.Run", "AutoModel": "code.Run"}}, ""),
+    "an unknown model asks for code": (
+        "config.json",
+        {"model_type": "own", "auto_map": {"AutoConfig": "code.Run"}},
+        "'own'",
+    ),
+    "an adapter has other weights": ("adapter_config.json", {"base_model_name_or_path": "/elsewhere"}, "no adapter"),
+    "the weights are a pickle": ("model.safetensors", None, "could not load the model"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_model_folder_runs_nothing(tmp_path, case):
+    """Each either is refused or loads by what it is, and nothing of it is executed."""
+    file, changes, message = HOSTILE[case]
+    folder, ran = save_tiny(tmp_path / "model"), tmp_path / "was-run"
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(ran)!r})\nclass Run: pass\n")
+    for name in ("block_records.npy", "pytorch_model.bin"):
+        (folder / name).write_bytes(pickle.dumps(Pickled(ran)))
+    path = folder / file
+    if changes is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+    if message:
+        with pytest.raises(DvirlError, match=message):
+            models.load(str(folder), "float32", "cpu")
+    else:
+        assert models.load(str(folder), "float32", "cpu").tokenizer.eos_token == "<|im_end|>"
+    assert not ran.exists()
+    pickle.loads((folder / "block_records.npy").read_bytes())
+    assert ran.exists()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def compare(model, config, prompts, eos, noise=None):
     return judgement
 
 
+@pytest.mark.no_cover
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 6),

@@ -84,6 +84,7 @@ def p_value(model: KangarooModel, how: DecodeConfig, draws: int = DRAWS) -> tupl
     return float(torch.special.gammaincc(half[0], half[1])), accepted / drafted
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("how", "args", "kind"),
     [

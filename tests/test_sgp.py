@@ -118,14 +118,16 @@ def test_a_step_moves_lora_and_exit_head_and_nothing_else(detach_exit, changes):
     )
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_said(tmp_path, capsys):
     mine = trainer(run_dir=str(tmp_path), max_steps=1)
     mine.model.head_model.weight.data[:, 0] = math.nan
     before = [parameter.clone() for parameter in mine.parameters]
     mine.config = dataclasses.replace(mine.config, detach_exit=False)
     mine.train(show_progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(before, mine.parameters, strict=True))
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.parameters, strict=True)) and not mine.optimizer.state
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["grad_norm"] is None and line["skipped"] == 1
+    assert "step 1: loss or gradient is not finite; the update is left out" in capsys.readouterr().err
 
 
 # Targets

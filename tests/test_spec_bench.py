@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import EOS, tiny_loaded
 from test_bench import answer
 from test_drafters import exported
 from test_models import save_tiny
+from test_processes import in_processes
 
 from dvirl import cli, models
 from dvirl.errors import DvirlError
@@ -21,17 +24,17 @@ from dvirl.evaluation import runner
 from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.equal import compare_files
 from dvirl.evaluation.measure import Answer
-from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompts_of
+from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompts_of, refuse_longer
 from dvirl.evaluation.spec_bench import (
     TASKS,
     Question,
+    answer_row,
     answer_table,
     measures,
     read_questions,
     resume_answers,
-    write_answer,
 )
-from dvirl.trace import read_trace
+from dvirl.trace import log_line, read_trace
 
 ASKED = [
     {"question_id": 81, "category": "writing", "turns": ["Write it", "Once more"]},
@@ -79,6 +82,11 @@ def test_the_packaged_set_has_four_questions_of_each_task():
         ({**ASKED[0], "category": "poetry"}, "q.jsonl:2: category is 'poetry'; expected one of writing"),
         ({**ASKED[0], "question_id": 161}, "q.jsonl:2: question_id 161 is there twice"),
         ({**ASKED[0], "question_id": [1]}, "q.jsonl:2: 'question_id' is [1]; expected a number or a string"),
+        ({**ASKED[0], "question_id": "\ud800"}, "q.jsonl:2: 'question_id' is '\\ud800'; expected a number or a string"),
+        (
+            {**ASKED[0], "category": "a\0"},
+            "q.jsonl:2: 'question_id' is 81; expected a number or a string, and like the",
+        ),
         ({**ASKED[0], "turns": []}, "q.jsonl:2: expected 'turns' to be a list"),
         ({"turns": ["x"]}, "q.jsonl:2: expected an object with 'question_id'"),
     ],
@@ -117,11 +125,33 @@ def test_a_later_turn_sees_the_answer_before_it():
     assert prompts_of(Question(1, "writing", ("One", "Two")), texts, loaded) == seen
 
 
-def test_a_question_beyond_the_context_is_refused():
-    with pytest.raises(
-        DvirlError, match=r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* 256"
-    ):
-        answer_question(Question(5, "qa", ("x" * 260,)), lambda _: Answer([EOS], 1.0), tiny_loaded(), 8)
+@pytest.mark.parametrize("turns", [("x" * 260,), ("x", "y" * 260), ("x",) * 16])
+def test_a_question_beyond_the_context_is_refused_before_any_is_answered(draft, tmp_path, capsys, turns):
+    rows = [*ASKED, {"question_id": 5, "category": "qa", "turns": turns}]
+    flags = ["--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl", rows), *TINY]
+    assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and not (tmp_path / "run").exists()
+    assert re.search(r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* context, 256", said[0])
+
+
+def test_a_question_that_fills_the_context_is_answered():
+    loaded = tiny_loaded()
+    room = 256 - 8 - len(loaded.chat.encode([""]))
+    refuse_longer([Question(1, "qa", ("x" * room,))], loaded, 8)
+    with pytest.raises(DvirlError, match="question 2: a prompt of 249 tokens and 8 of answer"):
+        refuse_longer([Question(2, "qa", ("x" * (room + 1),))], loaded, 8)
+
+
+def test_answers_that_outgrow_the_context_are_noticed_when_they_do():
+    """A model that says less than it may needs no room for more: two answers of the full length would not fit."""
+    loaded = tiny_loaded()
+    asked, room = Question(3, "writing", ("x", "y")), 130
+    refuse_longer([asked], loaded, room)
+    brief = answer_question(asked, lambda _: Answer([EOS], 1.0), loaded, room)
+    assert len(brief[0]) == 2
+    with pytest.raises(DvirlError, match=rf"question 3: a prompt of \d+ tokens and {room} of answer"):
+        answer_question(asked, lambda _: Answer([70] * room, 1.0), loaded, room)
 
 
 # Measures
@@ -170,9 +200,8 @@ def test_figures_by_hand(tmp_path):
     questions = [Question(1, "qa", ("a",)), Question(2, "rag", ("b",))]
     for name, seconds in (("plain", (1.0, 2.0)), ("dvi", (0.5, 0.5))):
         for question, wall_s in zip(questions, seconds, strict=True):
-            write_answer(
-                tmp_path / name, question, "m", ["x"], [answer(5, 9, wall_s, wall_s / 2, 8 if name == "plain" else 2)]
-            )
+            answers = [answer(5, 9, wall_s, wall_s / 2, 8 if name == "plain" else 2)]
+            log_line(tmp_path / name, answer_row(question, "m", ["x"], answers))
     files = {(name, 0): resume_answers(tmp_path / name) for name in ("plain", "dvi")}
     found = measures(answer_table(files), "plain").set_index(["task", "method"])
     assert found.loc[("overall", "dvi"), "speedup"] == pytest.approx((18 + 18) / (9 + 4.5))  # of means, not of ratios
@@ -228,15 +257,16 @@ def test_results_report_trace_and_figure_are_written(evaluated):
 def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(draft, tmp_path, monkeypatch):
     flags = ["evaluate", "--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl"), *TINY,
              "--methods", "plain,dvi", "--run_dir", str(tmp_path / "run")]  # fmt: skip
-    real, calls = runner.write_answer, []
+    calls = []
 
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt  # the trace has this answer, the answer file has not
-        real(*args)
+    def killed(path, line):
+        if path.parent.name == "answers":
+            calls.append(line)
+            if len(calls) == 4:
+                raise KeyboardInterrupt  # the trace has this answer, the answer file has not
+        log_line(path, line)
 
-    monkeypatch.setattr(runner, "write_answer", killed)
+    monkeypatch.setattr(runner, "log_line", killed)
     assert cli.main(flags) == 130
     kept = (tmp_path / "run/answers/plain-1.jsonl").read_text()
     with (tmp_path / "run/answers/plain-1.jsonl").open("a") as file:
@@ -254,6 +284,34 @@ def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(draft, tmp
     assert len(keys) == len(set(keys)) == 2 * 5
     calls[:] = [None] * 4
     assert cli.main(flags) == 0 and len(calls) == 4  # nothing left
+
+
+def test_two_processes_share_the_questions_and_the_first_judges(evaluated, draft, tmp_path, capfd):
+    folder, alone = evaluated
+    flags = ["evaluate", "--draft", draft, "--questions", str(folder.parent / "q.jsonl"), *TINY, "--repeats", "2",
+             "--methods", ",".join(METHODS), "--run_dir", str(tmp_path / "run")]  # fmt: skip
+    decoded = []
+
+    def work(rank):
+        real = runner.answer_question
+        patch = pytest.MonkeyPatch()
+        patch.setattr(runner, "answer_question", lambda *args: decoded.append(args[0].question_id) or real(*args))
+        assert cli.main(flags) == 0
+        left = decoded[len(METHODS) :]  # behind those that warm up
+        assert sorted(set(left)) == [[7, 81], [161]][rank] and len(left) == 2 * len(METHODS) * [2, 1][rank]
+
+    assert in_processes(2, work) == [0, 0]
+    assert capfd.readouterr().out.count("results: ") == 1
+    for path in (folder / "answers").iterdir():
+        one, two = ({key: row["choices"][0]["tokens"] for key, row in resume_answers(file).items()}
+                    for file in (path, tmp_path / "run/answers" / path.name))  # fmt: skip
+        assert one == two and len(one) == 3
+    key = ["method", "question_id", "repeat", "turn", "position", "at", "accepted"]
+    traces = [read_trace(run / "trace.jsonl")[key] for run in (folder, tmp_path / "run")]
+    fixed = [one[one.method.isin(("kangaroo", "fixed"))].sort_values(key, ignore_index=True) for one in traces]
+    assert len(fixed[0]) > 20 and fixed[0].equals(fixed[1])  # others draft by what they have seen before
+    found = pd.DataFrame(json.loads((tmp_path / "run/results.json").read_text())["figures"])
+    assert (found.questions == alone.questions).all() and (found.identical == alone.identical).all()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +357,7 @@ def test_an_answer_file_that_cannot_be_read_is_said(tmp_path, text, message):
 
 def test_a_question_that_is_answered_twice_is_said(tmp_path):
     for _ in range(2):
-        write_answer(tmp_path / "a.jsonl", Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)])
+        log_line(tmp_path / "a.jsonl", answer_row(Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)]))
     with pytest.raises(DvirlError, match=r"a.jsonl:2: question_id 3 is answered twice"):
         resume_answers(tmp_path / "a.jsonl")
 

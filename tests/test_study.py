@@ -27,7 +27,7 @@ from dvirl.data import Prompt, PromptSplit, PromptStream
 from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.settings import from_mapping, read_yaml
-from dvirl.study import Study, adaptation_figures, draft_cost, judge_prompts, judge_verifier, stale_gradients
+from dvirl.study import Study, adaptation_figures, draft_cost, judge_answers, judge_verifier, stale_gradients
 from dvirl.study import summary as summarise
 from dvirl.trainer import DVITrainer
 
@@ -160,15 +160,25 @@ def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
     trainer = a_trainer(tmp_path, draft_len=3)
     scramble_lora(trainer.model, ["lora_S"], 0.1)
     prompts = random_prompts(6, 5)
-    found = judge_prompts(trainer, prompts)
+    found = judge_answers(trainer, trainer.answer(prompts))
     steps = measure_acceptance(trainer.model, prompts, 10, trainer.config.decode, (EOS,), show_progress=False)
     assert found["accept_rate"] == pytest.approx(steps.accept_rate) and found["mat"] == pytest.approx(steps.mat)
+
+
+@pytest.mark.parametrize("changes", [{}, {"slow_every": 1}, {"target": "adapted"}])
+def test_held_out_prompts_are_answered_anew_where_the_verifier_changes(monkeypatch, changes):
+    seen, judge_own = [], study_module.judge_answers
+    monkeypatch.setattr(study_module, "judge_answers", lambda *given: seen.append(given[1]) or judge_own(*given))
+    run(a_study(variants={"kl": {"schedule": "kl", "num_prompts": 8, "lr_deep": 0.1, **changes}}))
+    before, after = seen
+    assert (before is after) == (not changes) and before.prompts() == after.prompts()
+    assert torch.equal(before.tokens, after.tokens) == (not changes)
 
 
 def test_where_nothing_is_drafted_there_is_no_accept_rate(tmp_path):
     trainer = a_trainer(tmp_path)
     trainer.loaded = replace(trainer.loaded, eos_ids=tuple(range(VOCAB)))  # every answer is one token
-    found = judge_prompts(trainer, random_prompts(3, 5))
+    found = judge_answers(trainer, trainer.answer(random_prompts(3, 5)))
     assert math.isnan(found["accept_rate"]) and math.isnan(found["mat"]) and math.isnan(found["agreement"])
 
 
@@ -515,7 +525,7 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
 
 def test_a_failed_task_leaves_no_model_behind(monkeypatch, tmp_path):
     models = []
-    monkeypatch.setattr(study_module, "judge_prompts", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0)
+    monkeypatch.setattr(study_module, "judge_answers", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         study_module.run(a_study(seeds=[0, 1]), tmp_path / "x.rows.jsonl")
     assert len(models) == 2 and not any(model() for model in models)

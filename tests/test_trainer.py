@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import tiny_loaded, tiny_split
 
+from dvirl import trackers
 from dvirl.checkpoint import newest
 from dvirl.config import SCHEDULES, DVIConfig
 from dvirl.errors import DvirlError
@@ -37,6 +38,7 @@ def tiny_settings(**changes) -> DVIConfig:
         checkpoint_every=4,
         dtype="float32",
         device="cpu",
+        tracker="none",
     )
     return DVIConfig(**{**settings, **changes})
 
@@ -262,3 +264,23 @@ def test_the_log_is_plain_json(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{}\n{")
     with pytest.raises(DvirlError, match=r"bad\.jsonl:2"):
         read_metrics(tmp_path / "bad.jsonl")
+
+
+# Trackers
+
+
+def test_tensorboard_has_every_step_of_the_log(tmp_path):
+    _, metrics = run(tmp_path, tracker="auto")
+    (events,) = (tmp_path / "run/dvirl").glob("events.*")
+    text = events.read_bytes()
+    assert all(text.count(name.encode()) == len(metrics) for name in ("accept_rate", "drift_flag", "tok_per_s"))
+    assert b"phase" not in text
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DvirlError, match="tracker is 'wandb', which is not installed; installed are tensorboard"):
+        run(tmp_path, tracker="wandb")
+    with pytest.raises(DvirlError, match="tracker is 'paper'; expected one of auto, none, all"):
+        run(tmp_path, tracker="paper")
+    assert not (tmp_path / "run").exists()
+    assert trackers.chosen("all") == trackers.chosen("auto") == ["tensorboard"] and not trackers.chosen("none")

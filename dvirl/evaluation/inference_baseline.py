@@ -14,7 +14,9 @@ from kangaroo.kangaroo_model import KangarooModel
 
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     """The untouched model as Hugging Face loads it, of the same dtype on the same device."""
-    theirs = LlamaForCausalLM.from_pretrained(source(loaded.name), torch_dtype=loaded.model.dtype)
+    theirs = LlamaForCausalLM.from_pretrained(
+        source(loaded.name), config=loaded.model.config, torch_dtype=loaded.model.dtype
+    )
     return theirs.to(loaded.model.device).eval()
 
 

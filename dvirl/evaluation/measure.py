@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dvirl.errors import DvirlError
 from kangaroo.earlyexit import DecodeConfig, Verification
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -55,11 +56,18 @@ class Answer:
 def timed(
     model: KangarooModel, prompt: Sequence[int], limit: int, settings: DecodeConfig, eos_ids: Sequence[int] = ()
 ) -> Answer:
-    """Decode one prompt by our loop, drafting as `settings` say; arguments as in `KangarooModel.decode_rows`."""
+    """Decode one prompt by our loop, drafting as `settings` say; arguments as in `KangarooModel.decode_rows`.
+
+    Raises:
+        DvirlError: for an empty prompt, or logits that are not finite.
+    """
     began, captured = model.now(), model.base_model.capture_s
     stream = model.decode_blocks(prompt, limit, settings, eos_ids)
-    blocks, prefilled = [next(stream)], model.now()
-    blocks += stream
+    try:
+        blocks, prefilled = [next(stream)], model.now()
+        blocks += stream
+    except ValueError as error:
+        raise DvirlError(f"a prompt of {len(prompt)} tokens: {error}") from error
     wall_s = model.now() - began - (model.base_model.capture_s - captured)
     return Answer([token for block in blocks for token in block.committed], wall_s, prefilled - began, blocks)
 

@@ -33,13 +33,14 @@ from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import (
     OVERALL,
     Question,
+    answer_row,
     answer_table,
     measures,
     read_questions,
     resume_answers,
-    write_answer,
 )
 from dvirl.models import LoadedModel
+from dvirl.processes import Processes
 from dvirl.settings import Settings, choice, from_namespace, number
 from dvirl.sgp import make_example
 from dvirl.trace import accept_events, keep_lines, log_line, token_texts, write_json
@@ -145,22 +146,36 @@ def prompts_of(question: Question, answers: Sequence[str], loaded: LoadedModel) 
     return [loaded.chat.encode([*said[: 2 * turn], question.turns[turn]]) for turn in range(count)]
 
 
+def refuse_longer(questions: Sequence[Question], loaded: LoadedModel, limit: int) -> None:
+    """See that the user's turns of each question, and one answer of `limit` tokens, fit into the model's context.
+
+    Raises:
+        DvirlError: if those of a question do not.
+    """
+    for one in questions:
+        _refuse_longer(one, prompts_of(one, [""] * (len(one.turns) - 1), loaded)[-1], loaded, limit)
+
+
+def _refuse_longer(question: Question, prompt: Sequence[int], loaded: LoadedModel, limit: int) -> None:
+    context = loaded.model.config.max_position_embeddings
+    if len(prompt) + limit > context:
+        asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
+        raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+
+
 def answer_question(
     question: Question, decode: Method, loaded: LoadedModel, limit: int
 ) -> tuple[list[str], list[Answer]]:
     """Text and measure of every turn's answer.
 
     Raises:
-        DvirlError: if a prompt and an answer of `limit` tokens are longer than the model's context.
+        DvirlError: if, behind the answers so far, another of `limit` tokens would outgrow the model's context.
     """
     texts: list[str] = []
     answers: list[Answer] = []
-    context = loaded.model.config.max_position_embeddings
     for _ in question.turns:
         prompt = prompts_of(question, texts, loaded)[-1]
-        if len(prompt) + limit > context:
-            asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
-            raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+        _refuse_longer(question, prompt, loaded, limit)
         answers.append(decode(prompt))
         texts.append(loaded.tokenizer.decode(answers[-1].tokens, skip_special_tokens=True))
     return texts, answers
@@ -187,23 +202,34 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
         All answers, and the share of the time that decoding did not take; NaN if nothing was left to answer.
     """
     loaded, run, base = draft.loaded, methods(draft, how), draft.model.base_model
+    together = Processes(loaded.model.device.type)
     files = {(name, turn): folder / f"answers/{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
     kept: Kept = {key: resume_answers(path) for key, path in files.items()}
     trace, limit, words = folder / "trace.jsonl", how.answer_tokens, cache(token_texts(loaded.tokenizer))
-    keep_lines(trace, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
-    (folder / "answers").mkdir(exist_ok=True)
-    left = missing(questions, list(run), how.repeats, kept)
+    if together.first:
+        keep_lines(trace, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
+        (folder / "answers").mkdir(exist_ok=True)
+    left = missing(together.share(questions), list(run), how.repeats, kept)
     with base.folded():
         for name in run if left else ():
             answer_question(questions[0], run[name], loaded, limit)  # warms up
         began, decoded_s = time.perf_counter(), -base.capture_s
-        for name, repeat, question in tqdm(left, desc="answering", unit="answer", leave=False):
-            texts, answers = answer_question(question, run[name], loaded, limit)
-            about: Any = {"method": name, "question_id": question.question_id, "category": question.category}
-            for turn, one in enumerate(answers):
-                log_line(trace, accept_events(one.blocks, words, **about, turn=turn, repeat=repeat))
-            write_answer(files[name, repeat], question, f"{loaded.name}-{name}", texts, answers)
-            decoded_s += sum(one.wall_s for one in answers)
+        rounds = tqdm(range(together.largest(len(left))), desc="answering", unit="answer", leave=False)
+        for at in rounds:
+            lines: list[tuple[Path, dict[str, Any]]] = []
+            if at < len(left):
+                name, repeat, question = left[at]
+                texts, answers = answer_question(question, run[name], loaded, limit)
+                about: Any = {"method": name, "question_id": question.question_id, "category": question.category}
+                lines = [
+                    (trace, accept_events(one.blocks, words, **about, turn=turn, repeat=repeat))
+                    for turn, one in enumerate(answers)
+                ]
+                lines.append((files[name, repeat], answer_row(question, f"{loaded.name}-{name}", texts, answers)))
+                decoded_s += sum(one.wall_s for one in answers)
+            for path, line in together.gathered(lines):
+                if together.first:
+                    log_line(path, line)
         decoded_s, spent_s = decoded_s + base.capture_s, time.perf_counter() - began
     kept = {key: resume_answers(path) for key, path in files.items()}
     return kept, 1 - decoded_s / spent_s if left else math.nan
@@ -238,15 +264,21 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         config: everything else.
 
     Returns:
-        `spec_bench.measures`, by task and method.
+        `spec_bench.measures`, by task and method. Several processes answer a share of the questions each; the first
+        writes and judges, and the others return an empty table.
 
     Raises:
         DvirlError: for bad questions, an answer file that cannot be read, or a folder of another evaluation.
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
-    claim(folder, config, draft.loaded)
+    refuse_longer(questions, draft.loaded, config.answer_tokens)
+    first = Processes(config.device).first
+    if first:
+        claim(folder, config, draft.loaded)
     kept, overhead = answer_all(draft, questions, config, folder)
+    if not first:
+        return pd.DataFrame()
     found = measures(answer_table(kept), config.reference, config.seed)
     found = found.merge(drifted(draft, questions, kept[config.reference, 0]))
     content = {
@@ -288,7 +320,10 @@ def main(args: Any) -> pd.DataFrame:
     """
     config = from_namespace(EvalConfig, args)
     torch.set_num_threads(config.threads)
+    together = Processes(config.device)
     found = evaluate(open_draft(config.draft, config.dtype, config.device), config)
+    if not together.first:
+        return found
     print((Path(config.run_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"report: {config.run_dir}/report.html\nresults: {config.run_dir}/results.json")
     print(f"answers: {config.run_dir}/answers\ntrace: {config.run_dir}/trace.jsonl (dvirl trace draws it)")

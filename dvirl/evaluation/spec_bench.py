@@ -19,7 +19,6 @@ import pandas as pd
 from dvirl.data import parse_spec_bench, parsed_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.measure import Answer
-from dvirl.trace import log_line
 
 MINI = Path(__file__).parents[1] / "mini_bench.jsonl"
 """Twenty-four questions of our own, four of each task."""
@@ -66,8 +65,9 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
     def parse(row: Any) -> Question:
         turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
         one = Question(row["question_id"], row.get("category") or "", turns)
-        if not isinstance(one.question_id, int | str):
-            raise DvirlError(f"'question_id' is {one.question_id!r}; expected a number or a string")
+        if not isinstance(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
+            said = f"'question_id' is {one.question_id!r}; expected a number or a string"
+            raise DvirlError(f"{said}, and like the category, {one.category!r}, one that can be printed")
         if one.question_id in found:
             raise DvirlError(f"question_id {one.question_id!r} is there twice")
         if one.category not in TASKS and not any_category:
@@ -85,10 +85,8 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
 # Answers
 
 
-def write_answer(
-    path: Path, question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]
-) -> None:
-    """Append the answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
+def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> dict[str, Any]:
+    """The answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
     choice = {
         "index": 0,
         "turns": list(texts),
@@ -102,7 +100,7 @@ def write_answer(
         "tokens": [one.tokens for one in answers],
     }
     named = {"question_id": question.question_id, "category": question.category, "answer_id": uuid.uuid4().hex}
-    log_line(path, {**named, "model_id": model_id, "choices": [choice], "tstamp": time.time()})
+    return {**named, "model_id": model_id, "choices": [choice], "tstamp": time.time()}
 
 
 def parse_answer(row: Any) -> dict[str, Any]:
