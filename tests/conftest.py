@@ -88,6 +88,11 @@ def in_child(work) -> int:
     return os.waitpid(number, 0)[1]
 
 
+def timeless(values):
+    """Without what the clock says."""
+    return {name: value for name, value in values.items() if not name.endswith("_s") and name != "tok_per_s"}
+
+
 VOCAB = 264
 EOS = 2
 
