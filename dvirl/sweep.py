@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -102,13 +103,15 @@ def kept(cell: dict[str, object]) -> dict[str, float] | None:
 
 
 def run_cells(sweep: Sweep, cells: list[dict[str, object]], at_once: int) -> None:
-    """Run the cells that are missing. Whatever ends this early, like Ctrl-C, ends them too."""
+    """Run the cells that are missing. Whatever ends this early, like Ctrl-C and SIGTERM, ends them too."""
     missing, pool, stop = [cell for cell in cells if kept(cell) is None], ThreadPoolExecutor(at_once), Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         list(tqdm(pool.map(lambda cell: run_cell(sweep, cell, stop), missing), sweep.name, len(missing), unit="cell"))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_table(sweep: Sweep, cells: list[dict[str, object]]) -> pd.DataFrame:
@@ -126,7 +129,7 @@ def main(argv: list[str]) -> None:
     """Run a sweep, print its table, and write it into `table.csv` and `table.json`.
 
     Raises:
-        DvirlError: for a bad file, a folder of another sweep, or, when all others are done, cells that failed.
+        DvirlError: for a bad file, a folder of another sweep or in use, or, at the end, cells that failed.
     """
     parser = argparse.ArgumentParser(prog="dvirl sweep", description=__doc__)
     parser.add_argument("file", help="YAML file of a sweep, see configs/sweep-exit-layers.yaml")
@@ -146,8 +149,9 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         print("\n".join(shlex.join(sweep.command(cell)) for cell in cells if kept(cell) is None))
         return
-    trace.write_json(path, now)
-    run_cells(sweep, cells, args.cores // args.threads)
+    with checkpoint.held(out):
+        trace.write_json(path, now)
+        run_cells(sweep, cells, args.cores // args.threads)
     table = make_table(sweep, cells)
     table.to_csv(out / "table.csv", index=False)
     logs = [Path(f"{cell['run_dir']}/log.txt") for cell in cells if kept(cell) is None]

@@ -102,15 +102,23 @@ def plain(values: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, its folder too if there is none: whole or not at all, and on the disk when this returns."""
+    """Write a file, its folder too if there is none: whole or not at all, and on the disk when this returns.
+
+    Raises:
+        DvirlError: if it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -119,9 +127,19 @@ def write_json(path: str | Path, values: Any) -> None:
 
 
 def log_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one line to a JSONL file, complete on disk at once; numbers that JSON cannot spell become null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain(values)) + "\n")
+    """Append one line to a JSONL file, complete on disk at once; numbers that JSON cannot spell become null.
+
+    Raises:
+        DvirlError: if it cannot be written; no part of it is.
+    """
+    with path.open("ab", buffering=0) as file:
+        line, before = json.dumps(plain(values)).encode() + b"\n", file.tell()
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError as error:
+            file.truncate(before)
+            raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
