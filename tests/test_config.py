@@ -121,6 +121,7 @@ def test_notebook_parameters_become_settings():
     )
     assert (config.exit_layer, config.threads, config.run_dir) == (4, 1, "r")
     assert notebook_config(namespace(), run_dir="r").exit_layer == 6
+    assert notebook_config({"In": [], "exit_layer": 3, "words": 1}).exit_layer == 3  # nbval keeps no history
     assert assigned_names("a = 1\nb = c = 2\nprint(a)") == ["a", "b", "c"]
 
 
@@ -131,7 +132,7 @@ def test_an_unknown_notebook_parameter_lists_the_known_ones():
 
 def test_a_notebook_parameter_of_a_bad_value_is_said():
     with pytest.raises(DvirlError, match="schedule is 'magic'; expected one of"):
-        notebook_config(namespace("# Parameters\nschedule = 'magic'", schedule="magic"))
+        notebook_config(namespace("# Parameters\nschedule = 'magic'", schedule="magic"), run_dir="r")
 
 
 def test_run_folders_are_new(tmp_path, monkeypatch):
