@@ -216,6 +216,11 @@ def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
         raise DvirlError(f"{path}: expected a drafter's settings under 'config' and 'model'") from error
 
 
+def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
+    """Whether a drafter was made for this model; errors as in `load_drafter`."""
+    return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
+
+
 def load_drafter(
     name_or_folder: str | Path, loaded: LoadedModel | None = None, dtype: str = "auto", device: str = "auto"
 ) -> LoadedDrafter:

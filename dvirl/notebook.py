@@ -1,21 +1,32 @@
-"""What notebooks share: their parameters, checked, and a run folder of their own."""
+"""What notebooks share: their parameters, checked, a run folder of their own, and text in the colours of its blocks."""
 
 import ast
 import dataclasses
+import html
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from IPython.display import HTML
+
 from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.settings import from_mapping
+from kangaroo.earlyexit import Verification
 
 INJECTED = "# Parameters"
 """First line of the cell in which papermill puts `-p` parameters."""
 DECLARED = "# Parameters of this notebook"
 """First line of the cell in which a notebook declares its own."""
+LOOKS = {
+    "accepted": "background:#009e7355",
+    "rejected": "background:#d55e0055;text-decoration:line-through",
+    "not judged": "opacity:0.6;text-decoration:line-through dotted",
+    "the verifier's word": "border-bottom:3px solid #56b4e9;font-weight:bold",
+}
+"""How a token of a block looks, by what became of it: not by colour alone, and on white as on black."""
 
 
 def assigned_names(source: str) -> list[str]:
@@ -39,7 +50,7 @@ def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
     known = settings | set(declared)
     if unknown := sorted(set(injected) - known):
         raise DvirlError(f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    given = {name: namespace[name] for name in (*declared, *injected) if name in settings}
+    given = {name: namespace[name] for name in namespace if name in settings}  # nbval keeps no `In`
     return from_mapping(DVIConfig, {**given, **fixed}, "notebook parameters")
 
 
@@ -50,3 +61,29 @@ def new_run_dir(wished: str, name: str) -> str:
     first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folders = (first if number == 1 else f"{first}-{number}" for number in count(1))
     return next(folder for folder in folders if not Path(folder).exists())
+
+
+def show_blocks(blocks: Sequence[Verification], words: Callable[[int], str]) -> HTML:
+    """An answer as its blocks made it: drafts, what became of them, and the verifier's word; a key goes before.
+
+    Args:
+        blocks: the answer's, the prefill's first.
+        words: what a token id adds to a text (`trace.token_texts`).
+    """
+
+    def piece(kind: str, text: str, says: str = "") -> str:
+        shown = html.escape(text or "\u25a1").replace("\n", "\u21b5<br>")
+        return f'<span style="{LOOKS[kind]}" title="{html.escape(says or kind)}">{shown}</span>'
+
+    parts = [piece(kind, kind) for kind in LOOKS]
+    parts[-1] += "<br><br>"
+    for block in blocks:
+        drafts = zip(block.draft.tokens.tolist(), block.draft.confidence.tolist(), strict=True)
+        for place, (token, sure) in enumerate(drafts):
+            judged = "rejected" if place < block.num_drafted else "not judged"
+            kind = "accepted" if place < block.num_accepted else judged
+            parts.append(piece(kind, words(token), f"{kind}, confidence {sure:.2f}"))
+        if block.block_len > block.num_accepted:
+            parts.append(piece("the verifier's word", words(block.committed[-1])))
+        parts.append("\u200a")
+    return HTML(f'<div style="line-height:1.9">{" ".join(parts[:4])}{"".join(parts[4:])}</div>')

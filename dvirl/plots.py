@@ -1,5 +1,6 @@
 """Figures: one style, a palette that colour-blind readers can tell apart, labels at the lines."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from kangaroo.drafting import StepCosts
 
 PALETTE = BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 """From Okabe and Ito's."""
+LABEL_PIXELS = 16
+"""Between labels at the ends of lines, at least."""
 
 STYLE: Any = {
     "figure.dpi": 110,
@@ -191,3 +194,47 @@ def rejections(events: pd.DataFrame, save: str | Path | None = None) -> None:
         right.set(xlabel="share of all rejects", xlim=(0, None))
         left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(PALETTE),
                            frameon=False, labelcolor="linecolor", handlelength=0.5)  # fmt: skip
+
+
+def curves(
+    found: pd.DataFrame, text: Mapping[str, str], guide: Sequence[tuple[float, float]] = (), log: bool = False,
+    save: str | Path | None = None,
+) -> None:  # fmt: skip
+    """Lines with their intervals, each named at its end.
+
+    Args:
+        found: `name`, `x` and `y`, and `low` and `high` where an interval is known; one point alone is a diamond.
+        text: title, xlabel and ylabel.
+        guide: ends of a grey line to compare with.
+        log: y in powers of ten.
+        save: also write the figure here.
+    """
+    with _figure(save, figsize=(7.5, 3.6)) as axes:
+        axes.plot(*zip(*guide, strict=True) if guide else ((), ()), "--", color="grey", linewidth=1)
+        ends = []
+        for (name, own), colour in zip(found.groupby("name", sort=False), PALETTE, strict=False):
+            axes.plot(own.x, own.y, "o-" if len(own) > 1 else "D", color=colour, markersize=4 if len(own) > 1 else 7)
+            if "low" in own:
+                axes.vlines(own.x, own.low, own.high, color=colour, alpha=0.6)
+            ends.append((float(own.y.iloc[-1]), float(own.x.iloc[-1]), str(name), colour))
+        axes.set(**text, yscale="log" if log else "linear")
+        lowest = -math.inf
+        for y, x, name, colour in sorted(ends):
+            place = axes.transData.transform((x, y))
+            lowest = max(place[1], lowest + LABEL_PIXELS)
+            _label_end(axes, x, axes.transData.inverted().transform((place[0], lowest))[1], name, colour)
+
+
+def step_shares(found: pd.DataFrame, save: str | Path | None = None) -> None:
+    """Where the time of a block goes: a bar a row, its index the name, its columns the parts in milliseconds."""
+    with _figure(save, figsize=(7.5, 1.2 + 0.5 * len(found)), layout="constrained") as axes:
+        shares, ends = found.div(found.sum(axis=1), axis=0), found.cumsum(axis=1)
+        for part, colour in zip(found, PALETTE, strict=False):
+            bars = axes.barh(found.index, found[part], 0.6, ends[part] - found[part], color=colour, label=part)
+            wide = found[part] > 0.05 * found.sum(axis=1).max()
+            axes.bar_label(bars, [f"{one:.0%}" if fits else "" for one, fits in zip(shares[part], wide, strict=True)],
+                           label_type="center")  # fmt: skip
+        axes.set(xlabel="milliseconds a block")
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, handlelength=1)

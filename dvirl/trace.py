@@ -305,7 +305,12 @@ def read_trace(path: str | Path) -> pd.DataFrame:
             expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
             raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
         rows += [row] if row["at"] else []
-    table = pd.DataFrame(rows, columns=None if rows else [*ANSWER, *EVENT])
+    return events_table(rows)
+
+
+def events_table(answers: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row a scored draft of what `accept_events` says of answers that have some."""
+    table = pd.DataFrame(answers, columns=None if answers else [*ANSWER, *EVENT])
     return table.explode([*EVENT], ignore_index=True).infer_objects().astype({"confidence": float})
 
 

@@ -121,6 +121,7 @@ def test_notebook_parameters_become_settings():
     )
     assert (config.exit_layer, config.threads, config.run_dir) == (4, 1, "r")
     assert notebook_config(namespace(), run_dir="r").exit_layer == 6
+    assert notebook_config({"In": [], "exit_layer": 3, "words": 1}).exit_layer == 3  # nbval keeps no history
     assert assigned_names("a = 1\nb = c = 2\nprint(a)") == ["a", "b", "c"]
 
 

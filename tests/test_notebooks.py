@@ -8,15 +8,17 @@ from pathlib import Path
 import papermill
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks/03_train.ipynb"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICK = dict(num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, min_accept_rate=0.0, min_gain=0.0,
              min_reward_gain=0.0, held_out=4, threads=1, fast_batch=1)  # fmt: skip
 
 
-def execute(tmp_path, **parameters):
-    out = tmp_path / "out.ipynb"
-    papermill.execute_notebook(NOTEBOOK, out, parameters, kernel_name="python3", progress_bar=False, cwd=tmp_path)
-    return json.loads(out.read_text())
+def execute(tmp_path, notebook="03_train", **parameters):
+    """Run a notebook; what it printed."""
+    path, out = NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb"
+    papermill.execute_notebook(path, out, parameters, kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    outputs = [output for cell in json.loads(out.read_text())["cells"] for output in cell.get("outputs", [])]
+    return "".join(line for output in outputs for line in output.get("text", []))
 
 
 @pytest.mark.real
@@ -35,10 +37,23 @@ def test_other_parameters_run(tmp_path, settings):
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("parameters", "message"),
-    [({"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
-     ({"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29")],
+    ("settings", "expected"),
+    [(dict(exit_layer=24, shipped="", seed=1), ["layers[:24] draft, layers[24:30] verify", "the 9 tokens of plain"]),
+     (dict(prompt="Count to ten.", draft_len=3), ["smollm2-135m-k2: layers[:2] draft", "3 drafts at once"])],
 )  # fmt: skip
-def test_bad_parameters_stop_it(tmp_path, parameters, message):
+def test_early_exit_with_other_parameters(tmp_path, settings, expected):
+    said = execute(tmp_path, "01_early_exit", num_prompts=1, max_new_tokens=9, threads=1, **settings)
+    assert all(sentence in said for sentence in expected)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("notebook", "parameters", "message"),
+    [("03_train", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
+     ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
+     ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29")],
+)  # fmt: skip
+def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
     with pytest.raises(papermill.PapermillExecutionError, match=message):
-        execute(tmp_path, **parameters)
+        execute(tmp_path, notebook, **parameters)

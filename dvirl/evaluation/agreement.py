@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedDrafter, LoadedModel, load_drafter
 from dvirl.rollout import Responses, draft_logits_at, response_index
 from dvirl.trace import write_json
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 BINS = 15
@@ -96,6 +98,32 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         positions=len(right),
         answers=tuple(means[order.argsort()].tolist()),
     )
+
+
+@torch.no_grad()
+def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.DataFrame:
+    """What final norm and head, put behind each layer, make of its states (nostalgebraist's logit lens, 2020).
+
+    Args:
+        base: the model.
+        responses: whose tokens, the first of each answer left out, are to be predicted.
+
+    Returns:
+        A row for every layer (0 is the embedding) and position: `layer`, `question_id` (the response's row), `rank` of
+        the last layer's token among this layer's, from 1, and `accepted`, 1 where that rank is 1.
+    """
+    rows, positions = response_index(responses.prompt_lens, responses.response_lens)
+    before = responses.prompt_lens[rows] + positions - 1
+    states = base(responses.tokens.long(), output_hidden_states=True).hidden_states
+    *lower, last = (one[rows, before] for one in states)
+    token = base.lm_head(last).argmax(dim=-1, keepdim=True)
+    found = []
+    for layer, one in enumerate([*map(base.model.norm, lower), last]):
+        logits = base.lm_head(one)
+        rank = 1 + (logits > logits.gather(1, token)).sum(dim=1).cpu()
+        about = {"layer": layer, "question_id": rows.cpu(), "rank": rank, "accepted": (rank == 1).long()}
+        found.append(pd.DataFrame(about))
+    return pd.concat(found, ignore_index=True)
 
 
 def asked_for(args: argparse.Namespace, drafter: LoadedDrafter) -> list[str]:

@@ -6,12 +6,13 @@ and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, medi
 
 import argparse
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig
 
@@ -23,6 +24,7 @@ from dvirl.evaluation.bench import PLAIN, spread
 from dvirl.evaluation.measure import timed
 from dvirl.models import DEFAULT_MODEL, load, load_drafter, resolve_device, resolve_dtype
 from dvirl.trace import write_json
+from kangaroo.adapter import KVCache
 from kangaroo.drafting import StepCosts
 from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
@@ -93,6 +95,47 @@ def costs_of(model: KangarooModel, longest: int, context: int, rows: int, accept
     best, speed = recommend(steps, acceptance)
     even = {count: steps.break_even(count) for count in LENGTHS if count <= longest}
     return Cost(model.base_model.exit_layer, context, steps, even, best, speed)
+
+
+@torch.no_grad()
+def step_parts(model: KangarooModel, draft_len: int, context: int = 128, repeats: int = 9) -> dict[str, float]:
+    """Milliseconds of a block of `draft_len` drafts by part, medians; parts are run one after the other, uncaptured.
+
+    Args:
+        model: drafts and verifies.
+        draft_len: drafts of the block; 0 is a plain step.
+        context: tokens in the caches.
+        repeats: blocks timed; two more go before them uncounted.
+    """
+    base, turns = model.base_model, []
+    ids = (torch.arange(context + draft_len + 1, device=model.head_model.weight.device) % 7)[None]
+
+    def block(drafting: Sequence[Tensor], verifying: Tensor) -> dict[str, float]:
+        spent = {"drafting: shallow layers": 0.0, "drafting: drafter and exit head": 0.0}
+
+        def clock(part: str, run: Callable[..., Tensor], given: Tensor, cache: KVCache) -> Tensor:
+            began = model.now()
+            out = run(given, cache=cache)
+            spent[part] = spent.get(part, 0.0) + 1e3 * (model.now() - began)
+            return out
+
+        for one in drafting:
+            states = clock("drafting: shallow layers", base.forward_shallow, one, caches.draft)
+            states = clock("drafting: drafter and exit head", model.drafter_states, states, caches.drafter)
+            clock("drafting: drafter and exit head", model.head_logits, states, caches.drafter)
+        with base.without_adapters("lora_S"):
+            states = clock("verifying: shallow layers", base.forward_shallow, verifying, caches.verify)
+        states = clock("verifying: deep layers", base.forward_deep, states, caches.deep)
+        clock("verifying: head", base.head_logits, states, caches.deep)
+        return spent
+
+    with base.decoding(context + draft_len + 1, model, "base") as caches:
+        block([ids[:, :context]], ids[:, :context])
+        drafts = [ids[:, at : at + 1] for at in range(context, context + draft_len)]
+        for _ in range(repeats + 2):
+            caches.roll_back(context)
+            turns.append(block(drafts, ids[:, context:]))
+    return dict(pd.DataFrame(turns[2:]).median())
 
 
 @torch.no_grad()

@@ -1,12 +1,48 @@
 """Where drafts are rejected, by the trace of an evaluation: `dvirl trace FILE`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import pandas as pd
+import torch
 
 from dvirl import plots
 from dvirl.errors import DvirlError
-from dvirl.trace import FACETS, accept_rates, read_trace, write_json
+from dvirl.rollout import Rollout, draft_rollout, score_drafts
+from dvirl.trace import FACETS, accept_events, accept_rates, events_table, read_trace, write_json
+from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sampling import choose_tokens
+
+
+def judged_events(
+    model: KangarooModel, rollout: Rollout, settings: DecodeConfig, words: Callable[[int], str],
+    about: Sequence[Mapping[str, Any]],
+) -> pd.DataFrame:  # fmt: skip
+    """The accept events that decoding step by step would give on greedy answers, by one pass of the draft.
+
+    Args:
+        model: drafts.
+        rollout: the verifier's answers.
+        settings: draft_len and threshold.
+        words, about: as in `accept_events`; what to note of each answer.
+    """
+    drafts, lines = draft_rollout(model, rollout), []
+    index, confidence = (
+        torch.split(one.cpu(), (rollout.response_lens - 1).tolist()) for one in choose_tokens(drafts[0])
+    )
+    judged = zip(rollout.responses(), score_drafts(model, rollout, drafts, settings).blocks, strict=True)
+    for row, (answer, blocks) in enumerate(judged):
+        found = [Verification(0, (answer[0],), 0, 0, DraftBlock(*[torch.empty(0)] * 3), torch.empty(0))]
+        for one in blocks:
+            scored = slice(one.start - 1, one.start - 1 + one.num_drafted)
+            tokens = model.token_ids(index[row][scored].to(rollout.tokens.device))
+            draft = DraftBlock(tokens, confidence[row][scored], torch.empty(0))
+            committed = tuple(answer[one.start : one.start + one.block_len])
+            found.append(Verification(one.start, committed, one.num_drafted, one.num_accepted, draft, torch.empty(0)))
+        lines.append(accept_events(found, words, **about[row]))
+    return events_table([line for line in lines if line["at"]])
 
 
 def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Reports: a page of tables and figures, as Markdown and as HTML."""
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ from typing import Any
 import mistune
 import pandas as pd
 
+from dvirl.errors import DvirlError
+
+RESULTS = Path(__file__).parents[2] / "book/results"
+"""Larger runs on record."""
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;display:block;overflow-x:auto}th,td{padding:.2rem .7rem;text-align:right}
 th{border-bottom:1px solid}td:first-child,th:first-child{text-align:left}img{max-width:100%;background:#fff}
@@ -36,6 +41,26 @@ def describe(content: Mapping[str, Any]) -> str:
     versions = content["versions"]
     what = f"Measured {content['date']} on {where} in {model['dtype']}, torch {versions['torch']}"
     return f"{what}, dvirl {versions['dvirl']}, the model {model['fingerprint'][:15]}…"
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """What a run on record found, `book/results/NAME.json`; printed is what it ran on, when, and the command.
+
+    Raises:
+        DvirlError: if there is none of this name.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise DvirlError(f"{path}: no such result on record; expected a checkout of the repository that has it")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    given = {flag: value for flag, value in content.get("arguments", {}).items() if value not in ("", [], None)}
+    flags = (
+        f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}" for flag, value in given.items()
+    )
+    command = content.get("command") or " ".join(["dvirl", name.split("-")[0], *flags])
+    where = content["machine"].get("accelerator") or f"{content['machine']['cores']} CPU cores"
+    print(f"recorded {content['date']} on {where} by\n{command}")
+    return content
 
 
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:

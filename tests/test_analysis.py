@@ -1,0 +1,89 @@
+"""What notebooks 01 and 02 analyse: lenses, parts of a step, judged answers, coloured text, results on record."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from conftest import EOS, tiny_model, tiny_pair
+
+from dvirl import plots
+from dvirl.errors import DvirlError
+from dvirl.evaluation.agreement import logit_lens
+from dvirl.evaluation.cost import step_parts
+from dvirl.evaluation.rejections import judged_events
+from dvirl.evaluation.report import recorded
+from dvirl.notebook import show_blocks
+from dvirl.rollout import generate
+from dvirl.trace import accept_events, events_table
+from kangaroo.earlyexit import DecodeConfig
+from kangaroo.kangaroo_model import KangarooModel
+
+PROMPTS = [[1, 5, 9], [1, 7, 3, 8, 11], [1, 30]]
+
+
+def words(token):
+    return f" <{token}>"
+
+
+@pytest.fixture
+def model():
+    return KangarooModel(tiny_model(deep_scale=0.2), None, None, 2)
+
+
+def test_the_lens_behind_each_layer_is_that_of_hugging_faces_states():
+    theirs, ours = tiny_pair()
+    responses = generate(ours, PROMPTS, 6, [EOS])
+    found = logit_lens(ours, responses)
+    row, length = 1, int(responses.prompt_lens[1])
+    states = theirs(responses.tokens[row : row + 1].long(), output_hidden_states=True).hidden_states
+    for layer, own in found[found.question_id == row].groupby("layer"):
+        state = states[layer] if layer == 4 else theirs.model.norm(states[layer])
+        logits = theirs.lm_head(state)[0, length:]  # the first token of the answer is left out
+        for at, rank in enumerate(own["rank"]):
+            token = responses.tokens[row, length + at + 1]
+            assert rank == 1 + int((logits[at] > logits[at, token]).sum())
+    assert (found[found.layer == 4]["rank"] == 1).all() and not (found[found.layer == 0]["rank"] == 1).all()
+
+
+def test_judged_events_are_those_of_decoding_step_by_step(model):
+    rollout = generate(model.base_model, PROMPTS, 24, [EOS])
+    about = [dict(method="m", question_id=at, category="c") for at in range(len(PROMPTS))]
+    for how in (DecodeConfig(3), DecodeConfig(5, 0.05)):
+        found = judged_events(model, rollout, how, words, about)
+        lines = [accept_events(model.generate(prompt, 24, how, [EOS]).blocks, words, **one)
+                 for prompt, one in zip(PROMPTS, about, strict=True)]  # fmt: skip
+        pd.testing.assert_frame_equal(found, events_table(lines), atol=2e-4)
+        assert 0 < found.accepted.mean() < 1
+
+
+def test_parts_of_a_step_are_all_timed(model):
+    block, plain = step_parts(model, 3, context=12, repeats=2), step_parts(model, 0, context=12, repeats=2)
+    assert list(block) == list(plain) and len(block) == 5 and min(block.values()) > 0
+    assert [part for part in plain if plain[part] == 0] == [part for part in plain if part.startswith("drafting")]
+
+
+def test_coloured_blocks_show_every_draft_escaped(model):
+    blocks = model.generate(PROMPTS[1], 16, DecodeConfig(3), [EOS]).blocks
+    page = show_blocks(blocks, words).data
+    drafted = sum(len(block.draft.tokens) for block in blocks)
+    own = sum(block.block_len > block.num_accepted for block in blocks)
+    assert page.count("confidence ") == drafted and page.count("<span") == 4 + drafted + own
+    assert page.count("accepted, confidence") == sum(block.num_accepted for block in blocks) > 0
+    assert f" &lt;{blocks[0].committed[0]}&gt;" in page and "> <" not in page.replace("</span> <span", "")
+
+
+def test_results_on_record_say_where_they_are_from(capsys):
+    assert recorded("study-exit-layers")["summary"] and recorded("cost-h200")["costs"]
+    said = capsys.readouterr().out
+    assert "recorded 2026-11-22 on NVIDIA H200 by\ndvirl study configs/study-exit-layers.yaml" in said
+    assert "dvirl cost --model_name smollm2-135m --exit_layers 1 2 4 6 8 12" in said
+    with pytest.raises(DvirlError, match="nothing.json: no such result on record"):
+        recorded("nothing")
+
+
+def test_curves_and_shares_are_drawn(tmp_path):
+    found = pd.DataFrame({"name": ["a", "a", "b"], "x": [1, 2, 1], "y": [0.1, 0.2, 0.2], "low": 0.05, "high": 0.3})
+    plots.curves(found, {"title": "t"}, guide=[(0, 0), (1, 1)], save=tmp_path / "a.png")
+    plots.step_shares(pd.DataFrame({"p": [1.0, 2.0], "q": [3.0, 0.0]}, ["one", "two"]), save=tmp_path / "b.svg")
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir()) and torch.is_grad_enabled()
