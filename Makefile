@@ -2,6 +2,7 @@
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+BOOK    := $(VENV)/.book
 STAMP   := $(shell date +%Y%m%d-%H%M%S)
 RUN     ?= runs/train-$(STAMP)
 PYTHON  ?= $(shell for p in python3.11 python3 python; do \
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-quick faults evaluate bench experiments-quick check-notebooks lint lab shell \
-        notebooks clean $(STUDIES)
+        notebooks book book-page clean $(STUDIES)
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +75,16 @@ lint: $(READY)  ## ruff and mypy --strict
 notebooks: $(READY)  ## execute the committed notebooks anew, in place
 	for n in notebooks/*.ipynb; do $(BIN)/papermill $$n $$n --kernel python3 || exit 1; done
 
+$(BOOK): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,book]'
+	@touch $(BOOK)
+
+book: $(BOOK)  ## build the book from the committed outputs into _build/html; a warning is an error
+	$(BIN)/jupyter-book build . --all --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
+
+book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
+	$(BIN)/jupyter-book build . --all --builder singlehtml --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
+
 lab: $(READY)  ## open JupyterLab in the environment
 	$(BIN)/jupyter lab notebooks
 
@@ -81,4 +92,4 @@ shell: $(READY)  ## a shell with the environment active
 	@PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" $${SHELL:-bash}
 
 clean:  ## remove the environment and what tools cache; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info
+	rm -rf $(VENV) _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info
