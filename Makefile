@@ -80,10 +80,14 @@ $(BOOK): $(READY)
 	@touch $(BOOK)
 
 book: $(BOOK)  ## build the book from the committed outputs into _build/html; a warning is an error
+	rm -rf _build/html
 	$(BIN)/jupyter-book build . --all --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
 
 book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
+	rm -rf _build/singlehtml
 	$(BIN)/jupyter-book build . --all --builder singlehtml --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
+	sed -e 's|href="book/intro.html#|href="#|g' -e '/src="searchindex.js"/d' _build/singlehtml/book/intro.html > _build/singlehtml/index.html
+	rm -r _build/singlehtml/book
 
 lab: $(READY)  ## open JupyterLab in the environment
 	$(BIN)/jupyter lab notebooks

@@ -31,7 +31,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def spread(entry: dict[str, float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds."""
-    return f"{entry['mean']:.{digits}f} ± {entry['std']:.{digits}f}"
+    return f"{entry['mean']:.{digits}f}\u00a0±\u00a0{entry['std']:.{digits}f}"
 
 
 def default_run() -> str:

@@ -34,9 +34,10 @@ def repository_url() -> str:
     return f"https://github.com/{found[1]}" if found else ""
 
 
-def launch_from_here(_app: Any, config: Any) -> None:
-    """Let the launch buttons of notebooks open the files of this repository; without an address there are none."""
+def theme(_app: Any, config: Any) -> None:
+    """One search field, and launch buttons that open this repository's files; without an address there are none."""
     url = repository_url()
+    config.html_theme_options["navbar_persistent"] = []
     config.html_theme_options["repository_url"] = url
     config.html_theme_options["repository_branch"] = os.environ.get("GITHUB_REF_NAME", "main")
     if not url:
@@ -47,5 +48,5 @@ def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_config_value("comments_config", {}, "")  # jupyter-book sets it for sphinx_comments, which is left out
     app.connect("autodoc-process-docstring", readable, priority=400)
-    app.connect("config-inited", launch_from_here, priority=100)
+    app.connect("config-inited", theme, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
