@@ -7,6 +7,7 @@ STAMP   := $(shell date +%Y%m%d-%H%M%S)
 RUN     ?= runs/train-$(STAMP)
 PYTHON  ?= $(shell for p in python3.11 python3 python; do \
              $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && command -v $$p && break; done)
+RECORD  := DVIRL_RESULTS=book/results DVIRL_COMMAND="make $(MAKECMDGOALS)"
 STUDIES := $(patsubst configs/%.yaml,%,$(sort $(wildcard configs/study-*.yaml)))
 QUICK   ?= runs/quick
 SET     ?= threads=1
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick faults evaluate bench experiments-quick check-notebooks lint lab shell \
+.PHONY: help setup train test test-quick faults fuzz soak evaluate bench experiments-quick check-notebooks lint lab shell \
         notebooks book book-page clean $(STUDIES)
 
 help:  ## list the commands
@@ -65,7 +66,13 @@ test-quick: $(READY)  ## the tests that need no real model
 	$(BIN)/pytest tests -n 2 --dist worksteal -m 'not real'
 
 faults: $(READY)  ## kill a run at 120 places and see that, resumed, it is the run that was never killed
-	DVIRL_FAULTS=120 $(BIN)/pytest tests/test_resume.py -n 2 --dist worksteal
+	$(RECORD) DVIRL_FAULTS=120 $(BIN)/pytest tests/test_resume.py -n 2 --dist worksteal
+
+soak: $(READY)  ## 2,000 updates in which memory, file handles and step time stay flat, and what bigger settings cost
+	$(RECORD) DVIRL_SOAK=2000 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_soak.py
+
+fuzz: $(READY)  ## give every reader broken files, 12,000 in all and other ones each time
+	DVIRL_FUZZ=12000 $(BIN)/pytest tests/test_fuzz.py -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

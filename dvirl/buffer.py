@@ -91,8 +91,8 @@ class ReplayBuffer:
             joined = torch.cat((self._fields[name], new)) if name in self._fields else new
             self._fields[name] = joined[-self.capacity :]
         self.num_fresh = min(self.num_fresh + len(records), len(self))
-        oldest = int(self._fields["response_id"][0])
-        self._responses = {key: value for key, value in self._responses.items() if key >= oldest}
+        pointed = set(self._fields["response_id"].tolist())
+        self._responses = {key: value for key, value in self._responses.items() if key in pointed}
 
     def due(self, fast_batch: int) -> bool:
         """Whether `fast_batch` tokens have been accepted since the last update and there are records to learn from."""

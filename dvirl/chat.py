@@ -124,9 +124,7 @@ class ChatEncoder:
         for segment in FORMATS[self.chat_format](turns):
             if isinstance(segment, Control):
                 if segment.token not in self._vocabulary:
-                    raise DvirlError(
-                        f"chat_format {self.chat_format!r} needs the token {segment.token!r}, which the tokenizer lacks"
-                    )
+                    raise DvirlError(f"chat_format {self.chat_format!r} needs the token {segment.token!r}, not there")
                 ids.append(self._vocabulary[segment.token])
             else:
                 ids += self.plain(segment)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from dvirl.config import ModelSettings
 from dvirl.errors import DvirlError
-from dvirl.settings import Settings, read_yaml
-from dvirl.trace import write_text
+from dvirl.settings import Settings, from_mapping, read_yaml
+from dvirl.trace import parse_line, read_text, write_text
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
@@ -145,11 +146,25 @@ def _discard(folder: Path) -> None:
 
 def prune(run_dir: Path, keep: int) -> None:
     """Remove all checkpoints of a run but the newest `keep` and the one of the best `score`."""
-    folders = sorted((run_dir / "checkpoints").glob("step-*"))
-    best = max(folders, key=lambda folder: json.loads((folder / "trainer.json").read_text())["score"])
+    folders = _checkpoints(run_dir)
+    best = max(folders, key=_score)
     for folder in folders[:-keep]:
         if folder != best:
             _discard(folder)
+
+
+def _checkpoints(run_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    found = Path(run_dir, "checkpoints").glob("step-[0-9]*[0-9]")
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
+
+
+def _score(folder: Path) -> float:
+    """What a checkpoint says of its run; a damaged one is the worst."""
+    try:
+        return max(-math.inf, float(parse_line("", read_text(folder / "trainer.json"))["score"]))  # not NaN
+    except (ValueError, TypeError, KeyError, ArithmeticError):
+        return -math.inf
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -165,14 +180,14 @@ def verify(folder: Path) -> None:
         DvirlError: for a file that is missing, truncated or changed; the message names it.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = {DRAFTER: "", **parse_line(MANIFEST, read_text(folder / MANIFEST), dict)}
         now = _sums(folder)
     except (OSError, ValueError) as error:
         raise DvirlError(f"{folder}: no readable {MANIFEST} ({error}); not a complete checkpoint") from error
     for name, checksum in manifest.items():
         if now.get(name) != checksum:
             wrong = "is missing" if name not in now else "is not what was written, cut off or changed"
-            raise DvirlError(f"{folder / name} {wrong}; remove {folder} to go on from the checkpoint before it")
+            raise DvirlError(f"{folder / ' '.join(name.split())} {wrong}; remove {folder} to go on from the one before")
 
 
 def seed_all(seed: int) -> None:
@@ -255,9 +270,9 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
         if draft_only:
             return {}
         tensors = load_file(folder / "trainer.safetensors", device=str(device))
-        numbers = json.loads((folder / "trainer.json").read_text())
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise DvirlError(f"{folder}: unreadable checkpoint ({error})") from error
+        numbers = parse_line(str(folder / "trainer.json"), read_text(folder / "trainer.json"), dict)
+    except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+        raise DvirlError(f"{folder}: unreadable checkpoint ({error!s:.300})") from error
     except ValueError as error:
         raise DvirlError(str(error)) from error
     return {"tensors": tensors, "numbers": numbers}
@@ -300,7 +315,7 @@ def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
     state: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
     own = get_peft_model_state_dict(peft_model, adapter_name=name)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+    if {k: (v.shape, v.is_complex()) for k, v in state.items()} != {k: (v.shape, False) for k, v in own.items()}:
         raise DvirlError(f"{folder}: the adapter does not fit this model, exit layer and rank")
     set_peft_model_state_dict(peft_model, state, adapter_name=name)
 
@@ -311,8 +326,7 @@ def newest(run_dir: str | Path) -> Path:
     Raises:
         DvirlError: if there is none.
     """
-    folders = sorted((Path(run_dir) / "checkpoints").glob("step-*"))
-    if not folders:
+    if not (folders := _checkpoints(run_dir)):
         raise DvirlError(f"{run_dir}: no checkpoint there; expected checkpoints/step-…")
     return folders[-1]
 
@@ -340,6 +354,22 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DvirlError(f"{path}: expected the settings of a run under 'config'")
     return settings
+
+
+def go_on(make: Any, kind: Any, run_dir: str | Path, config: Any = None, accept_changes: bool = False) -> Any:
+    """A trainer made by `make` from settings of a kind, as far as a run is; see `trainer.resume` for the others."""
+    path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
+    config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
+    if not accept_changes:
+        refuse_other(path, before, asdict(config), "give --accept_changes true to go on with these")
+    trainer = make(config)
+    made_for = read_yaml(path).get("model", {}).get("fingerprint")
+    if made_for != trainer.loaded.fingerprint:
+        raise DvirlError(f"{path}: the run is of the model {made_for}, and this one is {trainer.loaded.fingerprint}")
+    trainer.resumed = True
+    if any((Path(run_dir) / "checkpoints").glob("step-*")):
+        trainer.load_checkpoint(newest(run_dir))
+    return trainer
 
 
 def refuse_other(

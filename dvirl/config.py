@@ -82,7 +82,23 @@ class DraftSettings(LoraSettings):
 
 
 @dataclass(frozen=True)
-class DVIConfig(DraftSettings):
+class TrainSettings(DraftSettings):
+    """What every training has."""
+
+    on_bad_row: str = choice("refuse", ("refuse", "skip"))
+    """A malformed row is an error (refuse) or is reported and left out (skip)."""
+    warmup_steps: int = number(10, 0)
+    """Steps (fast updates) over which the rate (lr_shallow) grows from 0."""
+    grad_clip: float = number(1.0, 1e-9, MANY)
+    """Norm to which gradients are clipped."""
+    checkpoint_every: int = number(100, 1)
+    """Steps (fast updates) between checkpoints, which fall between two rollouts; one is always written at the end."""
+    keep_checkpoints: int = number(3, 1)
+    """Newest checkpoints that are kept; the one with the best accept rate of the steps before it is kept as well."""
+
+
+@dataclass(frozen=True)
+class DVIConfig(TrainSettings):
     """Everything that a training run depends on."""
 
     start_from: str = ""
@@ -91,8 +107,6 @@ class DVIConfig(DraftSettings):
     """chatterbot, magpie, sharegpt, dolly, jsonl or spec_bench."""
     prompts_path: str = ""
     """File (JSON or JSONL) or hub id for the sources that need one; magpie: kinds of prompts, by commas, or all."""
-    on_bad_row: str = choice("refuse", ("refuse", "skip"))
-    """A malformed row is an error (refuse) or is reported and left out (skip)."""
     num_prompts: int = number(256, 1)
     """Prompts to train on; the stream starts over, shuffled anew, if it has fewer."""
     held_out: int = number(64, 0)
@@ -159,14 +173,6 @@ class DVIConfig(DraftSettings):
     """AdamW rate of lora_D."""
     lr_schedule: str = choice("cosine", ("constant", "cosine"))
     """Of lr_shallow over the run: constant, or cosine down to a tenth."""
-    warmup_steps: int = number(10, 0)
-    """Fast updates over which lr_shallow grows from 0."""
-    grad_clip: float = number(1.0, 1e-9, MANY)
-    """Norm to which gradients are clipped."""
-    checkpoint_every: int = number(100, 1)
-    """Fast updates between checkpoints, which fall between two rollouts; one is always written at the end."""
-    keep_checkpoints: int = number(3, 1)
-    """Newest checkpoints that are kept; the one with the best accept rate of the steps before it is kept as well."""
 
     tracker: str = choice("auto", TRACKERS)
     """Where figures go besides metrics.jsonl, by Accelerate: auto (TensorBoard if installed), none, all, or one."""
@@ -193,15 +199,23 @@ class DVIConfig(DraftSettings):
 
 
 @dataclass(frozen=True)
-class SGPConfig(DraftSettings):
+class Resumable(Settings):
+    """What a command that trains takes besides the settings of its run."""
+
+    resume: str = ""
+    """Folder of a run to go on with, from its newest checkpoint, by its own settings."""
+    accept_changes: bool = False
+    """Let a run go on with settings that other flags change."""
+
+
+@dataclass(frozen=True)
+class SGPConfig(TrainSettings):
     """Everything that shallow-gradient fine-tuning depends on; AdamW, warm-up, then a cosine down to a tenth."""
 
     run_dir: str = "runs/sgp"
     """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
     records_path: str = ""
     """JSON or JSONL file or hub id of supervised records, in Dolly's or self-instruct's schema."""
-    on_bad_row: str = choice("refuse", ("refuse", "skip"))
-    """A malformed row is an error (refuse) or is reported and left out (skip)."""
     held_out_share: float = number(0.1, 0, 0.9)
     """Share of the records kept out of training, for evaluation before and after; 0 evaluates nothing."""
     max_tokens: int = number(256, 2)
@@ -219,7 +233,3 @@ class SGPConfig(DraftSettings):
     """Records a step."""
     lr: float = number(2e-4, 0, 10)
     """AdamW's highest rate."""
-    warmup_steps: int = number(10, 0)
-    """Steps over which the rate grows from 0."""
-    grad_clip: float = number(1.0, 1e-9, MANY)
-    """Norm to which gradients are clipped."""

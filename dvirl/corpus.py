@@ -103,8 +103,13 @@ def read_shard(path: Path) -> Responses:
         DvirlError: if it is unreadable or not one.
     """
     try:
-        return Responses(**load_file(path))
-    except (SafetensorError, TypeError, OSError) as error:
+        found = Responses(**load_file(path))
+        (_, width), lens = found.tokens.shape, torch.stack([found.prompt_lens, found.response_lens])  # [2, N]
+        whole = (found.tokens.dtype, lens.dtype, lens.shape[1:]) == (torch.int32, torch.int64, found.tokens.shape[:1])
+        if not whole or (lens < 0).any() or (lens[0] > width - lens[1]).any() or (found.tokens < 0).any():
+            raise TypeError("its tensors do not fit together")
+        return found
+    except (SafetensorError, TypeError, ValueError, RuntimeError, OSError) as error:
         said = f"not a readable shard of responses ({error})"
         raise DvirlError(f"{path}: {said}; remove it to have it made anew") from error
 

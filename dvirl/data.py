@@ -1,5 +1,6 @@
 """Prompts: readers for every source, and one stream whose position can be saved and restored."""
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
 from dvirl.magpie import Openers, write_prompts
 from dvirl.models import LoadedModel
-from dvirl.trace import parse_line
+from dvirl.trace import numbered, parse_line, read_text
 
 Parsed = TypeVar("Parsed")
 
@@ -57,31 +58,29 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
         DvirlError: if there is no such file or data set; a line that is no JSON is a row that holds the error.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(source):  # which says no, where Path's raises, of a name that is too long
         yield from _read_hub(source)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DvirlError(f"{path}: not a readable UTF-8 file ({error})") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
         rows = parse_line(str(path), text)
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                yield where, parse_line(where, line)
-            except DvirlError as error:
-                yield where, error
+    for where, line in numbered(path, text):
+        try:
+            yield where, parse_line(where, line)
+        except DvirlError as error:
+            yield where, error
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
     if not name or name.startswith((".", "/")) or name.count("/") > 1 or Path(name).suffix in (".json", ".jsonl"):
-        raise DvirlError(f"{name!r}: no such file")
+        raise DvirlError(f"{name!r:.200}: no such file")
     from datasets import load_dataset
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise DvirlError(f"{name!r}: no such file, and no name on the hub; datasets would read files of this folder")
     try:
         rows = load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(islice(rows, HUB_ROWS), start=1):
@@ -94,8 +93,7 @@ def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
 def _text(row: Any, key: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
         raise DvirlError(f"expected an object with a non-empty string {key!r}")
-    value: str = row[key]
-    return value
+    return str(row[key])
 
 
 def _texts(values: Any, what: str) -> tuple[str, ...]:

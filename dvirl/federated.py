@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dvirl.checkpoint import DRAFTER, whole_folder
 from dvirl.errors import DvirlError
+from dvirl.trace import parse_line, read_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PARTS = (*(f"{place}{name}" for place in ("", "lora_S/", "lora_D/") for name in (CONFIG, WEIGHTS)), DRAFTER)
@@ -107,13 +108,13 @@ def _is_float(value: Any) -> bool:
 def _read(file: Path) -> dict[str, Any]:
     """A configuration, or tensors, whose floats must be finite."""
     try:
-        content: dict[str, Any] = dict(json.loads(file.read_text()) if file.suffix == ".json" else load_file(file))
+        content = parse_line(file.name, read_text(file), dict) if file.suffix == ".json" else load_file(file)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise DvirlError(f"{file}: unreadable ({error})") from error
     for name, value in content.items():
-        if _is_float(value) and not bool(value.isfinite().all()):
+        if _is_float(value) and not bool(value.float().isfinite().all()):
             raise DvirlError(f"{file}: {name} holds numbers that are not finite")
-    return content
+    return dict(content)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -202,10 +202,8 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
         if (folder / checkpoint.DRAFTER).exists():
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
-    raise DvirlError(
-        f"no drafter {str(name_or_folder)!r}; expected a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, or "
-        f"one of the shipped ones ({', '.join(names) or 'none are'})"
-    )
+    expected = f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, or one of the shipped ones"
+    raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected} ({', '.join(names) or 'none are'})")
 
 
 def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from dvirl.errors import DvirlError
+from dvirl.trace import fits, read_text
 
 MANY = 1e9
 """Upper limit of counts that have no natural one."""
@@ -48,24 +49,26 @@ class Settings:
                 raise DvirlError(f"{spec.name} is {value!r}; expected a name in printable letters")
             allowed, limits = spec.metadata.get("allowed"), spec.metadata.get("range")
             if allowed and value not in allowed:
-                raise DvirlError(f"{spec.name} is {value!r}; expected one of {', '.join(allowed)}")
-            numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            if limits and not (numeric and limits[0] <= value <= limits[1]):
-                raise DvirlError(f"{spec.name} is {value!r}; expected a number from {limits[0]:g} to {limits[1]:g}")
-            if spec.type in (int, str, bool) and type(value) is not spec.type:
-                raise DvirlError(f"{spec.name} is {value!r}; expected {type(spec.default).__name__}")
+                raise DvirlError(f"{spec.name} is {value!r:.80}; expected one of {', '.join(allowed)}")
+            if limits and not (fits(value, float) and limits[0] <= value <= limits[1]):
+                raise DvirlError(f"{spec.name} is {value!r:.80}; expected a number from {limits[0]:g} to {limits[1]:g}")
+            if not fits(value, spec.type):
+                raise DvirlError(f"{spec.name} is {value!r:.80}; expected {inspect.formatannotation(spec.type)}")
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     """A settings object from names and values; what is missing takes its default. `where` is for messages.
 
     Raises:
-        DvirlError: for an unknown name or a value out of range.
+        DvirlError: for an unknown name, one that is missing and has no default, or a value out of range.
     """
     known = sorted(spec.name for spec in dataclasses.fields(kind))  # type: ignore[arg-type]
-    if unknown := sorted(map(str, set(values) - set(known))):
-        raise DvirlError(f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
-    return kind(**values)
+    try:
+        if unknown := sorted(map(str, set(values) - set(known))):
+            raise DvirlError(f"unknown setting {', '.join(unknown)[:200]}; known are {', '.join(known)}")
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise DvirlError(f"{where}: {' '.join(str(error).split()):.2000}") from error
 
 
 def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
@@ -82,13 +85,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The names and values of a YAML settings file.
 
     Raises:
-        DvirlError: if it cannot be read or is no mapping.
+        DvirlError: if it cannot be read, is no mapping, or has aliases, by which a short file can stand for a huge one.
     """
+    text = read_text(path)
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise DvirlError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        yaml.compose(text)  # ends early where nesting is too deep, which the next line would take long over
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise yaml.YAMLError("an alias, written *name, is not read here")
+        values = yaml.safe_load(text)
+    except Exception as error:  # for a bad tag, date or number PyYAML raises what its own code runs into
         raise DvirlError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise DvirlError(f"{path}: expected a mapping of settings to values")

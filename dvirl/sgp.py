@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dvirl import checkpoint
+from dvirl import checkpoint, lora
 from dvirl.config import SGPConfig
 from dvirl.data import Prompt, PromptStream, read_prompts
 from dvirl.errors import DvirlError
-from dvirl.lora import attach_draft, clipped_step, cosine_rate, make_optimizer, shallow_parameters, train_only
+from dvirl.interrupt import stoppable
 from dvirl.models import LoadedModel, load
-from dvirl.trace import log_line
+from dvirl.trace import cut_log, log_line
 from kangaroo.kangaroo_model import KangarooModel
 
 
@@ -109,6 +109,7 @@ class SGPTrainer:
         model, peft_model: the model with its draft, and PEFT's view of the same weights.
         train_set, held_out: encoded records, see `make_example`.
         num_steps: of the whole run; the last step is filled up from the next pass over the records.
+        done, wall_s, before: steps so far, seconds, and the figures of the held-out records before them.
 
     Raises:
         DvirlError: for settings that do not fit the model or the records.
@@ -128,9 +129,11 @@ class SGPTrainer:
         planned = math.ceil(config.epochs * len(self.train_set) / config.batch_size)
         self.num_steps = min(planned, config.max_steps or planned)
         tokens = torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
-        self.peft_model, self.model = attach_draft(self.loaded.model, config, tokens)
-        self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        self.optimizer, self.skipped = make_optimizer(self.parameters, config.lr), 0
+        self.peft_model, self.model = lora.attach_draft(self.loaded.model, config, tokens)
+        self.parameters = lora.shallow_parameters(self.model, config.lora_shallow)
+        self.optimizer = lora.make_optimizer(self.parameters, config.lr)
+        self.done, self.wall_s, self.skipped, self.resumed = 0, 0.0, 0, False
+        self.before: dict[str, float] = {}
 
     def _split(self, records: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:
         """Records encoded, cut to `max_tokens`, shuffled; those for training and those held out."""
@@ -149,19 +152,43 @@ class SGPTrainer:
         return examples[count:], examples[:count]
 
     def train(self, show_progress: bool = True) -> SGPResult:
-        """Evaluate, train, evaluate; log every step into `run_dir` and write a checkpoint at the end.
+        """Evaluate, train, evaluate; log every step into `run_dir`, and write checkpoints into it.
+
+        Ctrl-C and SIGTERM end it behind the step at hand, with a checkpoint; called again, it goes on.
 
         Raises:
-            DvirlError: if `run_dir` holds another run already.
+            DvirlError: if `run_dir` holds another run already, another process is at it, or the disk is full.
         """
-        config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter()
-        log, before = checkpoint.start_log(run_dir, config, self.loaded), self.evaluate()
+        config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter() - self.wall_s
         stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
-        for step in tqdm(range(1, self.num_steps + 1), unit="step", disable=not show_progress):
-            metrics = self.step(step, [self.train_set[index] for (index,) in stream.take(config.batch_size)])
-            log_line(log, {"step": step, **metrics, "wall_s": time.perf_counter() - began})
-        folder = checkpoint.save(run_dir, self.num_steps, self.peft_model, self.model)
-        return SGPResult(before, self.evaluate(), self.num_steps, str(folder))
+        stream.position = self.done * config.batch_size
+        with checkpoint.held(run_dir), stoppable() as stop:
+            log = checkpoint.start_log(run_dir, config, self.loaded, new=self.done == 0 and not self.resumed)
+            cut_log(log, self.done)
+            self.before = self.before or self.evaluate()
+            for step in tqdm(range(self.done + 1, self.num_steps + 1), unit="step", disable=not show_progress):
+                metrics = self.step(step, [self.train_set[index] for (index,) in stream.take(config.batch_size)])
+                self.done, self.wall_s = step, time.perf_counter() - began
+                log_line(log, {"step": step, **metrics, "wall_s": self.wall_s})
+                if stop.signal or step % config.checkpoint_every == 0 or step == self.num_steps:
+                    checkpoint.save(run_dir, step, self.peft_model, self.model, self.state_dict())
+                    checkpoint.prune(run_dir, config.keep_checkpoints)
+                if stop.signal:
+                    break
+        return SGPResult(self.before, self.evaluate(), self.num_steps, str(checkpoint.newest(run_dir)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`; no step draws any."""
+        counters = {"step": self.done, "wall_s": self.wall_s, "skipped": self.skipped}
+        numbers = {"counters": counters, "before": self.before, "score": self.done}  # the last is the best
+        return {"tensors": lora.optimizer_tensors(fast=self.optimizer), "numbers": numbers}
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from a checkpoint of a run with the same settings; errors as in `DVITrainer.load_checkpoint`."""
+        state = checkpoint.load(folder, self.peft_model, self.model)
+        lora.load_optimizers(state["tensors"], fast=self.optimizer)
+        self.done, self.wall_s, self.skipped = state["numbers"]["counters"].values()
+        self.before = state["numbers"]["before"]
 
     def step(self, step: int, examples: Sequence[Tensor]) -> dict[str, float]:
         """Update number `step`, left out if its loss or gradient is not finite.
@@ -171,11 +198,11 @@ class SGPTrainer:
             the updates left out so far.
         """
         config = self.config
-        train_only(self.model, self.parameters)
+        lora.train_only(self.model, self.parameters)
         sums = self._sums(examples)
         loss = sums.loss(config.beta_exit)
-        lr = cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
-        norm = clipped_step(self.optimizer, loss, lr, config.grad_clip)
+        lr = lora.cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
+        norm = lora.clipped_step(self.optimizer, loss, lr, config.grad_clip)
         if not math.isfinite(norm):
             self.skipped += 1
             tqdm.write(f"step {step}: loss or gradient is not finite; the update is left out", file=sys.stderr)

@@ -41,7 +41,7 @@ from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.models import LoadedModel, load
 from dvirl.rollout import Responses, Rollout, Tape, draft_logits_at, judge
-from dvirl.settings import from_mapping, read_yaml
+from dvirl.settings import Settings, from_mapping, read_yaml
 from dvirl.sgp import SGPTrainer, make_example
 from dvirl.trace import plain, read_metrics, write_json, write_text
 from dvirl.trainer import DVITrainer, Served
@@ -54,14 +54,13 @@ REPLIES = 64
 SHOWN = ("accept_rate", "agreement", "ece", "ppl", "drift_kl", "first_end", "then_end", "forgotten", "own", "all",
          "cos_stale", "cos_redrawn", "hidden_error")  # fmt: skip
 """Figures that the printed table shows, where a study has them."""
-
 Row = dict[str, Any]
 Prompts = list[list[int]]
 Probes = dict[str, Responses]
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Settings):
     """One question and the runs that answer it.
 
     Raises:
@@ -87,10 +86,17 @@ class Study:
     """seeds, variants (names), base, starts, extra of the laptop-size version."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in KINDS:
-            raise DvirlError(f"kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+            raise DvirlError(f"kind is {self.kind!r:.80}; expected one of {', '.join(KINDS)}")
         if not self.seeds or not self.variants:
             raise DvirlError("a study needs at least one seed and one variant")
+        try:
+            if self.kind == "staleness" and not 0 < self.extra["ages"] <= 1000:
+                raise DvirlError(f"extra is {self.extra!r:.80}; expected 'ages' from 1 to 1000")
+            self.small() if self.quick else self.row_names()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DvirlError(f"quick or extra does not fit the study ({error!r})") from error
 
     def small(self) -> "Study":
         """The laptop-size version."""
@@ -103,6 +109,7 @@ class Study:
             base=self.base | quick.get("base", {}),
             starts={name: None if one is None else one | changes.get(name, {}) for name, one in self.starts.items()},
             extra=self.extra | quick.get("extra", {}),
+            quick={},
         )
 
     def config(self, seed: int, run_dir: Path, *changes: Mapping[str, Any]) -> DVIConfig:

@@ -8,10 +8,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from threading import Event
@@ -46,11 +47,13 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if [*map(type, (self.run, self.name, self.grid, self.base))] != [str, str, dict, dict] or not self.grid:
-            raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {vars(self)}")
-        if self.run not in RUNS and not (self.run.endswith(".ipynb") and Path(self.run).is_file()):
-            raise DvirlError(f"run is {self.run!r}; expected a notebook that exists or one of {', '.join(RUNS)}")
+            raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {self!s:.99}")
+        if self.run not in RUNS and not (self.run.endswith(".ipynb") and os.path.isfile(self.run)):
+            raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {', '.join(RUNS)}")
         if bad := [k for k, v in self.grid.items() if not isinstance(v, list) or not 0 < len(v) == len({*map(str, v)})]:
-            raise DvirlError(f"grid has {bad[0]}: {self.grid[bad[0]]!r}; expected a list of different values")
+            raise DvirlError(f"grid has {bad[0]!s:.80}: {self.grid[bad[0]]!r:.80}; expected a list of different values")
+        if any(islice(product(*self.grid.values()), 10_000, None)):
+            raise DvirlError("grid makes more than 10,000 cells")
         if taken := ({"run_dir", "threads", "results"} | {*self.base} & {*self.grid}) & {*self.base, *self.grid}:
             raise DvirlError(f"{', '.join(sorted(taken))}: set by base and grid both, or for each cell by the sweep")
         for cell in self.cells("", 1):
@@ -100,13 +103,15 @@ def kept(cell: dict[str, object]) -> dict[str, float] | None:
 
 
 def run_cells(sweep: Sweep, cells: list[dict[str, object]], at_once: int) -> None:
-    """Run the cells that are missing. Whatever ends this early, like Ctrl-C, ends them too."""
+    """Run the cells that are missing. Whatever ends this early, like Ctrl-C and SIGTERM, ends them too."""
     missing, pool, stop = [cell for cell in cells if kept(cell) is None], ThreadPoolExecutor(at_once), Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         list(tqdm(pool.map(lambda cell: run_cell(sweep, cell, stop), missing), sweep.name, len(missing), unit="cell"))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_table(sweep: Sweep, cells: list[dict[str, object]]) -> pd.DataFrame:
@@ -124,7 +129,7 @@ def main(argv: list[str]) -> None:
     """Run a sweep, print its table, and write it into `table.csv` and `table.json`.
 
     Raises:
-        DvirlError: for a bad file, a folder of another sweep, or, when all others are done, cells that failed.
+        DvirlError: for a bad file, a folder of another sweep or in use, or, at the end, cells that failed.
     """
     parser = argparse.ArgumentParser(prog="dvirl sweep", description=__doc__)
     parser.add_argument("file", help="YAML file of a sweep, see configs/sweep-exit-layers.yaml")
@@ -144,8 +149,9 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         print("\n".join(shlex.join(sweep.command(cell)) for cell in cells if kept(cell) is None))
         return
-    trace.write_json(path, now)
-    run_cells(sweep, cells, args.cores // args.threads)
+    with checkpoint.held(out):
+        trace.write_json(path, now)
+        run_cells(sweep, cells, args.cores // args.threads)
     table = make_table(sweep, cells)
     table.to_csv(out / "table.csv", index=False)
     logs = [Path(f"{cell['run_dir']}/log.txt") for cell in cells if kept(cell) is None]

@@ -6,7 +6,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 ANSWER = ("method", "question_id", "category")
 """What a trace says of every answer, at least."""
-EVENT = dict(position=int, at=int, accepted=int, confidence=float | None, drafted=int, verified=int, token_class=str)
-"""What it says of every scored draft, see `accept_events`, and its type."""
+EVENT = dict.fromkeys(("position", "at", "accepted", "confidence", "drafted", "verified", "token_class"), list[int])
+EVENT |= dict[str, Any](confidence=list[float | None], token_class=list[str])
+"""What it says of every scored draft, see `accept_events`, and the type of such a list."""
 FACETS = {"position": "position in block", "token_class": "token class", "category": "category"}
 """By what accept events are counted."""
 
@@ -100,15 +102,23 @@ def plain(values: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, its folder too if there is none: whole or not at all, and on the disk when this returns."""
+    """Write a file, its folder too if there is none: whole or not at all, and on the disk when this returns.
+
+    Raises:
+        DvirlError: if it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -117,21 +127,33 @@ def write_json(path: str | Path, values: Any) -> None:
 
 
 def log_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one line to a JSONL file, complete on disk at once; numbers that JSON cannot spell become null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain(values)) + "\n")
+    """Append one line to a JSONL file, complete on disk at once; numbers that JSON cannot spell become null.
+
+    Raises:
+        DvirlError: if it cannot be written; no part of it is.
+    """
+    with path.open("ab", buffering=0) as file:
+        line, before = json.dumps(plain(values)).encode() + b"\n", file.tell()
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError as error:
+            file.truncate(before)
+            raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines of a log that are not to be kept, and a torn last one.
 
     Raises:
-        DvirlError: for another line that is no JSON.
+        DvirlError: for another line that is no JSON object.
     """
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        where = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1))
-        write_text(path, "".join(line for place, line in where if keep(parse_line(place, line))))
+        lines = numbered(path, read_text(path).rpartition("\n")[0])
+        try:
+            write_text(path, "".join(f"{line}\n" for where, line in lines if keep(parse_line(where, line, dict))))
+        except (KeyError, TypeError) as error:
+            raise DvirlError(f"{path}: a line of another kind of log ({error!r})") from error
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -139,26 +161,51 @@ def cut_log(path: Path, step: int) -> None:
     keep_lines(path, lambda line: line.get("step", 0) <= step)
 
 
-def parse_line(where: str, text: str) -> Any:
-    """What a JSON text holds.
+def parse_line(where: str, text: str, kind: type = object) -> Any:
+    """What a JSON text holds; `kind` is dict where it has to be an object.
 
     Raises:
-        DvirlError: if it is none; the message begins with `where`.
+        DvirlError: if it is none, or spells half a character; the message begins with `where`.
     """
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise DvirlError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(found, kind):
+        raise DvirlError(f"{where}: expected a JSON object")
+    return found
 
 
-def _parsed(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """What the lines of a JSONL file hold, each with its place for messages."""
+def read_text(path: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DvirlError: if there is none or it is not UTF-8.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DvirlError(f"{path}: not a readable UTF-8 file ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        yield f"{path}:{number}", parse_line(f"{path}:{number}", line)
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DvirlError(f"{path}: {getattr(error, 'strerror', 0) or f'not readable as UTF-8 ({error})'}") from error
+
+
+def numbered(path: str | Path, text: str) -> Iterator[tuple[str, str]]:
+    """The lines of a JSONL file's text that are not blank, each with its place for messages.
+
+    Only line feeds end lines: JSON strings may hold other separators, such as U+2028, as they are.
+    """
+    return ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, and its members of theirs; a whole number is a float too, a bool is no number."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if type(value) is get_origin(kind):  # list[inner] or dict[inner, last]
+        (inner, *_, last), values = get_args(kind) * 2, value.values() if isinstance(value, dict) else ()
+        return all(fits(one, inner) for one in value) and all(fits(one, last) for one in values)
+    return kind in (Any, object) or type(value) in ((int, float) if kind is float else (kind,))
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
@@ -167,7 +214,7 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
     Raises:
         DvirlError: if there is no such file or a line is no JSON object.
     """
-    rows = [row for _, row in _parsed(path)]
+    rows = [parse_line(*line, dict) for line in numbered(path, read_text(path))]
     return pd.DataFrame(rows, columns=None if rows else [spec.name for spec in fields(StepMetrics)])
 
 
@@ -251,18 +298,15 @@ def read_trace(path: str | Path) -> pd.DataFrame:
         DvirlError: if there is no such file or a line is no JSON object of `accept_events`.
     """
     rows: list[dict[str, Any]] = []
-    for where, row in _parsed(path):
-        given = [row.get(name) for name in EVENT] if isinstance(row, dict) and row.keys() >= set(ANSWER) else [None]
-        if not all(_fits(values, kind, given[0]) for values, kind in zip(given, EVENT.values(), strict=False)):
+    kinds = {**dict.fromkeys(ANSWER, str | int), **EVENT}
+    for where, line in numbered(path, read_text(path)):
+        row = parse_line(where, line, dict)
+        if not all(fits(row.get(name), kinds[name]) for name in kinds) or len({len(row[name]) for name in EVENT}) > 1:
             expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
             raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
         rows += [row] if row["at"] else []
     table = pd.DataFrame(rows, columns=None if rows else [*ANSWER, *EVENT])
     return table.explode([*EVENT], ignore_index=True).infer_objects().astype({"confidence": float})
-
-
-def _fits(values: Any, kind: Any, first: Any) -> bool:
-    return isinstance(values, list) and len(values) == len(first) and all(isinstance(one, kind) for one in values)
 
 
 def accept_rates(events: pd.DataFrame, by: str) -> pd.DataFrame:

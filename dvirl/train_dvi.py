@@ -8,19 +8,14 @@ from pathlib import Path
 
 from dvirl import cli, settings
 from dvirl.checkpoint import step_folder
-from dvirl.config import DVIConfig
+from dvirl.config import DVIConfig, Resumable
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer, resume
 
 
 @dataclass(frozen=True)
-class TrainConfig(DVIConfig):
+class TrainConfig(Resumable, DVIConfig):
     """Settings of a run, and whether it is one that goes on."""
-
-    resume: str = ""
-    """Folder of a run to go on with, from its newest checkpoint, by its own settings."""
-    accept_changes: bool = False
-    """Let a run go on with settings that other flags change."""
 
 
 parse_args = partial(settings.parse_args, TrainConfig, "dvirl train", "Train a draft while it generates.")

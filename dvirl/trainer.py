@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,6 @@ from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, Shares, fast_loss, re
 from dvirl.models import LoadedModel, load
 from dvirl.processes import Processes
 from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
-from dvirl.settings import from_mapping, read_yaml
 from dvirl.trace import Counters, SlowResult, StepMetrics, cut_log, log_line
 from dvirl.trackers import chosen, tracking
 
@@ -510,15 +509,6 @@ def resume(
     Raises:
         DvirlError: if the folder holds no run, or one of other settings or another model, or a broken checkpoint.
     """
-    path, before = Path(run_dir) / "config.yaml", {**checkpoint.run_settings(run_dir), "run_dir": str(run_dir)}
-    config = replace(config or from_mapping(DVIConfig, before, str(path)), run_dir=str(run_dir))
-    if not accept_changes:
-        checkpoint.refuse_other(path, before, asdict(config), "give --accept_changes true to go on with these")
-    trainer = DVITrainer(config, loaded, split)
-    made_for = read_yaml(path).get("model", {}).get("fingerprint")
-    if made_for != trainer.loaded.fingerprint:
-        raise DvirlError(f"{path}: the run is of the model {made_for}, and this one is {trainer.loaded.fingerprint}")
-    trainer.resumed = True
-    if any((Path(run_dir) / "checkpoints").glob("step-*")):
-        trainer.load_checkpoint(checkpoint.newest(run_dir))
+    make = partial(DVITrainer, loaded=loaded, split=split)
+    trainer: DVITrainer = checkpoint.go_on(make, DVIConfig, run_dir, config, accept_changes)
     return trainer

@@ -175,8 +175,8 @@ class KangarooModel(nn.Module):
         if set(state) != set(own):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
         for key, value in own.items():
-            if state[key].shape != value.shape:
-                raise ValueError(f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}")
+            if state[key].shape != value.shape or state[key].is_complex():
+                raise ValueError(f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}, real")
             value.copy_(state[key])
         if self.draft_ids is not None:
             self.head_rows.copy_(self.head_model.weight[self.draft_ids])

@@ -28,11 +28,14 @@ def read_published(folder: Path, hidden_size: int) -> AdapterModel:
     Raises:
         ValueError: if a file is missing or unreadable, or something in it does not fit.
     """
-    adapter = _build(folder / "config.json", hidden_size)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: neither drafter.safetensors nor a published adapter's config.json is there")
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: the adapter's weights are missing; expected {' or '.join(WEIGHTS)}")
-    state, own = _read_tensors(path), adapter.state_dict()
+    state = _read_tensors(path)
+    adapter = _build(folder / "config.json", hidden_size, len(state))
+    own = adapter.state_dict()
     for name in sorted(own.keys() ^ state.keys()):
         raise ValueError(f"{path}: tensor {name} is {'missing' if name in own else 'foreign to a Kangaroo adapter'}")
     for name, value in own.items():
@@ -42,23 +45,25 @@ def read_published(folder: Path, hidden_size: int) -> AdapterModel:
     return adapter
 
 
-def _build(path: Path, hidden_size: int) -> AdapterModel:
-    """An adapter of the shape that the config at `path` gives, its weights still random."""
-    if not path.exists():
-        raise ValueError(f"{path.parent}: neither drafter.safetensors nor a published adapter's config.json is there")
+def _build(path: Path, hidden_size: int, most: int) -> AdapterModel:
+    """An adapter of the shape that the config at `path` gives, its weights still random; of `most` layers at most."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = LlamaConfig(**{name: raw[name] for name in _FIELDS if name in _NEEDED or name in raw})
         if config.hidden_size != hidden_size:
             raise ValueError(f"its hidden_size is {config.hidden_size}, the base model's {hidden_size}")
         heads, groups = config.num_attention_heads, config.num_key_value_heads
+        longest, config.rms_norm_eps = min(config.max_position_embeddings, 2**17), float(config.rms_norm_eps)
+        config.max_position_embeddings = longest  # tabulated at first; more on demand
+        if config.num_hidden_layers > most:
+            raise ValueError(f"{config.num_hidden_layers} layers, but {most} tensors in all")
         if hidden_size % (2 * heads) or heads % groups:
             raise ValueError(f"{heads} query and {groups} key/value heads do not split a hidden_size of {hidden_size}")
         return AdapterModel(config, "adapter", None, config.num_hidden_layers)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]} is missing") from error
-    except (OSError, TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{path}: not the config of a Kangaroo adapter for this model ({error})") from error
+    except Exception as error:  # values that LlamaConfig takes unseen can raise anything
+        raise ValueError(f"{path}: not the config of a Kangaroo adapter for this model ({error!s:.300})") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

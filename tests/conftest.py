@@ -5,7 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import json
+import os
 import random
+import subprocess
+import time
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,8 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dvirl.chat import ChatEncoder
+from dvirl.checkpoint import environment
 from dvirl.data import PromptSplit, PromptStream
 from dvirl.models import LoadedModel, load
+from dvirl.trace import write_json
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
@@ -28,6 +35,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+FAULTS: dict[str, list[dict]] = {}
+"""What tests say by `record_property` of the faults they made, by their kind; gathered from all processes of tests."""
+
+
+def pytest_runtest_logreport(report) -> None:
+    """Take in what a test found."""
+    for kind, found in report.user_properties if report.when == "call" else ():
+        FAULTS.setdefault(kind, []).append({**found, "seconds": report.duration})
+
+
+def pytest_sessionfinish(session) -> None:
+    """Sum up the faults, where figures are asked for."""
+    if FAULTS and not hasattr(session.config, "workerinput"):
+        sums = {kind: {name: sum(one[name] for one in found) for name in found[0]} for kind, found in FAULTS.items()}
+        record("faults-cpu", **{kind: {"count": len(FAULTS[kind]), **found} for kind, found in sums.items()})
+
+
 def pytest_runtest_setup() -> None:
     """No test sees what the one before it left: settings that it trained with may ask torch for two threads.
 
@@ -35,6 +59,38 @@ def pytest_runtest_setup() -> None:
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def record(name: str, **figures) -> None:
+    """Add what a long test found to a file in the folder that make names, with what it depends on; else do nothing."""
+    if folder := os.environ.get("DVIRL_RESULTS"):
+        path, root = Path(folder, f"{name}.json"), Path(__file__).parents[1]
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        made = {"command": os.environ["DVIRL_COMMAND"], "commit": commit.stdout.strip(), "date": time.strftime("%F")}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**before, **made, **environment(), **figures})
+
+
+def in_child(work) -> int:
+    """Run in a process of its own; how that ended, as `os.waitpid` says it."""
+    number = os.fork()
+    if number == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(number, 0)[1]
+
+
+def timeless(values):
+    """Without what the clock says."""
+    return {name: value for name, value in values.items() if not name.endswith("_s") and name != "tok_per_s"}
 
 
 VOCAB = 264

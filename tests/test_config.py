@@ -131,7 +131,7 @@ def test_an_unknown_notebook_parameter_lists_the_known_ones():
 
 def test_a_notebook_parameter_of_a_bad_value_is_said():
     with pytest.raises(DvirlError, match="schedule is 'magic'; expected one of"):
-        notebook_config(namespace("# Parameters\nschedule = 'magic'", schedule="magic"))
+        notebook_config(namespace("# Parameters\nschedule = 'magic'", schedule="magic"), run_dir="r")
 
 
 def test_run_folders_are_new(tmp_path, monkeypatch):

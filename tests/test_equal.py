@@ -203,7 +203,7 @@ def test_missing_extra_repeated_and_cut_answers_are_errors(answered, tmp_path, c
 @pytest.mark.parametrize(
     ("row", "message"),
     [("{}", "expected question_id and choices"), ("[", "not valid JSON"),
-     ('{"question_id": 1, "choices": [{"turns": "text"}]}', "expected a list of strings"),
+     ('{"question_id": 1, "choices": [{"turns": "text"}]}', "turns, a list of strings"),
      ('{"question_id": 1, "choices": []}', "expected question_id and choices")],
 )  # fmt: skip
 def test_a_file_of_another_layout_is_refused(tmp_path, row, message):

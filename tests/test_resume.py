@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
 import signal
 import threading
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_loaded, tiny_split
+from conftest import in_child, timeless, tiny_loaded, tiny_split
 from safetensors.torch import load_file
 from test_models import save_tiny
+from test_sgp import flags as sgp_flags
+from test_sgp import pairs, sgp_settings, write_rows
 from test_trainer import tiny_settings
 
-from dvirl import checkpoint, cli, trace, trainer
+from dvirl import checkpoint, cli, sgp, trace, trainer
 from dvirl.checkpoint import held, newest, prune, verify
+from dvirl.config import SGPConfig
 from dvirl.errors import DvirlError
 from dvirl.evaluation.bench import spread
 from dvirl.interrupt import stoppable
+from dvirl.sgp import SGPTrainer
+from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer, resume
 
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (trainer, "cut_log"), (trainer, "log_line"), (DVITrainer, "_judge"), (DVITrainer, "step"),
           (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (checkpoint, "_flush"), (checkpoint, "prune"),
-          (checkpoint, "_discard"), (checkpoint, "write_text"), (trace, "write_text"), (os, "replace")]  # fmt: skip
+          (checkpoint, "_discard"), (checkpoint, "write_text"), (trace, "write_text"), (os, "replace"),
+          (sgp, "cut_log"), (sgp, "log_line"), (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 
 
@@ -38,7 +45,22 @@ def settings(folder, **changes):
     return tiny_settings(run_dir=str(folder), keep_checkpoints=1, **changes)
 
 
-def attempt(folder: Path, kill_at: int = 0) -> int:
+def online(folder: Path) -> DVITrainer:
+    """A new run of `dvirl train`, or one that goes on."""
+    if (folder / "config.yaml").exists():
+        return resume(folder, None, tiny_loaded(), tiny_split())
+    return DVITrainer(settings(folder), tiny_loaded(), tiny_split())
+
+
+def supervised(folder: Path) -> SGPTrainer:
+    """A new run of `dvirl sgp`, or one that goes on."""
+    make = partial(SGPTrainer, loaded=tiny_loaded(), records=pairs())
+    if (folder / "config.yaml").exists():
+        return checkpoint.go_on(make, SGPConfig, folder)
+    return make(sgp_settings(run_dir=str(folder), epochs=2, checkpoint_every=2, keep_checkpoints=1))
+
+
+def attempt(folder: Path, kill_at: int = 0, begin=online) -> int:
     """Begin a run or go on with it, to be killed at so manieth an event; how many there were."""
     count = 0
 
@@ -60,34 +82,8 @@ def attempt(folder: Path, kill_at: int = 0) -> int:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in EVENTS:
             patch.setattr(owner, name, watched(getattr(owner, name)))
-        if (folder / "config.yaml").exists():
-            run = resume(folder, None, tiny_loaded(), tiny_split())
-        else:
-            run = DVITrainer(settings(folder), tiny_loaded(), tiny_split())
-        run.train(show_progress=False)
+        begin(folder).train(show_progress=False)
     return count
-
-
-def in_child(work) -> int:
-    """Run in a process of its own; how that ended, as `os.waitpid` says it."""
-    number = os.fork()
-    if number == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitpid(number, 0)[1]
-
-
-def timeless(values):
-    """Without what the clock says."""
-    return {name: value for name, value in values.items() if not name.endswith("_s") and name != "tok_per_s"}
 
 
 def what_is_there(folder: Path):
@@ -97,7 +93,7 @@ def what_is_there(folder: Path):
     verify(last)
     tensors = {str(path.relative_to(last)): load_file(path) for path in last.rglob("*.safetensors")}
     numbers = json.loads((last / "trainer.json").read_text())
-    numbers |= {name: timeless(numbers[name]) for name in ("counters", "served")}
+    numbers |= {name: timeless(numbers[name]) for name in ("counters", "served") if name in numbers}
     return lines, tensors, numbers
 
 
@@ -108,23 +104,87 @@ def whole(tmp_path_factory):
     return folder, attempt(folder)
 
 
+@pytest.fixture(scope="module")
+def whole_sgp(tmp_path_factory):
+    """The same of fine-tuning."""
+    folder = tmp_path_factory.mktemp("sgp") / "run"
+    return folder, attempt(folder, begin=supervised)
+
+
+def same(folder: Path, other: Path) -> bool:
+    """Whether two runs left the same, times apart, and neither left anything half-written."""
+    (lines, tensors, numbers), expected = what_is_there(folder), what_is_there(other)
+    names = {file: values.keys() for file, values in tensors.items()}
+    return (
+        (lines, numbers, names) == (expected[0], expected[2], {f: values.keys() for f, values in expected[1].items()})
+        and all(
+            torch.equal(value, expected[1][f][name]) for f, values in tensors.items() for name, value in values.items()
+        )
+        and not list((folder / "checkpoints").glob(".*"))
+    )
+
+
+def unreadable(folder: Path) -> list[str]:
+    """What is wrong with a run's checkpoints."""
+    found = []
+    for one in folder.glob("checkpoints/step-*"):
+        try:
+            verify(one)
+        except DvirlError as error:
+            found.append(str(error))
+    return found
+
+
+def killed_and_resumed(folder: Path, expected: Path, kill_at: int, begin) -> dict[str, float]:
+    """Kill a run at an event and go on with it: how many of its checkpoints were unreadable, and whether it ends equal."""
+    status = in_child(lambda: attempt(folder, kill_at, begin))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    wrong = unreadable(folder)
+    equal = in_child(lambda: attempt(folder, begin=begin)) == 0 and same(folder, expected)
+    return {"unreadable_checkpoints": len(wrong), "equal": equal}
+
+
 @pytest.mark.parametrize("part", range(POINTS))
-def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part):
+def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part, record_property):
     folder, events = whole
     assert events > 100
     kill_at = spread(range(1, events + 1), POINTS)[part]
-    status = in_child(lambda: attempt(tmp_path / "run", kill_at))
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    for checkpoints in (tmp_path / "run").glob("checkpoints/step-*"):
-        verify(checkpoints)
-    assert in_child(lambda: attempt(tmp_path / "run")) == 0
-    lines, tensors, numbers = what_is_there(tmp_path / "run")
-    expected = what_is_there(folder)
-    assert lines == expected[0] and numbers == expected[2] and tensors.keys() == expected[1].keys()
-    for file, values in tensors.items():
-        assert values.keys() == expected[1][file].keys()
-        assert all(torch.equal(value, expected[1][file][name]) for name, value in values.items()), file
-    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    found = killed_and_resumed(tmp_path / "run", folder, kill_at, online)
+    record_property("kills of dvirl train", found)
+    assert found == {"unreadable_checkpoints": 0, "equal": True}
+
+
+@pytest.mark.parametrize("part", range(POINTS // 4))
+def test_so_is_shallow_gradient_fine_tuning(whole_sgp, tmp_path, part, record_property):
+    folder, events = whole_sgp
+    assert events > 100
+    kill_at = spread(range(1, events + 1), POINTS // 4)[part]
+    found = killed_and_resumed(tmp_path / "run", folder, kill_at, supervised)
+    record_property("kills of dvirl sgp", found)
+    assert found == {"unreadable_checkpoints": 0, "equal": True}
+
+
+def test_fine_tuning_that_is_asked_to_stop_goes_on_later(whole_sgp, tmp_path, monkeypatch):
+    real = SGPTrainer.step
+
+    def step(self, number, examples):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, number, examples)
+
+    def work():
+        monkeypatch.setattr(SGPTrainer, "step", step)
+        os._exit(cli.guarded(lambda _: supervised(tmp_path / "run").train(show_progress=False), []))
+
+    status = in_child(work)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 143
+    assert newest(tmp_path / "run").name == "step-000003"
+    run = supervised(tmp_path / "run")
+    result = run.train(show_progress=False)
+    assert same(tmp_path / "run", whole_sgp[0]) and run.done == run.num_steps == result.steps
+    assert result.before and result.before == json.loads((newest(whole_sgp[0]) / "trainer.json").read_text())["before"]
+    assert supervised(tmp_path / "run").train(show_progress=False) == result
+    assert same(tmp_path / "run", whole_sgp[0])
 
 
 def test_a_torn_last_line_is_written_anew(whole, tmp_path):
@@ -190,6 +250,21 @@ def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):
     assert "none/config.yaml: No such file" in capsys.readouterr().err
 
 
+def test_the_command_line_resumes_fine_tuning_too(tmp_path, capsys):
+    model, run_dir = save_tiny(tmp_path / "m"), tmp_path / "run"
+    records = write_rows(tmp_path / "r.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)])
+    assert cli.main(["sgp", *sgp_flags(model, records, run_dir)]) == 0
+    said = capsys.readouterr().out
+    moved = run_dir.rename(tmp_path / "moved")
+    assert cli.main(["sgp", "--resume", str(moved)]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{moved}: 2 of 2 steps are done\n{said.replace(str(run_dir), str(moved))}"
+    assert cli.main(["sgp", "--resume", str(moved), "--epochs", "2"]) == 2
+    assert "epochs (1, now 2); give --accept_changes true" in capsys.readouterr().err
+    assert cli.main(["sgp", "--resume", str(moved), "--epochs", "2", "--accept_changes"]) == 0
+    assert "2 of 3 steps are done" in capsys.readouterr().out and newest(moved).name == "step-000003"
+
+
 # Signals
 
 
@@ -217,7 +292,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(whole
 
 def test_an_interrupted_cell_can_be_run_again(whole, tmp_path, monkeypatch):
     run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
-    real, asked = DVITrainer.step, []
+    real, asked, before = DVITrainer.step, [], signal.getsignal(signal.SIGINT)
 
     def step(self):
         if not asked:
@@ -227,7 +302,7 @@ def test_an_interrupted_cell_can_be_run_again(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(DVITrainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
         run.train(show_progress=False)
-    assert not run.finished and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not run.finished and signal.getsignal(signal.SIGINT) is before
     run.train(show_progress=False)
     assert what_is_there(tmp_path / "run")[0] == what_is_there(whole[0])[0]
 
@@ -291,23 +366,77 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     ]
 
 
-def test_a_full_disk_ends_a_run_with_the_last_checkpoint_whole(whole, tmp_path, capfd):
-    """Files of the process may not grow beyond a size, by the system, which is met in the middle of a checkpoint."""
-    sizes = sorted(path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file())
+def small_disk(folder: Path) -> bool:
+    """Give this process, alone and while it lives, a disk of 8 MiB; whether the system lets it."""
+    libc, user, mounts = ctypes.CDLL(None, use_errno=True), 0x10000000, 0x00020000
+    owners = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    folder.mkdir(exist_ok=True)
+    if libc.unshare(user | mounts):
+        return False
+    try:
+        for name, value in owners.items():
+            Path("/proc/self", name).write_text(value)
+    except OSError:
+        return False
+    return libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=8m") == 0
+
+
+def fill(folder: Path, room: int) -> None:
+    """Leave so many bytes of a small disk."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                break
+        file.truncate(file.tell() - room)
+
+
+@pytest.mark.parametrize(("where", "real"), [("checkpoint", True), ("checkpoint", False), ("log", False)])
+def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(whole, tmp_path, capfd, record_property, where, real):
+    """A disk that fills up behind the first checkpoint; a limit of the system's to files where none can be mounted."""
+    sizes = [path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file()]
+    disk, kinds, step = tmp_path / "disk", [], DVITrainer.step
+
+    def limit(run_dir, small):
+        if small:
+            return fill(disk, sum(sizes) // 2)
+        most = max(sizes) - 1000 if where == "checkpoint" else (run_dir / "metrics.jsonl").stat().st_size + 100
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     def work():
-        run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
-        first = run.save_checkpoint()
-        assert first.exists()
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1000, sizes[-1] - 1000))
-        os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+        small = real and in_child(lambda: os._exit(not small_disk(disk))) == 0 and small_disk(disk)
+        run_dir = disk / "run"
 
-    status = in_child(work)
-    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
-    assert "could not be written" in capfd.readouterr().err
-    (folder,) = (tmp_path / "run/checkpoints").iterdir()
-    verify(folder)
+        def run():
+            def full(self):
+                if not kinds and list(run_dir.glob("checkpoints/step-*")):
+                    kinds.append(limit(run_dir, small))
+                return step(self)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(DVITrainer, "step", full)
+                run = DVITrainer(settings(run_dir), tiny_loaded(), tiny_split())
+                os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+
+        status = in_child(run)
+        assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
+        verify(newest(run_dir))
+        reached = json.loads((newest(run_dir) / "trainer.json").read_text())["counters"]["step"]
+        assert 0 < reached <= len(read_metrics(run_dir / "metrics.jsonl"))
+        (disk / "filler").unlink(missing_ok=True)
+        assert in_child(lambda: attempt(run_dir)) == 0
+        assert same(run_dir, whole[0])
+        print("on a tmpfs" if small else "under a limit", flush=True)
+
+    equal = in_child(work) == 0
+    captured = capfd.readouterr()
+    said = [line for line in captured.err.splitlines() if line.startswith("dvirl: ")]
+    record_property("full disks", {"equal": equal, "tmpfs": "on a tmpfs" in captured.out})
+    assert equal, captured.err
+    assert len(said) == 1 and ("metrics.jsonl: could" if where == "log" else "step-") in said[0], said
+    assert "could not be written" in said[0]
 
 
 def test_a_second_process_is_told_who_holds_a_run(tmp_path):

@@ -82,7 +82,7 @@ def test_the_packaged_set_has_four_questions_of_each_task():
         ({**ASKED[0], "category": "poetry"}, "q.jsonl:2: category is 'poetry'; expected one of writing"),
         ({**ASKED[0], "question_id": 161}, "q.jsonl:2: question_id 161 is there twice"),
         ({**ASKED[0], "question_id": [1]}, "q.jsonl:2: 'question_id' is [1]; expected a number or a string"),
-        ({**ASKED[0], "question_id": "\ud800"}, "q.jsonl:2: 'question_id' is '\\ud800'; expected a number or a string"),
+        ({**ASKED[0], "question_id": "\x85"}, "q.jsonl:2: 'question_id' is '\\x85'; expected a number or a string"),
         (
             {**ASKED[0], "category": "a\0"},
             "q.jsonl:2: 'question_id' is 81; expected a number or a string, and like the",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -260,26 +261,49 @@ def test_figures_are_of_the_last_tenth_and_what_there_is(tmp_path):
     assert read_figures(tmp_path) == {"agreement": pytest.approx((0.34 + 0.35 + 0.36) / 3), "wall_s": 36}
 
 
-def test_an_interrupt_ends_the_cells(there):
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_cells(there, number, ends):
     Path("wait").touch()
-    cells = Sweep("train", GRID).cells("cells/", 1)
+    cells, before = Sweep("train", GRID).cells("cells/", 1), signal.getsignal(signal.SIGTERM)
     begun = [Path(cell["run_dir"], "begun") for cell in cells]
 
     def interrupt():
         deadline = time.time() + 30
         while not all(path.exists() and path.read_text() for path in begun[:2]) and time.time() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ends):
         run_cells(Sweep("train", GRID), cells, 2)
     thread.join()
     assert [path.exists() for path in begun] == [True, True, False, False] and calls() == []
     for path in begun[:2]:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_sweep_that_is_terminated_says_so_by_its_exit_code_and_goes_on_later(there, capsys):
+    Path("wait").touch()
+    Path("s.yaml").write_text(json.dumps({"run": "train", "grid": GRID}))
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=lambda: sys.exit(cli(["sweep", "s.yaml", "--cores", "1"])))
+    process.start()
+    begun = Path("runs/s/cells", NAMES[0], "begun")
+    while not (begun.exists() and begun.read_text()):
+        time.sleep(0.02)
+    Path("other.yaml").write_text(json.dumps({"run": "train", "grid": GRID}))
+    assert cli(["sweep", "other.yaml", "--out", "runs/s"]) == 2
+    assert f"runs/s is in use by process {process.pid} on " in capsys.readouterr().err
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun.read_text()), 0)
+    Path("wait").unlink()
+    assert cli(["sweep", "s.yaml", "--cores", "4"]) == 0 and names(calls()) == NAMES
 
 
 def test_a_notebook_gets_parameters_and_a_folder(tmp_path, monkeypatch, capsys):

@@ -149,7 +149,7 @@ GOOD = {**ABOUT, **{name: [] for name in EVENT}}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[1]", "no accept events of an answer"),
+        ("[1]", "expected a JSON object"),
         ('{"method": "a"', "not valid JSON"),
         (json.dumps({**GOOD, "at": [1]}), "of one length, the lists position, at,"),
         (json.dumps({**GOOD, "at": 3}), "no accept events"),
@@ -241,7 +241,7 @@ def test_repeats_of_an_answer_make_no_interval_narrower():
     ("argv", "message"),
     [
         (["TRACE", "--method", "c"], "expected drafts of ['c']; it has ['a', 'b']"),
-        (["nowhere.jsonl"], "nowhere.jsonl: not a readable UTF-8 file"),
+        (["nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["EMPTY"], "expected drafts of a method; it has none"),
     ],
 )

@@ -89,9 +89,7 @@ class EvalSettings(Settings):
         if unknown := sorted(set(asked) - set(METHODS)):
             raise DvirlError(f"methods has {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
         if self.reference not in asked or len(set(asked)) < len(asked):
-            raise DvirlError(
-                f"methods is {self.methods!r}; expected the reference {self.reference} in it, and none twice"
-            )
+            raise DvirlError(f"methods is {self.methods!r}; expected the reference {self.reference} in it, none twice")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pandas as pd
 from dvirl.data import parse_spec_bench, parsed_rows
 from dvirl.errors import DvirlError
 from dvirl.evaluation.measure import Answer
+from dvirl.trace import fits, read_text, write_text
 
 MINI = Path(__file__).parents[1] / "mini_bench.jsonl"
 """Twenty-four questions of our own, four of each task."""
@@ -29,6 +30,9 @@ TASKS = {
 }
 """The task of each category."""
 OVERALL = "overall"
+A_TURN = dict.fromkeys(("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted"), list[float])
+A_TURN |= dict[str, Any](nll=list[float | None], tokens=list[list[int]])
+"""What our answers say of every turn."""
 DRAWS = 2000
 """Resamples of the questions behind an interval."""
 
@@ -65,9 +69,9 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
     def parse(row: Any) -> Question:
         turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
         one = Question(row["question_id"], row.get("category") or "", turns)
-        if not isinstance(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
-            said = f"'question_id' is {one.question_id!r}; expected a number or a string"
-            raise DvirlError(f"{said}, and like the category, {one.category!r}, one that can be printed")
+        if not fits(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
+            said = f"'question_id' is {one.question_id!r:.60}; expected a number or a string"
+            raise DvirlError(f"{said}, and like the category, {one.category!r:.60}, one that can be printed")
         if one.question_id in found:
             raise DvirlError(f"question_id {one.question_id!r} is there twice")
         if one.category not in TASKS and not any_category:
@@ -110,13 +114,12 @@ def parse_answer(row: Any) -> dict[str, Any]:
         DvirlError: if it is none.
     """
     try:
-        _, turns = row["question_id"], row["choices"][0]["turns"]
+        key, turns, tokens = row["question_id"], row["choices"][0]["turns"], row["choices"][0].get("tokens")
     except (KeyError, IndexError, TypeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise DvirlError(f"choices[0].turns is {turns!r:.60}; expected a list of strings")
-    found: dict[str, Any] = row
-    return found
+    if not (fits(key, int | str) and fits(turns, list[str]) and fits(tokens, list[list[int]] | None)):
+        raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
+    return dict(row)
 
 
 def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
@@ -127,11 +130,11 @@ def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if text and not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        write_text(path, text[: text.rfind("\n") + 1])
     found: dict[int | str, dict[str, Any]] = {}
-    for where, row in parsed_rows(str(path), _parse_own) if text.strip() else ():
+    for where, row in parsed_rows(str(path), _parse_own):
         if row["question_id"] in found:
             raise DvirlError(f"{where}: question_id {row['question_id']!r} is answered twice")
         found[row["question_id"]] = row
@@ -140,12 +143,12 @@ def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
 
 def _parse_own(row: Any) -> dict[str, Any]:
     choice = parse_answer(row)["choices"][0]
-    turns = len(choice["turns"])
-    for name in ("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted", "nll", "tokens"):
-        if not isinstance(choice.get(name), list) or len(choice[name]) != turns:
+    for name, kind in A_TURN.items():
+        if not fits(choice.get(name), kind) or len(choice[name]) != len(choice["turns"]):
             raise DvirlError(f"choices[0].{name} is {choice.get(name)!r:.60}; expected a list, an entry a turn")
-    found: dict[str, Any] = row
-    return found
+    if not fits(choice.get("accept_lengths"), list[int]) or not fits(row.get("category"), str):
+        raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
+    return dict(row)
 
 
 # Measures
