@@ -2,6 +2,7 @@
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+BOOK    := $(VENV)/.book
 STAMP   := $(shell date +%Y%m%d-%H%M%S)
 RUN     ?= runs/train-$(STAMP)
 PYTHON  ?= $(shell for p in python3.11 python3 python; do \
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-quick faults fuzz soak evaluate bench experiments-quick check-notebooks lint lab shell \
-        notebooks clean $(STUDIES)
+        notebooks book book-page clean $(STUDIES)
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +82,20 @@ lint: $(READY)  ## ruff and mypy --strict
 notebooks: $(READY)  ## execute the committed notebooks anew, in place
 	for n in notebooks/*.ipynb; do $(BIN)/papermill $$n $$n --kernel python3 || exit 1; done
 
+$(BOOK): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,book]'
+	@touch $(BOOK)
+
+book: $(BOOK)  ## build the book from the committed outputs into _build/html; a warning is an error
+	rm -rf _build/html
+	$(BIN)/jupyter-book build . --all --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
+
+book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
+	rm -rf _build/singlehtml
+	$(BIN)/jupyter-book build . --all --builder singlehtml --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
+	sed -e 's|href="book/intro.html#|href="#|g' -e '/src="searchindex.js"/d' _build/singlehtml/book/intro.html > _build/singlehtml/index.html
+	rm -r _build/singlehtml/book
+
 lab: $(READY)  ## open JupyterLab in the environment
 	$(BIN)/jupyter lab notebooks
 
@@ -88,4 +103,4 @@ shell: $(READY)  ## a shell with the environment active
 	@PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" $${SHELL:-bash}
 
 clean:  ## remove the environment and what tools cache; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info
+	rm -rf $(VENV) _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tokenize
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -25,7 +26,7 @@ def test_environment_yml_takes_its_pins_from_pyproject():
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert conda == ["python=3.11", "pip"] and pip == ["-e .[dev]"]
-    pins = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pins = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
     assert project["requires-python"] == ">=3.11,<3.12"
 

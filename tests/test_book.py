@@ -1,0 +1,190 @@
+"""The book as it lies in the repository: nothing left out, nothing that points nowhere, and its code runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import runpy
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dvirl.evaluation import spec_bench
+from dvirl.trace import ANSWER, EVENT, StepMetrics
+
+ROOT = Path(__file__).parents[1]
+BOOK = ROOT / "book"
+PAGES = sorted(BOOK.rglob("*.md"))
+TABLES = runpy.run_path(str(BOOK / "tables.py"))
+TEXT = {page: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *PAGES]}
+CODE = re.compile(r"```.*?```|<!--.*?-->", re.DOTALL)
+
+
+def listed():
+    """The files of the table of contents, without their endings."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+
+
+def test_the_table_of_contents_has_every_page_and_notebook_once():
+    there = [*PAGES, *(ROOT / "notebooks").glob("*.ipynb")]
+    assert Counter(listed()) == Counter(str(path.relative_to(ROOT).with_suffix("")) for path in there)
+
+
+def test_the_reference_has_every_module_once():
+    pages = "".join(TEXT[page] for page in (BOOK / "api").glob("*.md"))
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name in ("dvirl", "kangaroo")
+        for path in (ROOT / name).rglob("*.py")
+        if path.stem != "__init__"
+    ]
+    assert Counter(re.findall(r"automodule:: ([\w.]+)", pages)) == Counter(modules)
+
+
+# Metrics
+
+
+def explained(title):
+    """The names that a section of metrics.md explains, each as a term with a text under it."""
+    section = TEXT[BOOK / "metrics.md"].split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^`(\w+)`\n: \S", section, re.M)
+
+
+def test_every_field_of_the_log_is_explained():
+    assert Counter(explained("The log of a run")) == Counter(spec.name for spec in dataclasses.fields(StepMetrics))
+
+
+def test_every_column_of_the_evaluation_is_explained():
+    choice = {
+        name: [1.0]
+        for name in (
+            "turns",
+            "new_tokens",
+            "wall_time",
+            "num_drafted",
+            "num_accepted",
+            "nll",
+            "tokens",
+            "accept_lengths",
+        )
+    }
+    answers = {number: {"category": "qa", "choices": [choice]} for number in (1, 2)}
+    measured = spec_bench.measures(spec_bench.answer_table({("plain", 0): answers}), "plain")
+    recorded = json.loads((BOOK / "results/evaluate-mini-cpu.json").read_text())["figures"][0]
+    assert set(measured) < set(recorded)
+    assert Counter(explained("The table of `dvirl evaluate`")) == Counter(list(recorded))
+
+
+def test_every_entry_of_the_trace_is_explained():
+    assert explained("The trace of accept events") == list(EVENT)
+    assert not set(ANSWER) & set(EVENT)
+
+
+# References
+
+
+def test_every_equation_has_a_label_of_its_own_and_is_referred_to():
+    text = TEXT[BOOK / "method.md"]
+    labels = re.findall(r"^\$\$ \(([\w-]+)\)$", text, re.M)
+    assert len(labels) > 10 and Counter(labels) == Counter(set(labels))
+    assert text.count("\n$$") == 2 * len(labels)
+    asked = [name for page in PAGES for name in re.findall(r"\{eq\}`([\w-]+)`", TEXT[page])]
+    assert set(asked) == set(labels)
+    table = text.split("## The design's words")[1]
+    assert set(re.findall(r"\{eq\}`([\w-]+)`", table)) == set(labels)
+
+
+def found(name):
+    """What a dotted name of our packages stands for."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[count:]:
+            value = getattr(value, attribute)
+        return value
+    raise AttributeError(name)
+
+
+def test_every_piece_of_code_that_the_book_names_exists():
+    names = {name for page in PAGES for name in re.findall(r"\{py:\w+\}`~?([\w.]+)`", TEXT[page])}
+    assert len(names) > 30
+    for name in names:
+        assert found(name) is not None
+
+
+@pytest.mark.parametrize("page", TEXT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_within_the_repository_leads_to_a_file(page):
+    text = CODE.sub("", TEXT[page])
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        target = link.split("#")[0]
+        assert target.startswith(("http://", "https://")) or (page.parent / target).exists(), link
+    for link in re.findall(r"\{doc\}`(?:[^`<]*<)?([^`>]+)>?`", text):
+        assert (page.parent / f"{link}.md").exists(), link
+
+
+def test_every_citation_is_in_the_bibliography():
+    keys = set(re.findall(r"^@\w+\{(\w+),", (BOOK / "references.bib").read_text(), re.M))
+    cited = {key for page in PAGES for keys in re.findall(r"\{cite\}`([\w,]+)`", TEXT[page]) for key in keys.split(",")}
+    assert cited <= keys
+
+
+# Content
+
+
+def test_the_tables_of_the_results_are_those_of_the_files():
+    text = TEXT[BOOK / "results.md"]
+    assert Counter(re.findall(r"<!-- table (\w+) -->", text)) == Counter(list(TABLES["TABLES"]))
+    assert TABLES["filled"](text) == text
+
+
+def test_a_changed_result_changes_its_table():
+    text = TEXT[BOOK / "results.md"].replace("0.336", "0.337")
+    assert TABLES["filled"](text) != text
+
+
+@pytest.mark.filterwarnings("ignore:.*Converting a tensor.*:UserWarning")
+def test_the_code_of_extending_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT[BOOK / "extending.md"], re.M | re.DOTALL)
+    assert len(blocks) == 6
+    monkeypatch.setattr("dvirl.losses.OBJECTIVES", dict(found("dvirl.losses.OBJECTIVES")))
+    exec(compile("\n".join(blocks), "extending.md", "exec"), {"__name__": "extending"})
+    assert (tmp_path / "runs/thin/metrics.jsonl").exists()
+
+
+# How it is built
+
+
+def test_nothing_is_loaded_from_elsewhere_and_nothing_is_executed():
+    config = yaml.safe_load((BOOK / "_config.yml").read_text())
+    sphinx = config["sphinx"]["config"]
+    assert not {"sphinx_thebe", "sphinx_comments", "sphinx.ext.intersphinx"} & set(sphinx["extensions"])
+    assert "sphinx-mathjax-offline" in sphinx["extensions"] and sphinx["nb_ipywidgets_js"] == {}
+    assert config["execute"]["execute_notebooks"] == "off" and config["only_build_toc_files"]
+    own = "".join(path.read_text() for path in (BOOK / "_static").glob("*.css"))
+    assert "http" not in own and "@import" not in own
+
+
+def test_the_workflow_builds_and_publishes_what_make_book_builds():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/book.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step["run"] for step in steps if step.get("run", "").startswith("make")] == ["make book"]
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
+    upload = next(step for step in steps if "upload-pages-artifact" in step.get("uses", ""))
+    assert upload["with"]["path"] == "_build/html"
+    makefile = (ROOT / "Makefile").read_text()
+    strict = re.findall(r"jupyter-book build .* -W -n --keep-going$", makefile, re.M)
+    assert len(strict) == 2 and all("--config book/_config.yml" in line for line in strict)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "book" in extras and "'.[dev,book]'" in makefile
