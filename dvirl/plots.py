@@ -218,6 +218,7 @@ def curves(
                 axes.vlines(own.x, own.low, own.high, color=colour, alpha=0.6)
             ends.append((float(own.y.iloc[-1]), float(own.x.iloc[-1]), str(name), colour))
         axes.set(**text, yscale="log" if log else "linear")
+        axes.autoscale_view()
         lowest = -math.inf
         for y, x, name, colour in sorted(ends):
             place = axes.transData.transform((x, y))

@@ -49,9 +49,25 @@ def test_early_exit_with_other_parameters(tmp_path, settings, expected):
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(dict(exit_layer=20, shipped="", seed=1, num_prompts=1), ["1 questions of 1 kinds, 9 tokens", "untouched: 0."]),
+     (dict(draft_len=2, num_prompts=2, min_gain=0), ["2 questions of 2 kinds, 18 tokens", "shipped: confidence 0."])],
+)  # fmt: skip
+def test_acceptance_with_other_parameters(tmp_path, settings, expected):
+    short = tmp_path / "q.jsonl"
+    rows = [dict(question_id=at, category=kind, turns=["Name a few rivers."]) for at, kind in enumerate(("qa", "rag"))]
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = execute(tmp_path, "02_acceptance", questions=str(short), max_new_tokens=9, threads=1, **settings)
+    assert all(sentence in said for sentence in expected)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
     ("notebook", "parameters", "message"),
     [("03_train", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
      ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
+     ("02_acceptance", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
      ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29")],
 )  # fmt: skip
 def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
