@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import time
 import traceback
@@ -30,9 +31,13 @@ from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
 
 
 def pytest_collection_finish() -> None:
-    """What imports left behind stays for good: `gc.collect`, which studies call for every row, need not walk it."""
+    """What imports left behind stays for good: `gc.collect`, which studies call for every row, need not walk it.
+
+    And Ctrl-C is heard: a shell's background jobs begin with SIGINT ignored, for which tests would wait for ever.
+    """
     gc.collect()
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FAULTS: dict[str, list[dict]] = {}
