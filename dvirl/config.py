@@ -126,6 +126,12 @@ class DVIConfig(TrainSettings):
     """Draft tokens that are learned from: sampled from the policy (the true policy gradient) or its argmax."""
     action_temperature: float = number(1.0, 1e-3, 100)
     """Temperature of sampled actions."""
+    records: str = choice("all", ("all", "accepted"))
+    """Drafts that are learned from: all that were scored, or accepted ones alone. The latter is kept as an experiment:
+    their reward is 1 everywhere, so the baseline is 1 as well, and REINFORCE learns nothing."""
+    exit_states: str = choice("recomputed", ("recomputed", "stored"))
+    """What a fast update reads: exit states recomputed with gradients, or, as an experiment, those in the records. A
+    stored state is detached, so exit norm and head learn and lora_S does not; only without a drafter."""
 
     schedule: str = choice("kl_to_rl", SCHEDULES)
     """Fast objective, see `dvirl.losses`: by reward (reinforce, exact_pg, masked_ce), by imitation (ce, kl, tv), or
@@ -181,6 +187,8 @@ class DVIConfig(TrainSettings):
         super().__post_init__()
         if self.ramp_end < self.ramp_start:
             raise DvirlError(f"ramp_end is {self.ramp_end}; expected at least ramp_start, {self.ramp_start}")
+        if self.exit_states == "stored" and self.drafter != "none":
+            raise DvirlError(f"exit_states is stored; expected drafter none with it, not {self.drafter}")
 
     @property
     def decode(self) -> DecodeConfig:

@@ -48,12 +48,22 @@ def _figure(save: str | Path | None, rows: int = 1, **how: Any) -> Iterator[Any]
         plt.close(figure)
 
 
-def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> None:
-    """Faint points a step, the centred mean over a twentieth of the run as a line, and its name at its end."""
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names at the ends of lines, (y, x, name, colour) each, moved up where two would stand on one another."""
+    axes.autoscale_view()
+    lowest = -math.inf
+    for y, x, name, colour in sorted(ends):
+        place = axes.transData.transform((x, y))
+        lowest = max(place[1], lowest + LABEL_PIXELS)
+        _label_end(axes, x, axes.transData.inverted().transform((place[0], lowest))[1], name, colour)
+
+
+def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> tuple[float, float, str, str]:
+    """Faint points a step, the centred mean over a twentieth of the run as a line; its end, for `_label_ends`."""
     axes.plot(x, y, ".", color=colour, alpha=0.2, markersize=4)
     smooth = y.rolling(max(3, len(y) // 20), center=True, min_periods=1).mean()
     axes.plot(x, smooth, color=colour)
-    _label_end(axes, x.iloc[-1], smooth.iloc[-1], text, colour)
+    return float(smooth.iloc[-1]), float(x.iloc[-1]), text, colour
 
 
 def learning_curve(
@@ -73,24 +83,28 @@ def learning_curve(
         raise DvirlError("the run made no fast update; give it more prompts, or a smaller fast_batch")
     with _figure(save, 2, sharex=True, figsize=(7.5, 5.2), height_ratios=(3, 2)) as (above, below):
         tokens = metrics.tokens / 1000
-        _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
+        served = _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
         above.plot(tokens, metrics.baseline, color=ORANGE)
         _label_end(above, tokens.iloc[-1], metrics.baseline.iloc[-1], "baseline\n(sampled draft)", ORANGE)
         if held_out is not None:
             above.plot([0, tokens.iloc[-1]], held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
             above.text(0.01, 0.93, "\u25c6 unseen prompts, before and after", color=GREEN, transform=above.transAxes)
         above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
-        _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
+        _label_ends(above, [served])
+        divergence = _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
+        _label_ends(below, [divergence])
         below.set(xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None))
 
 
-def compare_runs(runs: Mapping[str, pd.DataFrame], save: str | Path | None = None) -> None:
+def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: str | Path | None = None) -> None:
     """The served draft's accept rate over response tokens, of several runs: metrics by the name at each curve."""
-    with _figure(save, figsize=(7.5, 3.4)) as axes:
-        for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False):
+    with _figure(save, figsize=(7.5, 3.8)) as axes:
+        ends = [
             _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
-        axes.set(xlabel="response tokens (thousands)", ylabel="accept rate", ylim=(0, None))
-        axes.set_title("What the reward alone teaches on the same responses")
+            for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False)
+        ]
+        axes.set(xlabel="response tokens (thousands)", ylabel="accept rate", ylim=(0, None), title=title)
+        _label_ends(axes, ends)
 
 
 def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
@@ -153,11 +167,13 @@ def speedups(found: pd.DataFrame, reference: str, save: str | Path | None = None
 def losses(metrics: pd.DataFrame, save: str | Path | None = None) -> None:
     """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
     with _figure(save, figsize=(7.5, 3.4)) as axes:
-        for (name, text), colour in zip(
-            {"loss_exit": "exit head", "loss_main": "last layer"}.items(), PALETTE, strict=False
-        ):
+        lines = {"loss_exit": "exit head", "loss_main": "last layer"}.items()
+        ends = [
             _trend(axes, metrics.step, metrics[name], text, colour)
+            for (name, text), colour in zip(lines, PALETTE, strict=False)
+        ]
         axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", ylim=(0, None))
+        _label_ends(axes, ends)
         axes.set_title("What both heads make of human replies")
 
 
@@ -218,12 +234,7 @@ def curves(
                 axes.vlines(own.x, own.low, own.high, color=colour, alpha=0.6)
             ends.append((float(own.y.iloc[-1]), float(own.x.iloc[-1]), str(name), colour))
         axes.set(**text, yscale="log" if log else "linear")
-        axes.autoscale_view()
-        lowest = -math.inf
-        for y, x, name, colour in sorted(ends):
-            place = axes.transData.transform((x, y))
-            lowest = max(place[1], lowest + LABEL_PIXELS)
-            _label_end(axes, x, axes.transData.inverted().transform((place[0], lowest))[1], name, colour)
+        _label_ends(axes, ends)
 
 
 def step_shares(found: pd.DataFrame, save: str | Path | None = None) -> None:

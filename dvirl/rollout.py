@@ -6,7 +6,7 @@ one parallel shallow pass over that text, and replaying the block rule over them
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +179,10 @@ class Records:
     def num_accepted(self) -> int:
         """Accepted drafts."""
         return int(self.reward.sum())
+
+    def accepted(self) -> "Records":
+        """The accepted ones alone."""
+        return Records(**{spec.name: getattr(self, spec.name)[self.reward > 0] for spec in fields(Records)})
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,8 @@ class DVITrainer:
             noise = torch.rand(group.verifier_confidence.shape, generator=self.generator).to(logits.device)
             learning = score_drafts(self.model, group, drafts, config.learn, noise)
         self.served.add(group, serving)
-        self.buffer.add(learning.records, group, serving.records.num_accepted)
+        kept = learning.records if config.records == "all" else learning.records.accepted()
+        self.buffer.add(kept, group, serving.records.num_accepted)
         self.counters.prompts += len(group)
         self.counters.tokens += group.num_tokens
 
@@ -293,7 +294,10 @@ class DVITrainer:
         shares = (
             Shares() if batch is None or own is batch else Shares(*self._counts(own).div(self._counts(batch)).tolist())
         )
-        logits, _ = draft_logits_at(self.model, own.tokens, own.prompt_lens, own.row, own.position)
+        if self.config.exit_states == "stored":
+            logits = self.model.head_logits(self.model.drafter_states(own.hidden))
+        else:
+            logits, _ = draft_logits_at(self.model, own.tokens, own.prompt_lens, own.row, own.position)
         return Decisions(
             config=self.config,
             logits=logits,

@@ -156,6 +156,25 @@ def test_stored_states_carry_no_gradient():
     assert not batch.hidden.requires_grad and not batch.verifier_hidden.requires_grad
 
 
+def test_learning_from_stored_states_leaves_lora_s_where_it_was():
+    trainer = collected(exit_states="stored", schedule="kl", head="full", drafter="none")
+    before, recomputed = snapshot(trainer), collected(schedule="kl", head="full", drafter="none")
+    stored = trainer.fast_update(trainer.buffer.take_fresh())
+    assert changed(trainer, before) == {"adapter_model.norm.weight", "exit_proj.weight"}
+    fast = recomputed.fast_update(recomputed.buffer.take_fresh())
+    assert stored["loss_kl"] == pytest.approx(fast["loss_kl"], abs=1e-5)
+    assert stored["grad_norm"] < fast["grad_norm"]
+
+
+def test_accepted_drafts_alone_teach_reinforce_nothing():
+    trainer = collected(records="accepted", schedule="reinforce", head="full", drafter="none")
+    before = snapshot(trainer)
+    fast = trainer.fast_update(batch := trainer.buffer.take_fresh())
+    assert len(batch) == trainer.buffer.field("reward").sum() > 0
+    assert (fast["reward"], fast["baseline"], fast["grad_norm"]) == (1.0, 1.0, 0.0)
+    assert not changed(trainer, before)
+
+
 def test_the_frozen_reference_is_the_base():
     trainer = collected()
     batch = trainer.buffer.recent(3)
