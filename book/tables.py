@@ -1,9 +1,13 @@
-"""Write the tables of results.md from the recorded results, `python book/tables.py`; a test sees that they are."""
+"""Write the tables of results.md and of the README from the recorded results; a test sees that they are.
+
+`python book/tables.py` writes them anew.
+"""
 
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 BOOK = Path(__file__).parent
@@ -131,6 +135,146 @@ def costs() -> str:
     return table([*head, *(f"break-even of {count}" for count in (2, 4, 8))], rows)
 
 
+def bench(machine: str) -> str:
+    """Speed over the plain loop on the same question, by way of decoding and set."""
+    found = read(f"bench-{machine}")["figures"]
+    names = {
+        "generate": METHODS["generate"],
+        "lookup": "prompt lookup, adaptive",
+        "learned, 4": "learned, always 4",
+        "learned": "learned, adaptive",
+        "hybrid": "both together, adaptive",
+    }
+    sets = {Path(name).stem.replace("held-out", "own prompts"): one for name, one in found.items()}
+    rows = []
+    for name, text in names.items():
+        ones = [one[name] for one in sets.values()]
+        mats = f"{fmean(one['mat'] for one in ones):.2f}" if ones[0]["mat"] else ""
+        same = sum(one["equal"] for one in ones), sum(one["questions"] for one in ones)
+        rows.append([text, *(f"{one['over_plain']:.2f}" for one in ones), mats, "{} of {}".format(*same)])
+    return table(["", *sets, "mean mat", "answers equal to plain decoding's"], rows)
+
+
+def default_seeds() -> str:
+    """What the default settings teach, by the number of prompts."""
+    found = {name.removeprefix("untrained/"): one for name, one in read("study-default")["summary"].items()}
+    keys = {"accept_rate_before": 3, "accept_rate": 3, "mat": 2, "agreement": 3}
+    rows = [[name, f"{one['tokens']['mean']:,.0f}", *(spread(one[key], digits) for key, digits in keys.items())]
+            for name, one in found.items()]  # fmt: skip
+    return table(["", "response tokens", "accept rate before", "after", "mat after", "agreement after"], rows)
+
+
+def traps() -> str:
+    """What a draft learns in each trap."""
+    found = {name.removeprefix("untrained/"): one for name, one in read("study-traps")["summary"].items()}
+    rows = [[name, *(spread(one[key]) for key in ("accept_rate_before", "accept_rate"))] for name, one in found.items()]
+    return table(["", "accept rate before", "after"], rows)
+
+
+def slow_update() -> str:
+    """The slow update: acceptance, and what it costs the verifier."""
+    found, rows = read("study-slow-update")["summary"], []
+    untouched = next(one["ppl_untouched"]["mean"] for one in found.values() if "ppl_untouched" in one)
+    for name, one in found.items():
+        ppl = one["ppl"]["mean"] if "ppl" in one else untouched
+        drift = [spread(one["drift_kl"]) if "drift_kl" in one else "0", f"{ppl:,.1f}"]
+        rows.append([name.removeprefix("untrained/"), spread(one["accept_rate"]), *drift])
+    return table(["target, slow_every, beta_kl", "accept rate", "drift, nats a token", "perplexity of replies"], rows)
+
+
+def warm_start() -> str:
+    """Starts, and what the same prompts make of them."""
+    found = read("study-warm-start")["summary"]
+    starts = dict.fromkeys(name.split("/")[0] for name in found)
+    variants = dict.fromkeys(name.split("/")[1] for name in found)
+    rows = []
+    for start in starts:
+        ones = [found[f"{start}/{variant}"] for variant in variants]
+        before = [f"{ones[0]['start_tokens']['mean']:,.0f}", spread(ones[0]["accept_rate_before"])]
+        rows.append([start, *before, *(spread(one["accept_rate"]) for one in ones)])
+    return table(["start", "its tokens", "accept rate there", *(f"after {name}" for name in variants)], rows)
+
+
+def adaptation() -> str:
+    """A stream that changes its domain: agreement on the new and the old one."""
+    keys = ("then_switch", "then_end", "first_switch", "first_end")
+    rows = [[name, *(spread(one[key]) for key in keys)] for name, one in read("study-adaptation")["summary"].items()]
+    return table(["after the change", *(f"{domain}, {when}" for domain in ("new", "old") for when in
+                                        ("at the change", "at the end"))], rows)  # fmt: skip
+
+
+def federated() -> str:
+    """Clients with prompts of their own: agreement."""
+    rows = [[name, spread(one["own"]), spread(one["all"])] for name, one in read("study-federated")["summary"].items()]
+    return table(["three clients", "each on its own prompts", "each on everybody's"], rows)
+
+
+def staleness() -> str:
+    """The gradient that records of an age give, against the exact one."""
+    found = read("study-staleness")["summary"]
+    kinds = dict.fromkeys(name.split(",")[0] for name in found)
+    ages = list(dict.fromkeys(name.split("age ")[1] for name in found))[::-1]
+    rows = []
+    for age in ages:
+        ones = [found[f"{kind}, age {age}"] for kind in kinds]
+        rows.append([age, *(spread(one[key], 2) for one in ones for key in ("cos_stale", "cos_redrawn"))])
+    return table(
+        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "drawn anew"))], rows
+    )
+
+
+def robustness() -> str:
+    """What was broken on purpose, and what came of it."""
+    faults, soak, resume = read("faults-cpu"), read("soak-cpu")["soak"], read("resume-h200")["comparisons"]
+    rows = [[what, f"{faults[what]['count']}", f"{faults[what]['equal']} end as the run that was left alone"]
+            for what in ("kills of dvirl train", "kills of dvirl sgp", "full disks")]  # fmt: skip
+    same = sum(resume[name]["lines_equal"] for name in ("whole-killed", "whole32-killed32"))
+    rows.append(["killed and resumed on an H200, bfloat16 and float32", "2", f"{same} of 244 log lines equal"])
+    for one in read("processes-h200")["throughput"]:
+        times = ", ".join(f"{ratio:.2f}" for ratio in one["ratios"])
+        rows.append(
+            [
+                f"two H200s over one, {one['settings']} settings",
+                f"{len(one['ratios'])}",
+                f"{times} times the tokens a second",
+            ]
+        )
+    grown = f"{soak['memory_mib_a_hundred_updates']:.2f} MiB more a hundred updates"
+    return table(["", "how often", "found"], [*rows, ["updates in one process", f"{soak['updates']:,}", grown]])
+
+
+def headline() -> str:
+    """The README's table."""
+    seeds = read("study-default")["summary"]["untrained/256 prompts"]
+    ours = read("acceptance-default-cpu")["figures"]
+    agreed = fmean(
+        one["rate"]
+        for name, one in read("agreement-smollm2-135m-k2-h200")["figures"].items()
+        if Path(name).stem in SETS
+    )
+    rates = [f"{ours[name]['accept_rate']:.3f}" for name in ("untrained", "trained")]
+    counted = f"({seeds['accept_rate']['n']} seeds)"
+    learned = f"{spread(seeds['accept_rate_before'])} → **{spread(seeds['accept_rate'])}** {counted}"
+    rows = [
+        [
+            "accept rate on unseen prompts: untrained → after 256 prompts of `dvirl train`",
+            f"{rates[0]} → **{rates[1]}** (one seed)",
+            learned,
+        ],
+        ["share of the model's tokens that the drafter in the box knows", "", f"**{agreed:.3f}** on three public sets"],
+    ]
+    names = {"dvi": "learned draft", "pld": "prompt lookup", "hybrid": "both", "generate": METHODS["generate"]}
+    for method, text in names.items():
+        ones = [
+            next(row for row in read(f"evaluate-mini-{machine}")["figures"]
+                 if row["method"] == method and row["task"] == "overall")
+            for machine in ("cpu", "h200")
+        ]  # fmt: skip
+        cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ones]
+        rows.append([f"speed over our own plain loop: {text}", *cells])
+    return table(["", "2 cores of an AMD EPYC", "one H200"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "objectives": objectives,
@@ -139,6 +283,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation_h200": lambda: evaluation("h200"),
     "agreement": agreement,
     "costs": costs,
+    "bench_cpu": lambda: bench("cpu"),
+    "bench_h200": lambda: bench("h200"),
+    "default_seeds": default_seeds,
+    "traps": traps,
+    "slow_update": slow_update,
+    "warm_start": warm_start,
+    "adaptation": adaptation,
+    "federated": federated,
+    "staleness": staleness,
+    "robustness": robustness,
+    "headline": headline,
 }
 
 
@@ -148,5 +303,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    path = BOOK / "results.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (BOOK / "results.md", BOOK.parent / "README.md"):
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
