@@ -41,7 +41,10 @@ def test_a_value_of_the_wrong_type_is_refused(field):
         ({"seed": 1.5}, "seed is 1.5; expected int"),
         ({"lr_shallow": float("nan")}, "lr_shallow is nan"),
         ({"ramp_start": 0.8, "ramp_end": 0.2}, "ramp_end is 0.2; expected at least ramp_start, 0.8"),
-        ({"exit_states": "stored", "drafter": "layer"}, "exit_states is stored; expected drafter none with it, not layer"),
+        (
+            {"exit_states": "stored", "drafter": "layer"},
+            "exit_states is stored; expected drafter none with it, not layer",
+        ),
         ({"lora_targets": "q_proj,z_proj"}, "lora_targets has z_proj"),
     ],
 )
