@@ -59,9 +59,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 
 def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> tuple[float, float, str, str]:
-    """Faint points a step, the centred mean over a twentieth of the run as a line; its end, for `_label_ends`."""
+    """Faint points a step, the centred mean over a tenth of the run as a line; its end, for `_label_ends`."""
     axes.plot(x, y, ".", color=colour, alpha=0.2, markersize=4)
-    smooth = y.rolling(max(3, len(y) // 20), center=True, min_periods=1).mean()
+    smooth = y.rolling(max(3, len(y) // 10), center=True, min_periods=1).mean()
     axes.plot(x, smooth, color=colour)
     return float(smooth.iloc[-1]), float(x.iloc[-1]), text, colour
 

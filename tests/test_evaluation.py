@@ -68,7 +68,7 @@ def test_a_folder_without_a_run_is_said(tmp_path, capsys):
 def test_figures_are_drawn(run_dir, tmp_path):
     metrics = read_metrics(run_dir / "metrics.jsonl")
     plots.learning_curve(metrics, (0.1, 0.2), save=tmp_path / "a.png")
-    plots.compare_runs({"one": metrics, "other": metrics}, save=tmp_path / "b.svg")
+    plots.compare_runs({"one": metrics, "other": metrics}, "Two runs", save=tmp_path / "b.svg")
     plots.time_shares({"generation": 3.0, "updates": 1.0}, save=tmp_path / "c.png")
     assert all((tmp_path / name).stat().st_size > 2000 for name in ("a.png", "b.svg", "c.png"))
 

@@ -10,7 +10,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICK = dict(num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, min_accept_rate=0.0, min_gain=0.0,
-             min_reward_gain=0.0, held_out=4, threads=1, fast_batch=1)  # fmt: skip
+             min_reward_gain=0.0, trap_margin=1.0, held_out=4, threads=1, fast_batch=1)  # fmt: skip
 
 
 def execute(tmp_path, notebook="03_train", **parameters):
