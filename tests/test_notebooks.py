@@ -71,7 +71,7 @@ def test_acceptance_with_other_parameters(tmp_path, settings, expected):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [(dict(methods="plain,fixed", fixed_len=2, num_questions=1), ["1 of 1 answers with drafts are", "fixed: 1.00 of"]),
+    [(dict(methods="plain,fixed", fixed_len=2, num_questions=1), ["1 of 1 answers with drafts are", "fixed: 0.80 of"]),
      (dict(methods="generate,plain,pld", repeats=2), ["4 of 4 answers with drafts are", "drift 0.0000 nats"])],
 )  # fmt: skip
 def test_evaluation_with_other_parameters(tmp_path, settings, expected):
