@@ -149,19 +149,22 @@ def speedups(found: pd.DataFrame, reference: str, save: str | Path | None = None
     """
     tasks = list(dict.fromkeys(found.task))
     names = [name for name in dict.fromkeys(found.method) if name != reference]
-    size = (1.2 + 1.25 * len(tasks), 0.9 + 0.36 * len(names))
-    with _figure(save, ncols=len(tasks), sharex=True, sharey=True, squeeze=False, figsize=size) as (row,):
+    size = (1.2 + 1.25 * len(tasks), 1.1 + 0.4 * len(names))
+    how: Any = dict(ncols=len(tasks), sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained")
+    with _figure(save, **how) as (row,):
         for axes, task in zip(row, tasks, strict=True):
             own = found[found.task == task].set_index("method").loc[names]
             for place, one in enumerate(own.itertuples()):
                 colour = PALETTE[place % len(PALETTE)]
                 axes.plot([one.low, one.high], [place, place], color=colour)
-                axes.plot([one.speedup], [place], "o", color=colour)
-                axes.text(one.speedup, place - 0.17, f"{one.speedup:.2f}", ha="center", fontsize=7.5, color=colour)
+                axes.plot([one.speedup], [place], "o", color=colour, zorder=4)
+                axes.text(one.speedup, place - 0.24, f"{one.speedup:.2f}", ha="center", fontsize=7.5, color=colour,
+                          bbox=dict(facecolor="white", edgecolor="none", pad=0))  # fmt: skip
             axes.axvline(1.0, color="grey", linewidth=1)
+            axes.margins(x=0.12)
             axes.set_title(task.replace("_", "\n"), fontsize=9)
             axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.6))
-        row[len(tasks) // 2].set_xlabel(f"times as fast as {reference}")
+        row[0].figure.supxlabel(f"times as fast as {reference}", fontsize="medium")
 
 
 def losses(metrics: pd.DataFrame, save: str | Path | None = None) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dvirl.config import DVIConfig
 from dvirl.errors import DvirlError
+from dvirl.evaluation.runner import EvalConfig
 from dvirl.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
 from dvirl.settings import from_mapping, from_namespace, part, read_yaml, with_help
 from dvirl.train_dvi import parse_args
@@ -126,6 +127,8 @@ def test_notebook_parameters_become_settings():
     assert (config.exit_layer, config.threads, config.run_dir) == (4, 1, "r")
     assert notebook_config(namespace(), run_dir="r").exit_layer == 6
     assert notebook_config({"In": [], "exit_layer": 3, "words": 1}).exit_layer == 3  # nbval keeps no history
+    judged = notebook_config(namespace("# Parameters\nfixed_len = 2", fixed_len=2), EvalConfig, run_dir="r")
+    assert (judged.fixed_len, judged.run_dir) == (2, "r")
     assert assigned_names("a = 1\nb = c = 2\nprint(a)") == ["a", "b", "c"]
 
 

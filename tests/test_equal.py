@@ -136,7 +136,9 @@ def test_a_run_is_checked(run_dir, capsys, tmp_path):  # noqa: F811
     arguments = ["check", str(run_dir), "--questions", str(questions), "--max_new_tokens", "12", "--out", str(out)]
     assert cli.main([*arguments, "--dtype", "float32"]) == 0
     assert "2 of 2 answers are identical; differences: 0 tie, 0 stop rule, 0 error" in capsys.readouterr().out
-    assert json.loads(out.read_text())["report"] == {"answers": 2, "identical": 2, "differences": []}
+    content = json.loads(out.read_text())
+    assert content["report"] == {"answers": 2, "identical": 2, "differences": []}
+    assert content["command"].startswith("dvirl check ") and content["date"].startswith("20")
 
 
 # Files

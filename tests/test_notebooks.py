@@ -21,6 +21,14 @@ def execute(tmp_path, notebook="03_train", **parameters):
     return "".join(line for output in outputs for line in output.get("text", []))
 
 
+def two_questions(tmp_path):
+    """A file of two short questions; its path."""
+    path = tmp_path / "q.jsonl"
+    rows = [dict(question_id=at, category=kind, turns=["Name a few rivers."]) for at, kind in enumerate(("qa", "rag"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")  # jupyter's own
 @pytest.mark.parametrize(
@@ -54,11 +62,25 @@ def test_early_exit_with_other_parameters(tmp_path, settings, expected):
      (dict(draft_len=2, num_prompts=2, min_gain=0), ["2 questions of 2 kinds, 18 tokens", "shipped: confidence 0."])],
 )  # fmt: skip
 def test_acceptance_with_other_parameters(tmp_path, settings, expected):
-    short = tmp_path / "q.jsonl"
-    rows = [dict(question_id=at, category=kind, turns=["Name a few rivers."]) for at, kind in enumerate(("qa", "rag"))]
-    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = execute(tmp_path, "02_acceptance", questions=str(short), max_new_tokens=9, threads=1, **settings)
+    asked = two_questions(tmp_path)
+    said = execute(tmp_path, "02_acceptance", questions=asked, max_new_tokens=9, threads=1, **settings)
     assert all(sentence in said for sentence in expected)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(dict(methods="plain,fixed", fixed_len=2, num_questions=1), ["1 of 1 answers with drafts are", "fixed: 0.80 of"]),
+     (dict(methods="generate,plain,pld", repeats=2), ["4 of 4 answers with drafts are", "drift 0.0000 nats"])],
+)  # fmt: skip
+def test_evaluation_with_other_parameters(tmp_path, settings, expected):
+    bounds = dict(min_speedup=0, min_plain=0, min_mat=1, max_miss=100)  # eight tokens are too few for the clock
+    said = execute(tmp_path, "05_evaluate", questions=two_questions(tmp_path), answer_tokens=9, threads=1, **bounds,
+                   **settings)  # fmt: skip
+    assert all(sentence in said for sentence in expected)
+    lines = (next(tmp_path.glob("runs/05_evaluate-*")) / "answers/plain-1.jsonl").read_text().splitlines()
+    assert len(lines) == settings.get("num_questions", 2)
 
 
 @pytest.mark.real
@@ -68,7 +90,9 @@ def test_acceptance_with_other_parameters(tmp_path, settings, expected):
     [("03_train", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
      ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
      ("02_acceptance", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
-     ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29")],
+     ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
+     ("05_evaluate", {"exit_layer": 6}, "unknown notebook parameter exit_layer; known are"),
+     ("05_evaluate", {"answer_tokens": 1}, "answer_tokens is 1; expected a number from 2 to")],
 )  # fmt: skip
 def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
     with pytest.raises(papermill.PapermillExecutionError, match=message):

@@ -194,6 +194,13 @@ def test_an_answer_has_the_published_layout(evaluated):
             assert choice["index"] == 0 and sum(choice["accept_lengths"]) == sum(choice["new_tokens"]) - len(turns)
             assert sum(choice["decoding_steps"]) == len(choice["accept_lengths"]) + len(turns)
             assert choice["new_tokens"] == list(map(len, choice["tokens"]))
+            assert len(choice["prefill_time"]) == len(turns)
+            held, learns = choice["drafts"], name not in ("generate", "plain", "pld")
+            assert len(held) == (0 if name == "generate" else len(choice["accept_lengths"]))
+            assert sum(map(sum, held)) >= sum(choice["num_drafted"]) >= sum(choice["num_accepted"])
+            assert all((learns or not own) and (name in ("pld", "hybrid") or not copied) for own, copied in held)
+            for whole, first in zip(choice["wall_time"], choice["prefill_time"], strict=True):
+                assert (first is None) if name == "generate" else 0 < first <= whole
 
 
 def test_figures_by_hand(tmp_path):

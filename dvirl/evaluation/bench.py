@@ -70,8 +70,7 @@ class Speed:
 
 def ideal_s(answer: Answer, costs: StepCosts) -> float:
     """Seconds that the blocks of an answer should have taken, the prefill left out."""
-    drafts = [block.draft for block in answer.blocks[1:]]
-    return sum(costs.block(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts) / 1e3
+    return sum(costs.block(*drafts) for drafts in answer.drafts) / 1e3
 
 
 @torch.no_grad()

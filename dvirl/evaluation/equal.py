@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -321,7 +323,8 @@ def main(argv: Sequence[str]) -> Report:
     counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
     print(f"{report.identical} of {report.answers} answers are identical; differences: {counts}")
     if args.out:
-        content = {"arguments": vars(args), **where, "report": asdict(report)}
+        made = {"command": shlex.join(["dvirl", "check", *argv]), "date": time.strftime("%Y-%m-%d")}
+        content = {"arguments": vars(args), **made, **where, "report": asdict(report)}
         write_json(args.out, content)
     if report.count("error"):
         raise SystemExit(1)

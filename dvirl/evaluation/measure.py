@@ -32,6 +32,12 @@ class Answer:
         return [block.block_len for block in self.blocks[1:]] if self.blocks else [1] * (len(self.tokens) - 1)
 
     @property
+    def drafts(self) -> list[tuple[int, int]]:
+        """Learned and looked-up drafts of each verification, the prefill left out; none without blocks."""
+        drafts = [block.draft for block in self.blocks[1:]]
+        return [(one.num_learned, len(one.tokens) - one.num_learned) for one in drafts]
+
+    @property
     def nll(self) -> float:
         """Negative log-likelihood of the tokens under the verifier that said them, in nats; NaN without blocks."""
         own = [float(p) for block in self.blocks for p in block.verifier_confidence[: block.block_len]]
