@@ -35,10 +35,10 @@ def assigned_names(source: str) -> list[str]:
     return [target.id for one in assignments for target in one.targets if isinstance(target, ast.Name)]
 
 
-def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
+def notebook_config(namespace: Mapping[str, Any], *, kind: type = DVIConfig, **fixed: Any) -> Any:
     """Settings from a notebook's parameters, which stand in its `globals()`, and `fixed` ones that it decides itself.
 
-    Every setting of `DVIConfig` may be given with `-p`, and every parameter that the notebook declares.
+    Every setting of `kind` may be given with `-p`, and every parameter that the notebook declares.
 
     Raises:
         DvirlError: for a parameter that is neither, or a value out of range.
@@ -46,12 +46,12 @@ def notebook_config(namespace: Mapping[str, Any], **fixed: Any) -> DVIConfig:
     cells = [cell for cell in namespace["In"] if cell.startswith(INJECTED)]
     declared = [name for cell in cells if cell.startswith(DECLARED) for name in assigned_names(cell)]
     injected = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
-    settings = {spec.name for spec in dataclasses.fields(DVIConfig)}
+    settings = {spec.name for spec in dataclasses.fields(kind)}
     known = settings | set(declared)
     if unknown := sorted(set(injected) - known):
         raise DvirlError(f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     given = {name: namespace[name] for name in namespace if name in settings}  # nbval keeps no `In`
-    return from_mapping(DVIConfig, {**given, **fixed}, "notebook parameters")
+    return from_mapping(kind, {**given, **fixed}, "notebook parameters")
 
 
 def new_run_dir(wished: str, name: str) -> str:

@@ -84,13 +84,16 @@ def learning_curve(
         below.set(xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None))
 
 
-def compare_runs(runs: Mapping[str, pd.DataFrame], save: str | Path | None = None) -> None:
+def compare_runs(
+    runs: Mapping[str, pd.DataFrame], save: str | Path | None = None,
+    title: str = "What the reward alone teaches on the same responses",
+) -> None:  # fmt: skip
     """The served draft's accept rate over response tokens, of several runs: metrics by the name at each curve."""
     with _figure(save, figsize=(7.5, 3.4)) as axes:
         for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False):
             _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
         axes.set(xlabel="response tokens (thousands)", ylabel="accept rate", ylim=(0, None))
-        axes.set_title("What the reward alone teaches on the same responses")
+        axes.set_title(title)
 
 
 def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
