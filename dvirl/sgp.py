@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -85,6 +86,23 @@ def head_sums(model: KangarooModel, tokens: Tensor, targets: Tensor, detach_exit
         covered=(index >= 0).sum().float(),
         agreed=(model.token_ids(early.argmax(dim=-1)) == final.argmax(dim=-1)).sum().float(),
     )
+
+
+def gradient_norms(model: KangarooModel, loss: Tensor) -> list[tuple[float, float]]:
+    """What a loss sends to each decoder layer: the norms of the gradients of its own weights and of its LoRA's.
+
+    Asked are the parameters that took gradients when the loss was computed; where it does not reach, a norm is 0.
+    """
+    model.zero_grad()
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    norms = []
+    for layer in model.base_model.model.layers:
+        found = [("lora_" in name, p.grad.float()) for name, p in layer.named_parameters() if p.grad is not None]
+        parts = ([gradient for is_lora, gradient in found if is_lora == wanted] for wanted in (False, True))
+        own, lora = (float(get_total_norm(part)) for part in parts)
+        norms.append((own, lora))
+    model.zero_grad()
+    return norms
 
 
 @dataclass(frozen=True)

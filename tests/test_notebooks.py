@@ -86,13 +86,32 @@ def test_evaluation_with_other_parameters(tmp_path, settings, expected):
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(dict(exit_layer=20, seed=1, detach_exit=False), ["layers[:20] draft, layers[20:30] verify", "0 to layers[:20]"]),
+     (dict(max_steps=3, held_out=2, drafter="layer"), ["in 3 steps loss_exit", '"base": 2 of 2 answers are those'])],
+)  # fmt: skip
+def test_sgp_with_other_parameters(tmp_path, settings, expected):
+    loose = dict(min_fall=0.0, min_gain=0.0, min_gap=-9.0, min_lead=-1.0)
+    small = dict(max_steps=2, batch_size=2, held_out_share=0.01, num_prompts=2, held_out=1, max_new_tokens=9, threads=1)
+    said = execute(tmp_path, "06_sgp", run_dir="run", **{**small, **loose, **settings})
+    assert all(sentence in said for sentence in expected)
+    saved = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert saved["step"] == settings.get("max_steps", 2)
+    assert list((tmp_path / "run/from-SGP/checkpoints").glob("step-*/lora_S/adapter_model.safetensors"))
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
     ("notebook", "parameters", "message"),
     [("03_train", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
      ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
      ("02_acceptance", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
      ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
      ("05_evaluate", {"exit_layer": 6}, "unknown notebook parameter exit_layer; known are"),
-     ("05_evaluate", {"answer_tokens": 1}, "answer_tokens is 1; expected a number from 2 to")],
+     ("05_evaluate", {"answer_tokens": 1}, "answer_tokens is 1; expected a number from 2 to"),
+     ("06_sgp", {"fast_batch": 6}, "unknown notebook parameter fast_batch; known are"),
+     ("06_sgp", {"beta_exit": -1.0}, "beta_exit is -1.0; expected a number from 0 to 1e")],
 )  # fmt: skip
 def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
     with pytest.raises(papermill.PapermillExecutionError, match=message):

@@ -23,7 +23,7 @@ from dvirl.config import SGPConfig
 from dvirl.data import Prompt, read_prompts
 from dvirl.errors import DvirlError
 from dvirl.lora import train_only
-from dvirl.sgp import SGPTrainer, collate, head_sums, make_example
+from dvirl.sgp import SGPTrainer, collate, gradient_norms, head_sums, make_example
 from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer
 from kangaroo.sgp_lora import inject_lora, lora_parameters
@@ -100,6 +100,25 @@ def test_only_without_detach_the_main_loss_reaches_shallow_layers(detach_exit):
     found = torch.autograd.grad(mine._sums(mine.train_set[:4]).main, [deep, *shallow], allow_unused=True)
     assert found[0].abs().sum() > 0
     assert all(gradient is None for gradient in found[1:]) == detach_exit
+
+
+@pytest.mark.parametrize("detach_exit", [True, False])
+def test_gradient_norms_are_those_of_autograd_layer_by_layer(detach_exit):
+    mine = trainer(detach_exit=detach_exit)
+    scramble_lora(mine.model, ["lora_S"], 0.15)
+    layers = mine.loaded.model.model.layers
+    layers.requires_grad_(True)
+    sums = mine._sums(mine.train_set[:4])
+    for loss, deep_only in ((sums.main, detach_exit), (sums.loss(BETA), False)):
+        norms = gradient_norms(mine.model, loss)
+        for index, (layer, found) in enumerate(zip(layers, norms, strict=True)):
+            for lora, norm in zip((False, True), found, strict=True):
+                wanted = [p for name, p in layer.named_parameters() if ("lora_" in name) == lora]
+                parts = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) if wanted else ()
+                own = [part.square().sum() for part in parts if part is not None]
+                assert norm == pytest.approx(float(sum(own)) ** 0.5, rel=1e-4)
+                assert (norm == 0) == ((deep_only and index < 2) or (lora and index >= 2))
+    assert all(parameter.grad is None for parameter in mine.model.parameters())
 
 
 @pytest.mark.parametrize("detach_exit", [True, False])
