@@ -96,7 +96,7 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         ece=calibration_error(confidence, right) if len(right) else math.nan,
         covered=float(covered.mean()),
         positions=len(right),
-        answers=tuple(means[order.argsort()].tolist()),
+        answers=tuple(means[order.argsort().cpu()].tolist()),
     )
 
 
