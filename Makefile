@@ -93,7 +93,9 @@ book: $(BOOK)  ## build the book from the committed outputs into _build/html; a 
 book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
 	rm -rf _build/singlehtml
 	$(BIN)/jupyter-book build . --all --builder singlehtml --toc _toc.yml --config book/_config.yml --path-output . -W -n --keep-going
-	sed -e 's|href="book/intro.html#|href="#|g' -e '/src="searchindex.js"/d' _build/singlehtml/book/intro.html > _build/singlehtml/index.html
+	sed -e 's|href="book/intro.html#|href="#|g' -e '/src="searchindex.js"/d' -e '/<link rel="\(index\|search\)"/d' \
+	  -e '/<dialog id="pst-search-dialog"/,/<\/dialog>/d' -e '/<button .*search-button__button/,/<\/button>/d' \
+	  _build/singlehtml/book/intro.html > _build/singlehtml/index.html
 	rm -r _build/singlehtml/book
 
 lab: $(READY)  ## open JupyterLab in the environment
