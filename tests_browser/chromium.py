@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ MISSING = "make check-book needs Chromium; apt-get install chromium, or CHROMIUM
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LOADED = """document.readyState == 'complete' && [...document.images].every(image => image.complete)
     && !document.querySelector('.math:not(:has(mjx-container))')"""
+STILL = {"name": "prefers-reduced-motion", "value": "reduce"}
 PATIENCE = 30.0
 """Seconds that anything may take, such as a page until it is loaded and its equations are set."""
 
@@ -37,7 +39,7 @@ def until(found, seconds: float = PATIENCE):
     """Ask again and again until there is an answer; the last one, which is nothing if the time is up."""
     end = time.monotonic() + seconds
     while not (answer := found()) and time.monotonic() < end:
-        time.sleep(0.02)
+        time.sleep(0.05)
     return answer
 
 
@@ -87,6 +89,7 @@ class Page:
         self.events: list[dict] = []
         self.width = 0
         self.patience = PATIENCE
+        self.ready = False
         for domain in ("Network", "Runtime", "Log", "Page"):
             self.call(f"{domain}.enable")
         self.call("Network.setCacheDisabled", cacheDisabled=True)
@@ -111,15 +114,15 @@ class Page:
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def look(self, width: int, dark: bool) -> None:
-        """Be so wide, a phone if narrow, and ask for light or dark pages."""
+        """Be so wide, a phone if narrow, and ask for light or dark pages, in which nothing moves."""
         self.width = width
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                   mobile=width < 500)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", features=[scheme, STILL])
 
     def open(self, address: str) -> None:
-        """Go to an address and wait until nothing loads any more; or, if it never ends, give up waiting."""
+        """Go to an address and wait until nothing loads any more; `ready` says whether that came in time."""
         self.call("Page.navigate", url="about:blank")
         until(lambda: self.js("location.href") == "about:blank")
         self.events.clear()
@@ -129,7 +132,7 @@ class Page:
     def settle(self, address: str) -> None:
         """Wait until the tab is at an address whose page is loaded."""
         there = f"location.href.startsWith({json.dumps(address)})"
-        until(lambda: self.js(f"{there} && {LOADED}") and not self.pending(), self.patience)
+        self.ready = until(lambda: self.js(f"{there} && {LOADED}") and not self.pending(), self.patience)
 
     def pending(self) -> set[str]:
         """Requests without an end yet."""
@@ -144,3 +147,25 @@ class Page:
         path.parent.mkdir(parents=True, exist_ok=True)
         shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def pdf(self, path: Path) -> None:
+        """The page on A4 sheets, with page numbers."""
+        number = '<div style="font-size: 8px; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
+        made = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, marginTop=0.6, marginBottom=0.7,
+                         marginLeft=0.6, marginRight=0.6, printBackground=True, scale=0.85, displayHeaderFooter=True,
+                         headerTemplate="<span></span>", footerTemplate=number, generateDocumentOutline=True,
+                         generateTaggedPDF=True, transferMode="ReturnAsBase64")  # fmt: skip
+        path.write_bytes(base64.b64decode(made["data"]))
+
+
+def print_page(folder: Path, path: Path) -> None:
+    """Make a PDF of the page of a folder."""
+    with serving(folder) as address, chromium() as page:
+        page.look(1280, dark=False)
+        page.open(f"{address}index.html")
+        assert page.ready, "the page was not ready in time"
+        page.pdf(path)
+
+
+if __name__ == "__main__":
+    print_page(Path(sys.argv[1]), Path(sys.argv[2]))

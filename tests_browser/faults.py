@@ -38,12 +38,16 @@ FAINT = """(least => {
         return [r, g, b, a / 255];
     })();
     const over = ([r, g, b, a], below) => [r, g, b].map((part, at) => a * part + (1 - a) * below[at]);
-    const ground = node => {
+    const kept = of => { const all = new Map(); return node => {
+        if (!all.has(node)) all.set(node, of(node));
+        return all.get(node);
+    } };
+    const ground = kept(node => {
         if (!node) return rgba('Canvas').slice(0, 3);
         const own = rgba(getComputedStyle(node).backgroundColor);
         return own[3] == 1 ? own.slice(0, 3) : over(own, ground(node.parentElement));
-    };
-    const opacity = node => node ? getComputedStyle(node).opacity * opacity(node.parentElement) : 1;
+    });
+    const opacity = kept(node => node ? getComputedStyle(node).opacity * opacity(node.parentElement) : 1);
     const light = color => color.map(part => part / 255)
         .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
         .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
@@ -67,9 +71,7 @@ FAINT = """(least => {
 def noise(page: Page, origin: str) -> list[str]:
     """Errors and warnings of the console, exceptions, failed requests, and requests to anybody else."""
     asked = {one["requestId"]: one["request"]["url"] for one in page.said("Network.requestWillBeSent")}
-    console = [
-        one for one in page.said("Runtime.consoleAPICalled") if one["type"] in ("error", "warning", "assert")
-    ]
+    console = [one for one in page.said("Runtime.consoleAPICalled") if one["type"] in ("error", "warning", "assert")]
     answers = [one["response"] for one in page.said("Network.responseReceived")]
     return [
         *(f"exception: {_first_line(one)}" for one in page.said("Runtime.exceptionThrown")),
@@ -101,6 +103,16 @@ def layout(page: Page) -> list[str]:
     return [f"page is {wide} px wide on a screen of {page.width}: {page.js(culprits)}"] if wide > page.width else []
 
 
+def text(page: Page) -> list[str]:
+    """A page that was not ready in time, or whose text cannot be read without a click."""
+    shown = page.js("""(main => main.checkVisibility({checkVisibilityCSS: true}) && main.innerText.trim()
+        && main.getBoundingClientRect().width / innerWidth)(document.querySelector('article, [role=main], body'))""")
+    return [
+        *(["the page was not ready in time"] if not page.ready else []),
+        *(["the text is hidden, empty or narrow"] if not shown or shown < 0.4 else []),
+    ]
+
+
 def pictures(page: Page) -> list[str]:
     """Images that are missing or of one colour."""
     return page.js(PICTURES)
@@ -118,7 +130,7 @@ def faint(page: Page) -> list[str]:
 
 def seen(page: Page, origin: str) -> list[str]:
     """All of these, of the page that is open."""
-    return [*noise(page, origin), *layout(page), *pictures(page), *equations(page), *faint(page)]
+    return [*noise(page, origin), *layout(page), *text(page), *pictures(page), *equations(page), *faint(page)]
 
 
 class Anchors(HTMLParser):

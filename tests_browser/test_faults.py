@@ -31,6 +31,9 @@ FAULTS = {
     "foreign picture": ('"two.png"', '"https://badge.example.org/b.svg"', "foreign: https://badge"),
     "missing picture": ('"two.png"', '"none.png"', "none.png is not loaded"),
     "blank picture": ('"two.png"', '"one.png"', "one.png is blank"),
+    "hidden text": ("<body>", '<body style="visibility: hidden">', "the text is hidden"),
+    "no text": ("<body>", "<body><article></article>", "the text is hidden"),
+    "narrow text": ("<body>", '<body style="width: 300px">', "the text is hidden, empty or narrow"),
     "too wide": ("<h1", '<pre style="width: 1400px">wide</pre><h1', "page is 14"),
     "equation without MathJax": ('<script defer src="mathjax/tex-chtml.js"></script>', "", "x^2\\) is not set"),
     "equation without an end": ("x^2", "\\frac{x", "is not set"),
@@ -45,6 +48,7 @@ FAULTS = {
 
 def png(pixels):
     """A picture of one row of grey pixels."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -100,7 +104,11 @@ def test_a_picture_that_never_comes_is_found(page, site):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = "http://{}:{}/".format(*silent.getsockname())
         found = problems(page, site, WELL.replace("two.png", address))[0]
-    assert f"still loading: {address}" in found and f"foreign: {address}" in found
+    assert (
+        "the page was not ready in time" in found
+        and f"still loading: {address}" in found
+        and f"foreign: {address}" in found
+    )
 
 
 def test_what_is_wrong_on_phones_or_in_the_dark_alone(page, site):

@@ -54,10 +54,17 @@ def theme(_app: Any, config: Any) -> None:
         config.html_theme_options["launch_buttons"] = {}
 
 
+def single(app: Any, _page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
+    """The book as one page has a title, and neither pages beside it, whose list would be empty, nor a search."""
+    if app.builder.name == "singlehtml":
+        context.update(docstitle=context["title"], sidebars=[], theme_disable_search=True, hasdoc=lambda _name: False)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_config_value("comments_config", {}, "")  # jupyter-book sets it for sphinx_comments, which is left out
     app.add_autodocumenter(Data, override=True)
     app.connect("autodoc-process-docstring", readable, priority=400)
     app.connect("config-inited", theme, priority=100)
+    app.connect("html-page-context", single, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
