@@ -3,6 +3,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 BOOK    := $(VENV)/.book
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 STAMP   := $(shell date +%Y%m%d-%H%M%S)
 RUN     ?= runs/train-$(STAMP)
 PYTHON  ?= $(shell for p in python3.11 python3 python; do \
@@ -16,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-quick faults fuzz soak evaluate bench experiments-quick check-notebooks lint lab shell \
-        notebooks book book-page clean $(STUDIES)
+        notebooks book book-page book-pdf check-book check-links clean $(STUDIES)
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -96,8 +97,21 @@ book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
 	sed -e 's|href="book/intro.html#|href="#|g' -e '/src="searchindex.js"/d' _build/singlehtml/book/intro.html > _build/singlehtml/index.html
 	rm -r _build/singlehtml/book
 
-lab: $(READY)  ## open JupyterLab in the environment
-	$(BIN)/jupyter lab notebooks
+check-book:  ## build both and open every page in a headless Chromium; screenshots in _build/screenshots
+	@test -x "$(CHROMIUM)" || { echo "make check-book needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"; exit 2; }
+	$(MAKE) --no-print-directory book book-page book-pdf
+	rm -rf _build/screenshots
+	CHROMIUM="$(CHROMIUM)" $(BIN)/pytest tests_browser -n 2 --dist worksteal
+
+book-pdf: book-page  ## the same as PDF, _build/dvirl.pdf, by Chromium
+	@test -x "$(CHROMIUM)" || { echo "make book-pdf needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"; exit 2; }
+	CHROMIUM="$(CHROMIUM)" $(BIN)/python tests_browser/chromium.py _build/singlehtml _build/dvirl.pdf
+
+check-links: $(BOOK)  ## ask every address outside that the book names; needs the internet
+	$(BIN)/jupyter-book build . --all --builder linkcheck --toc _toc.yml --config book/_config.yml --path-output .
+
+lab: $(READY)  ## open JupyterLab in the environment (LAB_ARGS="--no-browser --port 8888" for other options)
+	$(BIN)/jupyter lab notebooks $(LAB_ARGS)
 
 shell: $(READY)  ## a shell with the environment active
 	@PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" $${SHELL:-bash}

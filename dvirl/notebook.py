@@ -23,7 +23,7 @@ DECLARED = "# Parameters of this notebook"
 LOOKS = {
     "accepted": "background:#009e7355",
     "rejected": "background:#d55e0055;text-decoration:line-through",
-    "not judged": "opacity:0.6;text-decoration:line-through dotted",
+    "not judged": "opacity:0.75;text-decoration:line-through dotted",
     "the verifier's word": "border-bottom:3px solid #56b4e9;font-weight:bold",
 }
 """How a token of a block looks, by what became of it: not by colour alone, and on white as on black."""

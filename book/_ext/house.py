@@ -5,6 +5,8 @@ import re
 import subprocess
 from typing import Any
 
+from sphinx.ext.autodoc import DataDocumenter
+
 ONE_TICK = re.compile(r"(?<![`:])`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 NAMED = re.compile(r'    ("[\w ]+"|\w+): ')
 
@@ -23,6 +25,14 @@ def readable(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines:
     for at in range(named[0], stop):
         lines[at] = f"    {'- ' if at in named else '  '}{lines[at].strip()}".rstrip()
     lines[named[0] : named[0]] = [""] if named[0] > first else ["    Namely", ""]
+
+
+class Data(DataDocumenter):
+    """Shows the values of constants, except folders of the machine at hand."""
+
+    def should_suppress_value_header(self) -> bool:
+        """As Sphinx decides, or because it is a path."""
+        return "Path('" in repr(self.object) or super().should_suppress_value_header()
 
 
 def repository_url() -> str:
@@ -44,9 +54,17 @@ def theme(_app: Any, config: Any) -> None:
         config.html_theme_options["launch_buttons"] = {}
 
 
+def single(app: Any, _page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
+    """The book as one page has a title, and neither pages beside it, whose list would be empty, nor a search."""
+    if app.builder.name == "singlehtml":
+        context.update(docstitle=context["title"], sidebars=[], theme_disable_search=True, hasdoc=lambda _name: False)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_config_value("comments_config", {}, "")  # jupyter-book sets it for sphinx_comments, which is left out
+    app.add_autodocumenter(Data, override=True)
     app.connect("autodoc-process-docstring", readable, priority=400)
     app.connect("config-inited", theme, priority=100)
+    app.connect("html-page-context", single, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
