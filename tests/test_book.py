@@ -180,12 +180,16 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_is_executed():
 def test_the_workflow_builds_and_publishes_what_make_book_builds():
     workflow = yaml.safe_load((ROOT / ".github/workflows/book.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert [step["run"] for step in steps if step.get("run", "").startswith("make")] == ["make book"]
+    assert [step["run"] for step in steps if step.get("run", "").startswith("make")] == [
+        "make check-book",
+        "make check-links",
+    ]
     used = [step["uses"] for step in steps if "uses" in step]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
     upload = next(step for step in steps if "upload-pages-artifact" in step.get("uses", ""))
     assert upload["with"]["path"] == "_build/html"
     makefile = (ROOT / "Makefile").read_text()
+    assert "$(MAKE) --no-print-directory book book-page book-pdf" in makefile.split("check-book:")[1].split("\n\n")[0]
     strict = re.findall(r"jupyter-book build .* -W -n --keep-going$", makefile, re.M)
     assert len(strict) == 2 and all("--config book/_config.yml" in line for line in strict)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
