@@ -85,7 +85,7 @@ ADDED = {
         f"{TUNE} {ASK} --methods plain,fixed,dvi --results OUT/results",
         "results: OUT/results/OUT.json",
     ),
-    "evaluate": (f"{TINY} {ASK} --methods plain,dvi --draft runs/NAME --run_dir OUT", "results: OUT/results.json"),
+    "evaluate": (f"{TINY} {ASK} --methods plain,fixed --draft runs/NAME --run_dir OUT", "results: OUT/results.json"),
     "acceptance": ("", "2 of 2 responses equal those of the same verifier"),
     "trace": ("", "scored drafts accepted"),
     "check": ("--device cpu --dtype float32 --max_new_tokens 8", "2 of 2 answers are identical"),
@@ -98,7 +98,7 @@ ADDED = {
     "sweep": ("--dry_run", "-m dvirl.cli train"),
     "average-adapters": ("", "OUT\n"),
 }
-ALONE = {"study": "configs/study-objectives.yaml", "average-adapters": "OUT client client"}
+ALONE = {"study": "configs/study-objectives.yaml --minutes 0", "average-adapters": "OUT client client"}
 """What a command that a sentence merely names needs besides."""
 GO_ON = {"train": "--num_prompts 12 --accept_changes", "sgp": "--max_steps 3 --accept_changes"}
 """Instead, with --resume: the runs are done, and go on with more."""
@@ -302,4 +302,4 @@ def test_the_python_of_the_page_answers_as_plain_decoding_does(real, monkeypatch
     plain = KangarooModel(real.model, EARLY_STOP_LAYER=1)
     alone = plain.generate(names["prompt"], 64, DecodeConfig(draft_len=0), real.eos_ids)
     assert capsys.readouterr().out == f"{real.tokenizer.decode(alone.tokens)}\n"
-    assert len(alone.tokens) > 10 and sum(names["answer"].accept_lengths) > 0
+    assert len(alone.tokens) > 10 and len(names["answer"].blocks) < len(alone.tokens)
