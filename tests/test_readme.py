@@ -252,7 +252,7 @@ def test_every_command_works(line, room, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ("make trian", AssertionError, "trian"),
+        ("make lap", AssertionError, "lap"),
         ("make tests", AssertionError, "tests"),
         ("python train.py", pytest.fail.Exception, "no rule for python train.py"),
         ("dvirl dance", pytest.fail.Exception, "no rule for dvirl dance"),
