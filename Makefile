@@ -97,7 +97,7 @@ book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
 	rm -r _build/singlehtml/book
 
 lab: $(READY)  ## open JupyterLab in the environment
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(LAB_ARGS)
 
 shell: $(READY)  ## a shell with the environment active
 	@PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" $${SHELL:-bash}
