@@ -123,16 +123,16 @@ class Tape:
         return record
 
     def playing(self) -> Answer:
-        """The answers on the tape, from its start.
+        """The answers on the tape, from its start, or for a run that goes on, from where its prompts are.
 
         Raises:
-            ValueError: when asked, if the tape holds the answers to other prompts.
+            ValueError: when asked, if the tape holds no answers to these prompts behind those played.
         """
         rollouts = iter(self.rollouts)
 
         def play(prompts: list[list[int]]) -> Rollout:
-            rollout = next(rollouts, None)
-            if rollout is None or rollout.prompts() != prompts:
+            rollout = next((one for one in rollouts if one.prompts() == prompts), None)
+            if rollout is None:
                 advice = "play it with the settings it was recorded with"
                 raise ValueError(f"the tape holds no answers to these prompts; {advice}")
             return rollout

@@ -138,6 +138,11 @@ def test_a_tape_plays_the_same_answers_to_the_same_prompts():
         play(prompts)
     with pytest.raises(ValueError, match="no answers to these prompts"):
         tape.playing()(prompts[:2])
+    second = tape.recording(lambda batch: generate(model, batch, 6))(prompts[:2])
+    goes_on = tape.playing()  # as for a run that had its first answers before it was interrupted
+    assert goes_on(prompts[:2]) is second
+    with pytest.raises(ValueError, match="no answers to these prompts"):
+        goes_on(prompts)
 
 
 @pytest.mark.parametrize(("prompts", "length"), [([], 4), ([[3], []], 4), ([[3]], 0)])
