@@ -249,12 +249,11 @@ def scatter(
         if axes.get_xscale() == "log":
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axes.autoscale_view()
-        for one in found.sort_values("y").itertuples():
-            side = 5 if axes.transData.transform((one.x, one.y))[0] < axes.bbox.x0 + axes.bbox.width / 2 else -5
-            how: Any = dict(textcoords="offset points", color=one.colour, ha="left" if side > 0 else "right")
-            label = axes.annotate(one.name, (one.x, one.y), (side, 4), fontsize=9, **how)
+        for name, x, y, colour in found.sort_values("y")[["name", "x", "y", "colour"]].itertuples(index=False):
+            side = "right" if axes.transData.transform((x, y))[0] > axes.bbox.x0 + axes.bbox.width / 2 else "left"
+            label = axes.annotate(f" {name} ", (x, y), (0, 4), "data", "offset points", color=colour, ha=side)
             while any(label.get_window_extent().overlaps(other.get_window_extent()) for other in axes.texts[:-1]):
-                label.set_position((side, label.get_position()[1] + 1))
+                label.set_position((0, label.get_position()[1] + 1))
 
 
 def step_shares(found: pd.DataFrame, save: str | Path | None = None) -> None:

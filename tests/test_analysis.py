@@ -97,12 +97,12 @@ def test_points_have_their_intervals_and_names_apart(monkeypatch):
     names = ["a, one", "a, two", "a, three", "b, one"]
     found = pd.DataFrame({"name": names, "x": [1.0, 1.0, 1.1, 900.0], "y": [0.5, 0.5, 0.51, 0.9]})
     plots.scatter(found.assign(low=found.y - 0.1, high=found.y + 0.2), {"title": "t", "xscale": "log"})
-    boxes = {text.get_text(): text.get_window_extent() for text in axes[0].texts}
+    boxes = {text.get_text().strip(): text.get_window_extent() for text in axes[0].texts}
     assert sorted(boxes) == sorted(names) and axes[0].get_xscale() == "log"
     assert not any(boxes[one].overlaps(boxes[two]) for one in names for two in names if one < two)
     frame = axes[0].get_window_extent()
     assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes.values())
-    colours = {text.get_text(): text.get_color() for text in axes[0].texts}
+    colours = {text.get_text().strip(): text.get_color() for text in axes[0].texts}
     assert colours["a, one"] == colours["a, two"] != colours["b, one"]
     bars, points = axes[0].collections
     assert points.get_offsets().tolist() == found[["x", "y"]].to_numpy().tolist()
