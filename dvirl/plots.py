@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from dvirl.errors import DvirlError
 from dvirl.trace import FACETS, accept_rates
@@ -238,6 +239,35 @@ def curves(
             ends.append((float(own.y.iloc[-1]), float(own.x.iloc[-1]), str(name), colour))
         axes.set(**text, yscale="log" if log else "linear")
         _label_ends(axes, ends)
+
+
+def scatter(
+    found: pd.DataFrame, text: Mapping[str, str], guide: Sequence[tuple[float, float]] = (),
+    save: str | Path | None = None,
+) -> None:  # fmt: skip
+    """Points with their intervals, each with its name, in the colour of what stands before the name's comma.
+
+    Args:
+        found: `name`, `x` and `y`; `low` and `high` where an interval of y is known, `left` and `right` where of x.
+        text: title, xlabel and ylabel; xscale log for a log scale.
+        guide: ends of a grey line to compare with.
+        save: also write the figure here.
+    """
+    found = found.assign(colour=[PALETTE[at] for at in pd.factorize(found.name.str.split(",").str[0])[0]])
+    with _figure(save, figsize=(7.5, 4.2)) as axes:
+        axes.plot(*zip(*guide, strict=True) if guide else ((), ()), "--", color="grey", linewidth=1)
+        axes.set(**text)
+        for draw, ends in ((axes.vlines, "x low high"), (axes.hlines, "y left right"), (axes.scatter, "x y")):
+            if set(ends.split()) <= set(found):
+                draw(*(found[end] for end in ends.split()), color=found.colour, alpha=0.7)
+        if axes.get_xscale() == "log":
+            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+        axes.autoscale_view()
+        for name, x, y, colour in found.sort_values("y")[["name", "x", "y", "colour"]].itertuples(index=False):
+            side = "right" if axes.transData.transform((x, y))[0] > axes.bbox.x0 + axes.bbox.width / 2 else "left"
+            label = axes.annotate(f" {name} ", (x, y), (0, 4), "data", "offset points", color=colour, ha=side)
+            while any(label.get_window_extent().overlaps(other.get_window_extent()) for other in axes.texts[:-1]):
+                label.set_position((0, label.get_position()[1] + 1))
 
 
 def step_shares(found: pd.DataFrame, save: str | Path | None = None) -> None:

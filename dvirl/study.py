@@ -190,14 +190,14 @@ def judge_answers(trainer: DVITrainer, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def judge_verifier(trainer: DVITrainer, batch: int = 16) -> dict[str, float]:
+def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES) -> dict[str, float]:
     """Perplexity of human replies under the verifier, and its drift from the untouched model on them.
 
     Returns:
-        `drift.verifier_figures`, on the replies of the first conversations of chatterbot-corpus, in the model's chat
-        format.
+        `drift.verifier_figures`, on the replies of the first conversations of chatterbot-corpus, so many of them, in
+        the model's chat format.
     """
-    chat, prompts = trainer.loaded.chat, chatterbot_prompts()[:REPLIES]
+    chat, prompts = trainer.loaded.chat, chatterbot_prompts()[:replies]
     examples = [make_example(chat.encode(one.turns), chat.encode_response(one.response)) for one in prompts]
     groups = (examples[start : start + batch] for start in range(0, len(examples), batch))
     sums = [verifier_sums(trainer.loaded.model, group, trainer.config.target) for group in groups]

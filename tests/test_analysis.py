@@ -1,4 +1,4 @@
-"""What notebooks 01 and 02 analyse: lenses, parts of a step, judged answers, coloured text, results on record."""
+"""What notebooks 01, 02 and 04 analyse: lenses, parts of a step, judged answers, coloured text, results on record."""
 
 from __future__ import annotations
 
@@ -85,5 +85,27 @@ def test_results_on_record_say_where_they_are_from(capsys):
 def test_curves_and_shares_are_drawn(tmp_path):
     found = pd.DataFrame({"name": ["a", "a", "b"], "x": [1, 2, 1], "y": [0.1, 0.2, 0.2], "low": 0.05, "high": 0.3})
     plots.curves(found, {"title": "t"}, guide=[(0, 0), (1, 1)], save=tmp_path / "a.png")
+    about = {"title": "t", "xscale": "log"}
+    plots.scatter(found.assign(left=0.5, right=3), about, guide=[(1, 0), (3, 1)], save=tmp_path / "c.png")
     plots.step_shares(pd.DataFrame({"p": [1.0, 2.0], "q": [3.0, 0.0]}, ["one", "two"]), save=tmp_path / "b.svg")
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir()) and torch.is_grad_enabled()
+
+
+def test_points_have_their_intervals_and_names_apart(monkeypatch):
+    axes = []
+    monkeypatch.setattr(plots.plt, "show", lambda: axes.append(plots.plt.gca()))
+    names = ["a, one", "a, two", "a, three", "b, one"]
+    found = pd.DataFrame({"name": names, "x": [1.0, 1.0, 1.1, 900.0], "y": [0.5, 0.5, 0.51, 0.9]})
+    plots.scatter(found.assign(low=found.y - 0.1, high=found.y + 0.2), {"title": "t", "xscale": "log"})
+    boxes = {text.get_text().strip(): text.get_window_extent() for text in axes[0].texts}
+    assert sorted(boxes) == sorted(names) and axes[0].get_xscale() == "log"
+    assert not any(boxes[one].overlaps(boxes[two]) for one in names for two in names if one < two)
+    frame = axes[0].get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes.values())
+    colours = {text.get_text().strip(): text.get_color() for text in axes[0].texts}
+    assert colours["a, one"] == colours["a, two"] != colours["b, one"]
+    bars, points = axes[0].collections
+    assert points.get_offsets().tolist() == found[["x", "y"]].to_numpy().tolist()
+    assert [bar[:, 1].round(6).tolist() for bar in bars.get_segments()] == [
+        [0.4, 0.7], [0.4, 0.7], [0.41, 0.71], [0.8, 1.1]
+    ]  # fmt: skip

@@ -182,7 +182,7 @@ def test_where_nothing_is_drafted_there_is_no_accept_rate(tmp_path):
     assert math.isnan(found["accept_rate"]) and math.isnan(found["mat"]) and math.isnan(found["agreement"])
 
 
-def test_perplexity_and_drift_equal_hugging_faces(tmp_path):
+def test_perplexity_and_drift_equal_hugging_faces(monkeypatch, tmp_path):
     trainer = a_trainer(tmp_path)
     assert judge_verifier(trainer)["drift_kl"] == pytest.approx(0.0, abs=1e-6)
     scramble_lora(trainer.model, ["lora_S", "lora_D"], 0.2)
@@ -204,6 +204,9 @@ def test_perplexity_and_drift_equal_hugging_faces(tmp_path):
         assert found["ppl"] == pytest.approx(math.exp(nll / count), rel=1e-3)
         assert found["drift_kl"] == pytest.approx(drift / count, rel=1e-3) and found["drift_kl"] > 1e-3
         assert found["drift_tokens"] == pytest.approx(changed / count)
+    few, first = judge_verifier(trainer, replies=3), study_module.chatterbot_prompts()[:3]
+    monkeypatch.setattr(study_module, "chatterbot_prompts", lambda: first)
+    assert few == judge_verifier(trainer) and few["ppl"] != pytest.approx(found["ppl"])
 
 
 def test_the_cost_of_a_draft_is_the_weights_that_it_reads(tmp_path):
