@@ -98,14 +98,15 @@ book-page: $(BOOK)  ## the same as one page, _build/singlehtml/index.html
 	sed -e 's|href="book/intro.html#|href="#|g' -e '/src="searchindex.js"/d' _build/singlehtml/book/intro.html > _build/singlehtml/index.html
 	rm -r _build/singlehtml/book
 
-check-book:  ## build both and open every page in a headless Chromium; screenshots in _build/screenshots
-	@test -x "$(CHROMIUM)" || { echo "make check-book needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"; exit 2; }
-	$(MAKE) --no-print-directory book book-page book-pdf
+check-book:  ## build all three and open every page in a headless Chromium; screenshots in _build/screenshots
+	@test -x "$(CHROMIUM)" || { echo "make $@ needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"; exit 2; }
+	$(MAKE) --no-print-directory book book-pdf
 	rm -rf _build/screenshots
 	CHROMIUM="$(CHROMIUM)" $(BIN)/pytest tests_browser -n 2 --dist worksteal
 
-book-pdf: book-page  ## the same as PDF, _build/dvirl.pdf, by Chromium
-	@test -x "$(CHROMIUM)" || { echo "make book-pdf needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"; exit 2; }
+book-pdf:  ## the same as PDF, _build/dvirl.pdf, by Chromium
+	@test -x "$(CHROMIUM)" || { echo "make $@ needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"; exit 2; }
+	$(MAKE) --no-print-directory book-page
 	CHROMIUM="$(CHROMIUM)" $(BIN)/python tests_browser/chromium.py _build/singlehtml _build/dvirl.pdf
 
 check-links: $(BOOK)  ## ask every address outside that the book names; needs the internet

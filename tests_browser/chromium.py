@@ -23,7 +23,8 @@ from websocket import create_connection
 MISSING = "make check-book needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LOADED = """document.readyState == 'complete' && [...document.images].every(image => image.complete)
-    && !document.querySelector('.math:not(:has(mjx-container))')"""
+    && !document.querySelector('.math:not(:has(mjx-container))')
+    && document.getAnimations().every(one => one.playState != 'running')"""
 STILL = {"name": "prefers-reduced-motion", "value": "reduce"}
 PATIENCE = 30.0
 """Seconds that anything may take, such as a page until it is loaded and its equations are set."""
@@ -87,7 +88,7 @@ class Page:
         self.socket = create_connection(address, timeout=60)
         self.number = 0
         self.events: list[dict] = []
-        self.width = 0
+        self.width, self.dark = 0, False
         self.patience = PATIENCE
         self.ready = False
         for domain in ("Network", "Runtime", "Log", "Page"):
@@ -113,10 +114,10 @@ class Page:
         """The events of a kind since the page was opened."""
         return [event["params"] for event in self.events if event.get("method") == method]
 
-    def look(self, width: int, dark: bool) -> None:
+    def look(self, width: int, dark: bool, height: int = 900) -> None:
         """Be so wide, a phone if narrow, and ask for light or dark pages, in which nothing moves."""
-        self.width = width
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+        self.width, self.dark = width, dark
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 500)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme, STILL])
@@ -143,18 +144,17 @@ class Page:
     def screenshot(self, path: Path, longest: int = 6000) -> None:
         """The page from its top, at most so many pixels of it, as PNG."""
         height = min(longest, self.js("document.documentElement.scrollHeight"))
-        clip = {"x": 0, "y": 0, "width": self.width, "height": height, "scale": 1}
+        self.look(self.width, self.dark, height)
+        until(lambda: self.js(LOADED), self.patience)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def pdf(self, path: Path) -> None:
         """The page on A4 sheets, with page numbers."""
         number = '<div style="font-size: 8px; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
         made = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, marginTop=0.6, marginBottom=0.7,
                          marginLeft=0.6, marginRight=0.6, printBackground=True, scale=0.85, displayHeaderFooter=True,
-                         headerTemplate="<span></span>", footerTemplate=number, generateDocumentOutline=True,
-                         generateTaggedPDF=True, transferMode="ReturnAsBase64")  # fmt: skip
+                         headerTemplate="<span></span>", footerTemplate=number, transferMode="ReturnAsBase64")  # fmt: skip
         path.write_bytes(base64.b64decode(made["data"]))
 
 

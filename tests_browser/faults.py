@@ -106,7 +106,7 @@ def layout(page: Page) -> list[str]:
 def text(page: Page) -> list[str]:
     """A page that was not ready in time, or whose text cannot be read without a click."""
     shown = page.js("""(main => main.checkVisibility({checkVisibilityCSS: true}) && main.innerText.trim()
-        && main.getBoundingClientRect().width / innerWidth)(document.querySelector('article, [role=main], body'))""")
+        && main.getBoundingClientRect().width / innerWidth)(document.querySelector('article') ?? document.body)""")
     return [
         *(["the page was not ready in time"] if not page.ready else []),
         *(["the text is hidden, empty or narrow"] if not shown or shown < 0.4 else []),
