@@ -8,6 +8,8 @@ from pathlib import Path
 import papermill
 import pytest
 
+from dvirl.trace import read_metrics
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICK = dict(num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, min_accept_rate=0.0, min_gain=0.0,
              min_reward_gain=0.0, held_out=4, threads=1, fast_batch=1)  # fmt: skip
@@ -64,10 +66,33 @@ def test_acceptance_with_other_parameters(tmp_path, settings, expected):
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
+    ("settings", "free", "leashed", "measured"),
+    [(dict(exit_layer=20, seed=1, slow_every=1, beta_kl=0.5), "base-every-1-beta-0", "base-every-1-beta-0.5", 1),
+     (dict(exit_layer=24, slow_every=3, lr_deep=0.0, dtype="float32"), "base-every-3-beta-0", "base-every-3-beta-1", 3)],
+)  # fmt: skip
+def test_slow_updates_with_other_parameters(tmp_path, settings, free, leashed, measured):
+    bounds = dict(min_gain=0.0, min_harm=0.0, max_extra=1.0, min_lie=-1.0, min_flags=0)
+    few = dict(num_prompts=12, rollout_batch=12, held_out=3, max_new_tokens=8, replies=2, threads=1, draft_vocab=512)
+    said = execute(tmp_path, "04_slow_update", run_dir="run", **few, **bounds, **settings)
+    assert "in 7 variants" in said and "flagged with every seed: 8 of 12" in said
+    log = {name: read_metrics(tmp_path / "run" / name / "metrics.jsonl") for name in (free, leashed, "base-never")}
+    assert all(len(one) > measured for one in log.values()) and "drift_kl" in log[free]
+    assert log["base-never"].drift_kl.isna().all() and log["base-never"].accept_rate[0] == log[free].accept_rate[0]
+    for name in (free, leashed):
+        asked = log[name].step % measured == 0
+        assert log[name].drift_kl[~asked].isna().all() and log[name].drift_kl.notna().any()
+        assert (log[name].drift_kl.max() > 1e-4) == (settings.get("lr_deep") != 0.0)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
     ("notebook", "parameters", "message"),
     [("03_train", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
      ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
      ("02_acceptance", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
+     ("04_slow_update", {"beta": 0.5}, "unknown notebook parameter beta; known are"),
+     ("04_slow_update", {"beta_kl": -1.0}, "beta_kl is -1.0; expected a number from 0 to 1e"),
      ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29")],
 )  # fmt: skip
 def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
