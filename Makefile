@@ -49,7 +49,7 @@ test: $(READY)  ## the whole test suite with coverage, lint, the notebooks again
 	  SET="threads=1 num_prompts=16 held_out=8 max_new_tokens=16"
 
 check-notebooks: $(READY)  ## execute the notebooks and compare what they say with their outputs
-	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks
+	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks -n 2 --dist loadfile
 
 experiments-quick: $(READY)  ## run the laptop-size version of every study in configs/, a minute or so each, two at a time
 	$(MAKE) --no-print-directory -j 2 $(STUDIES)

@@ -11,7 +11,7 @@ import pytest
 from dvirl.trace import read_metrics
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-QUICK = dict(num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, min_accept_rate=0.0, min_gain=0.0,
+QUICK = dict(num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, judged=4, min_accept_rate=0.0, min_gain=0.0,
              min_reward_gain=0.0, trap_margin=1.0, held_out=4, threads=1, fast_batch=1)  # fmt: skip
 
 
