@@ -8,6 +8,7 @@ from pathlib import Path
 import papermill
 import pytest
 
+from dvirl.errors import DvirlError
 from dvirl.trace import read_metrics
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -128,16 +129,35 @@ def test_slow_updates_with_other_parameters(tmp_path, settings, free, leashed, m
 @pytest.mark.parametrize(
     ("notebook", "parameters", "message"),
     [("03_train", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
-     ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
-     ("02_acceptance", {"exit_layr": 6}, "unknown notebook parameter exit_layr; known are"),
-     ("04_slow_update", {"beta": 0.5}, "unknown notebook parameter beta; known are"),
-     ("04_slow_update", {"beta_kl": -1.0}, "beta_kl is -1.0; expected a number from 0 to 1e"),
-     ("01_early_exit", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29"),
-     ("05_evaluate", {"exit_layer": 6}, "unknown notebook parameter exit_layer; known are"),
-     ("05_evaluate", {"answer_tokens": 1}, "answer_tokens is 1; expected a number from 2 to"),
-     ("06_sgp", {"fast_batch": 6}, "unknown notebook parameter fast_batch; known are"),
-     ("06_sgp", {"beta_exit": -1.0}, "beta_exit is -1.0; expected a number from 0 to 1e")],
+     ("03_train", {"exit_layer": 30}, "exit_layer is 30; this model of 30 layers takes 1 to 29")],
 )  # fmt: skip
 def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         execute(tmp_path, notebook, **parameters)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("notebook", "parameter", "message"),
+    [("01_early_exit", "exit_layr = 6", "unknown notebook parameter exit_layr; known are"),
+     ("01_early_exit", "exit_layer = 30", "exit_layer is 30; this model of 30 layers takes 1 to 29"),
+     ("02_acceptance", "exit_layr = 6", "unknown notebook parameter exit_layr; known are"),
+     ("02_acceptance", "draft_len = 0", "draft_len is 0; expected a number from 1 to 64"),
+     ("04_slow_update", "beta = 0.5", "unknown notebook parameter beta; known are"),
+     ("04_slow_update", "beta_kl = -1.0", "beta_kl is -1.0; expected a number from 0 to 1e"),
+     ("05_evaluate", "exit_layer = 6", "unknown notebook parameter exit_layer; known are"),
+     ("05_evaluate", "answer_tokens = 1", "answer_tokens is 1; expected a number from 2 to"),
+     ("06_sgp", "fast_batch = 6", "unknown notebook parameter fast_batch; known are"),
+     ("06_sgp", "beta_exit = -1.0", "beta_exit is -1.0; expected a number from 0 to 1e")],
+)  # fmt: skip
+def test_bad_parameters_stop_the_others(tmp_path, monkeypatch, notebook, parameter, message):
+    """Their cells are executed here, with the cell that papermill would put behind the first, to save a kernel each."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    space = {"In": []}
+    with pytest.raises(DvirlError, match=message):
+        for source in (sources[0], f"# Parameters\n{parameter}", *sources[1:]):
+            space["In"].append(source)
+            exec(compile(source, notebook, "exec"), space)
