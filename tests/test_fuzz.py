@@ -57,8 +57,8 @@ from dvirl.train_dvi import TrainConfig
 from kangaroo.published import read_published
 
 CASES = int(os.environ.get("DVIRL_FUZZ", "1100"))
-SECONDS = 5
-"""Of this process's time that a reader has for a file; PyYAML needs one to refuse deep nesting, more on a busy machine."""
+SECONDS = 15
+"""Of this process's time that a reader has for a file; PyYAML needs one to refuse deep nesting, with coverage and neighbours five."""
 MEMORY, PER_BYTE = 64 * 2**20, 20
 """Bytes of memory that it may ask for at once, and as many more for each byte of the file."""
 
