@@ -43,10 +43,10 @@ train: $(READY)  ## run notebooks/03_train.ipynb on its defaults
 # Threads that wait for one another sleep: spinning takes the core from whatever runs beside them.
 test test-quick check-notebooks experiments-quick: export OMP_WAIT_POLICY = passive
 
-test: $(READY)  ## the whole test suite with coverage, lint, the notebooks against their outputs, every study small
+test: $(READY)  ## the whole test suite with coverage, lint, the notebooks against their outputs, a row of every study
 	$(BIN)/pytest tests -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 	$(MAKE) --no-print-directory -j 2 lint check-notebooks $(STUDIES) QUICK=runs/test \
-	  SET="threads=1 num_prompts=16 held_out=8 max_new_tokens=16"
+	  SET="threads=1 num_prompts=16 held_out=8 max_new_tokens=16" ROWS="--minutes 0.1"
 
 check-notebooks: $(READY)  ## execute the notebooks and compare what they say with their outputs
 	$(BIN)/pytest --nbval --nbval-sanitize-with nbval.cfg notebooks -n 2 --dist loadfile
@@ -55,7 +55,7 @@ experiments-quick: $(READY)  ## run the laptop-size version of every study in co
 	$(MAKE) --no-print-directory -j 2 $(STUDIES)
 
 $(STUDIES): $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/dvirl study configs/$@.yaml --quick --set $(SET) --out $(QUICK)/$@.json
+	OMP_NUM_THREADS=1 $(BIN)/dvirl study configs/$@.yaml --quick --set $(SET) $(ROWS) --out $(QUICK)/$@.json
 
 bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
 	$(BIN)/dvirl bench smollm2-135m-k2 $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json

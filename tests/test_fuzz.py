@@ -56,6 +56,7 @@ from dvirl.sweep import Sweep
 from dvirl.train_dvi import TrainConfig
 from kangaroo.published import read_published
 
+pytestmark = pytest.mark.no_cover  # quick tests run these lines as well, and counting them takes longer than reading
 CASES = int(os.environ.get("DVIRL_FUZZ", "1100"))
 SECONDS = 15
 """Of this process's time that a reader has for a file; PyYAML needs one to refuse deep nesting, with coverage and neighbours five."""
