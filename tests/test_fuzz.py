@@ -56,10 +56,13 @@ from dvirl.sweep import Sweep
 from dvirl.train_dvi import TrainConfig
 from kangaroo.published import read_published
 
-pytestmark = pytest.mark.no_cover  # quick tests run these lines as well, and counting them takes longer than reading
+pytestmark = [
+    pytest.mark.no_cover,  # quick tests run these lines as well, and counting them takes longer than reading
+    pytest.mark.filterwarnings("ignore:Generating overly large repr"),  # which hid what had failed on a large file
+]
 CASES = int(os.environ.get("DVIRL_FUZZ", "1100"))
 SECONDS = 15
-"""Of this process's time that a reader has for a file; PyYAML needs one to refuse deep nesting, with coverage and neighbours five."""
+"""Of this process's time that a reader has for a file; PyYAML needs one to refuse deep nesting, several on a busy machine."""
 MEMORY, PER_BYTE = 64 * 2**20, 20
 """Bytes of memory that it may ask for at once, and as many more for each byte of the file."""
 
