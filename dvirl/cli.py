@@ -1,17 +1,17 @@
 """The command line: `dvirl COMMAND`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 
-from dvirl.errors import DvirlError
+from dvirl.runs.errors import guarded
 
 COMMANDS = {
-    "train": ("train_dvi", "train a draft while it generates (dvirl train --help lists all settings)"),
-    "sgp": ("train_sgp", "fine-tune the shallow layers on supervised records (dvirl sgp --help lists all settings)"),
-    "distill": ("distill", "train a draft at scale on self-written text (dvirl distill --help lists all settings)"),
-    "prompts": ("magpie", "let a model write prompts of its own into a question file"),
+    "train": ("train_dvi", "train a draft while it generates (--help lists all settings)"),
+    "sgp": ("train_sgp", "fine-tune the shallow layers on supervised records (--help lists all settings)"),
+    "distill": ("scale.distill", "train a draft at scale on self-written text (--help lists all settings)"),
+    "prompts": ("data.selfwritten", "let a model write prompts of its own into a question file"),
     "agreement": (
         "evaluation.agreement",
         "how often a drafter's argmax is the verifier's token, and how well it knows that",
@@ -24,11 +24,20 @@ COMMANDS = {
     "experiment": ("run_dvi_experiment", "train a draft and evaluate it before and after, with a report"),
     "sgp-experiment": ("run_sgp_experiment", "the same for shallow-gradient fine-tuning"),
     "sgp-eval": ("evaluation.sgp_eval", "a checkpoint's accept rate, throughput and perplexity"),
-    "study": ("study", "run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)"),
+    "study": (
+        "experiments.study",
+        "run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)",
+    ),
     "acceptance": ("evaluation.acceptance", "decode a run's held-out prompts step by step, before and after training"),
-    "average-adapters": ("federated", "average the adapters or checkpoints of several clients, weighted by tokens"),
-    "sweep": ("sweep", "run a grid of notebooks or commands from a YAML file in parallel (configs/sweep-*.yaml)"),
-    "fetch": ("embedded", "fetch the default model into the cache, once, and print its folder"),
+    "average-adapters": (
+        "scale.averaging",
+        "average the adapters or checkpoints of several clients, weighted by tokens",
+    ),
+    "sweep": (
+        "experiments.sweep",
+        "run a grid of notebooks or commands from a YAML file in parallel (configs/sweep-*.yaml)",
+    ),
+    "fetch": ("models.embedded", "fetch the default model into the cache, once, and print its folder"),
 }
 """Module and help of each command: the module's `main`, behind its `parse_args` if it has one."""
 
@@ -37,19 +46,6 @@ def _run(command: str, argv: Sequence[str]) -> None:
     """Run a command; its module is imported only now."""
     entry = import_module(f"dvirl.{COMMANDS[command][0]}")
     entry.main(entry.parse_args(argv) if hasattr(entry, "parse_args") else argv)
-
-
-def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
-    """Run a command; bad input is one sentence on standard error and exit code 2."""
-    try:
-        command(argv)
-    except (DvirlError, OSError) as error:
-        print(f"dvirl: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dvirl: interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dvirl.errors import DvirlError
-from dvirl.settings import MANY, Settings, choice, number
-from dvirl.trackers import TRACKERS
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import MANY, Settings, choice, number
+from dvirl.runs.trackers import TRACKERS
 from kangaroo.adapter import DRAFTERS
-from kangaroo.earlyexit import TARGETS, DecodeConfig
+from kangaroo.decoding.blocks import TARGETS, DecodeConfig
 from kangaroo.kangaroo_model import HEADS
 from kangaroo.sgp_lora import LORA_TARGETS
 

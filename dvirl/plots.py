@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from dvirl.errors import DvirlError
-from dvirl.trace import FACETS, accept_rates
-from kangaroo.drafting import StepCosts
+from dvirl.evaluation.accept_trace import FACETS, accept_rates
+from dvirl.runs.errors import DvirlError
+from kangaroo.decoding.costs import StepCosts
 
 PALETTE = BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 """From Okabe and Ito's."""

@@ -13,23 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dvirl.errors import DvirlError
+from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import KVCache
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.sampling import choose_tokens
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sampling import choose_tokens
 
 Sampler = Callable[[Tensor], Tensor]
 """Picks tokens `[B]` from float32 logits `[B, V]`."""
 
+
 Answer = Callable[[list[list[int]]], "Rollout"]
 """Responses for a batch of prompts."""
+
 
 Drafts = tuple[Tensor, Tensor]
 """The draft policy at N positions, before anything is chosen: logits `[N, V']`, float32, and exit states `[N, D]`."""
 
+
 COMPACT_BELOW = 0.75
 """Share of unfinished rows under which finished ones are dropped from a batch."""
+
+
 LOOK_EVERY = 16
 """Tokens between looks at which rows are finished, on a device that a look would make wait."""
 
@@ -105,39 +111,6 @@ class Rollout(Responses):
         """All responses' tokens, without padding."""
         spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.response_lens.tolist(), strict=True)
         return [tokens[start : start + length] for tokens, start, length in spans]
-
-
-class Tape:
-    """Responses of one run, in order, so that another objective can learn from the very same ones."""
-
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-
-    def recording(self, answer: Answer) -> Answer:
-        """The same answers, kept on the tape."""
-
-        def record(prompts: list[list[int]]) -> Rollout:
-            self.rollouts.append(answer(prompts))
-            return self.rollouts[-1]
-
-        return record
-
-    def playing(self) -> Answer:
-        """The answers on the tape, from its start, or for a run that goes on, from where its prompts are.
-
-        Raises:
-            ValueError: when asked, if the tape holds no answers to these prompts behind those played.
-        """
-        rollouts = iter(self.rollouts)
-
-        def play(prompts: list[list[int]]) -> Rollout:
-            rollout = next((one for one in rollouts if one.prompts() == prompts), None)
-            if rollout is None:
-                advice = "play it with the settings it was recorded with"
-                raise ValueError(f"the tape holds no answers to these prompts; {advice}")
-            return rollout
-
-        return play
 
 
 @dataclass(frozen=True)
@@ -320,19 +293,6 @@ def _answer(
                 chosen, alive = chosen[alive], alive[alive]
         batch.append(chosen)
     return tokens, hidden, confidence
-
-
-def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> list[int] | None:
-    """The ids that an exit head of `size` rows covers, ascending; None for all.
-
-    They are the most frequent of the response tokens `[M]`. Tokens not seen follow in the vocabulary's order, which
-    for byte-level BPE is the order of its merges and so roughly that of frequency.
-    """
-    if size == 0 or size >= vocab_size:
-        return None
-    counts = torch.bincount(tokens.long().cpu(), minlength=vocab_size)
-    ids: list[int] = counts.argsort(descending=True, stable=True)[:size].sort().values.tolist()
-    return ids
 
 
 def replay_blocks(

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from dvirl import cli, plots, settings
+from dvirl import plots
 from dvirl.config import DVIConfig
 from dvirl.evaluation.acceptance import Draft
-from dvirl.evaluation.experiment import DVIExperiment, Experiment
-from dvirl.trace import read_metrics
+from dvirl.experiments.experiment import DVIExperiment, Experiment
+from dvirl.runs import errors, settings
+from dvirl.runs.log import read_metrics
 from dvirl.trainer import DVITrainer
 
 parse_args = partial(
@@ -45,4 +46,4 @@ def main(args: Namespace | DVIExperiment) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))
+    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

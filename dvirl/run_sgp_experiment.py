@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dvirl import cli, plots, settings
+from dvirl import plots
 from dvirl.config import SGPConfig
 from dvirl.evaluation.acceptance import Draft
-from dvirl.evaluation.experiment import Experiment, SGPExperiment
+from dvirl.experiments.experiment import Experiment, SGPExperiment
+from dvirl.runs import errors, settings
+from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer
-from dvirl.trace import read_metrics
 
 parse_args = partial(
     settings.parse_args, SGPExperiment, "dvirl sgp-experiment", "Fine-tune, and evaluate on both ends."
@@ -35,4 +36,4 @@ def main(args: Namespace | SGPExperiment) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))
+    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

@@ -13,29 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dvirl import checkpoint, lora
+from dvirl import lora
 from dvirl.config import SGPConfig
-from dvirl.data import Prompt, PromptStream, read_prompts
-from dvirl.errors import DvirlError
-from dvirl.interrupt import stoppable
-from dvirl.models import LoadedModel, load
-from dvirl.trace import cut_log, log_line
+from dvirl.data.examples import collate, make_example
+from dvirl.data.sources import Prompt, read_prompts
+from dvirl.data.stream import PromptStream
+from dvirl.models.loading import LoadedModel, load
+from dvirl.runs import checkpoint, optim
+from dvirl.runs import folder as run_folder
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.interrupt import stoppable
+from dvirl.runs.log import cut_log, log_line
 from kangaroo.kangaroo_model import KangarooModel
-
-
-def make_example(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """`[T, 2]`: a record's tokens, and behind each the next one where that is the response's, else -1."""
-    targets = [*[-1] * (len(prompt) - 1), *response, -1]
-    return torch.tensor([[*prompt, *response], targets]).T
-
-
-def collate(examples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens and targets `[B, T]` of some examples, padded on the right; prompts and padding are no targets."""
-    padded = pad_sequence(list(examples), batch_first=True, padding_value=-1)
-    return padded[..., 0].clamp(min=0), padded[..., 1]
 
 
 class HeadSums(NamedTuple):
@@ -149,7 +140,7 @@ class SGPTrainer:
         tokens = torch.cat([one[one[:, 1] >= 0, 1] for one in self.train_set])
         self.peft_model, self.model = lora.attach_draft(self.loaded.model, config, tokens)
         self.parameters = lora.shallow_parameters(self.model, config.lora_shallow)
-        self.optimizer = lora.make_optimizer(self.parameters, config.lr)
+        self.optimizer = optim.make_optimizer(self.parameters, config.lr)
         self.done, self.wall_s, self.skipped, self.resumed = 0, 0.0, 0, False
         self.before: dict[str, float] = {}
 
@@ -180,8 +171,8 @@ class SGPTrainer:
         config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter() - self.wall_s
         stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
         stream.position = self.done * config.batch_size
-        with checkpoint.held(run_dir), stoppable() as stop:
-            log = checkpoint.start_log(run_dir, config, self.loaded, new=self.done == 0 and not self.resumed)
+        with run_folder.held(run_dir), stoppable() as stop:
+            log = run_folder.start_log(run_dir, config, self.loaded, new=self.done == 0 and not self.resumed)
             cut_log(log, self.done)
             self.before = self.before or self.evaluate()
             for step in tqdm(range(self.done + 1, self.num_steps + 1), unit="step", disable=not show_progress):
@@ -199,12 +190,12 @@ class SGPTrainer:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`; no step draws any."""
         counters = {"step": self.done, "wall_s": self.wall_s, "skipped": self.skipped}
         numbers = {"counters": counters, "before": self.before, "score": self.done}  # the last is the best
-        return {"tensors": lora.optimizer_tensors(fast=self.optimizer), "numbers": numbers}
+        return {"tensors": optim.optimizer_tensors(fast=self.optimizer), "numbers": numbers}
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint of a run with the same settings; errors as in `DVITrainer.load_checkpoint`."""
         state = checkpoint.load(folder, self.peft_model, self.model)
-        lora.load_optimizers(state["tensors"], fast=self.optimizer)
+        optim.load_optimizers(state["tensors"], fast=self.optimizer)
         self.done, self.wall_s, self.skipped = state["numbers"]["counters"].values()
         self.before = state["numbers"]["before"]
 
@@ -219,8 +210,8 @@ class SGPTrainer:
         lora.train_only(self.model, self.parameters)
         sums = self._sums(examples)
         loss = sums.loss(config.beta_exit)
-        lr = lora.cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
-        norm = lora.clipped_step(self.optimizer, loss, lr, config.grad_clip)
+        lr = optim.cosine_rate(config.lr, step, config.warmup_steps, step / self.num_steps)
+        norm = optim.clipped_step(self.optimizer, loss, lr, config.grad_clip)
         if not math.isfinite(norm):
             self.skipped += 1
             tqdm.write(f"step {step}: loss or gradient is not finite; the update is left out", file=sys.stderr)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dvirl import cli, settings
-from dvirl.checkpoint import step_folder
 from dvirl.config import DVIConfig, Resumable
-from dvirl.trace import read_metrics
+from dvirl.runs import errors, settings
+from dvirl.runs.checkpoint import step_folder
+from dvirl.runs.log import read_metrics
 from dvirl.trainer import DVITrainer, resume
 
 
@@ -64,4 +64,4 @@ def _report(trainer: DVITrainer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))
+    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

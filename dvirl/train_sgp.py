@@ -4,8 +4,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 
-from dvirl import checkpoint, settings
 from dvirl.config import Resumable, SGPConfig
+from dvirl.runs import checkpoint, settings
 from dvirl.sgp import SGPResult, SGPTrainer
 
 

@@ -3,9 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -17,86 +17,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dvirl import checkpoint, lora
+from dvirl import lora
 from dvirl.buffer import ReplayBuffer, TrainingBatch
 from dvirl.config import DVIConfig
-from dvirl.data import PromptSplit, load_prompts
-from dvirl.errors import DvirlError
-from dvirl.interrupt import Stop, stoppable
+from dvirl.data.stream import PromptSplit, load_prompts
 from dvirl.losses import OBJECTIVES, REPLAYING, Decisions, Shares, fast_loss, reward_weight, slow_loss
-from dvirl.models import LoadedModel, load
-from dvirl.processes import Processes
-from dvirl.rollout import Answer, Judgement, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
-from dvirl.trace import Counters, SlowResult, StepMetrics, cut_log, log_line
-from dvirl.trackers import chosen, tracking
+from dvirl.metrics import DRIFT_WINDOW, Baseline, Counters, Served, SlowResult, StepMetrics, drift_suspected
+from dvirl.models.loading import LoadedModel, load
+from dvirl.rollout import Answer, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
+from dvirl.runs import checkpoint, optim
+from dvirl.runs import folder as run_folder
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.interrupt import Stop, stoppable
+from dvirl.runs.log import cut_log, log_line
+from dvirl.runs.processes import Processes
+from dvirl.runs.trackers import chosen, tracking
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
+
+
 LOGGED = {"loss_rl": "reinforce", "loss_kl": "kl", "loss_ce": "masked_ce"}
 """Objectives that the log has of every fast update, whether or not they count."""
+
+
 DRIFT_EVERY = 16
 """Steps between drift measurements where no slow update makes them."""
-DRIFT_WINDOW = 8
-"""Steps at either end of a run whose accept rates the drift guard compares."""
-
-
-class Baseline:
-    """What REINFORCE subtracts from the rewards. It knows the past alone, so that it adds no bias.
-
-    Args:
-        kind: ema, exponential moving average of the batches' means, the first (the exception) its own past; mean, of
-            all rewards before, 0 before the first; or none, 0.
-        momentum: of the ema, 0 to below 1; the weight of the past.
-    """
-
-    def __init__(self, kind: str = "ema", momentum: float = 0.9) -> None:
-        self.kind, self.momentum = kind, momentum
-        self.value: float | None = None if kind == "ema" else 0.0
-        self.count = 0
-
-    def update(self, reward: float, count: int = 1) -> float:
-        """Take in the mean of `count` rewards; return the average of the past before it, which is what to subtract."""
-        before = reward if self.value is None else self.value
-        self.count += count
-        if self.kind == "ema":
-            self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
-        elif self.kind == "mean":
-            self.value = before + (reward - before) * count / self.count
-        return before
-
-
-@dataclass
-class Served:
-    """What the served decoder did on the responses since the last step, pooled; in every checkpoint too."""
-
-    drafted: int = 0
-    accepted: int = 0
-    committed: int = 0
-    blocks: int = 0
-    tokens: int = 0
-    nll: float = 0.0
-    wall_s: float = 0.0
-
-    def add(self, rollout: Rollout, judgement: Judgement) -> None:
-        """Take in a group of responses, whose first tokens are the prefill's and no block's."""
-        self.drafted += len(judgement.records)
-        self.accepted += judgement.records.num_accepted
-        self.committed += rollout.num_tokens - len(rollout)
-        self.blocks += sum(map(len, judgement.blocks))
-        reach = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
-        inside = reach < rollout.response_lens[:, None]
-        self.nll -= float(rollout.verifier_confidence[inside].log().sum())
-        self.tokens += rollout.num_tokens
-
-
-def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
-    """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
-
-    `rates` are those of the first and of the last `DRIFT_WINDOW` steps, before which there is no suspicion. `drift_kl`
-    may be up to `bound`, in nats a token; 0 for anything.
-    """
-    full = len(rates) == 2 * DRIFT_WINDOW
-    return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
 
 
 class DVITrainer:
@@ -139,8 +85,8 @@ class DVITrainer:
         self.peft_model, self.model = lora.attach_draft(base, config, counted, deep=True)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
-        self.fast_optimizer = lora.make_optimizer(self.shallow, config.lr_shallow)
-        self.slow_optimizer = lora.make_optimizer(self.deep, config.lr_deep)
+        self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
+        self.slow_optimizer = optim.make_optimizer(self.deep, config.lr_deep)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.baseline = Baseline(config.baseline, config.baseline_momentum)
@@ -163,14 +109,14 @@ class DVITrainer:
             DvirlError: if `run_dir` holds another run already, another process is at it, or the disk is full.
         """
         run_dir, first = Path(self.config.run_dir), self.processes.first
-        with checkpoint.held(run_dir) if first else nullcontext(), stoppable() as stop:
+        with run_folder.held(run_dir) if first else nullcontext(), stoppable() as stop:
             log = self._start_log(run_dir) if first else None
             if not self.finished:
                 self._run(log, stop, show_progress and first)
 
     def _start_log(self, run_dir: Path) -> Path:
         new = self.counters.step == 0 and not self.resumed
-        log = checkpoint.start_log(run_dir, self.config, self.loaded, new)
+        log = run_folder.start_log(run_dir, self.config, self.loaded, new)
         cut_log(log, self.counters.step)
         return log
 
@@ -382,7 +328,7 @@ class DVITrainer:
 
     def _apply(self, optimizer: Optimizer, loss: Tensor | None, lr: float) -> float:
         """Clip and step; a gradient that is not finite leaves the weights as they are and is counted."""
-        grad_norm = lora.clipped_step(optimizer, loss, lr, self.config.grad_clip, self.processes.add_gradients)
+        grad_norm = optim.clipped_step(optimizer, loss, lr, self.config.grad_clip, self.processes.add_gradients)
         if not math.isfinite(grad_norm):
             self.counters.skipped += 1
             self._say(f"step {self.counters.step}: the gradient is not finite; this update is left out")
@@ -402,7 +348,7 @@ class DVITrainer:
         """lr_shallow after warm-up and schedule."""
         config = self.config
         progress = 0.0 if config.lr_schedule == "constant" else self.progress
-        return lora.cosine_rate(config.lr_shallow, self.counters.step, config.warmup_steps, progress)
+        return optim.cosine_rate(config.lr_shallow, self.counters.step, config.warmup_steps, progress)
 
     # Log
 
@@ -453,7 +399,7 @@ class DVITrainer:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
         buffer, drawn = self.buffer.state_dict(), checkpoint.random_state()
         tensors = {**buffer["tensors"], **drawn["tensors"], "generator": self.generator.get_state()}
-        tensors |= lora.optimizer_tensors(fast=self.fast_optimizer, slow=self.slow_optimizer)
+        tensors |= optim.optimizer_tensors(fast=self.fast_optimizer, slow=self.slow_optimizer)
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),
@@ -475,7 +421,7 @@ class DVITrainer:
         self.split.stream.position = numbers["stream"]["position"]
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())
-        lora.load_optimizers(tensors, fast=self.fast_optimizer, slow=self.slow_optimizer)
+        optim.load_optimizers(tensors, fast=self.fast_optimizer, slow=self.slow_optimizer)
         checkpoint.set_random_state(tensors, numbers["random"])
 
     def save_checkpoint(self) -> Path:

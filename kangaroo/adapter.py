@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 if TYPE_CHECKING:
-    from kangaroo.fused import Stack
+    from kangaroo.decoding.fused import Stack
 
 DRAFTERS = ("none", "adapter", "layer")
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kangaroo.adapter import AdapterModel, KVCache
-from kangaroo.drafting import Chooser, Governor, LookupIndex, Scripted, Shared, Sharer, StepCosts, growing
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM, Row, Verification
-from kangaroo.fused import Stack, Stacks, can_stack
+from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.costs import StepCosts, growing
+from kangaroo.decoding.drafting import Chooser, Governor, LookupIndex, Scripted, Shared, Sharer
+from kangaroo.decoding.fused import Stack, Stacks, can_stack
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM, Row
 from kangaroo.published import read_published
 
 HEADS = ("frozen", "full", "lora")

@@ -20,11 +20,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dvirl.chat import ChatEncoder
-from dvirl.checkpoint import environment
-from dvirl.data import PromptSplit, PromptStream
-from dvirl.models import LoadedModel, load
-from dvirl.trace import write_json
+from dvirl.data.stream import PromptSplit, PromptStream
+from dvirl.models.chat import ChatEncoder
+from dvirl.models.loading import LoadedModel, load
+from dvirl.runs.folder import environment
+from dvirl.runs.log import write_json
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora, lora_parameters

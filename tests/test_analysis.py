@@ -8,15 +8,15 @@ import torch
 from conftest import EOS, tiny_model, tiny_pair
 
 from dvirl import plots
-from dvirl.errors import DvirlError
+from dvirl.evaluation.accept_trace import accept_events, events_table
 from dvirl.evaluation.agreement import logit_lens
 from dvirl.evaluation.cost import step_parts
 from dvirl.evaluation.rejections import judged_events
 from dvirl.evaluation.report import recorded
-from dvirl.notebook import show_blocks
+from dvirl.experiments.notebook import show_blocks
 from dvirl.rollout import generate
-from dvirl.trace import accept_events, events_table
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.runs.errors import DvirlError
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 PROMPTS = [[1, 5, 9], [1, 7, 3, 8, 11], [1, 30]]

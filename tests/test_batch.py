@@ -6,9 +6,10 @@ import pytest
 from conftest import EOS, random_prompts, tiny_kangaroo
 
 from kangaroo import earlyexit
-from kangaroo.drafting import LookupIndex, Shared, Sharer, StepCosts
-from kangaroo.earlyexit import PASS_ROWS, DecodeConfig, Verification
-from kangaroo.replay import SHORTEST_VIEW, view
+from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
+from kangaroo.decoding.costs import StepCosts
+from kangaroo.decoding.drafting import LookupIndex, Shared, Sharer
+from kangaroo.decoding.replay import SHORTEST_VIEW, view
 
 SETTINGS = [
     DecodeConfig(0),

@@ -11,12 +11,13 @@ from test_distill import question_file
 from test_drafters import exported
 from test_models import save_tiny
 
-from dvirl import cli, models
+from dvirl import cli
 from dvirl.evaluation import bench
 from dvirl.evaluation.bench import GENERATE, PLAIN, _speed, spread, ways
 from dvirl.evaluation.measure import Answer, in_turn, timed
-from kangaroo.drafting import StepCosts
-from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+from dvirl.models import loading
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
+from kangaroo.decoding.costs import StepCosts
 
 COSTS = StepCosts((0.1, 0.1), 0.0)
 """Blocks of 0.1 ms, whatever they hold."""
@@ -61,7 +62,7 @@ def test_questions_are_spread_over_a_file():
 
 def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
-    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"], ["Sum up"]])
     flags = ["--questions", questions, "--dtype", "float32", "--device", "cpu", "--max_new_tokens", "12", "--rows", "2"]
     assert cli.main(["bench", str(tmp_path / "d"), *flags, "--threads", "1", "--out", str(tmp_path / "o.json")]) == 0
@@ -83,7 +84,7 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
 
 def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
     source = save_tiny(tmp_path / "model")
-    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     files = [question_file(tmp_path / f"{name}.jsonl", [["What is it?"]]) for name in "ab"]
     real, calls = bench._speed, []
 
@@ -102,7 +103,7 @@ def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
 
 def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeypatch):
     source = save_tiny(tmp_path / "model")
-    model = exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    model = exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     flags = ["--dtype", "float32", "--device", "cpu", "--max_new_tokens", "8", "--threads", "1", "--questions"]
     real, seen = bench.compare, []
     monkeypatch.setattr(bench, "compare", lambda drafter, *args: seen.append(drafter) or real(drafter, *args))
@@ -126,6 +127,6 @@ def test_the_ways_are_those_that_the_table_names():
     ],
 )
 def test_what_cannot_be_timed_is_said(tmp_path, capsys, flags, message):
-    exported(tmp_path / "d", models.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
     assert cli.main(["bench", str(tmp_path / "d"), "--threads", "1", *flags]) == 2
     assert message in capsys.readouterr().err

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from dvirl.evaluation import spec_bench
-from dvirl.trace import ANSWER, EVENT, StepMetrics
+from dvirl.evaluation.accept_trace import ANSWER, EVENT
+from dvirl.metrics import StepMetrics
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"

@@ -8,7 +8,7 @@ from conftest import EOS, random_prompts, tiny_kangaroo
 
 from dvirl.buffer import FIELDS, ReplayBuffer
 from dvirl.rollout import generate, judge
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig
 
 
 def filled(capacity=1000, groups=3):

@@ -7,8 +7,8 @@ from conftest import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvirl.chat import FORMATS, VICUNA_SYSTEM, ChatEncoder, Control, detect_format
-from dvirl.errors import DvirlError
+from dvirl.models.chat import FORMATS, VICUNA_SYSTEM, ChatEncoder, Control, detect_format
+from dvirl.runs.errors import DvirlError
 
 TOKENIZER = tiny_tokenizer()
 START = TOKENIZER.convert_tokens_to_ids("<|im_start|>")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dvirl.config import DVIConfig
-from dvirl.errors import DvirlError
 from dvirl.evaluation.runner import EvalConfig
-from dvirl.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
-from dvirl.settings import from_mapping, from_namespace, part, read_yaml, with_help
+from dvirl.experiments.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import from_mapping, from_namespace, part, read_yaml, with_help
 from dvirl.train_dvi import parse_args
 
 ROOT = Path(__file__).parents[1]

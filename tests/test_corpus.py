@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from dvirl.corpus import (
+from dvirl.rollout import generate
+from dvirl.runs.errors import DvirlError
+from dvirl.scale.corpus import (
     Responses,
     answer,
     join,
@@ -21,8 +23,6 @@ from dvirl.corpus import (
     write_conversations,
     write_shard,
 )
-from dvirl.errors import DvirlError
-from dvirl.rollout import generate
 
 ENDS = (2, *range(240, 264))
 

@@ -8,10 +8,11 @@ from test_bench import save_tiny
 from test_distill import question_file
 from test_drafters import exported
 
-from dvirl import cli, models
+from dvirl import cli
 from dvirl.evaluation import cost
 from dvirl.evaluation.cost import SHAPES, random_model, recommend
-from kangaroo.drafting import StepCosts
+from dvirl.models import loading
+from kangaroo.decoding.costs import StepCosts
 
 
 def test_what_is_recommended_is_the_fastest_block():
@@ -25,7 +26,7 @@ def test_what_is_recommended_is_the_fastest_block():
 @pytest.fixture
 def flags(tmp_path):
     source = save_tiny(tmp_path / "model")
-    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"]])
     return ["cost", "--model_name", str(source), "--dtype", "float32", "--device", "cpu", "--threads", "1",
             "--check", str(tmp_path / "d"), "--questions", questions, "--max_new_tokens", "10"]  # fmt: skip

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import tiny_settings
 
-from dvirl import data
-from dvirl.data import PromptStream, chatterbot_prompts, load_prompts, read_prompts
-from dvirl.errors import DvirlError
+from dvirl.data import sources
+from dvirl.data.sources import chatterbot_prompts, read_prompts
+from dvirl.data.stream import PromptStream, load_prompts
+from dvirl.runs.errors import DvirlError
 
 ROWS = {
     "sharegpt": [{"id": "a", "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Hi there"},
@@ -85,7 +86,7 @@ def test_the_hub_is_streamed(monkeypatch):
     rows = [{"instruction": f"Do {n}", "context": "", "response": "", "category": "c"} for n in range(5)]
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or iter(rows))
-    monkeypatch.setattr(data, "HUB_ROWS", 3)
+    monkeypatch.setattr(sources, "HUB_ROWS", 3)
     assert len(read_prompts("dolly", "owner/name")) == 3
     assert asked == [("owner/name", {"split": "train", "streaming": True})]
 

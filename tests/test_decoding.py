@@ -10,10 +10,11 @@ from conftest import EOS, tiny_kangaroo, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kangaroo.drafting import Chooser, LookupIndex
-from kangaroo.earlyexit import DecodeConfig, Row
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.drafting import Chooser, LookupIndex
+from kangaroo.decoding.sampling import choose_tokens, count_accepted
+from kangaroo.earlyexit import Row
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sampling import choose_tokens, count_accepted
 
 VOCAB = 264
 PROMPT = [5, 9, 17]

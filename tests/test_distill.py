@@ -17,16 +17,17 @@ from conftest import copied, random_prompts, tiny_loaded
 from test_corpus import ENDS
 from test_models import save_tiny
 
-from dvirl import cli, distill
-from dvirl.corpus import answer, write_shard
-from dvirl.distill import DistillConfig, Distiller, _Objective
-from dvirl.errors import DvirlError
+from dvirl import cli
 from dvirl.evaluation.agreement import measure_agreement
 from dvirl.lora import train_only
 from dvirl.losses import distillation_loss
-from dvirl.models import load_drafter
+from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses
-from dvirl.trace import read_metrics
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_metrics
+from dvirl.scale import distill
+from dvirl.scale.corpus import answer, write_shard
+from dvirl.scale.distill import DistillConfig, Distiller, _Objective
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,18 @@ from test_corpus import ENDS
 from test_distill import question_file
 from test_models import save_tiny
 
-from dvirl import checkpoint, cli, models
-from dvirl.corpus import answer
-from dvirl.distill import DistillConfig
-from dvirl.errors import DvirlError
-from dvirl.evaluation.agreement import HELD_OUT, calibration_error, measure_agreement, question_sets
-from dvirl.models import drafter_folder, load_drafter
+from dvirl import cli
+from dvirl.evaluation.agreement import calibration_error, measure_agreement
+from dvirl.evaluation.questions import HELD_OUT, question_sets
+from dvirl.models import drafters, loading
+from dvirl.models.drafters import drafter_folder, load_drafter
 from dvirl.rollout import Responses
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.runs import checkpoint
+from dvirl.runs import folder as run_folder
+from dvirl.runs.errors import DvirlError
+from dvirl.scale.corpus import answer
+from dvirl.scale.distill import DistillConfig
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_lora
 
@@ -96,7 +100,7 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "write_config", full)
+    monkeypatch.setattr(run_folder, "write_config", full)
     with pytest.raises(DvirlError, match="could not be written .no space left.; what was there before is whole"):
         checkpoint.export(tmp_path / "other", peft_model, model, config, loaded)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
@@ -104,7 +108,7 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
 
 def test_shipped_names_are_looked_up_and_others_are_listed(tmp_path, monkeypatch):
     roots = tmp_path / "weights", tmp_path / "dvirl_weights"
-    monkeypatch.setattr(models, "WEIGHTS", roots)
+    monkeypatch.setattr(drafters, "WEIGHTS", roots)
     with pytest.raises(DvirlError, match=r"no drafter 'nope'; expected a folder .* shipped ones \(none are\)"):
         load_drafter("nope")
     exported(roots[0] / "tiny-k2", loaded=dataclasses.replace(tiny_loaded(), name="elsewhere"))
@@ -117,7 +121,7 @@ def test_shipped_names_are_looked_up_and_others_are_listed(tmp_path, monkeypatch
 
 def test_the_model_that_a_drafter_was_made_for_is_loaded(tmp_path):
     source = save_tiny(tmp_path / "model")
-    model = exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    model = exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     found = load_drafter(tmp_path / "d", dtype="bfloat16", device="cpu")
     assert found.loaded.name == str(source) and found.loaded.model.dtype == torch.bfloat16
     assert {p.dtype for p in found.model.adapter_model.parameters()} == {torch.float32}
@@ -231,7 +235,7 @@ def test_answers_of_one_token_hold_no_position():
 
 def test_the_command_prints_a_table_and_writes_what_repeats_it(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
-    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?", "Why?"], ["Count"], ["Sum up"]])
     flags = ["agreement", str(tmp_path / "d"), "--questions", questions, "--device", "cpu", "--max_new_tokens", "6"]
     found = []
@@ -252,7 +256,7 @@ def test_the_command_prints_a_table_and_writes_what_repeats_it(tmp_path, capsys)
 
 
 def test_questions_that_come_with_a_drafter_are_the_default(tmp_path, capsys):
-    exported(tmp_path / "d", models.load(str(save_tiny(tmp_path / "model")), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(save_tiny(tmp_path / "model")), dtype="float32", device="cpu"))
     question_file(tmp_path / "d" / HELD_OUT, [["What is it?"], ["Count"]])
     assert cli.main(["agreement", str(tmp_path / "d"), "--device", "cpu", "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[0].endswith(f"d/{HELD_OUT}")
@@ -260,7 +264,7 @@ def test_questions_that_come_with_a_drafter_are_the_default(tmp_path, capsys):
 
 def test_own_prompts_of_every_kind_are_measured_apart(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
-    exported(tmp_path / "d", models.load(str(source), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     assert cli.main(["agreement", str(tmp_path / "d"), "--own", "1", "--device", "cpu", "--max_new_tokens", "4"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [" ".join(row.split()[:2]) for row in rows] == [
@@ -279,7 +283,7 @@ def test_own_prompts_of_every_kind_are_measured_apart(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_said(tmp_path, capsys, argv, message):
-    exported(tmp_path / "d", models.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
+    exported(tmp_path / "d", loading.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
     assert cli.main(["agreement", *(a.format(d=tmp_path / "d") for a in argv)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1] and error[-1].startswith("dvirl: ")

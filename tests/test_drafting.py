@@ -11,8 +11,10 @@ from conftest import random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, Scripted, StepCosts, growing
-from kangaroo.earlyexit import DecodeConfig, DraftBlock, Row, Verification
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
+from kangaroo.decoding.costs import StepCosts, growing
+from kangaroo.decoding.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, Scripted
+from kangaroo.earlyexit import Row
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
 WAYS = [

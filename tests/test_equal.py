@@ -11,12 +11,13 @@ from conftest import EOS, VOCAB, random_prompts, tiny_kangaroo
 from test_evaluation import run_dir  # noqa: F401
 from test_models import save_tiny
 
-from dvirl import cli, models
-from dvirl.errors import DvirlError
+from dvirl import cli
 from dvirl.evaluation import equal
 from dvirl.evaluation.equal import compare, compare_decoders, last_logits, read_answers, resolution
+from dvirl.models import loading
+from dvirl.runs.errors import DvirlError
 from kangaroo import earlyexit
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig
 
 A, B, C = 7, 8, 9
 
@@ -155,7 +156,7 @@ def answered(tmp_path_factory):
     """A saved tiny model, its questions, and its own greedy answers of two turns."""
     folder = tmp_path_factory.mktemp("answers")
     name = str(save_tiny(folder / "model"))
-    loaded = models.load(name, "float32", "cpu")
+    loaded = loading.load(name, "float32", "cpu")
     model = tiny_model_of(loaded)
     questions, answers = [], []
     for key, turns in enumerate((["Hi", "And?"], ["Why?"], ["Go on"])):

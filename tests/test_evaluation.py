@@ -14,11 +14,11 @@ from test_models import save_tiny
 from test_trainer import tiny_settings
 
 from dvirl import cli, plots
-from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.evaluation.rollout_speed import compare
-from dvirl.trace import read_metrics
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_metrics
+from kangaroo.decoding.blocks import DecodeConfig
 
 mpl.use("Agg")
 

@@ -15,12 +15,12 @@ from test_models import save_tiny
 from test_spec_bench import write_questions
 
 from dvirl import cli, run_dvi_experiment
-from dvirl.checkpoint import newest
-from dvirl.data import chatterbot_prompts
+from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.acceptance import open_draft
-from dvirl.evaluation.experiment import DVIExperiment
 from dvirl.evaluation.runner import EvalConfig, evaluate
-from dvirl.models import load_drafter
+from dvirl.experiments.experiment import DVIExperiment
+from dvirl.models.drafters import load_drafter
+from dvirl.runs.checkpoint import newest
 
 ASKED = ["--answer_tokens", "6", "--methods", "plain,fixed,dvi"]
 

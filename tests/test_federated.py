@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_sgp import pairs, sgp_settings
 
-from dvirl import checkpoint, cli
-from dvirl.data import Prompt
-from dvirl.errors import DvirlError
-from dvirl.federated import average_adapters
+from dvirl import cli
+from dvirl.data.sources import Prompt
+from dvirl.runs import checkpoint
+from dvirl.runs.errors import DvirlError
+from dvirl.scale.averaging import average_adapters
 from dvirl.sgp import SGPTrainer
 from kangaroo.sgp_lora import get_peft_model_state_dict, inject_dual_lora, inject_lora
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
 
-from kangaroo import earlyexit, fused, kangaroo_model
-from kangaroo.earlyexit import DecodeConfig
-from kangaroo.fused import Stacks, packed_dtypes, product
+import kangaroo.earlyexit
+import kangaroo.kangaroo_model
+from kangaroo.decoding import fused
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.fused import Stacks, packed_dtypes, product
 
 
 def test_a_packed_product_is_the_product():
@@ -51,7 +53,7 @@ def test_decoding_with_and_without_stacks_is_the_same(args, monkeypatch):
     model, prompts = tiny_kangaroo(2, 3, deep_scale=0.2, **args), random_prompts(4)
     settings = DecodeConfig(4)
     fast = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
-    for module in (earlyexit, kangaroo_model):
+    for module in (kangaroo.earlyexit, kangaroo.kangaroo_model):
         monkeypatch.setattr(module, "can_stack", lambda weight: False)
     slow = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
     assert [d.tokens for d in fast] == [d.tokens for d in slow]

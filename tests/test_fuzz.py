@@ -38,21 +38,28 @@ from safetensors.torch import load_file, save, save_file
 from test_data import ROWS
 from test_federated import adapter
 
-from dvirl import checkpoint, corpus, data, embedded, models, trace
 from dvirl.config import DraftSettings, DVIConfig, SGPConfig
-from dvirl.distill import DistillConfig
-from dvirl.embedded import EmbeddedModel
-from dvirl.errors import DvirlError
+from dvirl.data import sources
+from dvirl.evaluation import accept_trace
 from dvirl.evaluation.equal import read_answers
-from dvirl.evaluation.experiment import DVIExperiment, SGPExperiment
 from dvirl.evaluation.measure import Answer
+from dvirl.evaluation.questions import Question, read_questions
 from dvirl.evaluation.runner import EvalConfig
-from dvirl.evaluation.spec_bench import Question, answer_row, answer_table, read_questions, resume_answers
-from dvirl.federated import average_adapters
+from dvirl.evaluation.spec_bench import answer_row, answer_table, resume_answers
+from dvirl.experiments.experiment import DVIExperiment, SGPExperiment
+from dvirl.experiments.study import Study
+from dvirl.experiments.sweep import Sweep
 from dvirl.lora import attach_draft
-from dvirl.settings import from_mapping, parse_args, read_yaml
-from dvirl.study import Study
-from dvirl.sweep import Sweep
+from dvirl.models import drafters, embedded
+from dvirl.models.embedded import EmbeddedModel
+from dvirl.runs import checkpoint
+from dvirl.runs import folder as run_folder
+from dvirl.runs import log as run_log
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import from_mapping, parse_args, read_yaml
+from dvirl.scale import corpus
+from dvirl.scale.averaging import average_adapters
+from dvirl.scale.distill import DistillConfig
 from dvirl.train_dvi import TrainConfig
 from kangaroo.published import read_published
 
@@ -365,7 +372,7 @@ def write(path: Path, content: str) -> Path:
 
 def read_prompts(kind: str) -> Callable[[Path], None]:
     def read(path: Path) -> None:
-        for prompt in data.read_prompts(kind, str(path)):
+        for prompt in sources.read_prompts(kind, str(path)):
             assert all(isinstance(turn, str) and turn.strip() and turn.encode() for turn in prompt.turns)
             assert isinstance(prompt.category, str) and isinstance(prompt.response, str) and prompt.key is not None
 
@@ -380,7 +387,7 @@ def questions(path: Path) -> None:
 def make_answers(folder: Path) -> Path:
     for key in (81, "b"):
         row = answer_row(Question(key, "writing", ("x",)), "m", ["text"], [Answer([5, 6, 7], 0.5)])
-        trace.log_line(folder / "a.jsonl", row)
+        run_log.log_line(folder / "a.jsonl", row)
     return folder / "a.jsonl"
 
 
@@ -403,18 +410,18 @@ EVENTS = {"method": "dvi", "question_id": 81, "category": "writing", "turn": 0, 
 
 
 def metrics(path: Path) -> None:
-    assert isinstance(trace.read_metrics(path), pd.DataFrame)
+    assert isinstance(run_log.read_metrics(path), pd.DataFrame)
 
 
 def events(path: Path) -> None:
-    table = trace.read_trace(path)
-    assert set(trace.EVENT) <= set(table.columns) and table.confidence.dtype == float
+    table = accept_trace.read_trace(path)
+    assert set(accept_trace.EVENT) <= set(table.columns) and table.confidence.dtype == float
     if len(table):
-        assert len(trace.accept_rates(table, "position"))
+        assert len(accept_trace.accept_rates(table, "position"))
 
 
 def logs(path: Path) -> None:
-    trace.cut_log(path, 1)
+    run_log.cut_log(path, 1)
     assert all(row.get("step", 0) <= 1 for row in map(json.loads, path.read_text().split("\n")[:-1]))
 
 
@@ -454,11 +461,11 @@ def sweep(path: Path) -> None:
 
 
 def run_settings(path: Path) -> None:
-    assert isinstance(from_mapping(DVIConfig, checkpoint.run_settings(path.parent), str(path)), DVIConfig)
+    assert isinstance(from_mapping(DVIConfig, run_folder.run_settings(path.parent), str(path)), DVIConfig)
 
 
 def drafter_settings(path: Path) -> None:
-    assert isinstance(models._drafter_settings(path)[0], DraftSettings)
+    assert isinstance(drafters._drafter_settings(path)[0], DraftSettings)
 
 
 TINY = DVIConfig(exit_layer=2, lora_rank=2, lora_alpha=4.0, draft_vocab=16, lora_targets="q_proj")
@@ -850,12 +857,12 @@ def test_separators_inside_texts_end_no_line(tmp_path):
     """JSON lets U+2028, U+0085 and the like stand in strings; a torn last line is dropped, and no other."""
     texts = ["a\u2028b", "c\x85d", "e\x7ff\u2029"]
     (tmp_path / "p.jsonl").write_bytes(rows_of(*({"prompt": text} for text in texts)))
-    assert [prompt.turns for prompt in data.read_prompts("jsonl", str(tmp_path / "p.jsonl"))] == [
+    assert [prompt.turns for prompt in sources.read_prompts("jsonl", str(tmp_path / "p.jsonl"))] == [
         (text,) for text in texts
     ]
     (tmp_path / "m.jsonl").write_bytes(rows_of(*({"step": 1, "phase": text} for text in texts)) + b'{"step": 1, "ph')
-    trace.cut_log(tmp_path / "m.jsonl", 1)
-    assert trace.read_metrics(tmp_path / "m.jsonl").phase.tolist() == texts
+    run_log.cut_log(tmp_path / "m.jsonl", 1)
+    assert run_log.read_metrics(tmp_path / "m.jsonl").phase.tolist() == texts
 
 
 def test_a_damaged_old_checkpoint_goes_and_the_newest_is_the_one_of_most_steps(tmp_path):
@@ -878,7 +885,7 @@ def test_a_reader_of_datasets_is_no_name_of_a_data_set(tmp_path, monkeypatch, na
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: pytest.fail("was asked for"))
     with pytest.raises(DvirlError, match=f"^'{name}': no such file, and no name on the hub"):
-        data.read_prompts("jsonl", name)
+        sources.read_prompts("jsonl", name)
 
 
 def test_a_mistyped_path_is_no_such_file_where_the_hub_is_off(monkeypatch):
@@ -887,5 +894,5 @@ def test_a_mistyped_path_is_no_such_file_where_the_hub_is_off(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("data/questions", "x" * 5000):
         with pytest.raises(DvirlError, match=f"^'{name}': no such file, and no readable data set on the hub") as caught:
-            data.read_prompts("jsonl", name)
+            sources.read_prompts("jsonl", name)
         assert "\n" not in str(caught.value)

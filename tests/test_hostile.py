@@ -24,20 +24,22 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import dvirl
-from dvirl import cli, settings, trainer
-from dvirl.chat import LLAMA2_TAGS, ChatEncoder
-from dvirl.data import load_prompts, read_prompts
-from dvirl.errors import DvirlError
+from dvirl import cli, trainer
+from dvirl.data.sources import read_prompts
+from dvirl.data.stream import load_prompts
 from dvirl.evaluation.measure import timed
 from dvirl.evaluation.spec_bench import resume_answers
-from dvirl.lora import clipped_step
-from dvirl.models import load
+from dvirl.experiments.study import Study
+from dvirl.models.chat import LLAMA2_TAGS, ChatEncoder
+from dvirl.models.loading import load
 from dvirl.rollout import generate
-from dvirl.settings import Settings, from_mapping
-from dvirl.study import Study
-from dvirl.trace import read_metrics
+from dvirl.runs import settings
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_metrics
+from dvirl.runs.optim import clipped_step
+from dvirl.runs.settings import Settings, from_mapping
 from dvirl.trainer import DVITrainer
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig
 
 # Prompts
 

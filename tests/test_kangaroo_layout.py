@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from dvirl.evaluation.inference_kangaroo import kangaroo_forward
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import read_published
 

@@ -23,9 +23,10 @@ from conftest import timeless
 from nbclient import NotebookClient
 from test_models import save_tiny
 
-from dvirl.checkpoint import newest, run_settings, verify
 from dvirl.config import DVIConfig
-from dvirl.settings import from_mapping
+from dvirl.runs.checkpoint import newest, verify
+from dvirl.runs.folder import run_settings
+from dvirl.runs.settings import from_mapping
 from dvirl.trainer import DVITrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # jupyter's own

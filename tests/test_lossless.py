@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from dvirl.embedded import ensure_embedded
 from dvirl.lora import shallow_parameters
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
+from dvirl.models.embedded import ensure_embedded
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
 

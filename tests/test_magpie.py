@@ -11,9 +11,10 @@ from conftest import tiny_loaded
 from test_trainer import tiny_settings
 
 from dvirl import cli
-from dvirl.data import load_prompts, read_prompts
-from dvirl.errors import DvirlError
-from dvirl.magpie import Openers, top_p_sampler, write_prompts
+from dvirl.data.selfwritten import Openers, top_p_sampler, write_prompts
+from dvirl.data.sources import read_prompts
+from dvirl.data.stream import load_prompts
+from dvirl.runs.errors import DvirlError
 
 
 def test_openers_are_drawn_by_their_shares_and_filled_in():

@@ -22,10 +22,10 @@ import torch
 from conftest import in_child, tiny_pair, tiny_tokenizer
 from safetensors.torch import load_file
 
-from dvirl import embedded, models
-from dvirl.embedded import EMBEDDED, ensure_embedded, extract_member, fetch_wheel
-from dvirl.errors import DvirlError
+from dvirl.models import embedded, loading
+from dvirl.models.embedded import EMBEDDED, ensure_embedded, extract_member, fetch_wheel
 from dvirl.rollout import generate
+from dvirl.runs.errors import DvirlError
 
 SOURCE = EMBEDDED["smollm2-135m"]
 
@@ -70,7 +70,7 @@ def test_it_generates_sense(real):
 
 @pytest.mark.real
 def test_bfloat16_loads_as_asked():
-    assert models.load(dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+    assert loading.load(dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
 
 
 def save_tiny(folder: Path) -> Path:
@@ -80,7 +80,7 @@ def save_tiny(folder: Path) -> Path:
 
 
 def test_a_local_folder_loads(tmp_path):
-    loaded = models.load(str(save_tiny(tmp_path)), dtype="float32", device="cpu")
+    loaded = loading.load(str(save_tiny(tmp_path)), dtype="float32", device="cpu")
     assert loaded.chat.chat_format == "chatml" and loaded.model.config.num_hidden_layers == 4
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -89,17 +89,17 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     folder = save_tiny(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "gone")
     with pytest.raises(DvirlError, match="could not load the model"):
-        models.load(str(folder), device="cpu")
+        loading.load(str(folder), device="cpu")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(DvirlError, match="architecture is 'gpt2', expected 'llama'"):
-        models.load(str(folder), device="cpu")
+        loading.load(str(folder), device="cpu")
     with pytest.raises(DvirlError, match="could not load the model"):
-        models.load(str(tmp_path / "nowhere"), device="cpu")
+        loading.load(str(tmp_path / "nowhere"), device="cpu")
     (folder / "tokenizer.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(DvirlError, match=r"no tokenizer\.json"):
-        models.load(str(folder), device="cpu")
+        loading.load(str(folder), device="cpu")
 
 
 class Pickled:
@@ -143,9 +143,9 @@ def test_a_hostile_model_folder_runs_nothing(tmp_path, case):
         path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
     if message:
         with pytest.raises(DvirlError, match=message):
-            models.load(str(folder), "float32", "cpu")
+            loading.load(str(folder), "float32", "cpu")
     else:
-        assert models.load(str(folder), "float32", "cpu").tokenizer.eos_token == "<|im_end|>"
+        assert loading.load(str(folder), "float32", "cpu").tokenizer.eos_token == "<|im_end|>"
     assert not ran.exists()
     pickle.loads((folder / "block_records.npy").read_bytes())
     assert ran.exists()
@@ -154,9 +154,9 @@ def test_a_hostile_model_folder_runs_nothing(tmp_path, case):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.resolve_dtype("int3", torch.device("cpu")), "dtype is 'int3'"),
-        (lambda: models.resolve_device("abacus"), "device is 'abacus'"),
-        (lambda: models.load(chat_format="morse"), "chat_format is 'morse'"),
+        (lambda: loading.resolve_dtype("int3", torch.device("cpu")), "dtype is 'int3'"),
+        (lambda: loading.resolve_device("abacus"), "device is 'abacus'"),
+        (lambda: loading.load(chat_format="morse"), "chat_format is 'morse'"),
     ],
 )
 @pytest.mark.real
@@ -166,11 +166,11 @@ def test_bad_choices_are_said(call, message):
 
 
 def test_auto_dtype_is_one_that_the_machine_is_fast_at():
-    assert models.resolve_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    assert loading.resolve_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
     if not torch.cuda.is_available():
-        assert models.resolve_device("auto").type == "cpu"
+        assert loading.resolve_device("auto").type == "cpu"
         with pytest.raises(DvirlError, match="no CUDA device"):
-            models.resolve_device("cuda")
+            loading.resolve_device("cuda")
 
 
 # Fetching

@@ -8,8 +8,8 @@ from pathlib import Path
 import papermill
 import pytest
 
-from dvirl.errors import DvirlError
-from dvirl.trace import read_metrics
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_metrics
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICK = dict(num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, judged=4, min_accept_rate=0.0, min_gain=0.0,

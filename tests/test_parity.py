@@ -7,7 +7,7 @@ import torch
 from conftest import random_prompts, tiny_config, tiny_pair
 from transformers import LlamaForCausalLM
 
-from dvirl.embedded import ensure_embedded
+from dvirl.models.embedded import ensure_embedded
 from kangaroo.adapter import KVCache, LlamaRotaryEmbedding, _prepare_decoder_attention_mask, rotary_for
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 

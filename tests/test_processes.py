@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from test_models import save_tiny
 from test_trainer import tiny_settings
 
-from dvirl import checkpoint, cli
-from dvirl.checkpoint import newest, verify
-from dvirl.processes import Processes
-from dvirl.trace import read_metrics
+from dvirl import trainer
+from dvirl.runs import checkpoint, errors
+from dvirl.runs import folder as run_folder
+from dvirl.runs.checkpoint import newest, verify
+from dvirl.runs.log import read_metrics
+from dvirl.runs.processes import Processes
 from dvirl.trainer import DVITrainer, resume
 
 
@@ -124,7 +126,7 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint
         real = run._generate
         if own == rank:
             run.answer = lambda prompts: real(prompts) if run.counters.prompts < 16 else os.kill(os.getpid(), 9)
-        sys.exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+        sys.exit(errors.guarded(lambda _: run.train(show_progress=False), []))
 
     codes = in_processes(2, work)
     assert codes[rank] == 256 - signal.SIGKILL and codes[1 - rank] == 2
@@ -141,7 +143,12 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
 
     def work(rank):
         if rank:
-            for owner, name in ((checkpoint, "write_text"), (checkpoint, "whole_folder"), (checkpoint, "held")):
+            for owner, name in (
+                (checkpoint, "write_text"),
+                (checkpoint, "whole_folder"),
+                (trainer, "held"),
+                (run_folder, "write_text"),
+            ):
                 monkeypatch.setattr(owner, name, None)
         train(tmp_path / "run", 2)
 

@@ -31,13 +31,14 @@ from test_processes import in_processes
 from test_sgp import write_rows
 from test_spec_bench import ASKED, write_questions
 
-from dvirl import cli, config, models
-from dvirl.checkpoint import newest
-from dvirl.corpus import answer, write_shard
-from dvirl.errors import DvirlError
+from dvirl import cli, config
 from dvirl.evaluation import runner
-from dvirl.notebook import DECLARED, INJECTED, notebook_config
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.experiments.notebook import DECLARED, INJECTED, notebook_config
+from dvirl.models import drafters, loading
+from dvirl.runs.checkpoint import newest
+from dvirl.runs.errors import DvirlError
+from dvirl.scale.corpus import answer, write_shard
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +129,7 @@ def room(tmp_path_factory):
         write_questions(folder / name, ASKED[:2])
     write_rows(folder / "records.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)])
     with contextlib.chdir(folder):
-        loaded = models.load("model", dtype="float32", device="cpu")
+        loaded = loading.load("model", dtype="float32", device="cpu")
         write_shard(Path("shards/shard-00000.safetensors"), answer(loaded, random_prompts(16), 12, 8))
         for line, out in (("train", "runs/NAME"), ("sgp", "RUN"), ("evaluate", "evaluated")):
             assert cli.main(tiny_line([line], out)) == 0
@@ -296,7 +297,9 @@ def test_every_flag_that_a_sentence_names_is_one_of_a_command():
 @pytest.mark.real
 def test_the_python_of_the_page_answers_as_plain_decoding_does(real, monkeypatch, capsys):
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.DOTALL)
-    monkeypatch.setattr(models, "load_drafter", functools.partial(models.load_drafter, dtype="float32", device="cpu"))
+    monkeypatch.setattr(
+        drafters, "load_drafter", functools.partial(drafters.load_drafter, dtype="float32", device="cpu")
+    )
     names = {}
     exec(compile(block, "using.md", "exec"), names)
     plain = KangarooModel(real.model, EARLY_STOP_LAYER=1)

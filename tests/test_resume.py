@@ -22,21 +22,25 @@ from test_sgp import flags as sgp_flags
 from test_sgp import pairs, sgp_settings, write_rows
 from test_trainer import tiny_settings
 
-from dvirl import checkpoint, cli, sgp, trace, trainer
-from dvirl.checkpoint import held, newest, prune, verify
+from dvirl import cli, sgp, trainer
 from dvirl.config import SGPConfig
-from dvirl.errors import DvirlError
 from dvirl.evaluation.bench import spread
-from dvirl.interrupt import stoppable
+from dvirl.runs import checkpoint, errors
+from dvirl.runs import folder as run_folder
+from dvirl.runs import log as run_log
+from dvirl.runs.checkpoint import newest, prune, verify
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import held
+from dvirl.runs.interrupt import stoppable
+from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer
-from dvirl.trace import read_metrics
 from dvirl.trainer import DVITrainer, resume
 
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (trainer, "cut_log"), (trainer, "log_line"), (DVITrainer, "_judge"), (DVITrainer, "step"),
-          (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (checkpoint, "_flush"), (checkpoint, "prune"),
-          (checkpoint, "_discard"), (checkpoint, "write_text"), (trace, "write_text"), (os, "replace"),
+          (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
+          (run_folder, "_discard"), (checkpoint, "write_text"), (run_log, "write_text"), (os, "replace"),
           (sgp, "cut_log"), (sgp, "log_line"), (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 
@@ -174,7 +178,7 @@ def test_fine_tuning_that_is_asked_to_stop_goes_on_later(whole_sgp, tmp_path, mo
 
     def work():
         monkeypatch.setattr(SGPTrainer, "step", step)
-        os._exit(cli.guarded(lambda _: supervised(tmp_path / "run").train(show_progress=False), []))
+        os._exit(errors.guarded(lambda _: supervised(tmp_path / "run").train(show_progress=False), []))
 
     status = in_child(work)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 143
@@ -280,7 +284,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(whole
     def work():
         monkeypatch.setattr(DVITrainer, "step", step)
         run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
-        os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+        os._exit(errors.guarded(lambda _: run.train(show_progress=False), []))
 
     status = in_child(work)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == code
@@ -357,7 +361,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_named(whole, tmp_path, fil
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, score in enumerate((0.1, 0.5, 0.2, 0.3, 0.4), start=1):
         folder = tmp_path / f"checkpoints/step-{step:06d}"
-        trace.write_text(folder / "trainer.json", json.dumps({"score": score}))
+        run_log.write_text(folder / "trainer.json", json.dumps({"score": score}))
     prune(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-000002",
@@ -418,7 +422,7 @@ def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(whole, tmp_path, capfd
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(DVITrainer, "step", full)
                 run = DVITrainer(settings(run_dir), tiny_loaded(), tiny_split())
-                os._exit(cli.guarded(lambda _: run.train(show_progress=False), []))
+                os._exit(errors.guarded(lambda _: run.train(show_progress=False), []))
 
         status = in_child(run)
         assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2

@@ -8,8 +8,9 @@ from conftest import EOS, random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvirl.rollout import Records, Tape, common_prefix, generate, judge, replay_blocks
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.experiments.tape import Tape
+from dvirl.rollout import Records, common_prefix, generate, judge, replay_blocks
+from kangaroo.decoding.blocks import DecodeConfig
 
 LENGTH = 20
 

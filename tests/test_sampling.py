@@ -11,9 +11,10 @@ import torch
 from conftest import random_prompts, tiny_config, tiny_kangaroo
 
 from kangaroo import earlyexit
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.sampling import distribution, inverse_cdf, speculative_sampling
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sampling import distribution, inverse_cdf, speculative_sampling
 
 VOCAB, LENGTH, DRAWS, ROWS = 5, 3, 50_000, 2_000
 PROMPT = [1, 3, 0, 1, 3]

@@ -18,13 +18,15 @@ from test_models import save_tiny
 from test_spec_bench import write_questions
 from test_trainer import tiny_settings
 
-from dvirl import checkpoint, cli, run_sgp_experiment
+from dvirl import cli, run_sgp_experiment
 from dvirl.config import SGPConfig
-from dvirl.data import Prompt, read_prompts
-from dvirl.errors import DvirlError
+from dvirl.data.examples import collate, make_example
+from dvirl.data.sources import Prompt, read_prompts
 from dvirl.lora import train_only
-from dvirl.sgp import SGPTrainer, collate, gradient_norms, head_sums, make_example
-from dvirl.trace import read_metrics
+from dvirl.runs import checkpoint
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_metrics
+from dvirl.sgp import SGPTrainer, gradient_norms, head_sums
 from dvirl.trainer import DVITrainer
 from kangaroo.sgp_lora import inject_lora, lora_parameters
 

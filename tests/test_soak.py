@@ -26,7 +26,7 @@ from conftest import record, tiny_loaded, tiny_pair, tiny_split
 from test_trainer import tiny_settings
 
 from dvirl import plots
-from dvirl.data import PromptSplit, PromptStream
+from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.trainer import DVITrainer
 
 UPDATES = int(os.environ.get("DVIRL_SOAK", "100"))

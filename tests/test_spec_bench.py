@@ -18,23 +18,18 @@ from test_drafters import exported
 from test_models import save_tiny
 from test_processes import in_processes
 
-from dvirl import cli, models
-from dvirl.errors import DvirlError
+from dvirl import cli
 from dvirl.evaluation import runner
+from dvirl.evaluation.accept_trace import read_trace
 from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.equal import compare_files
 from dvirl.evaluation.measure import Answer
+from dvirl.evaluation.questions import TASKS, Question, read_questions
 from dvirl.evaluation.runner import METHODS, EvalConfig, answer_question, prompts_of, refuse_longer
-from dvirl.evaluation.spec_bench import (
-    TASKS,
-    Question,
-    answer_row,
-    answer_table,
-    measures,
-    read_questions,
-    resume_answers,
-)
-from dvirl.trace import log_line, read_trace
+from dvirl.evaluation.spec_bench import answer_row, answer_table, measures, resume_answers
+from dvirl.models import loading
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import log_line
 
 ASKED = [
     {"question_id": 81, "category": "writing", "turns": ["Write it", "Once more"]},
@@ -53,7 +48,7 @@ def write_questions(path, rows=ASKED) -> str:
 def draft(tmp_path_factory):
     """Folder of a tiny drafter."""
     folder = tmp_path_factory.mktemp("draft")
-    exported(folder / "d", models.load(str(save_tiny(folder / "model")), dtype="float32", device="cpu"))
+    exported(folder / "d", loading.load(str(save_tiny(folder / "model")), dtype="float32", device="cpu"))
     return str(folder / "d")
 
 

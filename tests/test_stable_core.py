@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model, write_published
 
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 CASES = {

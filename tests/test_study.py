@@ -19,16 +19,24 @@ from conftest import EOS, VOCAB, random_prompts, scramble_lora, tiny_loaded, tin
 from safetensors.torch import load_file
 from test_lossless import as_hugging_face
 
-import dvirl.study as study_module
-from dvirl import checkpoint
 from dvirl.cli import main as cli
 from dvirl.config import SGPConfig
-from dvirl.data import Prompt, PromptSplit, PromptStream
-from dvirl.errors import DvirlError
+from dvirl.data.sources import Prompt
+from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
-from dvirl.settings import from_mapping, read_yaml
-from dvirl.study import Study, adaptation_figures, draft_cost, judge_answers, judge_verifier, stale_gradients
-from dvirl.study import summary as summarise
+from dvirl.experiments import study as study_module
+from dvirl.experiments.study import (
+    Study,
+    adaptation_figures,
+    draft_cost,
+    judge_answers,
+    judge_verifier,
+    stale_gradients,
+)
+from dvirl.experiments.study import summary as summarise
+from dvirl.runs import checkpoint
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import from_mapping, read_yaml
 from dvirl.trainer import DVITrainer
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("study-*.yaml"))
@@ -511,7 +519,7 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
         events.append(sum(model() is not None for model in models))
 
     monkeypatch.setattr(torch.cuda, "empty_cache", freed)
-    for place in ("dvirl.trainer.load", "dvirl.study.load"):
+    for place in ("dvirl.trainer.load", "dvirl.experiments.study.load"):
         monkeypatch.setattr(place, loading)
     monkeypatch.setattr(study_module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
     monkeypatch.setattr(study_module, "_keep", lambda *a: events.append("row") or keep(*a))

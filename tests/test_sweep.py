@@ -20,8 +20,8 @@ from test_cli import TINY
 from test_models import save_tiny
 
 from dvirl.cli import main as cli
-from dvirl.settings import from_mapping, read_yaml
-from dvirl.sweep import Sweep, read_figures, run_cells
+from dvirl.experiments.sweep import Sweep, read_figures, run_cells
+from dvirl.runs.settings import from_mapping, read_yaml
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("sweep-*.yaml"))
 GRID = {"exit_layer": [1, 2], "seed": [0, 1]}

@@ -13,20 +13,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dvirl import cli, plots
-from dvirl.errors import DvirlError
-from dvirl.trace import (
+from dvirl.evaluation.accept_trace import (
     EVENT,
     FACETS,
     accept_events,
     accept_rates,
-    cut_log,
-    log_line,
-    read_metrics,
     read_trace,
     token_class,
     token_texts,
 )
-from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import cut_log, log_line, read_metrics
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 
 mpl.use("Agg")
 

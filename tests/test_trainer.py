@@ -11,13 +11,14 @@ import torch
 import yaml
 from conftest import tiny_loaded, tiny_split
 
-from dvirl import trackers
-from dvirl.checkpoint import newest
 from dvirl.config import SCHEDULES, DVIConfig
-from dvirl.errors import DvirlError
+from dvirl.metrics import DRIFT_WINDOW, Baseline, StepMetrics, drift_suspected
 from dvirl.rollout import generate, judge
-from dvirl.trace import StepMetrics, read_metrics
-from dvirl.trainer import DRIFT_WINDOW, Baseline, DVITrainer, drift_suspected
+from dvirl.runs import trackers
+from dvirl.runs.checkpoint import newest
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_metrics
+from dvirl.trainer import DVITrainer
 
 
 def tiny_settings(**changes) -> DVIConfig:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvirl.checkpoint import newest, run_settings
 from dvirl.config import DVIConfig
-from dvirl.errors import DvirlError
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
-from dvirl.models import LoadedModel, load_drafter
-from dvirl.settings import from_mapping
-from dvirl.trace import write_json
+from dvirl.models.drafters import load_drafter
+from dvirl.models.loading import LoadedModel
+from dvirl.runs.checkpoint import newest
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import run_settings
+from dvirl.runs.log import write_json
+from dvirl.runs.settings import from_mapping
 from dvirl.trainer import DVITrainer
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 

@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dvirl.checkpoint import DRAFTER, circumstances
-from dvirl.corpus import answer
-from dvirl.data import read_prompts
-from dvirl.errors import DvirlError
-from dvirl.magpie import Openers, write_prompts
-from dvirl.models import LoadedDrafter, LoadedModel, load_drafter
+from dvirl.evaluation.questions import _from_here, asked_for, parse_measured, question_sets
+from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses, draft_logits_at, response_index
-from dvirl.trace import write_json
+from dvirl.runs.checkpoint import DRAFTER
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
+from dvirl.scale.corpus import answer
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 BINS = 15
 """Bins of equal width for the expected calibration error (Guo et al. 2017)."""
+
+
 BATCH = 32
 """Answers drafted on at once."""
-HELD_OUT = "held-out.jsonl"
-"""Questions that come with a shipped drafter, measured on where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -124,56 +123,6 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
         about = {"layer": layer, "question_id": rows.cpu(), "rank": rank, "accepted": (rank == 1).long()}
         found.append(pd.DataFrame(about))
     return pd.concat(found, ignore_index=True)
-
-
-def asked_for(args: argparse.Namespace, drafter: LoadedDrafter) -> list[str]:
-    """The question files asked for; where nothing is, the one that comes with the drafter, if one does."""
-    path = drafter.folder / HELD_OUT
-    return args.questions or ([_from_here(path)] if path.exists() and not args.own else [])
-
-
-def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
-    """Prompts to measure on: each file's first turns under its path, and `own N` self-written ones under each kind.
-
-    Args:
-        loaded: encodes, and writes its own.
-        files: in Spec-Bench's schema.
-        own: self-written prompts of each kind; 0 for none.
-        seed: of the self-written ones.
-
-    Raises:
-        DvirlError: for a malformed file, or nothing to measure on.
-    """
-    kinds = list(Openers().table) if own else []
-    if not files and not kinds:
-        raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
-    sets = {path: [loaded.chat.encode(p.turns) for p in read_prompts("spec_bench", path)] for path in files}
-    for kind in kinds:
-        sets[f"own {kind}"] = write_prompts(loaded, own, seed, Openers([kind]), batch=min(64, 4 * own))
-    return sets
-
-
-def parse_measured(parser: argparse.ArgumentParser, argv: Sequence[str], shortest: int = 1) -> argparse.Namespace:
-    """Parse a command that measures on question sets, whose options these are for all of them.
-
-    Raises:
-        DvirlError: for a number that is too small; answers have `shortest` tokens at least.
-    """
-    parser.add_argument("--questions", nargs="+", default=[], help="question files in Spec-Bench's schema")
-    parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
-    args = parser.parse_args(list(argv))
-    for name, lowest in (("own", 0), ("max_new_tokens", shortest)):
-        if getattr(args, name) < lowest:
-            raise DvirlError(f"{name} is {getattr(args, name)}; expected at least {lowest}")
-    return args
-
-
-def _from_here(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _sha256(path: Path) -> str | None:

@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dvirl.checkpoint import circumstances
-from dvirl.errors import DvirlError
-from dvirl.evaluation.agreement import asked_for, parse_measured, question_sets
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
 from dvirl.evaluation.measure import Answer, in_turn, timed
-from dvirl.models import LoadedDrafter, load_drafter
-from dvirl.trace import write_json
-from kangaroo.drafting import StepCosts
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.evaluation.questions import asked_for, parse_measured, question_sets
+from dvirl.models.drafters import LoadedDrafter, load_drafter
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.costs import StepCosts
 
 GENERATE, PLAIN = "generate", "plain"
 BATCHED = (PLAIN, "learned, 4", "hybrid")

@@ -17,16 +17,18 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from dvirl import plots
-from dvirl.checkpoint import circumstances
-from dvirl.errors import DvirlError
-from dvirl.evaluation.agreement import asked_for, parse_measured, question_sets
 from dvirl.evaluation.bench import PLAIN, spread
 from dvirl.evaluation.measure import timed
-from dvirl.models import DEFAULT_MODEL, load, load_drafter, resolve_device, resolve_dtype
-from dvirl.trace import write_json
+from dvirl.evaluation.questions import asked_for, parse_measured, question_sets
+from dvirl.models.drafters import load_drafter
+from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
 from kangaroo.adapter import KVCache
-from kangaroo.drafting import StepCosts
-from kangaroo.earlyexit import DecodeConfig, EarlyExitLlamaForCausalLM
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.costs import StepCosts
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 SHAPES = {

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dvirl.checkpoint import circumstances
-from dvirl.data import parsed_rows, read_prompts, read_rows
-from dvirl.errors import DvirlError
+from dvirl.data.sources import parsed_rows, read_prompts, read_rows
 from dvirl.evaluation.acceptance import open_draft
-from dvirl.evaluation.agreement import parse_measured, question_sets
+from dvirl.evaluation.questions import parse_measured, question_sets
 from dvirl.evaluation.spec_bench import parse_answer
-from dvirl.models import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
+from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
-from dvirl.trace import write_json
-from kangaroo.earlyexit import SOURCES, DecodeConfig
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
+from kangaroo.decoding.blocks import SOURCES, DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 VERDICTS = ("tie", "stop rule", "error")

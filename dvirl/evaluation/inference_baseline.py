@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dvirl.evaluation.measure import Answer, timed
-from dvirl.models import LoadedModel, source
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.models.loading import LoadedModel, source
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from dvirl.evaluation.measure import Answer, timed
-from kangaroo.earlyexit import DecodeConfig, Verification
+from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.kangaroo_model import KangarooModel
 
 

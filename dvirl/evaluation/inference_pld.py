@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dvirl.evaluation.measure import Answer, timed
-from kangaroo.earlyexit import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 

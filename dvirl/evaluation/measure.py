@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dvirl.errors import DvirlError
-from kangaroo.earlyexit import DecodeConfig, Verification
+from dvirl.runs.errors import DvirlError
+from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.kangaroo_model import KangarooModel
 
 

@@ -8,12 +8,13 @@ import pandas as pd
 import torch
 
 from dvirl import plots
-from dvirl.errors import DvirlError
+from dvirl.evaluation.accept_trace import FACETS, accept_events, accept_rates, events_table, read_trace
 from dvirl.rollout import Rollout, draft_rollout, score_drafts
-from dvirl.trace import FACETS, accept_events, accept_rates, events_table, read_trace, write_json
-from kangaroo.earlyexit import DecodeConfig, DraftBlock, Verification
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import write_json
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
+from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.sampling import choose_tokens
 
 
 def judged_events(

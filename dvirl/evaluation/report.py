@@ -9,7 +9,7 @@ from typing import Any
 import mistune
 import pandas as pd
 
-from dvirl.errors import DvirlError
+from dvirl.runs.errors import DvirlError
 
 RESULTS = Path(__file__).parents[2] / "book/results"
 """Larger runs on record."""

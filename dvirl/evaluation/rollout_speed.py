@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-from dvirl.checkpoint import circumstances
 from dvirl.config import DVIConfig
-from dvirl.data import load_prompts
+from dvirl.data.stream import load_prompts
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.lora import attach_draft
-from dvirl.models import load
+from dvirl.models.loading import load
 from dvirl.rollout import generate, judge
-from dvirl.trace import write_json
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
 
 
 def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, object]:

@@ -18,33 +18,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dvirl import plots, settings
-from dvirl.checkpoint import circumstances, claim
-from dvirl.errors import DvirlError
+from dvirl import plots
+from dvirl.data.examples import make_example
+from dvirl.evaluation.accept_trace import accept_events, token_texts
 from dvirl.evaluation.acceptance import Draft, open_draft
 from dvirl.evaluation.bench import spread
-from dvirl.evaluation.drift import verifier_figures, verifier_sums
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face, plain_forward
 from dvirl.evaluation.inference_dvi import dvi_forward
 from dvirl.evaluation.inference_kangaroo import kangaroo_forward
 from dvirl.evaluation.inference_pld import pld_forward
 from dvirl.evaluation.measure import Answer, in_turn
+from dvirl.evaluation.questions import Question, read_questions
 from dvirl.evaluation.report import describe, markdown_table, write_report
-from dvirl.evaluation.spec_bench import (
-    OVERALL,
-    Question,
-    answer_row,
-    answer_table,
-    measures,
-    read_questions,
-    resume_answers,
-)
-from dvirl.models import LoadedModel
-from dvirl.processes import Processes
-from dvirl.settings import Settings, choice, from_namespace, number
-from dvirl.sgp import make_example
-from dvirl.trace import accept_events, keep_lines, log_line, token_texts, write_json
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.evaluation.spec_bench import OVERALL, answer_row, answer_table, measures, resume_answers
+from dvirl.metrics import verifier_figures, verifier_sums
+from dvirl.models.loading import LoadedModel
+from dvirl.runs import settings
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import circumstances, claim
+from dvirl.runs.log import keep_lines, log_line, write_json
+from dvirl.runs.processes import Processes
+from dvirl.runs.settings import Settings, choice, from_namespace, number
+from kangaroo.decoding.blocks import DecodeConfig
 
 GENERATE = "generate"
 METHODS = (GENERATE, "plain", "pld", "kangaroo", "fixed", "dvi", "hybrid")

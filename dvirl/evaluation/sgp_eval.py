@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 
-from dvirl import cli
-from dvirl.checkpoint import circumstances, newest
-from dvirl.data import chatterbot_prompts
-from dvirl.errors import DvirlError
-from dvirl.evaluation.drift import verifier_figures, verifier_sums
+from dvirl.data.examples import make_example
+from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
-from dvirl.models import load, load_drafter
-from dvirl.sgp import make_example
-from dvirl.trace import write_json
-from kangaroo.earlyexit import DecodeConfig
+from dvirl.metrics import verifier_figures, verifier_sums
+from dvirl.models.drafters import load_drafter
+from dvirl.models.loading import load
+from dvirl.runs import errors
+from dvirl.runs.checkpoint import newest
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
+from kangaroo.decoding.blocks import DecodeConfig
 
 
 def main(argv: Sequence[str]) -> dict[str, float]:
@@ -70,4 +72,4 @@ def main(argv: Sequence[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, sys.argv[1:]))
+    sys.exit(errors.guarded(main, sys.argv[1:]))

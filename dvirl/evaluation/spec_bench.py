@@ -9,84 +9,29 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dvirl.data import parse_spec_bench, parsed_rows
-from dvirl.errors import DvirlError
+from dvirl.data.sources import parsed_rows
 from dvirl.evaluation.measure import Answer
-from dvirl.trace import fits, read_text, write_text
+from dvirl.evaluation.questions import Question
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_text, write_text
+from dvirl.runs.settings import fits
 
-MINI = Path(__file__).parents[1] / "mini_bench.jsonl"
-"""Twenty-four questions of our own, four of each task."""
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-TASKS = {
-    **dict.fromkeys(MT_BENCH, "mt_bench"),
-    **{name: name for name in ("translation", "summarization", "qa", "math_reasoning", "rag")},
-}
-"""The task of each category."""
 OVERALL = "overall"
+
+
 A_TURN = dict.fromkeys(("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted"), list[float])
 A_TURN |= dict[str, Any](nll=list[float | None], tokens=list[list[int]])
 """What our answers say of every turn."""
+
+
 DRAWS = 2000
 """Resamples of the questions behind an interval."""
-
-
-# Questions
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question: its id, category and the user's turns."""
-
-    question_id: int | str
-    category: str
-    turns: tuple[str, ...]
-
-    @property
-    def task(self) -> str:
-        """Spec-Bench's task of its category; a category of another set is a task of its own."""
-        return TASKS.get(self.category, self.category or "other")
-
-
-def read_questions(source: str, any_category: bool = False) -> list[Question]:
-    """The questions of a file or hub data set, or of the packaged set by the name "mini".
-
-    Args:
-        source: where.
-        any_category: take categories that Spec-Bench does not have.
-
-    Raises:
-        DvirlError: for a malformed row, an unknown category or an id that was there before, with its file and line.
-    """
-    found: dict[int | str, Question] = {}
-
-    def parse(row: Any) -> Question:
-        turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
-        one = Question(row["question_id"], row.get("category") or "", turns)
-        if not fits(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
-            said = f"'question_id' is {one.question_id!r:.60}; expected a number or a string"
-            raise DvirlError(f"{said}, and like the category, {one.category!r:.60}, one that can be printed")
-        if one.question_id in found:
-            raise DvirlError(f"question_id {one.question_id!r} is there twice")
-        if one.category not in TASKS and not any_category:
-            known = ", ".join(TASKS)
-            raise DvirlError(f"category is {one.category!r}; expected one of {known}, or --any_category")
-        return one
-
-    for _, question in parsed_rows(str(MINI) if source == "mini" else source, parse):
-        found[question.question_id] = question
-    if not found:
-        raise DvirlError(f"{source}: no questions found")
-    return list(found.values())
-
-
-# Answers
 
 
 def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> dict[str, Any]:
@@ -151,9 +96,6 @@ def _parse_own(row: Any) -> dict[str, Any]:
     if not fits(choice.get("accept_lengths"), list[int]) or not fits(row.get("category"), str):
         raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
     return dict(row)
-
-
-# Measures
 
 
 def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, dict[str, Any]]]) -> pd.DataFrame:

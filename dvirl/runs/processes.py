@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dvirl.buffer import TrainingBatch
-from dvirl.errors import DvirlError
 from dvirl.rollout import Rollout
+from dvirl.runs.errors import DvirlError
 
 Made = TypeVar("Made")
 

@@ -6,24 +6,32 @@ Two sources propose tokens: the learned draft, and a lookup of what followed the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import TYPE_CHECKING
 
+from kangaroo.decoding.costs import StepCosts, _expected
+
 if TYPE_CHECKING:
-    from kangaroo.earlyexit import DecodeConfig, Verification
+    from kangaroo.decoding.blocks import DecodeConfig, Verification
 
 LONGEST_NGRAM = 4
 """Tokens that a lookup compares at most."""
+
+
 SURE_NGRAM = 2
 """Tokens that must match before a fixed hybrid takes the lookup rather than the learned draft."""
+
+
 USED, IDLE = 0.95, 0.995
 """What remains of a choice's record at each block, where it was chosen and where it was not: idle choices drift back to
 their hopeful start and are tried again."""
+
+
 SHARED_IDLE = 0.998
 """The same of choices for a batch, whose start is as hopeful as can be and whose records grow by a block a text."""
+
+
 BINS = 10
 """Bins of confidence whose acceptance is counted."""
 
@@ -125,52 +133,6 @@ class Scripted(Chooser):
     def tail(self) -> list[int]:
         """As in `Chooser`."""
         return self._script
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """What decoding costs on this machine.
-
-    Attributes:
-        verify: milliseconds of a verification of n drafts that cost nothing; `verify[0]` is a plain step.
-        draft: milliseconds of drafting one token.
-    """
-
-    verify: tuple[float, ...]
-    draft: float
-
-    def block(self, learned: int, looked_up: int = 0) -> float:
-        """Milliseconds of a block of so many drafts."""
-        return self.verify[learned + looked_up] + learned * self.draft
-
-    def speedup(self, acceptance: float, count: int) -> float:
-        """Speed of learned drafts over plain steps, each draft accepted with the same chance."""
-        return _expected(acceptance, count) * self.verify[0] / self.block(count)
-
-    def break_even(self, count: int) -> float:
-        """The acceptance from which on blocks of `count` learned drafts pay; infinite if they never do."""
-        if self.speedup(1.0, count) < 1.0:
-            return math.inf
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.speedup(middle, count) >= 1.0 else (middle, high)
-        return high
-
-
-def growing(times: Sequence[float]) -> tuple[float, ...]:
-    """The numbers nearest to these, by squares, of which none is below the one before (pool adjacent violators)."""
-    pools: list[list[float]] = []
-    for time in times:
-        pools.append([time])
-        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    return tuple(fmean(pool) for pool in pools for _ in pool)
-
-
-def _expected(chance: float, count: int) -> float:
-    """Tokens that a block of `count` drafts commits, each accepted with the same chance."""
-    return sum(chance**depth for depth in range(count + 1))
 
 
 @dataclass

@@ -12,14 +12,18 @@ from typing import Any
 from IPython.display import HTML
 
 from dvirl.config import DVIConfig
-from dvirl.errors import DvirlError
-from dvirl.settings import Settings, from_mapping
-from kangaroo.earlyexit import Verification
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import Settings, from_mapping
+from kangaroo.decoding.blocks import Verification
 
 INJECTED = "# Parameters"
 """First line of the cell in which papermill puts `-p` parameters."""
+
+
 DECLARED = "# Parameters of this notebook"
 """First line of the cell in which a notebook declares its own."""
+
+
 LOOKS = {
     "accepted": "background:#009e7355",
     "rejected": "background:#d55e0055;text-decoration:line-through",

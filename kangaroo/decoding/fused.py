@@ -18,8 +18,11 @@ from kangaroo.adapter import AttentionPlan, DecoderLayer, KVCache, apply_rotary,
 
 Product = Callable[[Tensor], Tensor]
 
+
 ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
+
+
 LARGE = 2**22
 """Weights of more numbers than this are left apart on an accelerator: reading them, not starting products, takes the
 time, and a second copy of them would take the memory."""

@@ -28,34 +28,48 @@ import yaml
 from filelock import FileLock
 from torch import Tensor
 
-from dvirl import checkpoint
 from dvirl.buffer import TrainingBatch
 from dvirl.config import DraftSettings, DVIConfig, SGPConfig
-from dvirl.corpus import answer
-from dvirl.data import PromptSplit, PromptStream, chatterbot_prompts, load_prompts, read_rows
-from dvirl.errors import DvirlError
+from dvirl.data.examples import make_example
+from dvirl.data.sources import chatterbot_prompts, read_rows
+from dvirl.data.stream import PromptSplit, PromptStream, load_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.evaluation.drift import verifier_figures, verifier_sums
-from dvirl.federated import average_adapters
+from dvirl.experiments.tape import Tape
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
-from dvirl.models import LoadedModel, load
-from dvirl.rollout import Responses, Rollout, Tape, draft_logits_at, judge
-from dvirl.settings import Settings, from_mapping, read_yaml
-from dvirl.sgp import SGPTrainer, make_example
-from dvirl.trace import plain, read_metrics, write_json, write_text
-from dvirl.trainer import DVITrainer, Served
+from dvirl.metrics import Served, verifier_figures, verifier_sums
+from dvirl.models.loading import LoadedModel, load
+from dvirl.rollout import Responses, Rollout, draft_logits_at, judge
+from dvirl.runs import checkpoint
+from dvirl.runs import folder as run_folder
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import plain, read_metrics, write_json, write_text
+from dvirl.runs.settings import Settings, from_mapping, read_yaml
+from dvirl.scale.averaging import average_adapters
+from dvirl.scale.corpus import answer
+from dvirl.sgp import SGPTrainer
+from dvirl.trainer import DVITrainer
 from kangaroo.kangaroo_model import KangarooModel
 
 CURVE_POINTS = 40
 """Points that a recorded curve is thinned to, each the mean of the steps around it."""
+
+
 REPLIES = 64
 """Human replies on which the verifier's perplexity is measured."""
+
+
 SHOWN = ("accept_rate", "agreement", "ece", "ppl", "drift_kl", "first_end", "then_end", "forgotten", "own", "all",
          "cos_stale", "cos_redrawn", "hidden_error")  # fmt: skip
 """Figures that the printed table shows, where a study has them."""
+
+
 Row = dict[str, Any]
+
+
 Prompts = list[list[int]]
+
+
 Probes = dict[str, Responses]
 
 
@@ -163,9 +177,6 @@ class Task:
                 yield name, variant
 
 
-# What is measured
-
-
 def draft_cost(model: KangarooModel) -> float:
     """Weights that one drafted token reads, as a share of those of one token of the whole model."""
     base = model.base_model
@@ -233,10 +244,6 @@ def learn(config: DVIConfig, split: PromptSplit, tape: Tape) -> Row:
     figures |= {"draft_cost": draft_cost(trainer.model), "tokens": counters.tokens, "steps": counters.step}
     figures |= {"wall_s": counters.wall_s, "drift_flag": counters.drift_flag, "skipped": counters.skipped}
     return {"figures": figures, "curve": thinned(Path(config.run_dir))}
-
-
-# Kinds of study: each gives, for every variant due, its name and what its rows hold. What has a model is a function of
-# its own, so that the model is gone when the next one comes.
 
 
 def grid(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
@@ -485,9 +492,6 @@ def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) ->
 KINDS = {kind.__name__: kind for kind in (grid, staleness, adaptation, federated)}
 
 
-# Running one
-
-
 def summary(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard deviation over seeds of every figure, by start and variant."""
     groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -613,7 +617,7 @@ def main(argv: Sequence[str]) -> Path:
         "command": shlex.join(["dvirl", "study", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.time() - began),
-        **checkpoint.environment(),
+        **run_folder.environment(),
         "settings": asdict(study),
         "complete": not missing,
         "missing": missing,

@@ -14,16 +14,24 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from dvirl.errors import DvirlError
-from dvirl.models import DEFAULT_MODEL, LoadedModel, load
+from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
+from dvirl.runs.errors import DvirlError
 
 TEMPERATURE = 1.0
+
+
 TOP_P = 0.95
+
+
 CANDIDATES = 512
 """Likeliest tokens among which the nucleus is sought, so that a large batch need not be sorted whole."""
+
+
 TURN_TOKENS = 96
 """Length limit of a turn behind its opener; turns that reach it are left out."""
+
+
 SHORTEST = 4
 """Tokens that a turn must have."""
 
@@ -53,7 +61,7 @@ class Openers:
     """
 
     def __init__(self, kinds: Sequence[str] | None = None) -> None:
-        table: dict[str, Any] = yaml.safe_load((resources.files("dvirl") / "openers.yaml").read_text("utf-8"))
+        table: dict[str, Any] = yaml.safe_load((resources.files("dvirl.data") / "openers.yaml").read_text("utf-8"))
         self.names, self.topics = table.pop("names"), table.pop("topics")
         unknown = set(kinds or ()) - set(table)
         if unknown:

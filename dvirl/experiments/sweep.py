@@ -21,8 +21,11 @@ from urllib.parse import urlencode
 import pandas as pd
 from tqdm import tqdm
 
-from dvirl import checkpoint, config, settings, trace
-from dvirl.errors import DvirlError
+from dvirl import config
+from dvirl.runs import folder as run_folder
+from dvirl.runs import log as run_log
+from dvirl.runs import settings
+from dvirl.runs.errors import DvirlError
 
 RUNS = {"train": config.DVIConfig, "sgp": config.SGPConfig, "experiment": None, "sgp-experiment": None}
 """Commands that can be swept, and what checks all cells before any of them runs; the last two check their own."""
@@ -85,14 +88,14 @@ def run_cell(sweep: Sweep, cell: dict[str, object], stop: Event) -> None:
         process.terminate()  # which does nothing to one that has ended
     if process.returncode == 0:
         made = {"command": shlex.join(command), "seconds": (pd.Timestamp.now() - began).total_seconds()}
-        trace.write_json(folder / "cell.json", {"settings": cell, **made, "figures": read_figures(folder)})
+        run_log.write_json(folder / "cell.json", {"settings": cell, **made, "figures": read_figures(folder)})
 
 
 def read_figures(folder: Path) -> dict[str, float]:
     """`figures` of an experiment's results; or of a run's log, means over the last tenth of its steps, and totals."""
     if (results := folder / f"{folder.name}.json").exists():
         return {k: v for k, v in json.loads(results.read_text())["figures"].items() if type(v) in (int, float)}
-    metrics = trace.read_metrics(log) if (log := folder / "metrics.jsonl").exists() else pd.DataFrame()
+    metrics = run_log.read_metrics(log) if (log := folder / "metrics.jsonl").exists() else pd.DataFrame()
     last = metrics.tail(max(1, len(metrics) // 10)).filter(["accept_rate", "mat", "agreement"]).astype(float)
     return {**pd.concat([last.mean(), metrics.filter(["tokens", "wall_s"]).max()]).dropna()}
 
@@ -145,19 +148,19 @@ def main(argv: list[str]) -> None:
     cells = sweep.cells(f"{out}/cells/", args.threads)
     now = {"run": sweep.run, "base": sweep.base, "grid": sorted(sweep.grid), "threads": args.threads}
     if (path := out / "sweep.json").exists():
-        checkpoint.refuse_other(path, json.loads(path.read_text()), trace.plain(now))
+        run_folder.refuse_other(path, json.loads(path.read_text()), run_log.plain(now))
     if args.dry_run:
         print("\n".join(shlex.join(sweep.command(cell)) for cell in cells if kept(cell) is None))
         return
-    with checkpoint.held(out):
-        trace.write_json(path, now)
+    with run_folder.held(out):
+        run_log.write_json(path, now)
         run_cells(sweep, cells, args.cores // args.threads)
     table = make_table(sweep, cells)
     table.to_csv(out / "table.csv", index=False)
     logs = [Path(f"{cell['run_dir']}/log.txt") for cell in cells if kept(cell) is None]
     failed = [f"{log} ends with: {''.join(log.read_text(errors='replace').strip().splitlines()[-1:])}" for log in logs]
     about = {"command": shlex.join(["dvirl", "sweep", *argv]), "date": str(pd.Timestamp.now().date()), "failed": failed}
-    trace.write_json(out / "table.json", {**about, **checkpoint.environment(), "rows": table.to_dict("records")})
+    run_log.write_json(out / "table.json", {**about, **run_folder.environment(), "rows": table.to_dict("records")})
     print(f"written: {out}/table.csv, {out}/table.json")
     if failed:
         raise DvirlError("\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed]))

@@ -22,26 +22,34 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from dvirl import checkpoint, settings
 from dvirl.config import DraftSettings
-from dvirl.corpus import join, overlapping, read_shard, without_repeats, write_conversations, write_shard
-from dvirl.data import read_prompts
-from dvirl.errors import DvirlError
-from dvirl.lora import Optimizers, attach_draft, cosine_rate, shallow_parameters, train_only
+from dvirl.data.sources import read_prompts
+from dvirl.lora import attach_draft, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
-from dvirl.models import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load
 from dvirl.rollout import Responses, response_index, verifier_states
-from dvirl.settings import choice, number
-from dvirl.trace import cut_log, log_line, read_metrics
+from dvirl.runs import checkpoint, settings
+from dvirl.runs import folder as run_folder
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import cut_log, log_line, read_metrics
+from dvirl.runs.optim import Optimizers, cosine_rate
+from dvirl.runs.settings import choice, number
+from dvirl.scale.corpus import join, overlapping, read_shard, without_repeats, write_conversations, write_shard
 from kangaroo.adapter import DRAFTERS
 from kangaroo.kangaroo_model import HEADS, KangarooModel
 
 SHARD = 16384
 """Conversations begun a shard."""
+
+
 SORTED_TOGETHER = 16
 """Updates whose responses are drawn together and sorted by length, so that batches hold little padding."""
+
+
 TEACHER_BATCHES = 8
 """Updates for which the verifier reads the responses in one pass."""
+
+
 WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
 
@@ -179,7 +187,7 @@ class Distiller:
         self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
         self.run_dir = Path(config.run_dir)
         self.log = self.run_dir / "metrics.jsonl"
-        checkpoint.claim(self.run_dir, config, self.loaded)
+        run_folder.claim(self.run_dir, config, self.loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
         torch.manual_seed(config.seed)
         self.longest = int(self.responses.response_lens.max())

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dvirl.errors import DvirlError
+from dvirl.runs.errors import DvirlError
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ EMBEDDED = {
     )
 }
 """Models by the name under which `dvirl.models.load` knows them."""
+
 
 CONTROL_TOKEN = 3
 """GGUF's token type of special tokens."""

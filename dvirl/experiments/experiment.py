@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from dvirl.checkpoint import circumstances
 from dvirl.config import DVIConfig, ModelSettings, SGPConfig
-from dvirl.errors import DvirlError
 from dvirl.evaluation.acceptance import Draft
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.runner import EvalConfig, EvalSettings, evaluate
-from dvirl.settings import part
-from dvirl.trace import write_json
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import circumstances
+from dvirl.runs.log import write_json
+from dvirl.runs.settings import part
 
 COMPARED = {
     "accept_rate": "fixed",

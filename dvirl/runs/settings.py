@@ -8,16 +8,21 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
 
-from dvirl.errors import DvirlError
-from dvirl.trace import fits, read_text
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import read_text
+
+if TYPE_CHECKING:
+    pass
 
 MANY = 1e9
 """Upper limit of counts that have no natural one."""
+
 
 Config = TypeVar("Config")
 
@@ -143,3 +148,13 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
     args = parser.parse_args(list(argv))
     del args.config
     return from_mapping(kind, vars(args), "arguments")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, and its members of theirs; a whole number is a float too, a bool is no number."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if type(value) is get_origin(kind):  # list[inner] or dict[inner, last]
+        (inner, *_, last), values = get_args(kind) * 2, value.values() if isinstance(value, dict) else ()
+        return all(fits(one, inner) for one in value) and all(fits(one, last) for one in values)
+    return kind in (Any, object) or type(value) in ((int, float) if kind is float else (kind,))

@@ -8,10 +8,11 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from dvirl.errors import DvirlError
+from dvirl.runs.errors import DvirlError
 
 TRACKERS = ("auto", "none", *LoggerType.list())
 """auto is TensorBoard if it is installed; all is every one that is."""
+
 
 Track = Callable[[Mapping[str, Any]], None]
 """Takes one step's figures, `step` among them; what is no number is passed over."""

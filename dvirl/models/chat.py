@@ -7,13 +7,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from dvirl.errors import DvirlError
+from dvirl.runs.errors import DvirlError
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 """Plain text to the tokenizer, so a user's turn with one is refused, as Meta's reference code does."""
 

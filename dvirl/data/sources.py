@@ -1,9 +1,8 @@
 """Prompts: readers for every source, and one stream whose position can be saved and restored."""
 
 import os
-import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -14,13 +13,11 @@ from unicodedata import category
 import yaml
 from tqdm import tqdm
 
-from dvirl.config import DVIConfig
-from dvirl.errors import DvirlError
-from dvirl.magpie import Openers, write_prompts
-from dvirl.models import LoadedModel
-from dvirl.trace import numbered, parse_line, read_text
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import numbered, parse_line, read_text
 
 Parsed = TypeVar("Parsed")
+
 
 HUB_ROWS = 10_000
 """Rows streamed from a hub data set at most."""
@@ -46,9 +43,6 @@ class Prompt:
         text = " ".join(self.turns)
         kept = "".join(one if one.isalnum() or category(one)[0] == "M" else " " for one in text.lower())
         return " ".join(kept.split()) or text
-
-
-# Rows of files and hub data sets
 
 
 def read_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -221,86 +215,3 @@ def chatterbot_prompts() -> list[Prompt]:
             prompt = Prompt((str(opening),), file.stem, str(reply))
             prompts.setdefault(prompt.key, prompt)
     return list(prompts.values())
-
-
-class PromptStream:
-    """Encoded prompts in seeded random order, without end: each pass over the prompts is shuffled anew.
-
-    Without a seed they come in the order given. `position` counts the prompts taken so far; setting it moves the stream
-    there.
-
-    Raises:
-        DvirlError: if there are no prompts.
-    """
-
-    def __init__(self, prompts: Sequence[Sequence[int]], seed: int | None) -> None:
-        if not prompts:
-            raise DvirlError("the prompt stream is empty; expected at least one prompt")
-        self.prompts = [list(prompt) for prompt in prompts]
-        self._seed = seed
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.prompts)))
-        if self._seed is not None:
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return order
-
-    def take(self, count: int) -> list[list[int]]:
-        """The next `count` prompts."""
-        taken: list[list[int]] = []
-        while len(taken) < count:
-            epoch, start = divmod(self.position, len(self.prompts))
-            indices = self._order(epoch)[start : start + count - len(taken)]
-            taken += [self.prompts[index] for index in indices]
-            self.position += len(indices)
-        return taken
-
-    def peek(self, count: int) -> list[list[int]]:
-        """The next `count` prompts, without taking them."""
-        before = self.position
-        prompts = self.take(count)
-        self.position = before
-        return prompts
-
-
-@dataclass(frozen=True)
-class PromptSplit:
-    """Encoded prompts for training, as a stream, and others that it never yields."""
-
-    stream: PromptStream
-    held_out: list[list[int]]
-
-
-def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
-    """Read the configured source, encode it, and keep `held_out` prompts apart.
-
-    Raises:
-        DvirlError: for a malformed or empty source, or when nothing is left to train on.
-    """
-    encoded = _encoded_prompts(config, loaded)
-    most = min(config.max_prompt_tokens, loaded.model.config.max_position_embeddings - config.max_new_tokens)
-    short = [ids for ids in encoded if 0 < len(ids) <= most]
-    if left_out := len(encoded) - len(short):
-        tqdm.write(f"left out {left_out} prompts over {most} tokens", file=sys.stderr)
-    random.Random(config.seed).shuffle(short)
-    if len(short) <= config.held_out:
-        found = f"{config.prompts_source} has {len(short)} prompts"
-        raise DvirlError(f"{found}; held_out={config.held_out} leaves none for training")
-    return PromptSplit(PromptStream(short[config.held_out :], config.seed), short[: config.held_out])
-
-
-def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
-    if config.prompts_source == "magpie":
-        openers = Openers([kind for kind in config.prompts_path.split(",") if kind])
-        return write_prompts(loaded, config.num_prompts + config.held_out, config.seed, openers)
-    if config.prompts_source == "chatterbot":
-        prompts = chatterbot_prompts()
-    elif config.prompts_path:
-        prompts = read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)
-    else:
-        raise DvirlError(f"prompts_source {config.prompts_source!r} needs prompts_path, a file or a hub id")
-    return [loaded.chat.encode(prompt.turns) for prompt in prompts]

@@ -10,8 +10,11 @@ from torch import Tensor
 
 Pass = Callable[..., tuple[Tensor, ...]]
 
+
 WARM_UPS = 3
 """Runs before a capture, in which libraries choose their kernels and allocate what they keep."""
+
+
 SHORTEST_VIEW = 256
 """Slots that a captured pass reads at least."""
 

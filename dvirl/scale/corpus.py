@@ -10,13 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.errors import DvirlError
-from dvirl.magpie import Openers, sample_turns
-from dvirl.models import LoadedModel
+from dvirl.data.selfwritten import Openers, sample_turns
+from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Responses, generate
+from dvirl.runs.errors import DvirlError
 
 NGRAM = 13
 """Tokens in a row that training data may not share with a question (GPT-3's decontamination counts 13 words)."""
+
+
 SCANNED = 16384
 """Rows hashed at once."""
 
@@ -112,9 +114,6 @@ def read_shard(path: Path) -> Responses:
     except (SafetensorError, TypeError, ValueError, RuntimeError, OSError) as error:
         said = f"not a readable shard of responses ({error})"
         raise DvirlError(f"{path}: {said}; remove it to have it made anew") from error
-
-
-# Overlap
 
 
 def _hashes(tokens: Tensor, longest: int) -> Iterator[tuple[int, Tensor]]:

@@ -11,13 +11,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.checkpoint import DRAFTER, whole_folder
-from dvirl.errors import DvirlError
-from dvirl.trace import parse_line, read_text
+from dvirl.runs.checkpoint import DRAFTER
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import whole_folder
+from dvirl.runs.log import parse_line, read_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 PARTS = (*(f"{place}{name}" for place in ("", "lora_S/", "lora_D/") for name in (CONFIG, WEIGHTS)), DRAFTER)
 """Files that are averaged where the folders have them: an adapter folder's own, or a checkpoint's."""
+
+
 CLIENTS_OWN = ("base_model_name_or_path", "revision")
 """What an adapter's configuration may say differently: where the client found the base model."""
 

@@ -1,0 +1,1 @@
+"""Models, tokenizers and chat formats, the embedded default, drafters."""

@@ -1,0 +1,24 @@
+"""The one error that a user can cause: bad input, said in one sentence."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
+    """Run a command; bad input is one sentence on standard error and exit code 2."""
+    try:
+        command(argv)
+    except (DvirlError, OSError) as error:
+        print(f"dvirl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dvirl: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class DvirlError(ValueError):
+    """Bad input or a missing resource; the message says what, where and what was expected.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

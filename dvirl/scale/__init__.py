@@ -1,0 +1,1 @@
+"""Training at scale: corpus, distillation, averaging."""

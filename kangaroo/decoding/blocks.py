@@ -1,0 +1,121 @@
+"""How to decode, what was drafted, and what one verification made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+TARGETS = ("base", "adapted")
+
+
+SOURCES = ("learned", "lookup", "hybrid")
+
+
+PASS_ROWS = 16
+"""Rows of every pass behind the prefill where `deterministic` asks for passes of one size."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode."""
+
+    draft_len: int = 4
+    """Tokens drafted before a verification, at most; 0 is plain decoding."""
+    threshold: float = 0.0
+    """A draft whose confidence is below this is the last of its block (Kangaroo's second exit); 0 to 1."""
+    target: str = "base"
+    """What the deep layers read: "base", the exit state with lora_S off, or "adapted", with it on."""
+    draft_temperature: float = 0.0
+    """0 drafts by argmax; above 0 drafts are sampled from the policy at this temperature, given noise."""
+    source: str = "learned"
+    """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
+    "hybrid", block by block one of them."""
+    adaptive: bool = False
+    """Choose source and length of each block by acceptance and step costs, `draft_len` at most; False drafts always."""
+    temperature: float = 0.0
+    """Of the verifier: 0 answers greedily, above 0 the answer is sampled, and its distribution is that of sampling
+    from the verifier alone."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that hold this probability only; above 0, to 1."""
+    deterministic: bool = False
+    """Run every pass behind the prefill with as many rows and slots as any other, so that rounding does not depend on
+    what is drafted: then bfloat16, too, gives plain decoding's tokens. A pass costs what its longest would."""
+
+    def __post_init__(self) -> None:
+        if self.draft_len < 0:
+            raise ValueError(f"draft_len is {self.draft_len}; expected 0 or more")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold is {self.threshold}; expected 0 to 1")
+        if self.target not in TARGETS:
+            raise ValueError(f"target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        if self.source not in SOURCES:
+            raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}")
+        for name in ("draft_temperature", "temperature", "top_k"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; expected above 0, to 1")
+        if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
+            raise ValueError("top_k and top_p are for sampling; expected a temperature above 0 beside them")
+        if self.deterministic and self.draft_len >= PASS_ROWS:
+            raise ValueError(f"draft_len is {self.draft_len}; expected below {PASS_ROWS} with deterministic")
+
+
+@dataclass(frozen=True)
+class DraftBlock:
+    """What the draft proposes before one verification: n tokens.
+
+    Attributes:
+        tokens: `[n]`, vocabulary ids.
+        confidence: `[n]`, the policy's largest probability at each; NaN for those that were looked up.
+        exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on; the rest were looked up.
+        chances: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    exit_hidden: Tensor
+    chances: Tensor | None = None
+
+    @property
+    def num_learned(self) -> int:
+        """How many of the tokens the shallow layers drafted."""
+        return len(self.exit_hidden)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What one verification makes of a block.
+
+    Attributes:
+        start: absolute position of the block's first token, the prompt counted.
+        committed: the tokens that join the response, the verifier's own last.
+        num_drafted: scored drafts, up to and including the first reject.
+        num_accepted: accepted drafts.
+        draft: the block; its first `num_drafted` entries are scored.
+        verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position.
+    """
+
+    start: int
+    committed: tuple[int, ...]
+    num_drafted: int
+    num_accepted: int
+    draft: DraftBlock
+    verifier_confidence: Tensor
+
+    @property
+    def block_len(self) -> int:
+        """Tokens committed by this verification."""
+        return len(self.committed)
+
+    def end_at(self, eos_ids: Sequence[int]) -> Verification:
+        """The same block cut behind its first end-of-sequence token: what lies beyond was never part of the answer."""
+        for count, token in enumerate(self.committed, start=1):
+            if token in eos_ids:
+                scored, accepted = min(self.num_drafted, count), min(self.num_accepted, count)
+                return replace(self, committed=self.committed[:count], num_drafted=scored, num_accepted=accepted)
+        return self
