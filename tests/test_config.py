@@ -12,7 +12,7 @@ from dvirl.config import DVIConfig
 from dvirl.evaluation.runner import EvalConfig
 from dvirl.experiments.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import from_mapping, from_namespace, part, read_yaml, with_help
+from dvirl.runs.settings import from_mapping, from_namespace, narrowed, read_yaml, with_help
 from dvirl.train_dvi import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def test_every_field_has_a_help_text_and_a_flag():
     config = parse_args(
         [word for field in FIELDS for word in (f"--{field.name}", str(field.default)) if str(field.default)]
     )
-    assert part(DVIConfig, config) == DVIConfig()
+    assert narrowed(DVIConfig, config) == DVIConfig()
 
 
 def test_flags_override_yaml(tmp_path):
@@ -151,7 +151,7 @@ def test_run_folders_are_new(tmp_path, monkeypatch):
 
 
 def test_no_flag_at_all_gives_the_defaults():
-    assert part(DVIConfig, parse_args([])) == DVIConfig()
+    assert narrowed(DVIConfig, parse_args([])) == DVIConfig()
 
 
 def test_a_file_whose_config_is_no_mapping_is_one_sentence(tmp_path):

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import numbered, parse_line, plain, read_text
-from dvirl.runs.settings import fits
+from dvirl.runs.log import numbered, parse_line, read_text, to_plain
+from dvirl.runs.settings import has_type
 
 if TYPE_CHECKING:
     from kangaroo.decoding.blocks import Verification
@@ -95,7 +95,7 @@ def accept_events(blocks: Sequence["Verification"], words: Callable[[int], str],
             at, accepted = block.start - blocks[0].start + place, int(place < block.num_accepted)
             kind = token_class(texts[at + 1], texts[at])
             events.append((place, at, accepted, round(sure[place], 4), drafts[place], response[at], kind))
-    return dict(plain({**about, **{name: [event[index] for event in events] for index, name in enumerate(EVENT)}}))
+    return dict(to_plain({**about, **{name: [event[index] for event in events] for index, name in enumerate(EVENT)}}))
 
 
 def read_trace(path: str | Path) -> pd.DataFrame:
@@ -108,7 +108,10 @@ def read_trace(path: str | Path) -> pd.DataFrame:
     kinds = {**dict.fromkeys(ANSWER, str | int), **EVENT}
     for where, line in numbered(path, read_text(path)):
         row = parse_line(where, line, dict)
-        if not all(fits(row.get(name), kinds[name]) for name in kinds) or len({len(row[name]) for name in EVENT}) > 1:
+        if (
+            not all(has_type(row.get(name), kinds[name]) for name in kinds)
+            or len({len(row[name]) for name in EVENT}) > 1
+        ):
             expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
             raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
         rows += [row] if row["at"] else []

@@ -16,7 +16,7 @@ from dvirl.evaluation.questions import _from_here, asked_for, parse_measured, qu
 from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses, draft_logits_at, response_index
 from dvirl.runs.checkpoint import DRAFTER
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from dvirl.scale.corpus import answer
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -154,6 +154,6 @@ def main(argv: Sequence[str]) -> dict[str, Agreement]:
         paths = [_from_here(drafter.folder / DRAFTER), *args.questions]
         files = {path: _sha256(Path(path)) for path in paths}
         figures = {name: asdict(one) for name, one in found.items()}
-        content = {"arguments": vars(args), "files": files, **circumstances(loaded), "figures": figures}
+        content = {"arguments": vars(args), "files": files, **provenance(loaded), "figures": figures}
         write_json(args.out, content)
     return found

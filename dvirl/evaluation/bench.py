@@ -21,7 +21,7 @@ from dvirl.evaluation.measure import Answer, in_turn, timed
 from dvirl.evaluation.questions import asked_for, parse_measured, question_sets
 from dvirl.models.drafters import LoadedDrafter, load_drafter
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Speed]]:
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
     print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
     print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
-    content = {"arguments": vars(args), **circumstances(drafter.loaded), "costs": asdict(costs)}
+    content = {"arguments": vars(args), **provenance(drafter.loaded), "costs": asdict(costs)}
     found: dict[str, dict[str, Speed]] = {}
     for name, speeds in compare(drafter, sets, args.max_new_tokens, args.draft_len):
         found[name] = speeds

@@ -23,7 +23,7 @@ from dvirl.evaluation.questions import asked_for, parse_measured, question_sets
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from kangaroo.adapter import KVCache
 from kangaroo.decoding.blocks import DecodeConfig
@@ -206,7 +206,7 @@ def main(argv: Sequence[str]) -> list[Cost]:
         base, where = random_model(args.model_name, resolve_dtype(args.dtype, device), device), {}
     else:
         loaded = load(args.model_name, args.dtype, args.device)
-        base, where = loaded.model, circumstances(loaded)
+        base, where = loaded.model, provenance(loaded)
     covered = range(args.draft_vocab) if 0 < args.draft_vocab < base.config.vocab_size else None
     draft = Namespace(drafter=args.drafter, drafter_layers=args.drafter_layers, draft_vocab=covered)
     found = []

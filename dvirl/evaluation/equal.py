@@ -20,7 +20,7 @@ from dvirl.evaluation.spec_bench import parse_answer
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from kangaroo.decoding.blocks import SOURCES, DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
@@ -291,7 +291,7 @@ def _check(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
         loaded = load(args.model_name, "float32", args.device)
         dtype = resolve_dtype(args.dtype, loaded.model.device)
         report = compare_files(args.answers[0], args.answers[1], args.questions, loaded, dtype, args.max_new_tokens)
-        return report, circumstances(loaded)
+        return report, provenance(loaded)
     try:
         settings = DecodeConfig(
             args.draft_len,
@@ -304,7 +304,7 @@ def _check(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
         raise DvirlError(str(error)) from error
     draft = open_draft(args.draft, args.dtype, args.device)
     model, loaded = draft.model, draft.loaded
-    where, prompts = circumstances(loaded), question_sets(loaded, args.questions, args.own, args.seed)
+    where, prompts = provenance(loaded), question_sets(loaded, args.questions, args.own, args.seed)
     return compare_decoders(model, prompts, args.max_new_tokens, settings, loaded.eos_ids), where
 
 

@@ -11,7 +11,7 @@ from dvirl.data.sources import parse_spec_bench, parsed_rows, read_prompts
 from dvirl.models.drafters import LoadedDrafter
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import fits
+from dvirl.runs.settings import has_type
 
 HELD_OUT = "held-out.jsonl"
 """Questions that come with a shipped drafter, measured on where nothing else is asked for."""
@@ -110,7 +110,7 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
     def parse(row: Any) -> Question:
         turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
         one = Question(row["question_id"], row.get("category") or "", turns)
-        if not fits(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
+        if not has_type(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
             said = f"'question_id' is {one.question_id!r:.60}; expected a number or a string"
             raise DvirlError(f"{said}, and like the category, {one.category!r:.60}, one that can be printed")
         if one.question_id in found:

@@ -18,7 +18,7 @@ from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.lora import attach_draft
 from dvirl.models.loading import load
 from dvirl.rollout import generate, judge
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 
 
@@ -51,7 +51,7 @@ def compare(config: DVIConfig, num_prompts: int, repeats: int) -> dict[str, obje
         "ratio": medians["batched"] / medians["step_by_step"],
         "num_prompts": num_prompts,
         "threads": config.threads,
-        **circumstances(loaded),
+        **provenance(loaded),
     }
 
 

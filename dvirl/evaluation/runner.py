@@ -35,7 +35,7 @@ from dvirl.metrics import verifier_figures, verifier_sums
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import circumstances, claim
+from dvirl.runs.folder import claim, provenance
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import Settings, choice, from_namespace, number
@@ -276,7 +276,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     found = found.merge(drifted(draft, questions, kept[config.reference, 0]))
     content = {
         "arguments": asdict(config),
-        **circumstances(draft.loaded),
+        **provenance(draft.loaded),
         "date": time.strftime("%Y-%m-%d"),
         "capture_s": draft.model.base_model.capture_s,
         "overhead": overhead,

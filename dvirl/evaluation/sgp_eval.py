@@ -16,7 +16,7 @@ from dvirl.models.loading import load
 from dvirl.runs import errors
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from kangaroo.decoding.blocks import DecodeConfig
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> dict[str, float]:
     found = {"accept_rate": speed.accept_rate, "mat": speed.mat, "tok_per_s": speed.tok_per_s, **said}
     print("\n".join(f"{name:14} {value:.4g}" for name, value in found.items()))
     if args.out:
-        write_json(args.out, {"arguments": vars(args), **circumstances(loaded), "figures": found})
+        write_json(args.out, {"arguments": vars(args), **provenance(loaded), "figures": found})
     return found
 
 

@@ -20,7 +20,7 @@ from dvirl.evaluation.measure import Answer
 from dvirl.evaluation.questions import Question
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text, write_text
-from dvirl.runs.settings import fits
+from dvirl.runs.settings import has_type
 
 OVERALL = "overall"
 
@@ -64,7 +64,7 @@ def parse_answer(row: Any) -> dict[str, Any]:
         key, turns, tokens = row["question_id"], row["choices"][0]["turns"], row["choices"][0].get("tokens")
     except (KeyError, IndexError, TypeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    if not (fits(key, int | str) and fits(turns, list[str]) and fits(tokens, list[list[int]] | None)):
+    if not (has_type(key, int | str) and has_type(turns, list[str]) and has_type(tokens, list[list[int]] | None)):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
@@ -91,9 +91,9 @@ def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
 def _parse_own(row: Any) -> dict[str, Any]:
     choice = parse_answer(row)["choices"][0]
     for name, kind in A_TURN.items():
-        if not fits(choice.get(name), kind) or len(choice[name]) != len(choice["turns"]):
+        if not has_type(choice.get(name), kind) or len(choice[name]) != len(choice["turns"]):
             raise DvirlError(f"choices[0].{name} is {choice.get(name)!r:.60}; expected a list, an entry a turn")
-    if not fits(choice.get("accept_lengths"), list[int]) or not fits(row.get("category"), str):
+    if not has_type(choice.get("accept_lengths"), list[int]) or not has_type(row.get("category"), str):
         raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
     return dict(row)
 

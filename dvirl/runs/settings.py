@@ -55,9 +55,9 @@ class Settings:
             allowed, limits = spec.metadata.get("allowed"), spec.metadata.get("range")
             if allowed and value not in allowed:
                 raise DvirlError(f"{spec.name} is {value!r:.80}; expected one of {', '.join(allowed)}")
-            if limits and not (fits(value, float) and limits[0] <= value <= limits[1]):
+            if limits and not (has_type(value, float) and limits[0] <= value <= limits[1]):
                 raise DvirlError(f"{spec.name} is {value!r:.80}; expected a number from {limits[0]:g} to {limits[1]:g}")
-            if not fits(value, spec.type):
+            if not has_type(value, spec.type):
                 raise DvirlError(f"{spec.name} is {value!r:.80}; expected {inspect.formatannotation(spec.type)}")
 
 
@@ -81,7 +81,7 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     return from_mapping(kind, vars(args), "arguments") if isinstance(args, Namespace) else args
 
 
-def part(kind: type[Config], given: Any) -> Config:
+def narrowed(kind: type[Config], given: Any) -> Config:
     """A settings object of a class that `given`'s class extends, with the same values."""
     return kind(**{spec.name: getattr(given, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
@@ -150,11 +150,11 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
     return from_mapping(kind, vars(args), "arguments")
 
 
-def fits(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value is of a type, and its members of theirs; a whole number is a float too, a bool is no number."""
     if isinstance(kind, UnionType):
-        return any(fits(value, one) for one in get_args(kind))
+        return any(has_type(value, one) for one in get_args(kind))
     if type(value) is get_origin(kind):  # list[inner] or dict[inner, last]
         (inner, *_, last), values = get_args(kind) * 2, value.values() if isinstance(value, dict) else ()
-        return all(fits(one, inner) for one in value) and all(fits(one, last) for one in values)
+        return all(has_type(one, inner) for one in value) and all(has_type(one, last) for one in values)
     return kind in (Any, object) or type(value) in ((int, float) if kind is float else (kind,))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import whole_folder
+from dvirl.runs.folder import atomic_directory
 from dvirl.runs.log import parse_line, read_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | N
     if target.exists():
         raise DvirlError(f"{target} exists already; choose another name, or remove it")
     parts = _common_parts(paths)
-    with whole_folder(target) as scratch:
+    with atomic_directory(target) as scratch:
         for part in parts:
             (scratch / part).parent.mkdir(exist_ok=True)
             mean = _mean([path / part for path in paths], [value / sum(values) for value in values])
