@@ -1,22 +1,15 @@
 """A finished run, judged by the step-by-step decoder on its held-out prompts: `dvirl acceptance RUN_DIR`."""
 
-import argparse
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvirl.config import DVIConfig
-from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.checkpoint import newest
-from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import run_settings
-from dvirl.runs.log import write_json
 from dvirl.runs.settings import from_mapping
 from dvirl.trainer import DVITrainer
-from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,10 +88,10 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     # Answers of similar length share a batch, so that little of it is padding.
     order = (responses.prompt_lens + responses.response_lens).argsort()
     with model.base_model.folded():
-        parts = [_judge_drafts(model, responses.take(rows)) for rows in order.split(BATCH)]
+        parts = [_judge_drafts(model, responses.take(rows)) for rows in torch.split(order, BATCH)]
     confidence, agrees, covered = torch.cat(parts, dim=1)
     counts = (responses.response_lens[order] - 1).clamp(min=0)
-    rates = torch.stack([part.mean() for part in agrees.cpu().split(counts.tolist())])
+    rates = torch.stack([part.mean() for part in torch.split(agrees.cpu(), counts.tolist())])
     return Agreement(
         rate=float(agrees.mean()),
         confidence=float(confidence.mean()),
@@ -146,7 +145,10 @@ class AgreementConfig(MeasureSettings):
 
 
 parse_args = partial(
-    settings.parse_args, AgreementConfig, "dvirl agreement", "Measure how often a draft's argmax is the verifier's token."
+    settings.parse_args,
+    AgreementConfig,
+    "dvirl agreement",
+    "Measure how often a draft's argmax is the verifier's token.",
 )
 """Settings from flags; see `settings.parse_args`."""
 

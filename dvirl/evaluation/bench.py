@@ -5,7 +5,7 @@ Figures are medians over questions of ratios on the same question. Each method a
 counts; the time in which CUDA graphs are captured is reported apart.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
@@ -162,7 +162,7 @@ def batched(
     return figures
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def table(figures: dict[str, dict[str, Any]]) -> str:
     """Figures by name, one method a line."""
     rows = pd.DataFrame.from_dict(figures, orient="index")
     return str(rows.to_string(float_format="{:.2f}".format, na_rep=""))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -86,8 +85,9 @@ def compare(
     """
     if list(reference) == list(candidate):
         return None
-    shared = commonprefix([list(reference), list(candidate)])
-    position = len(shared)
+    agree = [first == second for first, second in zip(reference, candidate, strict=False)]
+    position = agree.index(False) if False in agree else len(agree)
+    shared = reference[:position]
     first, second = (answer[position] if position < len(answer) else None for answer in (reference, candidate))
     gap = step = None
     if first is None or second is None:
@@ -320,7 +320,8 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
     if config.answers:
         loaded = load(config.model_name, "float32", config.device)
         dtype = resolve_dtype(config.dtype, loaded.model.device)
-        report = compare_files(*config.answers, config.questions, loaded, dtype, config.max_new_tokens)
+        reference, candidate = config.answers
+        report = compare_files(reference, candidate, config.questions, loaded, dtype, config.max_new_tokens)
         return report, provenance(loaded)
     try:
         how = DecodeConfig(

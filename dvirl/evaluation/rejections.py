@@ -161,7 +161,12 @@ def judged_events(
     tokens = model.token_ids(index.to(rollout.tokens.device)).cpu()
     lengths = (rollout.response_lens - 1).tolist()  # the prefill gives the first token
     rows = zip(
-        rollout.responses(), scored, tokens.split(lengths), confidence.cpu().split(lengths), about, strict=True
+        rollout.responses(),
+        scored,
+        torch.split(tokens, lengths),
+        torch.split(confidence.cpu(), lengths),
+        about,
+        strict=True,
     )
     lines = [
         accept_events(_verifications(answer, blocks, row_tokens, row_confidence), words, **note)

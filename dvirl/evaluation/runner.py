@@ -31,7 +31,7 @@ from dvirl.metrics import verifier_figures, verifier_sums
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import provenance, claim
+from dvirl.runs.folder import claim, provenance
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import Settings, choice, from_namespace, number
@@ -53,8 +53,8 @@ class EvalSettings(Settings):
     num_questions: int = number(0, 0)
     """Number of questions, spread over the set; 0 for all."""
     methods: str = "generate,plain,pld,kangaroo,dvi,hybrid"
-    """Separated by commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (learned drafts up
-    to the first doubtful one), fixed (a fixed number of learned drafts), dvi (as many learned drafts as pay, by
+    """Separated by commas: generate (Hugging Face's), plain (our loop), pld (prompt lookup), kangaroo (learned drafts
+    up to the first doubtful one), fixed (a fixed number of learned drafts), dvi (as many learned drafts as pay, by
     acceptance and step costs), hybrid (dvi, with looked-up drafts where these are better)."""
     reference: str = choice(PLAIN, (PLAIN, GENERATE))
     """The method that speed-ups are over."""

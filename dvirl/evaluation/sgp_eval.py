@@ -1,7 +1,6 @@
 """One checkpoint in a few figures, or a run before and after training: `dvirl sgp-eval --ckpt_dir FOLDER`."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ class SGPEvalConfig(Settings):
     ckpt_dir: str = required()
     """Folder of a checkpoint, of a run (its newest checkpoint), or of a drafter."""
     held_out: bool = False
-    """Instead decode the held-out prompts of the run in ckpt_dir, before and after training, with the run's settings."""
+    """Instead decode held-out prompts of the run in ckpt_dir, before and after training, with the run's settings."""
     model_name: str = ""
     """Model to load the checkpoint into; its own by default."""
     exit_layer: int = number(0, 0)

@@ -83,7 +83,9 @@ def parse_answer(row: Any) -> Row:
         tokens = choice.get("tokens")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    if not (has_type(question_id, int | str) and has_type(turns, list[str]) and has_type(tokens, list[list[int]] | None)):
+    if not (
+        has_type(question_id, int | str) and has_type(turns, list[str]) and has_type(tokens, list[list[int]] | None)
+    ):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
