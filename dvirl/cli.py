@@ -25,7 +25,7 @@ COMMANDS = {
     "sgp-experiment": ("run_sgp_experiment", "the same for shallow-gradient fine-tuning"),
     "sgp-eval": (
         "evaluation.sgp_eval",
-        "a checkpoint's accept rate, throughput and perplexity; or a run before and after",
+        "figures of a checkpoint, or of a run before and after training",
     ),
     "study": (
         "experiments.study",
