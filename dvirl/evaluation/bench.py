@@ -93,14 +93,14 @@ def compare(
             yield name, {way: _speed(answers[way], answers[PLAIN], costs) for way in run}
 
 
+def _expected_s(answer: Answer, costs: StepCosts) -> float:
+    """Seconds that the blocks of an answer should take, without the prefill."""
+    return sum(costs.block(*drafts) for drafts in answer.drafts) / 1e3
+
+
 def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts) -> Speed:
     counts = tally(answers)
-    # The expected over the measured time of each answer's blocks.
-    ideals = [
-        sum(costs.block(*drafts) for drafts in answer.drafts) / 1e3 / answer.decoding_s
-        for answer in answers
-        if len(answer.blocks) > 1
-    ]
+    ideals = [_expected_s(answer, costs) / answer.decoding_s for answer in answers if len(answer.blocks) > 1]
     pairs = list(zip(answers, plain, strict=True))
     return Speed(
         tok_per_s=fmean(answer.tok_per_s for answer in answers),

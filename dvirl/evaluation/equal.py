@@ -170,20 +170,19 @@ def compare_decoders(
     """
     dtype = model.head_model.weight.dtype
     plain = DecodeConfig(draft_len=0, target=how.target, deterministic=how.deterministic)
-    named = [(f"{name} {index}", prompt) for name, part in prompts.items() for index, prompt in enumerate(part)]
-    different: list[tuple[str, list[int], list[int], list[int]]] = []
+    comparisons = []
     with model.base_model.folded():
-        for name, prompt in tqdm(named, desc="decoding twice", unit="prompt", leave=False):
-            reference = model.generate(prompt, limit, plain, eos_ids).tokens
-            candidate = model.generate(prompt, limit, how, eos_ids).tokens
-            if reference != candidate:
-                different.append((name, prompt, reference, candidate))
-    model.float()
-    differences = []
-    for name, prompt, reference, candidate in different:
-        after = partial(last_logits, model, prompt, target=how.target)
-        differences.append(compare(name, reference, candidate, limit, eos_ids, dtype, after))
-    return Report(len(named), len(named) - len(differences), [found for found in differences if found])
+        for name, part in prompts.items():
+            for index, prompt in enumerate(tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)):
+                reference = model.generate(prompt, limit, plain, eos_ids).tokens
+                candidate = model.generate(prompt, limit, how, eos_ids).tokens
+                after = partial(last_logits, model, prompt, target=how.target)
+                comparisons.append(
+                    partial(compare, f"{name} {index}", reference, candidate, limit, eos_ids, dtype, after)
+                )
+    model.float()  # the judge is more exact than the decoders
+    differences = [found for judge in comparisons if (found := judge())]
+    return Report(len(comparisons), len(comparisons) - len(differences), differences)
 
 
 # Two files
@@ -309,14 +308,11 @@ class CheckConfig(MeasureSettings):
     dtype: str = "auto"
     """Of the decoders: auto, float32, bfloat16 or float16."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.draft) == bool(self.answers):
-            raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
-
 
 def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
     """The report, and what it depends on."""
+    if bool(config.draft) == bool(config.answers):
+        raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
     if config.answers:
         loaded = load(config.model_name, "float32", config.device)
         dtype = resolve_dtype(config.dtype, loaded.model.device)

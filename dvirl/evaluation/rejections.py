@@ -9,32 +9,27 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from dvirl import plots
 from dvirl.metrics import FACETS, accept_rates
-from dvirl.rollout import Block, Rollout, draft_rollout, score_drafts
+from dvirl.rollout import Rollout, draft_rollout, response_index, score_drafts
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text, to_plain, write_json
 from dvirl.runs.settings import Settings, has_type, positional, several
-from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
+from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.kangaroo_model import KangarooModel
 
 ANSWER = ("method", "question_id", "category")
 """What a trace notes of every answer, at least."""
 EVENT: dict[str, Any] = {
-    "position": list[int],
-    "at": list[int],
-    "accepted": list[int],
+    **dict.fromkeys(("position", "at", "accepted"), list[int]),
     "confidence": list[float | None],
-    "drafted": list[int],
-    "verified": list[int],
+    **dict.fromkeys(("drafted", "verified"), list[int]),
     "token_class": list[str],
 }
 """What it notes of every scored draft, see `accept_events`, and the type of each list."""
-NOTHING = torch.empty(0)
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
@@ -98,20 +93,17 @@ def accept_events(blocks: Sequence[Verification], words: Callable[[int], str], *
     """
     response = [token for block in blocks for token in block.committed]
     texts = [words(token) for token in response]
-    events: dict[str, list[Any]] = {name: [] for name in EVENT}
+    rows = []
     for block in blocks:
         tokens = block.draft.tokens.tolist()
         confidence = block.draft.confidence.tolist()
         for position in range(block.num_drafted):
             index = block.start - blocks[0].start + position
-            events["position"].append(position)
-            events["at"].append(index)
-            events["accepted"].append(int(position < block.num_accepted))
-            events["confidence"].append(round(confidence[position], 4))
-            events["drafted"].append(tokens[position])
-            events["verified"].append(response[index])
-            events["token_class"].append(token_class(texts[index], texts[index - 1]))
-    return dict(to_plain({**about, **events}))
+            accepted = int(position < block.num_accepted)
+            kind = token_class(texts[index], texts[index - 1])
+            sure = round(confidence[position], 4)
+            rows.append((position, index, accepted, sure, tokens[position], response[index], kind))
+    return dict(to_plain({**about, **pd.DataFrame(rows, columns=[*EVENT]).to_dict("list")}))
 
 
 def read_trace(path: str | Path) -> pd.DataFrame:
@@ -156,39 +148,26 @@ def judged_events(
         about: what to note of each answer.
     """
     drafts = draft_rollout(model, rollout)
-    scored = score_drafts(model, rollout, drafts, how).blocks
-    index, confidence = choose_tokens(drafts[0])
-    tokens = model.token_ids(index.to(rollout.tokens.device)).cpu()
-    lengths = (rollout.response_lens - 1).tolist()  # the prefill gives the first token
-    rows = zip(
-        rollout.responses(),
-        scored,
-        torch.split(tokens, lengths),
-        torch.split(confidence.cpu(), lengths),
-        about,
-        strict=True,
-    )
-    lines = [
-        accept_events(_verifications(answer, blocks, row_tokens, row_confidence), words, **note)
-        for answer, blocks, row_tokens, row_confidence, note in rows
-    ]
-    return events_table(lines)
-
-
-def _verifications(
-    answer: Sequence[int], blocks: Sequence[Block], tokens: Tensor, confidence: Tensor
-) -> list[Verification]:
-    """The prefill and the scored blocks of one answer, with the drafts `[T - 1]` that they scored."""
-    verifications = [Verification(0, (answer[0],), 0, 0, DraftBlock(NOTHING, NOTHING, NOTHING), NOTHING)]
-    for block in blocks:
-        start = block.start - 1  # drafts begin after the prefill's token
-        scored = slice(start, start + block.num_drafted)
-        draft = DraftBlock(tokens[scored], confidence[scored], NOTHING)
-        committed = tuple(answer[block.start : block.start + block.block_len])
-        verifications.append(
-            Verification(block.start, committed, block.num_drafted, block.num_accepted, draft, NOTHING)
-        )
-    return verifications
+    judgement = score_drafts(model, rollout, drafts, how)
+    records = judgement.records
+    _, confidence = choose_tokens(drafts[0])
+    confidence_at = torch.zeros_like(rollout.tokens, dtype=torch.float32)  # [B, R], of all drafts
+    confidence_at[response_index(rollout.prompt_lens, rollout.response_lens)] = confidence
+    before = rollout.tokens[records.row, rollout.prompt_lens[records.row] + records.position - 1]
+    verified = records.verifier_token.tolist()
+    events = {
+        "position": [place for row in judgement.blocks for block in row for place in range(block.num_drafted)],
+        "at": records.position.tolist(),
+        "accepted": records.reward.int().tolist(),
+        "confidence": confidence_at[records.row, records.position].double().round(decimals=4).tolist(),
+        "drafted": records.token.tolist(),
+        "verified": verified,
+        "token_class": [
+            token_class(words(token), words(last)) for token, last in zip(verified, before.tolist(), strict=True)
+        ],
+    }
+    notes = pd.DataFrame(about).iloc[records.row.tolist()].reset_index(drop=True)
+    return notes.assign(**events)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,17 @@ def _cell(value: Any) -> str:
     return f"{value:.{digits}f}"
 
 
+def _machine(content: Mapping[str, Any]) -> str:
+    machine = content["machine"]
+    return str(machine.get("accelerator") or f"{machine['cores']} CPU cores")
+
+
 def describe(content: Mapping[str, Any]) -> str:
     """What a result was measured on, in a sentence."""
-    machine = content["machine"]
     model = content["model"]
     versions = content["versions"]
-    where = machine.get("accelerator") or f"{machine['cores']} cores"
     return (
-        f"Measured {content['date']} on {where} in {model['dtype']}, torch {versions['torch']}, "
+        f"Measured {content['date']} on {_machine(content)} in {model['dtype']}, torch {versions['torch']}, "
         f"dvirl {versions['dvirl']}, the model {model['fingerprint'][:15]}…"
     )
 
@@ -61,9 +64,7 @@ def recorded(name: str) -> dict[str, Any]:
         if value not in ("", [], None):
             values = value if isinstance(value, list) else [value]
             words += [f"--{flag}", *map(str, values)]
-    machine = content["machine"]
-    where = machine.get("accelerator") or f"{machine['cores']} CPU cores"
-    print(f"recorded {content['date']} on {where} by\n{content.get('command') or ' '.join(words)}")
+    print(f"recorded {content['date']} on {_machine(content)} by\n{content.get('command') or ' '.join(words)}")
     return content
 
 

@@ -38,8 +38,9 @@ from dvirl.runs.settings import Settings, choice, from_namespace, number
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
 """Answers by question id, by method and repeat."""
-Files = dict[tuple[str, int], Path]
-"""Where they are kept."""
+Line = tuple[str, dict[str, Any]]
+"""A file in the folder of the evaluation, and a line to append to it."""
+TRACE = "trace.jsonl"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,18 @@ def answer_question(
     return texts, answers
 
 
+def _read_answers(folder: Path, how: EvalSettings) -> Answers:
+    answers: Answers = {}
+    for repeat in range(how.repeats):
+        for name in how.methods.split(","):
+            answers[name, repeat] = resume_answers(folder / _answer_file(name, repeat))
+    return answers
+
+
+def _answer_file(name: str, repeat: int) -> str:
+    return f"answers/{name}-{repeat + 1}.jsonl"
+
+
 def missing(
     questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers
 ) -> list[tuple[str, int, Question]]:
@@ -152,73 +165,54 @@ def missing(
     ]
 
 
-def _read(files: Files) -> Answers:
-    return {key: resume_answers(path) for key, path in files.items()}
-
-
 @torch.no_grad()
 def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, folder: Path) -> tuple[Answers, float]:
     """Answer the questions that the folder has no answers to; each answer is on disk as soon as it is given.
 
     Returns:
-        All answers, and the share of the time that was not spent decoding; NaN if nothing was left to answer.
+        All answers, and the fraction of the time that was not spent decoding; NaN if nothing was left to answer.
     """
     loaded = draft.loaded
     base = draft.model.base_model
-    configs = decode_configs(
-        how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, target=draft.target
-    )
+    configs = decode_configs(how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target)
     run = decoders(how.methods.split(","), configs, draft.model, loaded, how.answer_tokens)
     processes = Processes(loaded.model.device.type)
-    files = {(name, turn): folder / f"answers/{name}-{turn + 1}.jsonl" for turn in range(how.repeats) for name in run}
-    answers = _read(files)
+    kept = _read_answers(folder, how)
     if processes.first:
-        _prepare(folder, answers)
+        # An answer that the answer file lacks is given again, and traced again.
+        keep_lines(folder / TRACE, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
+        (folder / "answers").mkdir(exist_ok=True)
     words = cache(token_texts(loaded.tokenizer))
-    left = missing(processes.share(questions), list(run), how.repeats, answers)
+    left = missing(processes.share(questions), list(run), how.repeats, kept)
     with base.folded():
-        if left:
-            for decode in run.values():
-                answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
+        for decode in run.values() if left else ():
+            answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
         start = time.perf_counter()
         decoded_s = -base.capture_s
         # Processes that have fewer answers to give still take part in every gathering.
         for index in tqdm(range(processes.largest(len(left))), desc="answering", unit="answer", leave=False):
-            lines: list[tuple[Path, dict[str, Any]]] = []
+            lines: list[Line] = []
             if index < len(left):
                 name, repeat, question = left[index]
-                texts, given = answer_question(question, run[name], loaded, how.answer_tokens)
-                lines += _trace_lines(folder, left[index], given, words)
-                lines.append((files[name, repeat], answer_row(question, f"{loaded.name}-{name}", texts, given)))
-                decoded_s += sum(answer.wall_s for answer in given)
-            for path, line in processes.gathered(lines):
+                texts, answers = answer_question(question, run[name], loaded, how.answer_tokens)
+                lines = _trace_lines(left[index], answers, words)
+                row = answer_row(question, f"{loaded.name}-{name}", texts, answers)
+                lines.append((_answer_file(name, repeat), row))
+                decoded_s += sum(answer.wall_s for answer in answers)
+            for file, line in processes.gathered(lines):
                 if processes.first:
-                    log_line(path, line)
-        decoded_s += base.capture_s
-        spent_s = time.perf_counter() - start
-    return _read(files), 1 - decoded_s / spent_s if left else math.nan
-
-
-def _prepare(folder: Path, answers: Answers) -> None:
-    """Drop the trace of answers that were not kept, and make the folder of answers."""
-
-    def kept(line: dict[str, Any]) -> bool:
-        return line["question_id"] in answers.get((line["method"], line["repeat"]), ())
-
-    keep_lines(folder / "trace.jsonl", kept)
-    (folder / "answers").mkdir(exist_ok=True)
+                    log_line(folder / file, line)
+        overhead = 1 - (decoded_s + base.capture_s) / (time.perf_counter() - start)
+    return _read_answers(folder, how), overhead if left else math.nan
 
 
 def _trace_lines(
-    folder: Path, asked: tuple[str, int, Question], answers: Sequence[Answer], words: Callable[[int], str]
-) -> list[tuple[Path, dict[str, Any]]]:
+    asked: tuple[str, int, Question], answers: Sequence[Answer], words: Callable[[int], str]
+) -> list[Line]:
     """The accept events of each turn."""
-    name, repeat, question = asked
-    about: dict[str, Any] = {"method": name, "question_id": question.question_id, "category": question.category}
-    return [
-        (folder / "trace.jsonl", accept_events(answer.blocks, words, **about, turn=turn, repeat=repeat))
-        for turn, answer in enumerate(answers)
-    ]
+    method, repeat, question = asked
+    about = {"method": method, "question_id": question.question_id, "category": question.category, "repeat": repeat}
+    return [(TRACE, accept_events(answer.blocks, words, **about, turn=turn)) for turn, answer in enumerate(answers)]
 
 
 # Judging

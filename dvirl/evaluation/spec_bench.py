@@ -26,12 +26,10 @@ OVERALL = "overall"
 """The name of all tasks together."""
 COUNTS = ("num_drafted", "num_accepted", "committed", "blocks")
 """The columns of an answer table that make a `Tally`, in its order."""
+SUMMED = ("new_tokens", "wall_time", "num_drafted", "num_accepted")
+"""What our answers count in every turn."""
 TURN_LISTS: dict[str, Any] = {
-    "new_tokens": list[float],
-    "wall_time": list[float],
-    "decoding_steps": list[float],
-    "num_drafted": list[float],
-    "num_accepted": list[float],
+    **dict.fromkeys((*SUMMED, "decoding_steps"), list[float]),
     "nll": list[float | None],
     "tokens": list[list[int]],
 }
@@ -83,9 +81,8 @@ def parse_answer(row: Any) -> Row:
         tokens = choice.get("tokens")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    if not (
-        has_type(question_id, int | str) and has_type(turns, list[str]) and has_type(tokens, list[list[int]] | None)
-    ):
+    kinds = ((question_id, int | str), (turns, list[str]), (tokens, list[list[int]] | None))
+    if not all(has_type(value, kind) for value, kind in kinds):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
@@ -138,10 +135,7 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
                     "question_id": question_id,
                     "category": row["category"],
                     "task": Question(question_id, row["category"], ()).task,
-                    "new_tokens": sum(choice["new_tokens"]),
-                    "wall_time": sum(choice["wall_time"]),
-                    "num_drafted": sum(choice["num_drafted"]),
-                    "num_accepted": sum(choice["num_accepted"]),
+                    **{name: sum(choice[name]) for name in SUMMED},
                     "committed": sum(choice["accept_lengths"]),
                     "blocks": len(choice["accept_lengths"]),
                     "nll": math.nan if None in choice["nll"] else sum(choice["nll"]),
