@@ -33,7 +33,7 @@ def main(args: Namespace | DVIExperiment) -> Path:
     """
     config = settings.from_namespace(DVIExperiment, args)
     torch.set_num_threads(config.threads)
-    experiment, trainer = Experiment(config), DVITrainer(settings.part(DVIConfig, config))
+    experiment, trainer = Experiment(config), DVITrainer(settings.narrowed(DVIConfig, config))
 
     def train() -> dict[str, Any]:
         trainer.train()

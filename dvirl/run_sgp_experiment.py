@@ -24,7 +24,7 @@ parse_args = partial(
 def main(args: Namespace | SGPExperiment) -> Path:
     """Run it, and return `results/<name of run_dir>.json`; arguments and errors as in `run_dvi_experiment.main`."""
     config = settings.from_namespace(SGPExperiment, args)
-    experiment, trainer = Experiment(config), SGPTrainer(settings.part(SGPConfig, config))
+    experiment, trainer = Experiment(config), SGPTrainer(settings.narrowed(SGPConfig, config))
 
     def train() -> dict[str, Any]:
         return {"held_out": asdict(trainer.train())}

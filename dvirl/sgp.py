@@ -171,7 +171,7 @@ class SGPTrainer:
         config, run_dir, began = self.config, Path(self.config.run_dir), time.perf_counter() - self.wall_s
         stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
         stream.position = self.done * config.batch_size
-        with run_folder.held(run_dir), stoppable() as stop:
+        with run_folder.run_lock(run_dir), stoppable() as stop:
             log = run_folder.start_log(run_dir, config, self.loaded, new=self.done == 0 and not self.resumed)
             cut_log(log, self.done)
             self.before = self.before or self.evaluate()

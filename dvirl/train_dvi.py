@@ -35,7 +35,7 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
         DvirlError: for bad settings, a bad source, a run folder that holds a run already, or none to resume.
     """
     config = settings.from_namespace(TrainConfig, args)
-    run = settings.part(DVIConfig, config)
+    run = settings.narrowed(DVIConfig, config)
     if isinstance(config, TrainConfig) and config.resume:
         trainer = resume(config.resume, run, accept_changes=config.accept_changes)
     else:

@@ -21,7 +21,7 @@ parse_args = partial(settings.parse_args, SGPRun, "dvirl sgp", "Fine-tune the sh
 def main(args: Namespace | SGPConfig) -> SGPResult:
     """Train, and print what changed and where the results are; arguments and errors as in `train_dvi.main`."""
     config = settings.from_namespace(SGPRun, args)
-    run = settings.part(SGPConfig, config)
+    run = settings.narrowed(SGPConfig, config)
     if isinstance(config, SGPRun) and config.resume:
         trainer: SGPTrainer = checkpoint.go_on(SGPTrainer, SGPConfig, config.resume, run, config.accept_changes)
         print(f"{config.resume}: {trainer.done} of {trainer.num_steps} steps are done")

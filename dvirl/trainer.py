@@ -31,7 +31,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import cut_log, log_line
 from dvirl.runs.processes import Processes
-from dvirl.runs.trackers import chosen, tracking
+from dvirl.runs.trackers import installed_trackers, tracking
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
@@ -67,7 +67,7 @@ class DVITrainer:
     """
 
     def __init__(self, config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> None:
-        chosen(config.tracker)
+        installed_trackers(config.tracker)
         torch.set_num_threads(config.threads)
         checkpoint.seed_all(config.seed)
         self.config, self.processes = config, Processes(config.device)
@@ -109,7 +109,7 @@ class DVITrainer:
             DvirlError: if `run_dir` holds another run already, another process is at it, or the disk is full.
         """
         run_dir, first = Path(self.config.run_dir), self.processes.first
-        with run_folder.held(run_dir) if first else nullcontext(), stoppable() as stop:
+        with run_folder.run_lock(run_dir) if first else nullcontext(), stoppable() as stop:
             log = self._start_log(run_dir) if first else None
             if not self.finished:
                 self._run(log, stop, show_progress and first)

@@ -12,7 +12,7 @@ from dvirl.config import DVIConfig
 from dvirl.evaluation.runner import EvalConfig
 from dvirl.experiments.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import from_mapping, from_namespace, part, read_yaml, with_help
+from dvirl.runs.settings import field_docs, from_mapping, from_namespace, narrowed, read_yaml
 from dvirl.train_dvi import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -55,12 +55,12 @@ def test_values_out_of_range_name_field_value_and_range(changes, message):
 
 
 def test_every_field_has_a_help_text_and_a_flag():
-    texts = {field.name: field.metadata["help"] for field in dataclasses.fields(with_help(DVIConfig))}
+    texts = field_docs(DVIConfig)
     assert set(texts) == {field.name for field in FIELDS} and all(len(text) > 5 for text in texts.values())
     config = parse_args(
         [word for field in FIELDS for word in (f"--{field.name}", str(field.default)) if str(field.default)]
     )
-    assert part(DVIConfig, config) == DVIConfig()
+    assert narrowed(DVIConfig, config) == DVIConfig()
 
 
 def test_flags_override_yaml(tmp_path):
@@ -151,7 +151,7 @@ def test_run_folders_are_new(tmp_path, monkeypatch):
 
 
 def test_no_flag_at_all_gives_the_defaults():
-    assert part(DVIConfig, parse_args([])) == DVIConfig()
+    assert narrowed(DVIConfig, parse_args([])) == DVIConfig()
 
 
 def test_a_file_whose_config_is_no_mapping_is_one_sentence(tmp_path):

@@ -124,7 +124,7 @@ def test_a_checkpoint_is_judged_by_three_figures(done, capsys, tmp_path):
     assert cli.main(["sgp-eval", *flags, "--exit_layer", "1"]) == 2
     assert "exit_layer is 1;" in capsys.readouterr().err
     assert cli.main(["sgp-eval", *flags, "--n_samples", "0"]) == 2
-    assert "n_samples is 0; expected at least 1" in capsys.readouterr().err
+    assert "n_samples is 0; expected a number from 1" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_draft_is_said(tmp_path, capsys):

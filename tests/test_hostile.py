@@ -8,7 +8,8 @@ import json
 import math
 import pkgutil
 import re
-from functools import cache
+from types import SimpleNamespace
+from typing import get_args, get_origin
 
 import pytest
 import torch
@@ -33,7 +34,6 @@ from dvirl.experiments.study import Study
 from dvirl.models.chat import LLAMA2_TAGS, ChatEncoder
 from dvirl.models.loading import load
 from dvirl.rollout import generate
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 from dvirl.runs.optim import clipped_step
@@ -267,9 +267,20 @@ def settings_classes() -> list[type[Settings]]:
     return sorted((kind for kind in found if issubclass(kind, Settings)), key=lambda kind: kind.__name__)
 
 
+def needed(kind: type[Settings]) -> dict[str, str]:
+    """A value for each field without a default, all of which are text."""
+    return {spec.name: "x" for spec in dataclasses.fields(kind) if spec.default is spec.default_factory}
+
+
 def wrong_values(spec: dataclasses.Field) -> list[object]:
     """What a field must refuse."""
     wrong: list[object] = [None, [], ["x"], {}, {"a": 1}]
+    if get_origin(spec.type) is list:
+        (member,) = get_args(spec.type)
+        limits = spec.metadata.get("range")
+        default = limits[0] if limits else "x"
+        members = wrong_values(SimpleNamespace(type=member, default=default, metadata=spec.metadata))
+        return [None, {}, {"a": 1}, "x", 3, True, *([value] for value in members)]
     if spec.type is bool:
         return [*wrong, 0, 1, 1.0, "true", ""]
     if spec.type is str:
@@ -296,9 +307,9 @@ def refused(call, name: str) -> bool:
 @pytest.mark.parametrize("kind", settings_classes(), ids=lambda kind: kind.__name__)
 def test_every_field_of_every_settings_class_refuses_what_it_cannot_be(kind):
     specs = dataclasses.fields(kind)
-    assert {spec.type for spec in specs} <= {int, float, str, bool}
+    assert {spec.type for spec in specs} <= {int, float, str, bool, list[int], list[float], list[str]}
     kept = [(spec.name, value) for spec in specs for value in wrong_values(spec)
-            if not refused(lambda spec=spec, value=value: kind(**{spec.name: value}), spec.name)]  # fmt: skip
+            if not refused(lambda spec=spec, value=value: kind(**{**needed(kind), spec.name: value}), spec.name)]  # fmt: skip
     assert not kept
 
 
@@ -307,15 +318,19 @@ def test_yaml_is_refused_likewise_and_whole_numbers_do_for_others(kind):
     kept = []
     for spec in (one for one in dataclasses.fields(kind) if one.name in kind.__annotations__):  # the rest is its bases'
         for value in wrong_values(spec):
-            if isinstance(value, bytes | complex) or value == 10**5000:
+            if any(
+                isinstance(one, bytes | complex) or one == 10**5000
+                for one in (value, *(value if type(value) is list else ()))
+            ):
                 continue
-            values = yaml.safe_load(yaml.safe_dump({spec.name: value}))
+            values = yaml.safe_load(yaml.safe_dump({**needed(kind), spec.name: value}))
             if not refused(lambda values=values: from_mapping(kind, values, "x.yaml"), spec.name):
                 kept.append((spec.name, value))
     assert not kept
     floats = [spec for spec in dataclasses.fields(kind) if spec.type is float]
     most = {spec.name: int(spec.metadata["range"][1]) for spec in floats}
-    assert vars(from_mapping(kind, yaml.safe_load(yaml.safe_dump(most)), "x.yaml")).items() >= most.items()
+    values = {**needed(kind), **yaml.safe_load(yaml.safe_dump(most))}
+    assert vars(from_mapping(kind, values, "x.yaml")).items() >= most.items()
 
 
 MODULES = {name: importlib.import_module(f"dvirl.{module}") for name, (module, _) in cli.COMMANDS.items()}
@@ -325,15 +340,16 @@ MODULES = {name: importlib.import_module(f"dvirl.{module}") for name, (module, _
 def test_every_flag_refuses_what_its_field_cannot_be(command, capsys, monkeypatch):
     module = MODULES[command]
     monkeypatch.setattr(module, "main", lambda args: pytest.fail(f"went on with {args}"))
-    parser, make = [], settings.HfArgumentParser  # the command's own, which takes long to make, made once
-    monkeypatch.setattr(settings, "with_help", cache(settings.with_help))
-    monkeypatch.setattr(
-        settings, "HfArgumentParser", lambda *of, **how: (parser or parser.append(make(*of, **how)) or parser)[0]
-    )
-    for spec in dataclasses.fields(module.parse_args.args[0]):
-        if spec.name == "resume":
-            continue  # a file that is not there is named by its path
-        if spec.type is str:
+    specs = dataclasses.fields(module.parse_args.args[0])
+    # Several values and a flag that has to be given come first, so that the wrong value under test is what is refused.
+    before = ["x" for spec in specs if spec.metadata.get("positional")]
+    before += [f"--{spec.name}=x" for spec in specs if spec.name in needed(module.parse_args.args[0]) and not before]
+    for spec in specs:
+        if spec.name == "resume" or spec.metadata.get("positional"):
+            continue  # a file that is not there is named by its path; a position takes any text
+        if get_origin(spec.type) is list:
+            wrong = ["a\tb"] if list[str] == spec.type else ["one", "", "nan"]
+        elif spec.type is str:
             wrong = ["", "a\tb"] if spec.default else ["\x07"]
         elif spec.type is bool:
             wrong = ["maybe", "2"]
@@ -342,7 +358,7 @@ def test_every_flag_refuses_what_its_field_cannot_be(command, capsys, monkeypatc
             wrong = [str(lowest - 1), str(2 * highest), "nan", "inf", "one", "", *(["2.5"] if spec.type is int else [])]
         for value in wrong:
             try:
-                code = cli.main([command, f"--{spec.name}={value}"])
+                code = cli.main([command, *before, f"--{spec.name}={value}"])
             except SystemExit as stop:
                 code = stop.code
             said = capsys.readouterr().err.strip().splitlines()[-1]

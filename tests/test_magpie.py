@@ -65,7 +65,7 @@ def test_the_command_writes_a_question_file_of_every_kind_in_turn(tmp_path, caps
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--each", "0"], "each is 0; expected at least 1"), (["--kinds", "x"], "unknown kind of prompt x")],
+    [(["--each", "0"], "each is 0; expected a number from 1"), (["--kinds", "x"], "unknown kind of prompt x")],
 )
 def test_prompts_that_cannot_be_written_are_said(tmp_path, capsys, flags, message):
     assert cli.main(["prompts", str(tmp_path / "q.jsonl"), *flags]) == 2

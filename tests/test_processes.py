@@ -145,7 +145,7 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
         if rank:
             for owner, name in (
                 (checkpoint, "write_text"),
-                (checkpoint, "whole_folder"),
+                (checkpoint, "atomic_directory"),
                 (trainer, "held"),
                 (run_folder, "write_text"),
             ):

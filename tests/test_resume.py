@@ -24,13 +24,13 @@ from test_trainer import tiny_settings
 
 from dvirl import cli, sgp, trainer
 from dvirl.config import SGPConfig
-from dvirl.evaluation.bench import spread
+from dvirl.evaluation.questions import spread
 from dvirl.runs import checkpoint, errors
 from dvirl.runs import folder as run_folder
 from dvirl.runs import log as run_log
 from dvirl.runs.checkpoint import newest, prune, verify
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import held
+from dvirl.runs.folder import run_lock
 from dvirl.runs.interrupt import stoppable
 from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer
@@ -445,17 +445,17 @@ def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(whole, tmp_path, capfd
 
 def test_a_second_process_is_told_who_holds_a_run(tmp_path):
     with (
-        held(tmp_path),
+        run_lock(tmp_path),
         pytest.raises(DvirlError, match=rf"is in use by process {os.getpid()} on \S+; wait for it"),
-        held(tmp_path),
+        run_lock(tmp_path),
     ):
         pass
-    with held(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     for name in (".writing-x", ".gone-step-000001", "step-000002"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    with held(tmp_path):
+    with run_lock(tmp_path):
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]

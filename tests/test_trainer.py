@@ -284,4 +284,6 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
     with pytest.raises(DvirlError, match="tracker is 'paper'; expected one of auto, none, all"):
         run(tmp_path, tracker="paper")
     assert not (tmp_path / "run").exists()
-    assert trackers.chosen("all") == trackers.chosen("auto") == ["tensorboard"] and not trackers.chosen("none")
+    assert trackers.installed_trackers("all") == trackers.installed_trackers("auto") == [
+        "tensorboard"
+    ] and not trackers.installed_trackers("none")

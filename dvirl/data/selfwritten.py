@@ -1,11 +1,11 @@
 """Prompts that the model writes itself: user turns sampled behind the chat template's header (arXiv 2406.08464)."""
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import resources
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import Settings, number, positional, several
 
 TEMPERATURE = 1.0
 
@@ -127,31 +129,54 @@ def write_prompts(
     raise DvirlError(f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source")
 
 
-def main(argv: Sequence[str]) -> Path:
-    """Let a model write prompts of every kind into a question file in Spec-Bench's schema, kinds in turn.
+@dataclass(frozen=True)
+class PromptsConfig(Settings):
+    """What prompts to write, and by which model."""
+
+    out: str = positional()
+    """JSONL file to write."""
+    each: int = number(16, 1)
+    """Prompts of each kind."""
+    kinds: list[str] = several()
+    """Kinds of prompts, see `dvirl/data/openers.yaml`; all by default."""
+    model_name: str = DEFAULT_MODEL
+    """Model, folder or hub id that writes them."""
+    seed: int = number(0, 0, 2**63 - 1)
+    """Of openers and samples."""
+    dtype: str = "float32"
+    """Of the model's weights; float32 repeats best."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+parse_args = partial(
+    settings.parse_args,
+    PromptsConfig,
+    "dvirl prompts",
+    "Let a model write prompts of every kind into a question file in Spec-Bench's schema, kinds in turn.",
+)
+"""Settings from the command line; see `settings.parse_args`."""
+
+
+def main(config: PromptsConfig) -> Path:
+    """Write the question file, print where it is, and return its path.
 
     Raises:
         DvirlError: for a bad number or model, or if too few turns pass.
     """
-    parser = argparse.ArgumentParser(prog="dvirl prompts", description=main.__doc__)
-    parser.add_argument("out", help="JSONL file to write")
-    parser.add_argument("--each", type=int, default=16, help="prompts of each kind; 16 by default")
-    parser.add_argument("--kinds", nargs="+", help=f"{', '.join(Openers().table)}; all by default")
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="model, folder or hub id that writes them")
-    parser.add_argument("--seed", type=int, default=0, help="of openers and samples")
-    parser.add_argument("--dtype", default="float32", help="float32 by default, which repeats best")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args(list(argv))
-    if args.each < 1:
-        raise DvirlError(f"each is {args.each}; expected at least 1")
-    kinds, loaded = list(Openers(args.kinds).table), load(args.model_name, args.dtype, args.device)
+    kinds = list(Openers(config.kinds).table)
+    loaded = load(config.model_name, config.dtype, config.device)
     start, answer, _ = loaded.chat.frame()
-    written = [write_prompts(loaded, args.each, args.seed, Openers([kind]), min(64, 4 * args.each)) for kind in kinds]
-    prompts = [prompt[len(start) : -len(answer)] for in_turn in zip(*written, strict=True) for prompt in in_turn]
-    texts = enumerate(zip(cycle(kinds), map(loaded.tokenizer.decode, prompts), strict=False))
-    rows = [{"question_id": number, "category": kind, "turns": [text]} for number, (kind, text) in texts]
-    out = Path(args.out)
+    batch = min(64, 4 * config.each)
+    written = [write_prompts(loaded, config.each, config.seed, Openers([kind]), batch) for kind in kinds]
+    rows: list[str] = []
+    for in_turn in zip(*written, strict=True):
+        for kind, prompt in zip(kinds, in_turn, strict=True):
+            text = loaded.tokenizer.decode(prompt[len(start) : -len(answer)])
+            row = {"question_id": len(rows), "category": kind, "turns": [text]}
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    out.write_text("".join(rows), encoding="utf-8")
     print(f"written: {out}, {len(rows)} prompts")
     return out

@@ -13,9 +13,9 @@ from dvirl.evaluation.acceptance import Draft
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.runner import EvalConfig, EvalSettings, evaluate
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import circumstances
+from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
-from dvirl.runs.settings import part
+from dvirl.runs.settings import narrowed
 
 COMPARED = {
     "accept_rate": "fixed",
@@ -91,7 +91,7 @@ class Experiment:
         compared = pd.DataFrame({"before": _overall(before), "after": _overall(after)})
         content = {
             "settings": asdict(self.config),
-            **circumstances(draft.loaded),
+            **provenance(draft.loaded),
             "date": time.strftime("%Y-%m-%d"),
             "figures": {f"{name}_{when}": value for name, row in compared.iterrows() for when, value in row.items()},
             "before": before.to_dict("records"),
@@ -114,7 +114,7 @@ class Experiment:
         config = self.config
         own = {name: getattr(config, name) for name in ("dtype", "device", "threads", "seed")}
         own |= {"draft": config.run_dir, "run_dir": str(self.folder / when)}
-        return evaluate(draft, EvalConfig(**vars(part(EvalSettings, config)), **own))
+        return evaluate(draft, EvalConfig(**vars(narrowed(EvalSettings, config)), **own))
 
 
 def _overall(found: pd.DataFrame) -> pd.Series:

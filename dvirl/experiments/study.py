@@ -43,7 +43,7 @@ from dvirl.rollout import Responses, Rollout, draft_logits_at, judge
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import plain, read_metrics, write_json, write_text
+from dvirl.runs.log import read_metrics, to_plain, write_json, write_text
 from dvirl.runs.settings import Settings, from_mapping, read_yaml
 from dvirl.scale.averaging import average_adapters
 from dvirl.scale.corpus import answer
@@ -522,7 +522,7 @@ def resume(study: Study, kept: Path) -> dict[str, Row]:
     Raises:
         DvirlError: if the file holds rows of other settings.
     """
-    now = plain(asdict(study))
+    now = to_plain(asdict(study))
     lines = [line for _, line in (read_rows(str(kept)) if kept.exists() else ()) if isinstance(line, dict)]
     before, *rows = lines or [now]
     theirs = before.get("variants", {})

@@ -148,11 +148,11 @@ def main(argv: list[str]) -> None:
     cells = sweep.cells(f"{out}/cells/", args.threads)
     now = {"run": sweep.run, "base": sweep.base, "grid": sorted(sweep.grid), "threads": args.threads}
     if (path := out / "sweep.json").exists():
-        run_folder.refuse_other(path, json.loads(path.read_text()), run_log.plain(now))
+        run_folder.refuse_other_settings(path, json.loads(path.read_text()), run_log.to_plain(now))
     if args.dry_run:
         print("\n".join(shlex.join(sweep.command(cell)) for cell in cells if kept(cell) is None))
         return
-    with run_folder.held(out):
+    with run_folder.run_lock(out):
         run_log.write_json(path, now)
         run_cells(sweep, cells, args.cores // args.threads)
     table = make_table(sweep, cells)

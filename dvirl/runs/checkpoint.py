@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dvirl.config import ModelSettings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import _discard, refuse_other, run_settings, whole_folder, write_config
+from dvirl.runs.folder import _discard, atomic_directory, refuse_other_settings, run_settings, write_config
 from dvirl.runs.log import parse_line, read_text
 from dvirl.runs.settings import from_mapping, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
@@ -128,7 +128,7 @@ def save(
         state: the trainer's, tensors and numbers; None for weights alone.
     """
     folder = step_folder(run_dir, step)
-    with whole_folder(folder) as scratch:
+    with atomic_directory(folder) as scratch:
         _save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)
         if state is not None:
@@ -181,7 +181,7 @@ def export(
         loaded: the model that it drafts for.
         made: how it was made and what it reached, plain numbers and text.
     """
-    with whole_folder(folder) as scratch:
+    with atomic_directory(folder) as scratch:
         _save_adapters(peft_model, scratch, ["lora_S"])
         weights, about = (scratch / "lora_S" / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
         save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
@@ -227,7 +227,7 @@ def go_on(make: Any, kind: Any, run_dir: str | Path, config: Any = None, accept_
     path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
-        refuse_other(path, before, asdict(config), "give --accept_changes true to go on with these")
+        refuse_other_settings(path, before, asdict(config), "give --accept_changes true to go on with these")
     trainer = make(config)
     made_for = read_yaml(path).get("model", {}).get("fingerprint")
     if made_for != trainer.loaded.fingerprint:

@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def circumstances(loaded: "LoadedModel") -> dict[str, Any]:
+def provenance(loaded: "LoadedModel") -> dict[str, Any]:
     """What else a result depends on: the model's hash and how it was loaded, the versions, the machine."""
     return {
         "model": {
@@ -53,7 +53,7 @@ def circumstances(loaded: "LoadedModel") -> dict[str, Any]:
 
 def write_config(folder: Path, config: Settings, loaded: "LoadedModel", **more: Any) -> None:
     """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
-    content = {"config": asdict(config), **circumstances(loaded), **more}
+    content = {"config": asdict(config), **provenance(loaded), **more}
     write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
@@ -72,7 +72,7 @@ def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: 
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder, and clear away what a killed one left half-written.
 
     Raises:
@@ -94,7 +94,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails.
 
     Raises:
@@ -138,7 +138,7 @@ def claim(run_dir: Path, config: Settings, loaded: "LoadedModel") -> None:
     """
     path = run_dir / "config.yaml"
     if path.exists():
-        refuse_other(path, read_yaml(path).get("config", {}), asdict(config))
+        refuse_other_settings(path, read_yaml(path).get("config", {}), asdict(config))
     write_config(run_dir, config, loaded)
 
 
@@ -155,7 +155,7 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
     return settings
 
 
-def refuse_other(
+def refuse_other_settings(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], instead: str = "choose another folder"
 ) -> None:
     """See that settings kept in a file are those of now; `instead` is what else to do.

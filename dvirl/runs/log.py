@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 
-def plain(values: Any) -> Any:
+def to_plain(values: Any) -> Any:
     """The same for JSON: numbers that it cannot spell become None."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
@@ -43,7 +43,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, values: Any) -> None:
     """Write a JSON file as `write_text` does; what is not a number is null."""
-    write_text(path, json.dumps(plain(values), indent=1) + "\n")
+    write_text(path, json.dumps(to_plain(values), indent=1) + "\n")
 
 
 def log_line(path: Path, values: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ def log_line(path: Path, values: Mapping[str, Any]) -> None:
         DvirlError: if it cannot be written; no part of it is.
     """
     with path.open("ab", buffering=0) as file:
-        line, before = json.dumps(plain(values)).encode() + b"\n", file.tell()
+        line, before = json.dumps(to_plain(values)).encode() + b"\n", file.tell()
         try:
             while line:
                 line = line[file.write(line) :]

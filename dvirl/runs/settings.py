@@ -1,27 +1,32 @@
-"""How settings work: frozen dataclasses, checked when made, read from flags, YAML, namespaces and notebooks."""
+"""How settings work: frozen dataclasses, checked when made, read from the command line, YAML and namespaces."""
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser
 
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text
 
-if TYPE_CHECKING:
-    pass
-
 MANY = 1e9
 """Upper limit of counts that have no natural one."""
+
+
+MOST_BITS = 999
+"""Longer integers are refused first: Python may refuse to print them, and no float can hold them."""
+
+
+BOOLEANS = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(("false", "no", "f", "n", "0"), False)
+"""How the command line spells a value that is true or false."""
 
 
 Config = TypeVar("Config")
@@ -37,6 +42,31 @@ def choice(default: str, allowed: Sequence[str]) -> Any:
     return field(default=default, metadata={"allowed": tuple(allowed)})
 
 
+def required() -> Any:
+    """A field that has no default: its flag has to be given."""
+    return field(kw_only=True)
+
+
+def positional(default: Any = MISSING) -> Any:
+    """A field that the command line takes by its position, without a flag; it is required if it has no default."""
+    return field(default=default, kw_only=True, metadata={"positional": True})
+
+
+def several(
+    *default: Any, count: int | str = "+", limits: tuple[float, float] | None = None, positional: bool = False
+) -> Any:
+    """A list field: several values after one flag, `--name A B`.
+
+    Args:
+        default: the members by default; without any, the default is an empty list.
+        count: number of values on the command line, as argparse's `nargs`: "+", "*" or a number.
+        limits: range of each member, both ends included, if they are numbers.
+        positional: the command line takes them by their position, without a flag.
+    """
+    metadata = {"count": count, "range": limits, "positional": positional}
+    return field(default_factory=lambda: list(default), metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of all settings: every field is checked for its type, range or choice when an object is made.
@@ -48,17 +78,27 @@ class Settings:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if isinstance(value, int) and value.bit_length() > 999:  # Python need not spell it, nor can a float hold it
-                raise DvirlError(f"{spec.name} is a number of {value.bit_length()} bits; expected a smaller one")
-            if isinstance(value, str) and not (value.isprintable() and (value.strip() or not spec.default)):
-                raise DvirlError(f"{spec.name} is {value!r}; expected a name in printable letters")
-            allowed, limits = spec.metadata.get("allowed"), spec.metadata.get("range")
-            if allowed and value not in allowed:
-                raise DvirlError(f"{spec.name} is {value!r:.80}; expected one of {', '.join(allowed)}")
-            if limits and not (fits(value, float) and limits[0] <= value <= limits[1]):
-                raise DvirlError(f"{spec.name} is {value!r:.80}; expected a number from {limits[0]:g} to {limits[1]:g}")
-            if not fits(value, spec.type):
+            for member in value if isinstance(value, list) else [value]:
+                _check(spec, member)
+            if not has_type(value, spec.type):
                 raise DvirlError(f"{spec.name} is {value!r:.80}; expected {inspect.formatannotation(spec.type)}")
+
+
+def _check(spec: "dataclasses.Field[Any]", value: Any) -> None:
+    """Check a field's value, or a member of it, for everything but its type."""
+    allowed = spec.metadata.get("allowed")
+    limits = spec.metadata.get("range")
+    expected = ""
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise DvirlError(f"{spec.name} is a number of {value.bit_length()} bits; expected a smaller one")
+    if isinstance(value, str) and not (value.isprintable() and (value.strip() or not spec.default)):
+        expected = "a name in printable letters"
+    elif allowed and value not in allowed:
+        expected = f"one of {', '.join(allowed)}"
+    elif limits and not (has_type(value, float) and limits[0] <= value <= limits[1]):
+        expected = f"a number from {limits[0]:g} to {limits[1]:g}"
+    if expected:
+        raise DvirlError(f"{spec.name} is {value!r:.80}; expected {expected}")
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -68,8 +108,9 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
         DvirlError: for an unknown name, one that is missing and has no default, or a value out of range.
     """
     known = sorted(spec.name for spec in dataclasses.fields(kind))  # type: ignore[arg-type]
+    unknown = sorted(map(str, set(values) - set(known)))
     try:
-        if unknown := sorted(map(str, set(values) - set(known))):
+        if unknown:
             raise DvirlError(f"unknown setting {', '.join(unknown)[:200]}; known are {', '.join(known)}")
         return kind(**values)
     except (TypeError, ValueError) as error:
@@ -81,9 +122,9 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     return from_mapping(kind, vars(args), "arguments") if isinstance(args, Namespace) else args
 
 
-def part(kind: type[Config], given: Any) -> Config:
-    """A settings object of a class that `given`'s class extends, with the same values."""
-    return kind(**{spec.name: getattr(given, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
+def narrowed(kind: type[Config], settings: Any) -> Config:
+    """A settings object of a class that the class of `settings` extends, with the same values."""
+    return kind(**{spec.name: getattr(settings, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -105,7 +146,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _field_docs(kind: type[Any]) -> dict[str, str]:
+def field_docs(kind: type[Any]) -> dict[str, str]:
     """The docstring under each field, those of base classes included."""
     texts: dict[str, str] = {}
     for owner in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
@@ -114,47 +155,87 @@ def _field_docs(kind: type[Any]) -> dict[str, str]:
         for statement, following in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 assert isinstance(statement.target, ast.Name) and isinstance(following.value, ast.Constant)
-                texts[statement.target.id] = str(following.value.value).replace("%", "%%")
+                texts[statement.target.id] = str(following.value.value)
     return texts
 
 
-def with_help(kind: type[Config]) -> type[Config]:
-    """The same settings class with each field's docstring as its `help` metadata, which HfArgumentParser shows."""
-    texts = _field_docs(kind)
-    specs = [
-        (spec.name, spec.type, field(default=spec.default, metadata={"help": texts[spec.name]}))
-        for spec in dataclasses.fields(kind)  # type: ignore[arg-type]
-    ]
-    return dataclasses.make_dataclass(kind.__name__, specs)
-
-
 def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
-    """Settings from flags, on top of a YAML file if `--config` names one, or of those of a run that is to `--resume`.
+    """Settings from the command line, on top of a YAML file.
+
+    The file is that of `--config`, or that of the run which is to `--resume`. Flags are made from the fields; a field's
+    docstring is its help.
 
     Raises:
         DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
     """
-    first = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="", help="YAML file of settings; flags override it")
-    parser = HfArgumentParser(with_help(kind), prog=prog, description=description, parents=[first])
-    first.add_argument("--resume", default="")
-    given = first.parse_known_args(argv)[0]
-    path = given.config or (f"{given.resume}/config.yaml" if given.resume else "")
+    arguments = vars(_parser(kind, prog, description).parse_args(list(argv)))  # type: ignore[arg-type]
+    path = arguments.pop("config", "")
+    if not path and arguments.get("resume"):
+        path = f"{arguments['resume']}/config.yaml"
+    in_file: dict[str, Any] = {}
     if path:
-        values = read_yaml(path)
-        values = values["config"] if isinstance(values.get("config"), dict) else values  # a run's file has more
-        from_mapping(kind, values, path)
-        parser.set_defaults(**values)
-    args = parser.parse_args(list(argv))
-    del args.config
-    return from_mapping(kind, vars(args), "arguments")
+        in_file = read_yaml(path)
+        if isinstance(in_file.get("config"), dict):  # a run's file also has its versions and its model
+            in_file = in_file["config"]
+        # The file is checked by itself, so that a message names it; what has no default comes from the command line.
+        needed = [spec.name for spec in dataclasses.fields(kind) if _is_required(spec)]  # type: ignore[arg-type]
+        from_mapping(kind, {**{name: arguments[name] for name in needed}, **in_file}, path)
+    return from_mapping(kind, {**in_file, **arguments}, "arguments")
 
 
-def fits(value: Any, kind: Any) -> bool:
+@functools.cache
+def _parser(kind: type[Any], prog: str, description: str) -> ArgumentParser:
+    """A parser that returns only what was given: defaults are the settings class's own."""
+    parser = ArgumentParser(prog=prog, description=description, argument_default=SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
+    texts = field_docs(kind)
+    for spec in dataclasses.fields(kind):
+        _add_argument(parser, spec, texts[spec.name].replace("%", "%%"))
+    return parser
+
+
+def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: str) -> None:
+    """Let the command line take one field."""
+    options: dict[str, Any] = {"type": spec.type}
+    default = spec.default if spec.default_factory is MISSING else spec.default_factory()
+    if default not in (MISSING, "", []):
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    if get_origin(spec.type) is list:
+        options = {"type": get_args(spec.type)[0], "nargs": spec.metadata["count"]}
+    elif spec.type is bool:
+        options = {"type": _boolean, "nargs": "?", "const": True}
+    if spec.metadata.get("positional"):
+        nargs = options.get("nargs", None if default is MISSING else "?")
+        parser.add_argument(spec.name, help=text, **{**options, "nargs": nargs})
+        return
+    parser.add_argument(f"--{spec.name}", help=text, required=_is_required(spec), **options)
+    if default is True:
+        parser.add_argument(
+            f"--no_{spec.name}", dest=spec.name, action="store_false", help=f"the same as --{spec.name} false"
+        )
+
+
+def _is_required(spec: "dataclasses.Field[Any]") -> bool:
+    return spec.default is MISSING and spec.default_factory is MISSING
+
+
+def _boolean(text: str) -> bool:
+    """The value of a flag that is true or false."""
+    if text.lower() not in BOOLEANS:
+        raise ArgumentTypeError(f"{text!r} is neither true nor false")
+    return BOOLEANS[text.lower()]
+
+
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value is of a type, and its members of theirs; a whole number is a float too, a bool is no number."""
     if isinstance(kind, UnionType):
-        return any(fits(value, one) for one in get_args(kind))
-    if type(value) is get_origin(kind):  # list[inner] or dict[inner, last]
-        (inner, *_, last), values = get_args(kind) * 2, value.values() if isinstance(value, dict) else ()
-        return all(fits(one, inner) for one in value) and all(fits(one, last) for one in values)
+        return any(has_type(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        (member_kind,) = get_args(kind)
+        return type(value) is list and all(has_type(member, member_kind) for member in value)
+    if get_origin(kind) is dict:
+        key_kind, value_kind = get_args(kind)
+        return type(value) is dict and all(
+            has_type(key, key_kind) and has_type(member, value_kind) for key, member in value.items()
+        )
     return kind in (Any, object) or type(value) in ((int, float) if kind is float else (kind,))

@@ -18,7 +18,7 @@ Track = Callable[[Mapping[str, Any]], None]
 """Takes one step's figures, `step` among them; what is no number is passed over."""
 
 
-def chosen(name: str) -> list[str]:
+def installed_trackers(name: str) -> list[str]:
     """The trackers that a name of `TRACKERS` stands for.
 
     Raises:
@@ -40,7 +40,7 @@ def tracking(name: str, run_dir: Path, settings: Mapping[str, Any]) -> Iterator[
         DvirlError: for one that is not installed.
     """
     trackers = []
-    for kind in map(LOGGER_TYPE_TO_CLASS.get, chosen(name)):
+    for kind in map(LOGGER_TYPE_TO_CLASS.get, installed_trackers(name)):
         trackers.append(kind("dvirl", *([str(run_dir)] if kind.requires_logging_directory else [])))
         trackers[-1].store_init_configuration(dict(settings))
 

@@ -1,9 +1,10 @@
 """Federated averaging: what several clients trained becomes one adapter. `dvirl average-adapters`."""
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import whole_folder
+from dvirl.runs.folder import atomic_directory
 from dvirl.runs.log import parse_line, read_text
+from dvirl.runs.settings import MANY, Settings, positional, several
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -54,7 +57,7 @@ def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | N
     if target.exists():
         raise DvirlError(f"{target} exists already; choose another name, or remove it")
     parts = _common_parts(paths)
-    with whole_folder(target) as scratch:
+    with atomic_directory(target) as scratch:
         for part in parts:
             (scratch / part).parent.mkdir(exist_ok=True)
             mean = _mean([path / part for path in paths], [value / sum(values) for value in values])
@@ -122,11 +125,22 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Average the given folders and print where the result is."""
-    parser = argparse.ArgumentParser(prog="dvirl average-adapters", description=__doc__)
-    parser.add_argument("out", help="folder to make")
-    parser.add_argument("folders", nargs="+", help="adapter folders or checkpoints, all of one kind")
-    parser.add_argument("--tokens", type=int, nargs="+", help="tokens that each was trained on; equal if not given")
-    args = parser.parse_args(list(argv))
-    print(average_adapters(args.folders, args.tokens, args.out))
+@dataclass(frozen=True)
+class AverageConfig(Settings):
+    """What to average, and by which weights."""
+
+    out: str = positional()
+    """Folder to make."""
+    folders: list[str] = several(positional=True)
+    """Adapter folders or checkpoints, all of one kind."""
+    tokens: list[int] = several(limits=(0, MANY))
+    """Tokens that each was trained on, which are its weight; all are equal by default."""
+
+
+parse_args = partial(settings.parse_args, AverageConfig, "dvirl average-adapters", "Average the adapters of clients.")
+"""Settings from the command line; see `settings.parse_args`."""
+
+
+def main(config: AverageConfig) -> None:
+    """Average the folders and print where the result is."""
+    print(average_adapters(config.folders, config.tokens or None, config.out))
