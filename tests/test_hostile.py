@@ -31,6 +31,7 @@ from dvirl.data.stream import load_prompts
 from dvirl.evaluation.measure import timed
 from dvirl.evaluation.spec_bench import resume_answers
 from dvirl.experiments.study import Study
+from dvirl.experiments.sweep import Sweep
 from dvirl.models.chat import LLAMA2_TAGS, ChatEncoder
 from dvirl.models.loading import load
 from dvirl.rollout import generate
@@ -263,7 +264,7 @@ def settings_classes() -> list[type[Settings]]:
     """Every settings class of the package."""
     modules = [importlib.import_module(one.name) for one in pkgutil.walk_packages(dvirl.__path__, "dvirl.")]
     found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)} - {Settings}
-    found -= {Study}  # of lists and mappings; tests/test_study.py and test_fuzz.py
+    found -= {Study, Sweep}  # of lists and mappings; tests/test_study.py, test_sweep.py and test_fuzz.py
     return sorted((kind for kind in found if issubclass(kind, Settings)), key=lambda kind: kind.__name__)
 
 

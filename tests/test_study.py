@@ -28,10 +28,11 @@ from dvirl.experiments import figures as figures_module
 from dvirl.experiments import grid, runner, streams
 from dvirl.experiments import study as study_module
 from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier
-from dvirl.experiments.runner import summary as summarise
 from dvirl.experiments.staleness import stale_gradients
 from dvirl.experiments.streams import adaptation_figures
-from dvirl.experiments.study import Study, new_trainer, row_name
+from dvirl.experiments.study import Study, new_trainer
+from dvirl.experiments.summary import row_name
+from dvirl.experiments.summary import summary as summarise
 from dvirl.runs import checkpoint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
@@ -411,11 +412,13 @@ def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tm
         ({"base": {**more.base, "draft_len": 3}}, "base"),
         ({"starts": {"x": None}}, "starts"),
         ({"extra": {"x": 1}}, "extra"),
-        ({"seeds": [0]}, "seed 1"),
-        ({"variants": {"kl": {"schedule": "kl", "kl_kind": "js"}, "rl": TWO["rl"]}}, "variant kl"),
-        ({"variants": {"kl": TWO["kl"]}}, "variant rl"),
+        ({"seeds": [0]}, "seeds"),
+        ({"variants": {"kl": {"schedule": "kl", "kl_kind": "js"}, "rl": TWO["rl"]}}, "variants"),
+        ({"variants": {"kl": TWO["kl"]}}, "variants"),
     ):
-        with pytest.raises(DvirlError, match=rf"x\.rows\.jsonl is of another study \({said}\); remove it, or"):
+        with pytest.raises(
+            DvirlError, match=rf"x\.rows\.jsonl: the run there has other settings: {said} \(.*; remove it, or"
+        ):
             runner.run(replace(more, **changes), kept)
         assert kept.read_text() == before
     kept.write_text(before.splitlines(keepends=True)[0])  # settings without rows bind nobody
@@ -458,7 +461,8 @@ def test_a_bad_task_is_one_sentence_and_the_others_rows_stay(tmp_path, capsys):
     assert len(said) == 1 and said[0].startswith("dvirl: ") and "9" in said[0]
     assert len((tmp_path / "out.rows.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "out.json").exists()
     assert cli([*command, "--set", "draft_len=3"]) == 2
-    assert "out.rows.jsonl is of another study (base); remove it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "out.rows.jsonl: the run there has other settings: base (" in said and "; remove it, or give another" in said
 
 
 def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp_path, capsys):

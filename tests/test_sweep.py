@@ -195,12 +195,12 @@ def test_a_folder_of_another_sweep_is_refused(there, capsys, flags, changes, mes
     ("changes", "message"),
     [
         ({"grd": {}}, "s.yaml: unknown setting grd; known are base, grid, name, run"),
-        ({"grid": {}}, "a sweep needs run (text) and grid (settings)"),
-        ({"grid": None}, "a sweep needs run (text) and grid (settings)"),
-        ({"grid": [1, 2]}, "a sweep needs run (text) and grid (settings)"),
-        ({"base": None}, "base is settings"),
-        ({"name": 5}, "name text"),
-        ({"grid": {"seed": 3}}, "grid has seed: 3; expected a list of different values"),
+        ({"grid": {}}, "grid is empty; expected values by setting"),
+        ({"grid": None}, "grid is None; expected dict[str, list[object]]"),
+        ({"grid": [1, 2]}, "grid is [1, 2]; expected dict[str, list[object]]"),
+        ({"base": None}, "base is None; expected dict[str, object]"),
+        ({"name": 5}, "name is 5; expected str"),
+        ({"grid": {"seed": 3}}, "grid is {'seed': 3}; expected dict[str, list[object]]"),
         ({"grid": {"seed": []}}, "grid has seed: []; expected a list of different values"),
         ({"grid": {"seed": [1, 1]}}, "grid has seed: [1, 1]; expected a list of different values"),
         ({"grid": {"draft_len": [1]}}, "draft_len: set by base and grid both"),
@@ -211,7 +211,7 @@ def test_a_folder_of_another_sweep_is_refused(there, capsys, flags, changes, mes
             "run is 'none.ipynb'; expected a notebook that exists or one of train, sgp, experiment",
         ),
         ({"run": "bench"}, "run is 'bench'; expected a notebook that exists or one of train"),
-        ({"run": ["train"]}, "a sweep needs run (text)"),
+        ({"run": ["train"]}, "run is ['train']; expected str"),
         ({"grid": {"exit_layr": [1]}}, "train: unknown setting exit_layr"),
         ({"grid": {"exit_layer": [4, 0]}}, "exit_layer is 0; expected a number"),
         ({"run": "sgp"}, "sgp: unknown setting draft_len"),
@@ -226,7 +226,10 @@ def test_bad_input_is_one_sentence_and_nothing_runs(there, capsys, changes, mess
 
 def test_yaml_names_that_are_no_text_and_bad_cores_are_one_sentence_too(there, capsys):
     Path("s.yaml").write_text("run: train\ngrid: {4: [1]}\n")
-    assert cli(["sweep", "s.yaml"]) == 2 and "train: unknown setting 4;" in capsys.readouterr().err
+    assert (
+        cli(["sweep", "s.yaml"]) == 2
+        and "grid is {4: [1]}; expected dict[str, list[object]]" in capsys.readouterr().err
+    )
     assert sweep("--threads", "5") == 2 and "threads is 5; expected 1 to the 4 cores" in capsys.readouterr().err
     assert sweep("--threads", "0") == 2 and "threads is 0" in capsys.readouterr().err
     assert cli(["sweep", "none.yaml"]) == 2 and "none.yaml: No such file" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from dvirl.config import DraftSettings, DVIConfig, SGPConfig
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.data.stream import PromptSplit, PromptStream, load_prompts
 from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier, thinned_curve
-from dvirl.experiments.study import Prompts, Row, Task, free_memory, load_model, new_trainer
+from dvirl.experiments.study import Prompts, Task, free_memory, load_model, new_trainer
+from dvirl.experiments.summary import Row
 from dvirl.experiments.tape import Tape
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError

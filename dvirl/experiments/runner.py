@@ -6,21 +6,17 @@ Rows are kept in OUT.rows.jsonl as they come, and the same command goes on where
 import json
 import math
 import multiprocessing
-import shlex
 import sys
 import tempfile
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 
@@ -28,10 +24,11 @@ from dvirl.data.sources import read_rows
 from dvirl.experiments.grid import grid
 from dvirl.experiments.staleness import staleness
 from dvirl.experiments.streams import adaptation, federated
-from dvirl.experiments.study import Row, Study, Task, free_memory, row_name
+from dvirl.experiments.study import Study, Task, free_memory
+from dvirl.experiments.summary import Row, command_record, row_name, summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import environment
+from dvirl.runs.folder import refuse_other_settings
 from dvirl.runs.log import to_plain, write_json, write_text
 from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml, several
 
@@ -47,9 +44,6 @@ SHOWN = ("accept_rate", "agreement", "ece", "ppl", "drift_kl", "first_end", "the
 """Figures that the printed table shows, where a study has them."""
 SAME = ("kind", "base", "starts", "extra")
 """Settings that must not change while a file of rows grows; seeds and variants may be added."""
-
-Summary = dict[str, dict[str, dict[str, float]]]
-"""Mean, standard deviation and number of seeds by start and variant, and by figure."""
 
 
 def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -> dict[str, Row]:
@@ -68,7 +62,7 @@ def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -
     done = set(resume(study, kept))
     deadline = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="dvirl-study-") as shared:
-        tasks = []
+        tasks: list[Task] = []
         for seed in study.seeds:
             tasks += [Task(study, seed, start, done, kept, deadline, Path(shared)) for start in study.starts]
         tasks = [task for task in tasks if any(task.due())]
@@ -92,16 +86,16 @@ def resume(study: Study, kept: Path) -> dict[str, Row]:
         DvirlError: if the file holds rows of other settings.
     """
     now = to_plain(asdict(study))
-    lines = []
+    lines: list[dict[str, Any]] = []
     if kept.exists():
         lines = [line for _, line in read_rows(str(kept)) if isinstance(line, dict)]
     before, *rows = lines or [now]
-    variants = before.get("variants", {})
-    changed = [name for name in SAME if before.get(name) != now[name]]
-    changed += [f"variant {name}" for name in variants if variants[name] != now["variants"].get(name)]
-    changed += [f"seed {seed}" for seed in before.get("seeds", []) if seed not in now["seeds"]]
-    if rows and changed:
-        raise DvirlError(f"{kept} is of another study ({', '.join(changed)}); remove it, or give another --out")
+    if rows:
+        # Of the seeds and variants, those that the file has must be here unchanged.
+        common = {name: now[name] for name in SAME}
+        common["variants"] = {name: now["variants"].get(name) for name in before.get("variants", {})}
+        common["seeds"] = [seed for seed in before.get("seeds", []) if seed in now["seeds"]]
+        refuse_other_settings(kept, before, common, "remove it, or give another --out")
     write_text(kept, "".join(json.dumps(line) + "\n" for line in [now, *rows]))
     return {row_name(row): row for row in rows}
 
@@ -142,35 +136,6 @@ def keep(kept: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         figures = [f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)]
         print(f"{row_name(row)}: {', '.join(figures[:9])}", file=sys.stderr, flush=True)
-
-
-def summary(rows: Sequence[Row]) -> Summary:
-    """Mean and standard deviation over seeds of every figure, by start and variant."""
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        for figure, value in row["figures"].items():
-            groups[row_name(row, keys=("start", "variant"))][figure].append(float(value))
-    table: Summary = {}
-    for name, figures in groups.items():
-        table[name] = {figure: _over_seeds(values) for figure, values in figures.items()}
-    return table
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Over the seeds that have a value: a verifier that says nothing any more has no agreement."""
-    known = [value for value in values if not math.isnan(value)]
-    mean = fmean(known) if known else math.nan
-    return {"mean": mean, "std": stdev(known) if len(known) > 1 else 0.0, "n": len(known)}
-
-
-def summary_table(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The first figures of every variant as text, mean ± standard deviation over seeds."""
-    cells: dict[str, dict[str, str]] = {}
-    for variant, figures in table.items():
-        shown = [name for name in SHOWN if name in figures]
-        cells[variant] = {name: f"{figures[name]['mean']:.3f} ± {figures[name]['std']:.3f}" for name in shown}
-    frame = pd.DataFrame.from_dict(cells, orient="index")
-    return frame.reindex(columns=[name for name in SHOWN if name in frame]).to_string(na_rep="")
 
 
 @dataclass(frozen=True)
@@ -229,20 +194,20 @@ def main(argv: Sequence[str]) -> Path:
     began = time.time()
     rows = run(study, kept, command.workers, command.minutes)
     missing = [name for name in study.row_names() if name not in rows]
+    found = list(rows.values())
+    table = summary(found)
     content = {
         "question": study.question,
-        "command": shlex.join(["dvirl", "study", *argv]),
-        "date": time.strftime("%Y-%m-%d"),
+        **command_record("study", argv),
         "seconds": round(time.time() - began),
-        **environment(),
         "settings": asdict(study),
         "complete": not missing,
         "missing": missing,
-        "summary": summary(list(rows.values())),
-        "rows": list(rows.values()),
+        "summary": table,
+        "rows": found,
     }
     write_json(out, content)
-    print(summary_table(content["summary"]))
+    print(summary_table(table, SHOWN))
     print(f"written: {out}")
     if missing:
         print(f"{len(missing)} rows are missing, {'; '.join(missing)}; the same command goes on with them")

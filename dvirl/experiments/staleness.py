@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dvirl.buffer import TrainingBatch
 from dvirl.config import DVIConfig
-from dvirl.experiments.study import Row, Task, new_trainer
+from dvirl.experiments.study import Task, new_trainer
+from dvirl.experiments.summary import Row
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.rollout import draft_logits_at

@@ -11,7 +11,8 @@ from typing import Any
 from dvirl.config import DVIConfig
 from dvirl.data.stream import load_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.experiments.study import Prompts, Row, Task, free_memory, load_model, trainer_on
+from dvirl.experiments.study import Prompts, Task, free_memory, load_model, trainer_on
+from dvirl.experiments.summary import Row
 from dvirl.rollout import Responses
 from dvirl.runs import checkpoint
 from dvirl.scale.averaging import average_adapters

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from dvirl.config import DVIConfig
 from dvirl.data.stream import PromptSplit, PromptStream, load_prompts
+from dvirl.experiments.summary import Row, row_name
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import Settings, from_mapping
@@ -19,7 +20,6 @@ from dvirl.trainer import DVITrainer
 KINDS = ("grid", "staleness", "adaptation", "federated")
 UNTRAINED: dict[str, dict[str, Any] | None] = {"untrained": None}
 """The start of a study that names none."""
-Row = dict[str, Any]
 Prompts = list[list[int]]
 
 
@@ -105,11 +105,6 @@ class Study(Settings):
                 for variant in self.variants:
                     names += [row_name(row) for row in self.blank_rows(seed, start, variant)]
         return names
-
-
-def row_name(row: Row, *, keys: Sequence[str] = ("start", "variant", "seed")) -> str:
-    """Start (of a grid), variant and seed."""
-    return "/".join(str(row[key]) for key in keys if key in row)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@ A cell is a notebook under papermill or a dvirl command. The same command again 
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from threading import Event
@@ -23,9 +25,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from dvirl.config import DVIConfig, SGPConfig
+from dvirl.experiments.summary import Row, command_record, summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import environment, refuse_other_settings, run_lock
+from dvirl.runs.folder import refuse_other_settings, run_lock
 from dvirl.runs.log import read_metrics, to_plain, write_json
 from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml
 
@@ -45,16 +48,16 @@ Cell = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Settings):
     """What to run, and the grid of its settings.
 
     Raises:
         DvirlError: when made with a notebook or command that does not exist, or with a bad grid or setting.
     """
 
-    run: str = ""
+    run: str
     """Path of a notebook (.ipynb), or train, sgp, experiment or sgp-experiment."""
-    grid: dict[str, list[object]] = field(default_factory=dict)
+    grid: dict[str, list[object]]
     """Values by setting; every combination is a cell."""
     base: dict[str, object] = field(default_factory=dict)
     """Settings of all cells."""
@@ -62,24 +65,22 @@ class Sweep:
     """What the progress bar calls it."""
 
     def __post_init__(self) -> None:
-        kinds = [type(value) for value in (self.run, self.name, self.grid, self.base)]
-        if kinds != [str, str, dict, dict] or not self.grid:
-            raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {self!s:.99}")
+        super().__post_init__()
         is_notebook = self.run.endswith(".ipynb") and os.path.isfile(self.run)
         if self.run not in COMMANDS and not is_notebook:
             known = ", ".join(COMMANDS)
             raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {known}")
+        if not self.grid:
+            raise DvirlError("grid is empty; expected values by setting")
         for name, values in self.grid.items():
-            different = {str(value) for value in values} if isinstance(values, list) else set()
-            if not different or len(different) < len(values):
+            if not values or len(set(map(str, values))) < len(values):
                 raise DvirlError(f"grid has {name!s:.80}: {values!r:.80}; expected a list of different values")
-        if any(islice(product(*self.grid.values()), MOST_CELLS, None)):
+        if math.prod(map(len, self.grid.values())) > MOST_CELLS:
             raise DvirlError(f"grid makes more than {MOST_CELLS:,} cells")
-        names = {*self.base, *self.grid}
-        taken = (SET_BY_SWEEP & names) | (set(self.base) & set(self.grid))
+        taken = {*self.base, *self.grid} & SET_BY_SWEEP | {*self.base} & {*self.grid}
         if taken:
-            taken_names = ", ".join(sorted(taken))
-            raise DvirlError(f"{taken_names}: set by base and grid both, or for each cell by the sweep")
+            names = ", ".join(sorted(taken))
+            raise DvirlError(f"{names}: set by base and grid both, or for each cell by the sweep")
         kind = COMMANDS.get(self.run)
         if kind is not None:
             for cell in self.cells("", 1):
@@ -87,7 +88,7 @@ class Sweep:
 
     def cells(self, out: str, threads: int) -> list[Cell]:
         """All cells in the grid's order, with folders in `out`, which ends in a slash."""
-        cells = []
+        cells: list[Cell] = []
         for values in product(*self.grid.values()):
             point = dict(zip(self.grid, values, strict=True))
             folder = out + urlencode(point).replace("&", ",")
@@ -109,11 +110,16 @@ class Sweep:
         return [*program, "dvirl.cli", self.run, *(f"--{name}={value}" for name, value in arguments.items())]
 
 
+def folder_of(cell: Cell) -> Path:
+    """The folder that only this cell writes into."""
+    return Path(str(cell["run_dir"]))
+
+
 def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
     """Run a cell in an emptied folder until it ends or is told to stop; `cell.json` appears, whole, if it succeeds."""
-    folder = Path(str(cell["run_dir"]))
+    folder = folder_of(cell)
     command = sweep.command(cell)
-    began = pd.Timestamp.now()
+    began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / "log.txt").open("wb") as log, Popen(command, stdin=DEVNULL, stdout=log, stderr=log) as process:
@@ -121,9 +127,8 @@ def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
             pass
         process.terminate()  # does nothing to a process that has ended
     if process.returncode == 0:
-        seconds = (pd.Timestamp.now() - began).total_seconds()
-        about = {"settings": cell, "command": shlex.join(command), "seconds": seconds}
-        write_json(folder / "cell.json", {**about, "figures": read_figures(folder)})
+        record = {"settings": cell, "command": shlex.join(command), "seconds": time.monotonic() - began}
+        write_json(folder / "cell.json", {**record, "figures": read_figures(folder)})
 
 
 def read_figures(folder: Path) -> dict[str, float]:
@@ -142,8 +147,8 @@ def read_figures(folder: Path) -> dict[str, float]:
 
 
 def kept_figures(cell: Cell) -> dict[str, float] | None:
-    """The figures of a cell that is done; `main` has seen to it that its settings are the same."""
-    path = Path(f"{cell['run_dir']}/cell.json")
+    """The figures of a cell that is done; `main` has checked that its settings are the same."""
+    path = folder_of(cell) / "cell.json"
     return dict(json.loads(path.read_text())["figures"]) if path.exists() else None
 
 
@@ -157,6 +162,7 @@ def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
     missing = missing_cells(cells)
     stop = Event()
     pool = ThreadPoolExecutor(at_once)
+    # By default SIGTERM would end this process at once, and leave the cells' processes running.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         results = pool.map(lambda cell: run_cell(sweep, cell, stop), missing)
@@ -169,21 +175,24 @@ def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
 
 def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:
     """A row for each cell: what the grid sets and its figures; printed, also with means ± deviations over seeds."""
-    rows = [{**{name: cell[name] for name in sweep.grid}, **(kept_figures(cell) or {})} for cell in cells]
-    table = pd.DataFrame(rows)
+    lines: list[Cell] = []
+    rows: list[Row] = []
+    for cell in cells:
+        point = {name: cell[name] for name in sweep.grid}
+        figures = kept_figures(cell) or {}
+        lines.append({**point, **figures})
+        point.pop("seed", None)
+        rows.append({"variant": urlencode(point), "figures": figures})
+    table = pd.DataFrame(lines)
     print(table.to_string(index=False, float_format="{:.6g}".format, na_rep="-"))
     if "seed" in sweep.grid:
-        names = [name for name in sweep.grid if name != "seed"]
-        points = [urlencode({name: cell[name] for name in names}) for cell in cells]
-        over_seeds = table.drop(columns=[*sweep.grid]).groupby(points, sort=False)
-        spread = over_seeds.mean().map("{:.6g}".format) + over_seeds.std().map(" ± {:.2g}".format)
-        print("\nover seeds:\n" + spread.to_string())
+        print("\nover seeds:\n" + summary_table(summary(rows), table.columns))
     return table
 
 
-def last_words(cell: Cell) -> str:
-    """The last line that a failed cell said, and where the rest is."""
-    log = Path(f"{cell['run_dir']}/log.txt")
+def last_line(cell: Cell) -> str:
+    """The last line in the log of a failed cell, and where the rest is."""
+    log = folder_of(cell) / "log.txt"
     lines = log.read_text(errors="replace").strip().splitlines()
     return f"{log} ends with: {lines[-1] if lines else ''}"
 
@@ -235,9 +244,9 @@ def main(argv: Sequence[str]) -> None:
         run_cells(sweep, cells, command.cores // command.threads)
     table = make_table(sweep, cells)
     table.to_csv(out / "table.csv", index=False)
-    failed = [last_words(cell) for cell in missing_cells(cells)]
-    about = {"command": shlex.join(["dvirl", "sweep", *argv]), "date": str(pd.Timestamp.now().date()), "failed": failed}
-    write_json(out / "table.json", {**about, **environment(), "rows": table.to_dict("records")})
+    failed = [last_line(cell) for cell in missing_cells(cells)]
+    content = {**command_record("sweep", argv), "failed": failed, "rows": table.to_dict("records")}
+    write_json(out / "table.json", content)
     print(f"written: {out}/table.csv, {out}/table.json")
     if failed:
         raise DvirlError("\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed]))
