@@ -8,6 +8,7 @@ counts; the time in which CUDA graphs are captured is reported apart.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from statistics import fmean, median
 from typing import Any
 
@@ -80,8 +81,7 @@ def compare(
     model = drafter.model
     run = decoders([GENERATE, *WAYS], ways(longest), model, drafter.loaded, limit)
     with model.base_model.folded():
-        first = next(iter(sets.values()))
-        for prompt in first[:WARM_UP]:
+        for prompt in next(iter(sets.values()))[:WARM_UP]:
             for decode in run.values():
                 decode(prompt)
         for name, prompts in sets.items():
@@ -90,17 +90,17 @@ def compare(
             for turn, prompt in enumerate(tqdm(prompts, desc=name, unit="question", leave=False)):
                 for way in in_turn(list(run), turn):
                     answers[way].append(run[way](prompt))
-            yield name, {way: _speed(answers[way], answers[PLAIN], costs) for way in run}
-
-
-def _expected_s(answer: Answer, costs: StepCosts) -> float:
-    """Seconds that the blocks of an answer should take, without the prefill."""
-    return sum(costs.block(*drafts) for drafts in answer.drafts) / 1e3
+            speeds = {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
+            yield name, speeds
 
 
 def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts) -> Speed:
     counts = tally(answers)
-    ideals = [_expected_s(answer, costs) / answer.decoding_s for answer in answers if len(answer.blocks) > 1]
+    ideals = []
+    for answer in answers:
+        if len(answer.blocks) > 1:
+            expected_ms = sum(costs.block(*drafts) for drafts in answer.drafts)
+            ideals.append(expected_ms / 1e3 / answer.decoding_s)
     pairs = list(zip(answers, plain, strict=True))
     return Speed(
         tok_per_s=fmean(answer.tok_per_s for answer in answers),
@@ -115,7 +115,11 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
 
 @torch.no_grad()
 def batched(
-    drafter: LoadedDrafter, prompts: list[list[int]], limit: int, rows: int, longest: int
+    drafter: LoadedDrafter,
+    prompts: list[list[int]],
+    limit: int,
+    rows: int,
+    longest: int,
 ) -> dict[str, dict[str, float]]:
     """Tokens a second of `rows` texts at once, and of the same texts one after the other; medians over groups.
 
@@ -131,9 +135,9 @@ def batched(
     """
     model = drafter.model
     base = model.base_model
-    groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
-    if not groups:
+    if rows > len(prompts):
         raise DvirlError(f"rows is {rows}; expected at most the {len(prompts)} questions")
+    groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
 
     def rate(batches: Sequence[list[list[int]]], how: DecodeConfig) -> float:
         captured_s = base.capture_s
@@ -144,21 +148,18 @@ def batched(
             tokens += sum(len(answer.tokens) for answer in decoded)
         return tokens / (model.now() - start - (base.capture_s - captured_s))
 
+    names = (f"batch {rows} tok_per_s", "batch 1 tok_per_s", "over batch 1")
     figures: dict[str, dict[str, float]] = {}
     with base.folded():
         for way in BATCHED:
             how = ways(longest)[way]
             rate(groups[:1], how)  # warms up
-            together = []
-            alone = []
+            rates = []
             for group in tqdm(groups, way, leave=False):
-                together.append(rate([group], how))
-                alone.append(rate([[prompt] for prompt in group], how))
-            figures[way] = {
-                f"batch {rows} tok_per_s": median(together),
-                "batch 1 tok_per_s": median(alone),
-                "over batch 1": median(wide / single for wide, single in zip(together, alone, strict=True)),
-            }
+                together = rate([group], how)
+                alone = rate([[prompt] for prompt in group], how)
+                rates.append((together, alone, together / alone))
+            figures[way] = dict(zip(names, pd.DataFrame(rates).median(), strict=True))
     return figures
 
 
@@ -219,7 +220,12 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
     print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
     figures: dict[str, dict[str, Any]] = {}
-    content = {"arguments": asdict(config), **provenance(drafter.loaded), "costs": asdict(costs), "figures": figures}
+    content = {
+        "arguments": asdict(config),
+        **provenance(drafter.loaded),
+        "costs": asdict(costs),
+        "figures": figures,
+    }
 
     def keep() -> None:
         content["capture_s"] = drafter.model.base_model.capture_s
@@ -233,7 +239,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         print(f"{name}\n{table(figures[name])}", flush=True)
         keep()
     if config.rows:
-        everything = [prompt for prompts in sets.values() for prompt in prompts]
+        everything = [*chain(*sets.values())]
         content["batched"] = batched(drafter, everything, config.max_new_tokens, config.rows, config.draft_len)
         print(table(content["batched"]))
         keep()

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -198,21 +199,23 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
     model = drafter.model
     eos_ids = drafter.loaded.eos_ids
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
-    prompts = spread([prompt for prompts in sets.values() for prompt in prompts], config.num_questions)
+    prompts = spread([*chain(*sets.values())], config.num_questions)
     answers: dict[int, list[Answer]] = {count: [] for count in (0, *lengths)}
     with model.base_model.folded():
         costs = model.step_costs(max(lengths))
         for prompt in [prompts[0], *tqdm(prompts, desc="checking", unit="question", leave=False)]:
             for count, given in answers.items():
                 given.append(timed(model, prompt, config.max_new_tokens, DecodeConfig(count), eos_ids))
-    speeds: dict[int, float] = {}
+
+    def speed(count: int) -> float:
+        counted = answers[count][1:]  # the first one warmed up
+        tokens = sum(len(answer.tokens) - 1 for answer in counted)
+        return tokens / sum(answer.decoding_s for answer in counted)
+
     checked = []
-    for count, (_, *given) in answers.items():  # the first one warmed up
-        tokens = sum(len(answer.tokens) - 1 for answer in given)
-        speeds[count] = tokens / sum(answer.decoding_s for answer in given)
-        if count:
-            rate = tally(given).accept_rate
-            checked.append(Checked(count, rate, costs.speedup(rate, count), speeds[count] / speeds[0]))
+    for count in lengths:
+        rate = tally(answers[count][1:]).accept_rate
+        checked.append(Checked(count, rate, costs.speedup(rate, count), speed(count) / speed(0)))
     return checked
 
 

@@ -211,8 +211,19 @@ def _trace_lines(
 ) -> list[Line]:
     """The accept events of each turn."""
     method, repeat, question = asked
-    about = {"method": method, "question_id": question.question_id, "category": question.category, "repeat": repeat}
-    return [(TRACE, accept_events(answer.blocks, words, **about, turn=turn)) for turn, answer in enumerate(answers)]
+    lines = []
+    for turn, answer in enumerate(answers):
+        events = accept_events(
+            answer.blocks,
+            words,
+            method=method,
+            question_id=question.question_id,
+            category=question.category,
+            turn=turn,
+            repeat=repeat,
+        )
+        lines.append((TRACE, events))
+    return lines
 
 
 # Judging
@@ -228,8 +239,8 @@ def drifted(draft: Draft, questions: Sequence[Question], answers: dict[int | str
     for question in questions:
         choice = answers[question.question_id]["choices"][0]
         prompts = prompts_of(question, choice["turns"], draft.loaded)
-        for prompt, tokens in zip(prompts, choice["tokens"], strict=True):
-            found = verifier_sums(draft.loaded.model, [make_example(prompt, tokens)], draft.target)
+        for turn in zip(prompts, choice["tokens"], strict=True):
+            found = verifier_sums(draft.loaded.model, [make_example(*turn)], draft.target)
             sums[question.task] += found
             sums[OVERALL] += found
     rows = [{"task": task, **verifier_figures(total)} for task, total in sums.items()]
