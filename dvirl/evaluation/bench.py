@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dvirl.evaluation.measure import Answer, in_turn, tally
-from dvirl.evaluation.methods import GENERATE, PLAIN, decode_configs, decoders
+from dvirl.evaluation.measure import Answer, tally
+from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_configs, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.models.drafters import LoadedDrafter, load_drafter
 from dvirl.runs import settings
@@ -86,10 +86,7 @@ def compare(
                 decode(prompt)
         for name, prompts in sets.items():
             costs = model.measure_costs(longest)
-            answers: dict[str, list[Answer]] = {way: [] for way in run}
-            for turn, prompt in enumerate(tqdm(prompts, desc=name, unit="question", leave=False)):
-                for way in in_turn(list(run), turn):
-                    answers[way].append(run[way](prompt))
+            answers = answer_in_turn(run, prompts, name)
             speeds = {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
             yield name, speeds
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from dvirl import plots
-from dvirl.evaluation.measure import Answer, tally, timed
+from dvirl.evaluation.measure import tally
+from dvirl.evaluation.methods import answer_in_turn, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
@@ -197,24 +198,22 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
     """Compare the cost model with the clock on a drafter's own questions, at some draft lengths."""
     drafter = load_drafter(config.check, dtype=config.dtype, device=config.device)
     model = drafter.model
-    eos_ids = drafter.loaded.eos_ids
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     prompts = spread([*chain(*sets.values())], config.num_questions)
-    answers: dict[int, list[Answer]] = {count: [] for count in (0, *lengths)}
+    configs = {str(count): DecodeConfig(count) for count in (0, *lengths)}
+    run = decoders([*configs], configs, model, drafter.loaded, config.max_new_tokens)
     with model.base_model.folded():
         costs = model.step_costs(max(lengths))
-        for prompt in [prompts[0], *tqdm(prompts, desc="checking", unit="question", leave=False)]:
-            for count, given in answers.items():
-                given.append(timed(model, prompt, config.max_new_tokens, DecodeConfig(count), eos_ids))
+        answers = answer_in_turn(run, [prompts[0], *prompts], "checking")
 
     def speed(count: int) -> float:
-        counted = answers[count][1:]  # the first one warmed up
+        counted = answers[str(count)][1:]  # the first one warmed up
         tokens = sum(len(answer.tokens) - 1 for answer in counted)
         return tokens / sum(answer.decoding_s for answer in counted)
 
     checked = []
     for count in lengths:
-        rate = tally(answers[count][1:]).accept_rate
+        rate = tally(answers[str(count)][1:]).accept_rate
         checked.append(Checked(count, rate, costs.speedup(rate, count), speed(count) / speed(0)))
     return checked
 

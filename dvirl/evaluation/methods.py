@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from tqdm import tqdm
+
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
-from dvirl.evaluation.measure import Answer, timed
+from dvirl.evaluation.measure import Answer, in_turn, timed
 from dvirl.models.loading import LoadedModel
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
@@ -49,7 +51,11 @@ def decode_configs(
 
 
 def decoders(
-    names: Sequence[str], configs: Mapping[str, DecodeConfig], model: KangarooModel, loaded: LoadedModel, limit: int
+    names: Sequence[str],
+    configs: Mapping[str, DecodeConfig],
+    model: KangarooModel,
+    loaded: LoadedModel,
+    limit: int,
 ) -> dict[str, Method]:
     """The methods as functions from a prompt to a timed answer.
 
@@ -68,3 +74,23 @@ def decoders(
             decode = partial(timed, model, limit=limit, settings=configs[name], eos_ids=loaded.eos_ids)
         methods[name] = decode
     return methods
+
+
+def answer_in_turn(
+    run: Mapping[str, Method], prompts: Sequence[Sequence[int]], progress: str
+) -> dict[str, list[Answer]]:
+    """Answer every prompt by every method, in a changing order.
+
+    Args:
+        run: the methods by name.
+        prompts: token ids.
+        progress: text of the progress bar.
+
+    Returns:
+        The answers of each method, in the order of the prompts.
+    """
+    answers: dict[str, list[Answer]] = {name: [] for name in run}
+    for turn, prompt in enumerate(tqdm(prompts, desc=progress, unit="question", leave=False)):
+        for name in in_turn(list(run), turn):
+            answers[name].append(run[name](prompt))
+    return answers

@@ -102,7 +102,7 @@ def _compare_run(config: SGPEvalConfig) -> dict[str, Any]:
     print(table.drop(columns="responses").to_string(float_format="{:.3f}".format))
     plain = found["plain"].responses
     trained = found["trained"].responses
-    equal = sum(map(list.__eq__, plain, trained))
+    equal = sum(first == second for first, second in zip(plain, trained, strict=True))
     print(f"{equal} of {len(plain)} responses equal those of the same verifier without drafts")
     return {"figures": figures, "equal_responses": equal}
 

@@ -161,40 +161,36 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
         perplexity of the answers under the verifier that gave them. `identical` counts the answers that are the
         reference's in the same repeat, token for token.
     """
-    parts = list(table.groupby("task", sort=False))
-    if len(parts) > 1:
-        parts.append((OVERALL, table))
-    rows = [row for task, part in parts for row in _task_measures(str(task), part, reference, seed)]
-    return pd.DataFrame(rows)
+    figures = {}
+    for task, part in table.groupby("task", sort=False):
+        figures[str(task)] = _measures_of(part, reference, seed)
+    if len(figures) > 1:
+        figures[OVERALL] = _measures_of(table, reference, seed)
+    return pd.concat(figures, names=["task", "method"]).reset_index()
 
 
-def _task_measures(task: str, table: pd.DataFrame, reference: str, seed: int) -> list[dict[str, Any]]:
-    rates = table.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
-    tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
-    base = rates[reference].to_numpy()  # [questions, repeats]
+def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame:
+    """The figures of every method, by method."""
+    groups = table.groupby("method", sort=False)
+    counts = [Tally(*row) for row in groups[[*COUNTS]].sum().to_numpy()]
+    rates = groups.tok_per_s.mean()
+    by_repeat = table.groupby(["repeat", "method"]).tok_per_s.mean().unstack()
+    by_question = table.groupby(["question_id", "method"]).tok_per_s.mean().unstack()
     # The same samples for both sides of a ratio: a question that is slow is slow for every method.
-    samples = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
-    base_samples = base.mean(axis=1)[samples].mean(axis=1)
-    rows = []
-    for method, answers in table.groupby("method", sort=False):
-        rate = rates[method].to_numpy()
-        speedup_samples = rate.mean(axis=1)[samples].mean(axis=1) / base_samples
-        speedup_by_repeat = rate.mean(axis=0) / base.mean(axis=0)
-        counts = Tally(*answers[[*COUNTS]].sum())
-        rows.append(
-            {
-                "task": task,
-                "method": method,
-                "questions": len(rates),
-                "mat": counts.mat,
-                "accept_rate": counts.accept_rate,
-                "tok_per_s": rate.mean(),
-                "speedup": rate.mean() / base.mean(),
-                "low": np.quantile(speedup_samples, 0.025),
-                "high": np.quantile(speedup_samples, 0.975),
-                "speedup_std": speedup_by_repeat.std(ddof=1) if len(speedup_by_repeat) > 1 else np.nan,
-                "ppl": np.exp(answers.nll.sum(skipna=False) / answers.new_tokens.sum()),
-                "identical": tokens[method].eq(tokens[reference]).sum(),
-            }
-        )
-    return rows
+    size = len(by_question)
+    samples = np.random.default_rng(seed).integers(size, size=(DRAWS, size))
+    sampled = by_question.to_numpy()[samples].mean(axis=1)  # [DRAWS, methods]
+    speedups = pd.DataFrame(sampled, columns=by_question.columns)
+    speedups = speedups.div(speedups[reference], axis=0)
+    tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
+    figures = pd.DataFrame({"questions": size}, index=rates.index)
+    figures["mat"] = [method.mat for method in counts]
+    figures["accept_rate"] = [method.accept_rate for method in counts]
+    figures["tok_per_s"] = rates
+    figures["speedup"] = rates / rates[reference]
+    figures["low"] = speedups.quantile(0.025)
+    figures["high"] = speedups.quantile(0.975)
+    figures["speedup_std"] = by_repeat.div(by_repeat[reference], axis=0).std()
+    figures["ppl"] = np.exp(groups.nll.sum(skipna=False) / groups.new_tokens.sum())
+    figures["identical"] = tokens.eq(tokens[reference], axis=0).sum()
+    return figures
