@@ -92,14 +92,16 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         parts = [_judge_drafts(model, responses.take(rows)) for rows in torch.split(order, BATCH)]
     confidence, agrees, covered = torch.cat(parts, dim=1)
     counts = (responses.response_lens[order] - 1).clamp(min=0)
-    rates = torch.stack([part.mean() for part in torch.split(agrees.cpu(), counts.tolist())])
+    by_answer = torch.split(agrees.cpu(), counts.tolist())
+    rates = torch.stack([part.mean() for part in by_answer])
+    in_order = rates[order.argsort().cpu()]
     return Agreement(
         rate=float(agrees.mean()),
         confidence=float(confidence.mean()),
         ece=calibration_error(confidence, agrees) if len(agrees) else math.nan,
         covered=float(covered.mean()),
         positions=len(agrees),
-        answers=tuple(rates[order.argsort().cpu()].tolist()),
+        answers=tuple(in_order.tolist()),
     )
 
 
@@ -124,12 +126,11 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
     tables = []
     for layer, state in enumerate(normed):
         logits = base.lm_head(state)
-        above = logits > logits.gather(1, token)
-        table = pd.DataFrame({"layer": layer, "question_id": rows.cpu()})
-        table["rank"] = 1 + above.sum(dim=1).cpu().numpy()
-        table["accepted"] = (table["rank"] == 1).astype(int)
+        better = (logits > logits.gather(1, token)).sum(dim=1)
+        table = pd.DataFrame({"layer": layer, "question_id": rows.cpu(), "rank": 1 + better.cpu()})
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    lens = pd.concat(tables, ignore_index=True)
+    return lens.assign(accepted=(lens["rank"] == 1).astype(int))
 
 
 def _sha256(path: str) -> str | None:
@@ -175,7 +176,7 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
         found[name] = measure_agreement(drafter.model, responses)
     figures = {name: asdict(agreement) for name, agreement in found.items()}
     table = pd.DataFrame.from_dict(figures, orient="index")
-    table = table.drop(columns="answers").rename(columns={"rate": "agreement"})
+    table = table.rename(columns={"rate": "agreement"}).drop(columns="answers")
     print(table.to_string(float_format="{:.3f}".format))
     if config.out:
         paths = [from_here(drafter.folder / DRAFTER), *config.questions]

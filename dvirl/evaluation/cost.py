@@ -102,7 +102,13 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyE
 
 
 @torch.no_grad()
-def costs_of(model: KangarooModel, longest: int, context: int, rows: int, acceptance: float) -> Cost:
+def costs_of(
+    model: KangarooModel,
+    longest: int,
+    context: int,
+    rows: int,
+    acceptance: float,
+) -> Cost:
     """Measure one exit layer.
 
     Args:

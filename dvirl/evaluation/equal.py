@@ -108,7 +108,12 @@ def compare(
     return Difference(question, position, first, second, gap, step, verdict, reason)
 
 
-def _judge_end(shared: Sequence[int], shorter: str, limit: int, eos_ids: Sequence[int]) -> tuple[str, str]:
+def _judge_end(
+    shared: Sequence[int],
+    shorter: str,
+    limit: int,
+    eos_ids: Sequence[int],
+) -> tuple[str, str]:
     """Verdict and reason where one answer has ended and the other goes on."""
     if shared and shared[-1] in eos_ids:
         return "stop rule", "one goes on after the end-of-sequence token"
@@ -117,7 +122,12 @@ def _judge_end(shared: Sequence[int], shorter: str, limit: int, eos_ids: Sequenc
     return "error", f"the {shorter} is truncated"
 
 
-def _judge_tokens(first: int, second: int, best: int, eos_ids: Sequence[int]) -> tuple[str, str]:
+def _judge_tokens(
+    first: int,
+    second: int,
+    best: int,
+    eos_ids: Sequence[int],
+) -> tuple[str, str]:
     """Verdict and reason where two tokens differ and are no tie."""
     if best in eos_ids and best in (first, second):
         return "stop rule", "one goes on where the end of the sequence was due"
@@ -127,7 +137,12 @@ def _judge_tokens(first: int, second: int, best: int, eos_ids: Sequence[int]) ->
 
 
 @torch.no_grad()
-def last_logits(model: KangarooModel, prompt: Sequence[int], shared: Sequence[int], target: str = "base") -> Tensor:
+def last_logits(
+    model: KangarooModel,
+    prompt: Sequence[int],
+    shared: Sequence[int],
+    target: str = "base",
+) -> Tensor:
     """The verifier's logits `[V]` after a prompt and the answer so far, computed without a cache."""
     base = model.base_model
     ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
@@ -210,7 +225,12 @@ def _whole(question: str, reason: str) -> Difference:
 
 
 def compare_files(
-    reference: str, candidate: str, questions: Sequence[str], loaded: LoadedModel, dtype: torch.dtype, limit: int
+    reference: str,
+    candidate: str,
+    questions: Sequence[str],
+    loaded: LoadedModel,
+    dtype: torch.dtype,
+    limit: int,
 ) -> Report:
     """Compare two answer files turn by turn; after a difference later turns are left out.
 

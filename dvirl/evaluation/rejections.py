@@ -69,13 +69,18 @@ def token_class(text: str, before: str = "") -> str:
         return "word part" if joins else "word"
     if any(map(str.isnumeric, text)):
         return "number"
-    kinds = {unicodedata.category(letter) for letter in "".join(text.split())}
-    if all(kind[0] == "P" or kind in ("Sc", "Sk", "Sm") for kind in kinds):
+    categories = {unicodedata.category(letter) for letter in text if not letter.isspace()}
+    symbols = ("P", "Sc", "Sk", "Sm")  # punctuation, currency, modifiers, mathematics
+    if all(category.startswith(symbols) for category in categories):
         return "punctuation"
     return "other"
 
 
-def accept_events(blocks: Sequence[Verification], words: Callable[[int], str], **about: Any) -> dict[str, Any]:
+def accept_events(
+    blocks: Sequence[Verification],
+    words: Callable[[int], str],
+    **about: Any,
+) -> dict[str, Any]:
     """The scored drafts of one answer, as a line for `log_line`.
 
     Args:
@@ -127,7 +132,8 @@ def read_trace(path: str | Path) -> pd.DataFrame:
     for where, line in numbered(path, read_text(path)):
         answer = parse_line(where, line, dict)
         typed = all(has_type(answer.get(name), kind) for name, kind in kinds.items())
-        if not typed or len({len(answer[name]) for name in EVENT}) > 1:
+        lengths = {len(answer[name]) for name in EVENT} if typed else set()
+        if len(lengths) != 1:
             expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
             raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
         answers.append(answer)
@@ -172,7 +178,8 @@ def judged_events(
     for blocks in judgement.blocks:
         for block in blocks:
             positions += range(block.num_drafted)
-    events = pd.DataFrame(about).iloc[row.tolist()].reset_index(drop=True)
+    notes = pd.DataFrame(about)
+    events = notes.iloc[row.tolist()].reset_index(drop=True)
     events["position"] = positions
     events["at"] = records.position.tolist()
     events["accepted"] = records.reward.long().tolist()
@@ -180,7 +187,8 @@ def judged_events(
     events["drafted"] = records.token.tolist()
     events["verified"] = records.verifier_token.tolist()
     texts = map(words, events.verified)
-    events["token_class"] = list(map(token_class, texts, map(words, before.tolist())))
+    texts_before = map(words, before.tolist())
+    events["token_class"] = list(map(token_class, texts, texts_before))
     return events
 
 

@@ -6,7 +6,6 @@ run that was cut off goes on where it stopped.
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -114,7 +113,12 @@ def refuse_longer(questions: Sequence[Question], loaded: LoadedModel, limit: int
         _refuse_longer(question, prompts_of(question, unanswered, loaded)[-1], loaded, limit)
 
 
-def _refuse_longer(question: Question, prompt: Sequence[int], loaded: LoadedModel, limit: int) -> None:
+def _refuse_longer(
+    question: Question,
+    prompt: Sequence[int],
+    loaded: LoadedModel,
+    limit: int,
+) -> None:
     context = loaded.model.config.max_position_embeddings
     if len(prompt) + limit > context:
         asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
@@ -138,6 +142,12 @@ def answer_question(
         answers.append(answer)
         texts.append(loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True))
     return texts, answers
+
+
+def _is_kept(answers: Answers, line: dict[str, Any]) -> bool:
+    """Whether a line of the trace is of one of these answers."""
+    key = (line["method"], line["repeat"])
+    return line["question_id"] in answers.get(key, ())
 
 
 def _read_answers(folder: Path, how: EvalSettings) -> Answers:
@@ -166,7 +176,12 @@ def missing(
 
 
 @torch.no_grad()
-def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, folder: Path) -> tuple[Answers, float]:
+def answer_all(
+    draft: Draft,
+    questions: Sequence[Question],
+    how: EvalSettings,
+    folder: Path,
+) -> tuple[Answers, float]:
     """Answer the questions that the folder has no answers to; each answer is on disk as soon as it is given.
 
     Returns:
@@ -180,7 +195,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
     kept = _read_answers(folder, how)
     if processes.first:
         # An answer that the answer file lacks is given again, and traced again.
-        keep_lines(folder / TRACE, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
+        keep_lines(folder / TRACE, partial(_is_kept, kept))
         (folder / "answers").mkdir(exist_ok=True)
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), how.repeats, kept)
@@ -207,7 +222,9 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
 
 
 def _trace_lines(
-    asked: tuple[str, int, Question], answers: Sequence[Answer], words: Callable[[int], str]
+    asked: tuple[str, int, Question],
+    answers: Sequence[Answer],
+    words: Callable[[int], str],
 ) -> list[Line]:
     """The accept events of each turn."""
     method, repeat, question = asked
@@ -229,20 +246,24 @@ def _trace_lines(
 # Judging
 
 
-def drifted(draft: Draft, questions: Sequence[Question], answers: dict[int | str, Row]) -> pd.DataFrame:
+def drifted(
+    draft: Draft,
+    questions: Sequence[Question],
+    answers: dict[int | str, Row],
+) -> pd.DataFrame:
     """How far the verifier is from the untouched model on given answers, pooled by task and overall.
 
     Returns:
         `drift_kl` and `drift_tokens` of `metrics.verifier_figures`, by task.
     """
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
+    sums: dict[str, Tensor] = {}
     for question in questions:
         choice = answers[question.question_id]["choices"][0]
         prompts = prompts_of(question, choice["turns"], draft.loaded)
         for turn in zip(prompts, choice["tokens"], strict=True):
             found = verifier_sums(draft.loaded.model, [make_example(*turn)], draft.target)
-            sums[question.task] += found
-            sums[OVERALL] += found
+            for task in (question.task, OVERALL):
+                sums[task] = sums.get(task, 0) + found
     rows = [{"task": task, **verifier_figures(total)} for task, total in sums.items()]
     return pd.DataFrame(rows)[["task", "drift_kl", "drift_tokens"]]
 

@@ -41,7 +41,12 @@ Row = dict[str, Any]
 """The answer to one question, as a line of an answer file has it."""
 
 
-def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> Row:
+def answer_row(
+    question: Question,
+    model_id: str,
+    texts: Sequence[str],
+    answers: Sequence[Answer],
+) -> Row:
     """The answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
     tallies = [tally([answer]) for answer in answers]
     choice: dict[str, Any] = {
@@ -75,14 +80,15 @@ def parse_answer(row: Any) -> Row:
         DvirlError: if it is not.
     """
     try:
-        question_id = row["question_id"]
         choice = row["choices"][0]
-        turns = choice["turns"]
-        tokens = choice.get("tokens")
+        kinds = {
+            "question_id": (row["question_id"], int | str),
+            "turns": (choice["turns"], list[str]),
+            "tokens": (choice.get("tokens"), list[list[int]] | None),
+        }
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    kinds = ((question_id, int | str), (turns, list[str]), (tokens, list[list[int]] | None))
-    if not all(has_type(value, kind) for value, kind in kinds):
+    if not all(has_type(value, kind) for value, kind in kinds.values()):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
@@ -93,7 +99,8 @@ def _parse_own_answer(row: Any) -> Row:
         values = choice.get(name)
         if not has_type(values, kind) or len(values) != len(choice["turns"]):
             raise DvirlError(f"choices[0].{name} is {values!r:.60}; expected a list, an entry a turn")
-    if not has_type(choice.get("accept_lengths"), list[int]) or not has_type(row.get("category"), str):
+    named = has_type(row.get("category"), str)
+    if not named or not has_type(choice.get("accept_lengths"), list[int]):
         raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
     return dict(row)
 
@@ -172,10 +179,11 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
 def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame:
     """The figures of every method, by method."""
     groups = table.groupby("method", sort=False)
-    counts = [Tally(*row) for row in groups[[*COUNTS]].sum().to_numpy()]
+    counts = groups[[*COUNTS]].sum()
+    tallies = [Tally(*row) for row in counts.to_numpy()]
     rates = groups.tok_per_s.mean()
-    by_repeat = table.groupby(["repeat", "method"]).tok_per_s.mean().unstack()
-    by_question = table.groupby(["question_id", "method"]).tok_per_s.mean().unstack()
+    by_repeat = table.pivot_table("tok_per_s", "repeat", "method")  # means
+    by_question = table.pivot_table("tok_per_s", "question_id", "method")
     # The same samples for both sides of a ratio: a question that is slow is slow for every method.
     size = len(by_question)
     samples = np.random.default_rng(seed).integers(size, size=(DRAWS, size))
@@ -184,13 +192,16 @@ def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame
     speedups = speedups.div(speedups[reference], axis=0)
     tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
     figures = pd.DataFrame({"questions": size}, index=rates.index)
-    figures["mat"] = [method.mat for method in counts]
-    figures["accept_rate"] = [method.accept_rate for method in counts]
+    figures["mat"] = [tally.mat for tally in tallies]
+    figures["accept_rate"] = [tally.accept_rate for tally in tallies]
     figures["tok_per_s"] = rates
     figures["speedup"] = rates / rates[reference]
     figures["low"] = speedups.quantile(0.025)
     figures["high"] = speedups.quantile(0.975)
-    figures["speedup_std"] = by_repeat.div(by_repeat[reference], axis=0).std()
-    figures["ppl"] = np.exp(groups.nll.sum(skipna=False) / groups.new_tokens.sum())
-    figures["identical"] = tokens.eq(tokens[reference], axis=0).sum()
+    by_repeat = by_repeat.div(by_repeat[reference], axis=0)
+    figures["speedup_std"] = by_repeat.std()
+    nll = groups.nll.sum(skipna=False)
+    figures["ppl"] = np.exp(nll / groups.new_tokens.sum())
+    same = tokens.eq(tokens[reference], axis=0)
+    figures["identical"] = same.sum()
     return figures
