@@ -72,6 +72,7 @@ def _judge_drafts(model: KangarooModel, responses: Responses) -> Tensor:
     prompt_lens = responses.prompt_lens.to(device)
     rows, positions = response_index(prompt_lens, responses.response_lens.to(device))
     verified = tokens[rows, prompt_lens[rows] + positions]
+    # Index 1 of a response is the first token that can be drafted: the prefill gives index 0.
     logits, _ = draft_logits_at(model, tokens, prompt_lens, rows, positions)
     confidence, index = logits.softmax(dim=-1).max(dim=-1)
     agrees = model.token_ids(index) == verified
@@ -88,8 +89,9 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     """
     # Answers of similar length share a batch, so that little of it is padding.
     order = (responses.prompt_lens + responses.response_lens).argsort()
+    batches = torch.split(order, BATCH)
     with model.base_model.folded():
-        parts = [_judge_drafts(model, responses.take(rows)) for rows in torch.split(order, BATCH)]
+        parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
     confidence, agrees, covered = torch.cat(parts, dim=1)
     counts = (responses.response_lens[order] - 1).clamp(min=0)
     by_answer = torch.split(agrees.cpu(), counts.tolist())
@@ -127,8 +129,8 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
     for layer, state in enumerate(normed):
         logits = base.lm_head(state)
         better = (logits > logits.gather(1, token)).sum(dim=1)
-        table = pd.DataFrame({"layer": layer, "question_id": rows.cpu(), "rank": 1 + better.cpu()})
-        tables.append(table)
+        columns = {"layer": layer, "question_id": rows.cpu(), "rank": 1 + better.cpu()}
+        tables.append(pd.DataFrame(columns))
     lens = pd.concat(tables, ignore_index=True)
     return lens.assign(accepted=(lens["rank"] == 1).astype(int))
 
@@ -171,7 +173,8 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     config = replace(config, questions=asked_for(config, drafter))
     sets = question_sets(loaded, config.questions, config.own, config.seed)
     found: dict[str, Agreement] = {}
-    for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
+    progress = tqdm(sets.items(), desc="answering", unit="set", leave=False)
+    for name, prompts in progress:
         responses = answer(loaded, prompts, config.max_new_tokens, BATCH)
         found[name] = measure_agreement(drafter.model, responses)
     figures = {name: asdict(agreement) for name, agreement in found.items()}

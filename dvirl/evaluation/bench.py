@@ -110,6 +110,18 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
     )
 
 
+def _batch_rate(drafter: LoadedDrafter, batches: Sequence[list[list[int]]], limit: int, how: DecodeConfig) -> float:
+    """Tokens a second of some batches, one after the other; the time of capturing CUDA graphs is left out."""
+    model = drafter.model
+    captured_s = model.base_model.capture_s
+    start = model.now()
+    tokens = 0
+    for batch in batches:
+        decoded = model.generate_batch(batch, limit, how, drafter.loaded.eos_ids)
+        tokens += sum(len(answer.tokens) for answer in decoded)
+    return tokens / (model.now() - start - (model.base_model.capture_s - captured_s))
+
+
 @torch.no_grad()
 def batched(
     drafter: LoadedDrafter,
@@ -130,31 +142,20 @@ def batched(
     Raises:
         DvirlError: if there are fewer prompts than `rows`.
     """
-    model = drafter.model
-    base = model.base_model
     if rows > len(prompts):
         raise DvirlError(f"rows is {rows}; expected at most the {len(prompts)} questions")
     groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
 
-    def rate(batches: Sequence[list[list[int]]], how: DecodeConfig) -> float:
-        captured_s = base.capture_s
-        start = model.now()
-        tokens = 0
-        for batch in batches:
-            decoded = model.generate_batch(batch, limit, how, drafter.loaded.eos_ids)
-            tokens += sum(len(answer.tokens) for answer in decoded)
-        return tokens / (model.now() - start - (base.capture_s - captured_s))
-
     names = (f"batch {rows} tok_per_s", "batch 1 tok_per_s", "over batch 1")
     figures: dict[str, dict[str, float]] = {}
-    with base.folded():
+    with drafter.model.base_model.folded():
         for way in BATCHED:
             how = ways(longest)[way]
-            rate(groups[:1], how)  # warms up
+            _batch_rate(drafter, groups[:1], limit, how)  # warms up
             rates = []
             for group in tqdm(groups, way, leave=False):
-                together = rate([group], how)
-                alone = rate([[prompt] for prompt in group], how)
+                together = _batch_rate(drafter, [group], limit, how)
+                alone = _batch_rate(drafter, [[prompt] for prompt in group], limit, how)
                 rates.append((together, alone, together / alone))
             figures[way] = dict(zip(names, pd.DataFrame(rates).median(), strict=True))
     return figures
@@ -229,6 +230,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         if config.out:
             write_json(config.out, content)
 
+    # Each set is on disk as soon as it is done: a long bench may be cut off.
     found: dict[str, dict[str, Speed]] = {}
     for name, speeds in compare(drafter, sets, config.max_new_tokens, config.draft_len):
         found[name] = speeds

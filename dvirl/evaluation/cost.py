@@ -90,6 +90,7 @@ def recommend(costs: StepCosts, acceptance: float) -> tuple[int, float]:
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyExitLlamaForCausalLM:
     """A model of the named shape with random weights, made in place."""
+    # Weights are made in their dtype on the device: float32 ones on the CPU first would take four times the memory.
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -214,7 +215,7 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
 
     def speed(count: int) -> float:
         counted = answers[str(count)][1:]  # the first one warmed up
-        tokens = sum(len(answer.tokens) - 1 for answer in counted)
+        tokens = sum(len(answer.tokens) - 1 for answer in counted)  # the prefill gives the first
         return tokens / sum(answer.decoding_s for answer in counted)
 
     checked = []
@@ -234,7 +235,7 @@ def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
     """The costs of every exit layer and context, and what they depend on."""
     device = resolve_device(config.device)
     circumstances: dict[str, Any] = {}
-    if config.model_name in SHAPES:
+    if config.model_name in SHAPES:  # no file, and so no provenance
         base = random_model(config.model_name, resolve_dtype(config.dtype, device), device)
     else:
         loaded = load(config.model_name, config.dtype, config.device)

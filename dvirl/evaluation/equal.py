@@ -60,6 +60,7 @@ class Difference:
 
 def resolution(dtype: torch.dtype, value: float) -> float:
     """The step from a number to the next one that the dtype can hold."""
+    # A dtype has the same number of steps between any two powers of 2.
     exponent = math.floor(math.log2(max(abs(value), torch.finfo(dtype).tiny)))
     return float(2.0**exponent * torch.finfo(dtype).eps)
 
@@ -98,6 +99,7 @@ def compare(
     else:
         logits = logits_after(shared)
         best = float(logits.max())
+        # Rounding can exchange tokens whose exact logits are closer than a step, and no others.
         gap = best - float(logits[[first, second]].min())
         step = resolution(dtype, best)
         if gap <= step:
@@ -252,10 +254,12 @@ def compare_files(
     differences += [_whole(name, "extra, the reference has no such answer") for name in theirs if name not in own]
     both = [name for name in own if name in theirs]
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
+        # 1) Answers of other lengths differ as a whole.
         turns = own[name]["turns"]
         if len(theirs[name]["turns"]) != len(turns):
             differences.append(_whole(name, f"{len(theirs[name]['turns'])} turns, the reference has {len(turns)}"))
             continue
+        # 2) The first turn that differs changes the prompts of those after it.
         pairs = zip(*_turn_ids([own[name], theirs[name]], loaded, limit), strict=True)
         for turn, (first, second) in enumerate(pairs):
             after = _logits_after(model, loaded, asked.get(name), turns[:turn])

@@ -42,10 +42,12 @@ def decode_configs(
         PLAIN: DecodeConfig(0, target=target),
         # Prompt lookup (Saxena 2023): drafts what followed the same n-gram earlier in the text.
         "pld": adaptive(source="lookup"),
+        # Kangaroo's second exit: a doubtful draft ends its block.
         "kangaroo": DecodeConfig(kangaroo_steps, kangaroo_threshold, target),
         "fixed": DecodeConfig(fixed_len, target=target),
         # The draft that DVI trained, in blocks as long as they pay.
         "dvi": adaptive(),
+        # Block by block, whichever of the two promises more.
         "hybrid": adaptive(source="hybrid"),
     }
 

@@ -87,6 +87,7 @@ def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int
     for path in files:
         prompts = read_prompts("spec_bench", path)
         sets[path] = [loaded.chat.encode(prompt.turns) for prompt in prompts]
+    # Kinds are measured apart: a draft that was distilled on one need not know another.
     for kind in Openers().table if own else ():
         openers = Openers([kind])
         sets[f"own {kind}"] = write_prompts(loaded, own, seed, openers, batch=min(64, 4 * own))

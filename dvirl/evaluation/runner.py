@@ -144,10 +144,15 @@ def answer_question(
     return texts, answers
 
 
-def _is_kept(answers: Answers, line: dict[str, Any]) -> bool:
-    """Whether a line of the trace is of one of these answers."""
-    key = (line["method"], line["repeat"])
-    return line["question_id"] in answers.get(key, ())
+def _prepare(folder: Path, answers: Answers) -> None:
+    """Drop the trace of answers that the answer files lack, which are given and traced again."""
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        key = (line["method"], line["repeat"])
+        return line["question_id"] in answers.get(key, ())
+
+    keep_lines(folder / TRACE, is_kept)
+    (folder / "answers").mkdir(exist_ok=True)
 
 
 def _read_answers(folder: Path, how: EvalSettings) -> Answers:
@@ -194,16 +199,14 @@ def answer_all(
     processes = Processes(loaded.model.device.type)
     kept = _read_answers(folder, how)
     if processes.first:
-        # An answer that the answer file lacks is given again, and traced again.
-        keep_lines(folder / TRACE, partial(_is_kept, kept))
-        (folder / "answers").mkdir(exist_ok=True)
+        _prepare(folder, kept)
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), how.repeats, kept)
     with base.folded():
-        for decode in run.values() if left else ():
-            answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
+        for name in run if left else ():
+            answer_question(questions[0], run[name], loaded, how.answer_tokens)  # warms up
         start = time.perf_counter()
-        decoded_s = -base.capture_s
+        decoded_s = -base.capture_s  # capturing CUDA graphs is part of decoding, not of the overhead
         # Processes that have fewer answers to give still take part in every gathering.
         for index in tqdm(range(processes.largest(len(left))), desc="answering", unit="answer", leave=False):
             lines: list[Line] = []
@@ -292,6 +295,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     if not first:
         return pd.DataFrame()
     figures = measures(answer_table(answers), config.reference, config.seed)
+    # All methods share one verifier: its drift is measured once, on the reference's answers.
     figures = figures.merge(drifted(draft, questions, answers[config.reference, 0]))
     content = {
         "arguments": asdict(config),

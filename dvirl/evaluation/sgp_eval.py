@@ -85,6 +85,7 @@ def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Accepta
     def measure(how: DecodeConfig) -> Acceptance:
         return measure_acceptance(trainer.model, prompts, config.max_new_tokens, how, trainer.loaded.eos_ids)
 
+    # 1) The draft before its first step, 2) the newest checkpoint, with drafts and without.
     untrained = measure(config.decode)
     trainer.load_checkpoint(checkpoint)
     return {

@@ -80,15 +80,14 @@ def parse_answer(row: Any) -> Row:
         DvirlError: if it is not.
     """
     try:
+        question_id = row["question_id"]
         choice = row["choices"][0]
-        kinds = {
-            "question_id": (row["question_id"], int | str),
-            "turns": (choice["turns"], list[str]),
-            "tokens": (choice.get("tokens"), list[list[int]] | None),
-        }
+        turns = choice["turns"]
+        tokens = choice.get("tokens")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    if not all(has_type(value, kind) for value, kind in kinds.values()):
+    typed = has_type(question_id, int | str) and has_type(turns, list[str])
+    if not typed or not has_type(tokens, list[list[int]] | None):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
@@ -114,7 +113,7 @@ def resume_answers(path: Path) -> dict[int | str, Row]:
     if not path.exists():
         return {}
     text = read_text(path)
-    if text and not text.endswith("\n"):
+    if text and not text.endswith("\n"):  # the process died while it wrote
         write_text(path, text[: text.rfind("\n") + 1])
     answers: dict[int | str, Row] = {}
     for where, row in parsed_rows(str(path), _parse_own_answer):
@@ -135,6 +134,8 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
     for (method, repeat), answers in files.items():
         for question_id, row in answers.items():
             choice = row["choices"][0]
+            # Other decoders give no likelihoods; a missing one leaves the sum undefined.
+            nll = math.nan if None in choice["nll"] else sum(choice["nll"])
             rows.append(
                 {
                     "method": method,
@@ -145,7 +146,7 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
                     **{name: sum(choice[name]) for name in SUMMED},
                     "committed": sum(choice["accept_lengths"]),
                     "blocks": len(choice["accept_lengths"]),
-                    "nll": math.nan if None in choice["nll"] else sum(choice["nll"]),
+                    "nll": nll,
                     "tokens": str(choice["tokens"]),
                 }
             )
@@ -192,8 +193,8 @@ def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame
     speedups = speedups.div(speedups[reference], axis=0)
     tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
     figures = pd.DataFrame({"questions": size}, index=rates.index)
-    figures["mat"] = [tally.mat for tally in tallies]
-    figures["accept_rate"] = [tally.accept_rate for tally in tallies]
+    figures["mat"] = [group.mat for group in tallies]
+    figures["accept_rate"] = [group.accept_rate for group in tallies]
     figures["tok_per_s"] = rates
     figures["speedup"] = rates / rates[reference]
     figures["low"] = speedups.quantile(0.025)
