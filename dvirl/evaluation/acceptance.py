@@ -3,13 +3,12 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dvirl.config import DVIConfig
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
-from dvirl.models.drafters import load_drafter
-from dvirl.models.loading import LoadedModel
+from dvirl.models.drafters import Draft as Draft
+from dvirl.models.drafters import open_draft as open_draft
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import run_settings
@@ -17,7 +16,6 @@ from dvirl.runs.log import write_json
 from dvirl.runs.settings import from_mapping
 from dvirl.trainer import DVITrainer
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.kangaroo_model import KangarooModel
 
 
 def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
@@ -32,30 +30,6 @@ def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
     """
     checkpoint, settings = newest(run_dir), {**run_settings(run_dir), **changes}
     return DVITrainer(from_mapping(DVIConfig, settings, f"{run_dir}/config.yaml")), checkpoint
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A draft to judge: a model with it, the same model with its tokenizer, and what its verifier reads."""
-
-    model: KangarooModel
-    loaded: LoadedModel
-    target: str = "base"
-
-
-def open_draft(name: str, dtype: str, device: str) -> Draft:
-    """What drafts by this name: a run as its newest checkpoint has it, or a drafter, shipped or in a folder.
-
-    Raises:
-        DvirlError: if there is none.
-    """
-    if (Path(name) / "checkpoints").is_dir() and not (Path(name) / "drafter").is_dir():
-        trainer, checkpoint = open_run(name, dtype=dtype, device=device)
-        trainer.load_checkpoint(checkpoint)
-        return Draft(trainer.model, trainer.loaded, trainer.config.target)
-    inside = Path(name) / "drafter"
-    drafter = load_drafter(inside if inside.is_dir() else name, dtype=dtype, device=device)
-    return Draft(drafter.model, drafter.loaded)
 
 
 def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Acceptance]:
