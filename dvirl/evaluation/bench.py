@@ -79,7 +79,7 @@ def compare(
         longest: most drafts of a block.
     """
     model = drafter.model
-    run = decoders([GENERATE, *WAYS], ways(longest), model, drafter.loaded, limit)
+    run = decoders([GENERATE, *WAYS], ways(longest), drafter, limit)
     with model.base_model.folded():
         for prompt in next(iter(sets.values()))[:WARM_UP]:
             for decode in run.values():

@@ -208,7 +208,7 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     prompts = spread([*chain(*sets.values())], config.num_questions)
     configs = {str(count): DecodeConfig(count) for count in (0, *lengths)}
-    run = decoders([*configs], configs, model, drafter.loaded, config.max_new_tokens)
+    run = decoders([*configs], configs, drafter, config.max_new_tokens)
     with model.base_model.folded():
         costs = model.step_costs(max(lengths))
         answers = answer_in_turn(run, [prompts[0], *prompts], "checking")

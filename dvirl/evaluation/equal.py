@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.data.sources import parsed_rows
-from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.questions import MeasureSettings, Question, prompts_of, question_sets, read_questions
 from dvirl.evaluation.spec_bench import parse_answer
+from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.runs import settings

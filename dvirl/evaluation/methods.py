@@ -7,9 +7,8 @@ from tqdm import tqdm
 
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
 from dvirl.evaluation.measure import Answer, in_turn, timed
-from dvirl.models.loading import LoadedModel
+from dvirl.models.drafters import Draft
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.kangaroo_model import KangarooModel
 
 GENERATE = "generate"
 """Hugging Face's greedy decoding."""
@@ -55,8 +54,7 @@ def decode_configs(
 def decoders(
     names: Sequence[str],
     configs: Mapping[str, DecodeConfig],
-    model: KangarooModel,
-    loaded: LoadedModel,
+    draft: Draft,
     limit: int,
 ) -> dict[str, Method]:
     """The methods as functions from a prompt to a timed answer.
@@ -64,16 +62,16 @@ def decoders(
     Args:
         names: which of them, in this order; GENERATE, or names of `configs`.
         configs: how our own methods draft.
-        model: drafts and verifies.
-        loaded: the same model with its tokenizer.
+        draft: drafts and verifies.
         limit: most tokens of an answer.
     """
+    eos_ids = draft.loaded.eos_ids
     methods: dict[str, Method] = {}
     for name in names:
         if name == GENERATE:
-            decode = partial(generate_forward, hugging_face(loaded), limit=limit, eos_ids=loaded.eos_ids)
+            decode = partial(generate_forward, hugging_face(draft.loaded), limit=limit, eos_ids=eos_ids)
         else:
-            decode = partial(timed, model, limit=limit, settings=configs[name], eos_ids=loaded.eos_ids)
+            decode = partial(timed, draft.model, limit=limit, settings=configs[name], eos_ids=eos_ids)
         methods[name] = decode
     return methods
 

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from dvirl import plots
 from dvirl.data.examples import make_example
-from dvirl.evaluation.acceptance import Draft, open_draft
 from dvirl.evaluation.measure import Answer, in_turn
 from dvirl.evaluation.methods import GENERATE, METHODS, PLAIN, Method, decode_configs, decoders
 from dvirl.evaluation.questions import Question, prompts_of, read_questions, spread
@@ -27,6 +26,7 @@ from dvirl.evaluation.rejections import accept_events, token_texts
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import OVERALL, Row, answer_row, answer_table, measures, resume_answers
 from dvirl.metrics import verifier_figures, verifier_sums
+from dvirl.models.drafters import Draft, open_draft
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
@@ -37,6 +37,8 @@ from dvirl.runs.settings import Settings, choice, from_namespace, number
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
 """Answers by question id, by method and repeat."""
+Asked = tuple[str, int, Question]
+"""Method, repeat and question of an answer."""
 Line = tuple[str, dict[str, Any]]
 """A file in the folder of the evaluation, and a line to append to it."""
 TRACE = "trace.jsonl"
@@ -167,10 +169,8 @@ def _answer_file(name: str, repeat: int) -> str:
     return f"answers/{name}-{repeat + 1}.jsonl"
 
 
-def missing(
-    questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers
-) -> list[tuple[str, int, Question]]:
-    """Method, repeat and question of every answer that is missing, in the order in which they are to be given."""
+def missing(questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers) -> list[Asked]:
+    """Every answer that is missing, in the order in which they are to be given."""
     return [
         (name, repeat, question)
         for repeat in range(repeats)
@@ -194,8 +194,9 @@ def answer_all(
     """
     loaded = draft.loaded
     base = draft.model.base_model
+    limit = how.answer_tokens
     configs = decode_configs(how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target)
-    run = decoders(how.methods.split(","), configs, draft.model, loaded, how.answer_tokens)
+    run = decoders(how.methods.split(","), configs, draft, limit)
     processes = Processes(loaded.model.device.type)
     kept = _read_answers(folder, how)
     if processes.first:
@@ -203,20 +204,17 @@ def answer_all(
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), how.repeats, kept)
     with base.folded():
-        for name in run if left else ():
-            answer_question(questions[0], run[name], loaded, how.answer_tokens)  # warms up
+        for decode in run.values() if left else ():
+            answer_question(questions[0], decode, loaded, limit)  # warms up
         start = time.perf_counter()
         decoded_s = -base.capture_s  # capturing CUDA graphs is part of decoding, not of the overhead
         # Processes that have fewer answers to give still take part in every gathering.
         for index in tqdm(range(processes.largest(len(left))), desc="answering", unit="answer", leave=False):
             lines: list[Line] = []
             if index < len(left):
-                name, repeat, question = left[index]
-                texts, answers = answer_question(question, run[name], loaded, how.answer_tokens)
-                lines = _trace_lines(left[index], answers, words)
-                row = answer_row(question, f"{loaded.name}-{name}", texts, answers)
-                lines.append((_answer_file(name, repeat), row))
-                decoded_s += sum(answer.wall_s for answer in answers)
+                decode = run[left[index][0]]
+                lines, seconds = _answer_lines(left[index], decode, loaded, limit, words)
+                decoded_s += seconds
             for file, line in processes.gathered(lines):
                 if processes.first:
                     log_line(folder / file, line)
@@ -224,13 +222,16 @@ def answer_all(
     return _read_answers(folder, how), overhead if left else math.nan
 
 
-def _trace_lines(
-    asked: tuple[str, int, Question],
-    answers: Sequence[Answer],
+def _answer_lines(
+    asked: Asked,
+    decode: Method,
+    loaded: LoadedModel,
+    limit: int,
     words: Callable[[int], str],
-) -> list[Line]:
-    """The accept events of each turn."""
+) -> tuple[list[Line], float]:
+    """Answer a question; return what to write of it, the answer after its trace, and the seconds of decoding."""
     method, repeat, question = asked
+    texts, answers = answer_question(question, decode, loaded, limit)
     lines = []
     for turn, answer in enumerate(answers):
         events = accept_events(
@@ -243,7 +244,9 @@ def _trace_lines(
             repeat=repeat,
         )
         lines.append((TRACE, events))
-    return lines
+    row = answer_row(question, f"{loaded.name}-{method}", texts, answers)
+    lines.append((_answer_file(method, repeat), row))
+    return lines, sum(answer.wall_s for answer in answers)
 
 
 # Judging

@@ -46,6 +46,15 @@ class LoadedModel:
     name: str
     fingerprint: str
 
+    def description(self) -> dict[str, str]:
+        """What results say of it: fingerprint, dtype, device and chat format."""
+        return {
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "chat_format": self.chat.chat_format,
+        }
+
 
 def resolve_device(device: str = "auto") -> torch.device:
     """`auto` is CUDA where there is one.
