@@ -90,14 +90,10 @@ def recommend(costs: StepCosts, acceptance: float) -> tuple[int, float]:
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyExitLlamaForCausalLM:
     """A model of the named shape with random weights, made in place."""
-    # Weights are made in their dtype on the device: float32 ones on the CPU first would take four times the memory.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = EarlyExitLlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
-    finally:
-        torch.set_default_dtype(before)
+    # Weights are made in their dtype on the device: float32 ones on the CPU first would take twice the memory.
+    with device:
+        model = EarlyExitLlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), torch_dtype=dtype)
+    assert isinstance(model, EarlyExitLlamaForCausalLM)
     model.requires_grad_(False).eval()
     return model
 

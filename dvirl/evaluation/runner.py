@@ -309,10 +309,17 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         "figures": figures.to_dict("records"),
     }
     write_json(folder / "results.json", content)
+    _report(folder, config, content, figures)
+    return figures
+
+
+def _report(folder: Path, config: EvalConfig, content: dict[str, Any], figures: pd.DataFrame) -> None:
+    """Write report.md, report.html and the figure."""
     plots.speedups(figures, config.reference, folder / "speedup.png")
     by_task = figures.pivot(index="method", columns="task", values="speedup")
     by_task = by_task.loc[config.methods.split(","), list(figures.task.unique())]
-    overall = figures[figures.task == figures.task.iloc[-1]].drop(columns="task")
+    last = figures.task.iloc[-1]  # all tasks, or the only one
+    overall = figures[figures.task == last].drop(columns="task")
     parts = [
         describe(content),
         markdown_table(overall.set_index("method")),
@@ -321,7 +328,6 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         "![Speed-up by task and method](speedup.png)",
     ]
     write_report(folder / "report", f"{config.draft} on {config.questions}", parts)
-    return figures
 
 
 parse_args = partial(settings.parse_args, EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures.")
