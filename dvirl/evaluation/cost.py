@@ -29,7 +29,6 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from dvirl.runs.settings import MANY, number, several
-from kangaroo.adapter import KVCache
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -131,35 +130,35 @@ def step_parts(model: KangarooModel, draft_len: int, context: int = 128, repeats
         context: tokens in the caches.
         repeats: blocks timed; two more go before them uncounted.
     """
-    base, turns = model.base_model, []
     ids = (torch.arange(context + draft_len + 1, device=model.head_model.weight.device) % 7)[None]
+    spent: dict[str, float] = {}
+
+    def clock(part: str, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        began = model.now()
+        outputs = run(inputs)
+        spent[part] = spent.get(part, 0.0) + 1e3 * (model.now() - began)
+        return outputs
 
     def block(drafting: Sequence[Tensor], verifying: Tensor) -> dict[str, float]:
-        spent = {"drafting: shallow layers": 0.0, "drafting: drafter and exit head": 0.0}
+        spent.clear()
+        spent.update({"drafting: shallow layers": 0.0, "drafting: drafter and exit head": 0.0})
+        for token in drafting:
+            states = clock("drafting: shallow layers", stages.shallow, token)
+            states = clock("drafting: drafter and exit head", stages.drafter, states)
+            clock("drafting: drafter and exit head", stages.drafter.logits, states)
+        states = clock("verifying: shallow layers", stages.base, verifying)
+        states = clock("verifying: deep layers", stages.deep, states)
+        clock("verifying: head", stages.deep.logits, states)
+        return dict(spent)
 
-        def clock(part: str, run: Callable[..., Tensor], given: Tensor, cache: KVCache) -> Tensor:
-            began = model.now()
-            out = run(given, cache=cache)
-            spent[part] = spent.get(part, 0.0) + 1e3 * (model.now() - began)
-            return out
-
-        for one in drafting:
-            states = clock("drafting: shallow layers", base.forward_shallow, one, caches.draft)
-            states = clock("drafting: drafter and exit head", model.drafter_states, states, caches.drafter)
-            clock("drafting: drafter and exit head", model.head_logits, states, caches.drafter)
-        with base.without_adapters("lora_S"):
-            states = clock("verifying: shallow layers", base.forward_shallow, verifying, caches.verify)
-        states = clock("verifying: deep layers", base.forward_deep, states, caches.deep)
-        clock("verifying: head", base.head_logits, states, caches.deep)
-        return spent
-
-    with base.decoding(context + draft_len + 1, model, "base") as caches:
+    blocks = []
+    with model.decoding(context + draft_len + 1) as stages:
         block([ids[:, :context]], ids[:, :context])
-        drafts = [ids[:, at : at + 1] for at in range(context, context + draft_len)]
+        drafts = list(torch.split(ids[:, context : context + draft_len], 1, dim=1)) if draft_len else []
         for _ in range(repeats + 2):
-            caches.roll_back(context)
-            turns.append(block(drafts, ids[:, context:]))
-    return dict(pd.DataFrame(turns[2:]).median())
+            stages.truncate([context])
+            blocks.append(block(drafts, ids[:, context:]))
+    return dict(pd.DataFrame(blocks[2:]).median())
 
 
 @dataclass(frozen=True)
