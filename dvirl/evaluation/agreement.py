@@ -88,7 +88,8 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         responses: the verifier's greedy answers (`corpus.answer`).
     """
     # Answers of similar length share a batch, so that little of it is padding.
-    order = (responses.prompt_lens + responses.response_lens).argsort()
+    lengths = responses.prompt_lens + responses.response_lens
+    order = lengths.argsort()
     batches = torch.split(order, BATCH)
     with model.base_model.folded():
         parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
@@ -132,7 +133,8 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
         columns = {"layer": layer, "question_id": rows.cpu(), "rank": 1 + better.cpu()}
         tables.append(pd.DataFrame(columns))
     lens = pd.concat(tables, ignore_index=True)
-    return lens.assign(accepted=(lens["rank"] == 1).astype(int))
+    lens["accepted"] = (lens["rank"] == 1).astype(int)
+    return lens
 
 
 def _sha256(path: str) -> str | None:

@@ -68,7 +68,10 @@ class Speed:
 
 @torch.no_grad()
 def compare(
-    drafter: LoadedDrafter, sets: dict[str, list[list[int]]], limit: int, longest: int
+    drafter: LoadedDrafter,
+    sets: dict[str, list[list[int]]],
+    limit: int,
+    longest: int,
 ) -> Iterator[tuple[str, dict[str, Speed]]]:
     """Time every method on every set, and yield each set when it is done.
 
