@@ -23,12 +23,14 @@ COMMANDS = {
     "evaluate": ("evaluation.runner", "judge a draft by Spec-Bench's measures, beside decoding without it"),
     "experiment": ("run_dvi_experiment", "train a draft and evaluate it before and after, with a report"),
     "sgp-experiment": ("run_sgp_experiment", "the same for shallow-gradient fine-tuning"),
-    "sgp-eval": ("evaluation.sgp_eval", "a checkpoint's accept rate, throughput and perplexity"),
+    "sgp-eval": (
+        "evaluation.sgp_eval",
+        "figures of a checkpoint, or of a run before and after training",
+    ),
     "study": (
         "experiments.study",
         "run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)",
     ),
-    "acceptance": ("evaluation.acceptance", "decode a run's held-out prompts step by step, before and after training"),
     "average-adapters": (
         "scale.averaging",
         "average the adapters or checkpoints of several clients, weighted by tokens",

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -189,3 +191,38 @@ def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bo
     """
     full = len(rates) == 2 * DRIFT_WINDOW
     return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
+
+
+FACETS = {"position": "position in block", "token_class": "token class", "category": "category"}
+"""What rejections are counted by: columns of accept events, and their titles."""
+
+
+def accept_rates(events: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Where the drafts of one method are rejected.
+
+    Args:
+        events: one row for each scored draft, with `question_id` and `accepted` (`rejections.read_trace`).
+        by: the column to group by.
+
+    Returns:
+        A row for each group: `questions`, `drafted` (scored) and `accepted` drafts, `accept_rate`, its 95 % interval
+        `low` to `high`, and `rejects`, the fraction of all rejects in this group (NaN if there are none). The interval
+        comes from 1000 bootstrap samples of questions, since drafts of one answer resemble each other.
+    """
+    counts = events.groupby([by, "question_id"]).accepted.agg(["size", "sum"]).unstack(fill_value=0)
+    drafted = counts["size"].to_numpy()  # [groups, questions]
+    accepted = counts["sum"].to_numpy()
+    num_questions = events.question_id.nunique()
+    even = np.full(num_questions, 1 / num_questions)
+    draws = np.random.default_rng(0).multinomial(num_questions, even, size=1000).T  # [questions, samples]
+    rates = pd.DataFrame(accepted @ draws).div(drafted @ draws)
+    table = pd.DataFrame(index=counts.index)
+    table["questions"] = (drafted > 0).sum(axis=1)
+    table["drafted"] = drafted.sum(axis=1)
+    table["accepted"] = accepted.sum(axis=1)
+    table["accept_rate"] = table.accepted / table.drafted
+    table["low"] = rates.quantile(0.025, axis=1).to_numpy()
+    table["high"] = rates.quantile(0.975, axis=1).to_numpy()
+    rejects = table.drafted - table.accepted
+    table["rejects"] = rejects / rejects.sum()
+    return table

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from dvirl.evaluation.accept_trace import FACETS, accept_rates
+from dvirl.metrics import FACETS, accept_rates
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.costs import StepCosts
 

@@ -1,9 +1,13 @@
 """Rollouts: the verifier's greedy text for a batch of prompts, and the draft's decisions on it in one pass.
 
-In greedy decoding every scored draft stands behind verified text. So the drafts of a whole response follow from
-one parallel shallow pass over that text, and replaying the block rule over them gives exactly the records that
-`spec_decode_step` gives one block at a time (`tests/test_rollout.py` holds the two equal).
+In greedy decoding every scored draft follows verified text. So the drafts of a whole response come out of one parallel
+shallow pass over that text, and replaying the block rule over them gives exactly the records that `spec_decode_step`
+gives one block at a time (`tests/test_rollout.py` holds the two equal).
+
+Letters in shapes: B prompts, P prompt positions, R response positions, N records, V' draft vocabulary, D hidden.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -14,35 +18,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.runs.errors import DvirlError
-from kangaroo.adapter import KVCache
-from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.generate import PlainBatch, Sampler, decode_plainly
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
-Sampler = Callable[[Tensor], Tensor]
-"""Picks tokens `[B]` from float32 logits `[B, V]`."""
-
-
 Answer = Callable[[list[list[int]]], "Rollout"]
 """Responses for a batch of prompts."""
-
-
 Drafts = tuple[Tensor, Tensor]
 """The draft policy at N positions, before anything is chosen: logits `[N, V']`, float32, and exit states `[N, D]`."""
 
 
-COMPACT_BELOW = 0.75
-"""Share of unfinished rows under which finished ones are dropped from a batch."""
-
-
-LOOK_EVERY = 16
-"""Tokens between looks at which rows are finished, on a device that a look would make wait."""
-
-
 @dataclass(frozen=True)
 class Responses:
-    """Responses behind their prompts.
+    """Prompts with their responses.
 
     Attributes:
         tokens: `[B, P + R]`, prompt and response without a gap, padded on the right with zeros.
@@ -63,18 +53,20 @@ class Responses:
 
     def response_tokens(self) -> Tensor:
         """All response tokens, `[num_tokens]`."""
-        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        starts, ends = self.prompt_lens[:, None], (self.prompt_lens + self.response_lens)[:, None]
-        return self.tokens[(steps >= starts) & (steps < ends)]
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        starts = self.prompt_lens[:, None]
+        ends = (self.prompt_lens + self.response_lens)[:, None]
+        return self.tokens[(positions >= starts) & (positions < ends)]
 
-    def take(self, rows: Tensor) -> "Responses":
+    def take(self, rows: Tensor) -> Responses:
         """Some rows, cut to their longest."""
-        prompt_lens, response_lens = self.prompt_lens[rows], self.response_lens[rows]
+        prompt_lens = self.prompt_lens[rows]
+        response_lens = self.response_lens[rows]
         width = int((prompt_lens + response_lens).max()) if len(rows) else 0
         return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
 
-    def stored(self) -> "Responses":
-        """These alone, on the CPU, tokens as int32."""
+    def stored(self) -> Responses:
+        """The same without anything else, on the CPU, tokens as int32."""
         return Responses(self.tokens.int().cpu(), self.prompt_lens.cpu(), self.response_lens.cpu())
 
 
@@ -93,15 +85,22 @@ class Rollout(Responses):
     verifier_confidence: Tensor
     max_new_tokens: int
 
-    def groups(self, size: int) -> Iterator["Rollout"]:
-        """So many rows at a time, cut to their longest."""
+    def groups(self, size: int) -> Iterator[Rollout]:
+        """`size` rows at a time, cut to their longest."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            width = int((self.prompt_lens + self.response_lens)[rows].max())
-            reach = int(self.response_lens[rows].max())
-            hidden, confidence = self.verifier_hidden[rows, :reach], self.verifier_confidence[rows, :reach]
-            lengths = self.prompt_lens[rows], self.response_lens[rows]
-            yield Rollout(self.tokens[rows, :width], *lengths, hidden, confidence, self.max_new_tokens)
+            prompt_lens = self.prompt_lens[rows]
+            response_lens = self.response_lens[rows]
+            width = int((prompt_lens + response_lens).max())
+            longest = int(response_lens.max())
+            yield Rollout(
+                tokens=self.tokens[rows, :width],
+                prompt_lens=prompt_lens,
+                response_lens=response_lens,
+                verifier_hidden=self.verifier_hidden[rows, :longest],
+                verifier_confidence=self.verifier_confidence[rows, :longest],
+                max_new_tokens=self.max_new_tokens,
+            )
 
     def prompts(self) -> list[list[int]]:
         """The prompts' tokens."""
@@ -111,16 +110,6 @@ class Rollout(Responses):
         """All responses' tokens, without padding."""
         spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.response_lens.tolist(), strict=True)
         return [tokens[start : start + length] for tokens, start, length in spans]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One verification, without its tensors: the first token's response index and what became of the drafts."""
-
-    start: int
-    num_drafted: int
-    num_accepted: int
-    block_len: int
 
 
 @dataclass(frozen=True)
@@ -153,63 +142,18 @@ class Records:
         """Accepted drafts."""
         return int(self.reward.sum())
 
-    def accepted(self) -> "Records":
-        """The accepted ones alone."""
-        return Records(**{spec.name: getattr(self, spec.name)[self.reward > 0] for spec in fields(Records)})
+    def accepted(self) -> Records:
+        """The accepted drafts alone."""
+        chosen = self.reward > 0
+        return Records(**{spec.name: getattr(self, spec.name)[chosen] for spec in fields(Records)})
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What drafting does on a rollout: the records, and each row's blocks."""
+    """What drafting does on a rollout: the records, and each row's blocks after the prefill's."""
 
     records: Records
-    blocks: list[list[Block]]
-
-
-class _Batch:
-    """Rows under generation: caches, and where each row stands."""
-
-    def __init__(
-        self, model: EarlyExitLlamaForCausalLM, tokens: Tensor, lengths: Tensor, capacity: int, target: str
-    ) -> None:
-        self.model, self.target = model, target
-        layers, split = model.config.num_hidden_layers, model.exit_layer
-        like = model.model.norm.weight
-        self.shallow = KVCache(model.config, split, len(tokens), capacity, like)
-        self.deep = KVCache(model.config, layers - split, len(tokens), capacity, like)
-        shared = common_prefix(tokens, lengths)
-        if shared:  # what all rows begin with is computed once, and its keys and values are copied
-            prefix = _Batch(model, tokens[:1, :shared], lengths.new_tensor([shared]), shared, target)
-            for own, source in ((self.shallow, prefix.shallow), (self.deep, prefix.deep)):
-                for wide, one in zip(own.keys + own.values, source.keys + source.values, strict=True):
-                    wide[:, :, :shared] = one
-                own.length = shared
-        hidden = self._forward(tokens[:, shared:])
-        self.rows = torch.arange(len(tokens), device=tokens.device)
-        self.shallow.length = self.deep.length = lengths
-        self.last = hidden[self.rows, lengths - shared - 1]
-
-    def _forward(self, tokens: Tensor) -> Tensor:
-        with self.model.without_adapters(*(("lora_S",) if self.target == "base" else ())):
-            exit_hidden = self.model.forward_shallow(tokens, cache=self.shallow)
-        return self.model.forward_deep(exit_hidden, cache=self.deep)
-
-    def append(self, tokens: Tensor) -> None:
-        self.last = self._forward(tokens[:, None])[:, -1]
-
-    def keep(self, alive: Tensor) -> None:
-        self.rows = self.rows[alive]
-        for cache in (self.shallow, self.deep):
-            cache.keep(alive.nonzero().flatten().tolist())
-
-
-def common_prefix(tokens: Tensor, lengths: Tensor) -> int:
-    """Length of the prefix that all rows of `tokens [B, P]` share, short of every row's last token."""
-    if len(tokens) == 1:
-        return 0
-    reach = int(lengths.min()) - 1
-    differs = (tokens[:, :reach] != tokens[:1, :reach]).any(dim=0).nonzero()
-    return int(differs[0]) if len(differs) else reach
+    blocks: list[list[Verification]]
 
 
 @torch.no_grad()
@@ -230,7 +174,7 @@ def generate(
         max_new_tokens: length limit, at least 1.
         eos_ids: tokens that end a response.
         target: "base" or "adapted".
-        sampler: None for greedy.
+        sampler: picks tokens; None for greedy.
         keep_states: keep `verifier_hidden` and `verifier_confidence`; without, they are empty and zero.
 
     Raises:
@@ -242,87 +186,72 @@ def generate(
     device = model.lm_head.weight.device
     tokens = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True).to(device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    with model.folded():
-        batch = _Batch(model, tokens, prompt_lens, tokens.shape[1] + max_new_tokens, target)
-        ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
-        chosen, hidden, confidence = _answer(batch, max_new_tokens, ends, sampler, keep_states)
-    ended = torch.isin(chosen, ends)
+    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    with model.merged():
+        capacity = tokens.shape[1] + max_new_tokens
+        stages = model.new_stages(capacity, None, target, len(tokens), fused=False)
+        batch = PlainBatch(stages, tokens, prompt_lens)
+        answers = decode_plainly(batch, max_new_tokens, ends, sampler, keep_states)
+    ended = torch.isin(answers.tokens, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
-    reach = int(response_lens.max())
-    inside = torch.arange(reach, device=device) < response_lens[:, None]  # what stands behind an end is cleared
-    if len(broken := (inside & ~confidence[:, :reach].isfinite()).nonzero()):
-        row, at = broken[0].tolist()
-        raise DvirlError(f"the verifier's logits for token {at} of its answer to prompt {row} are not finite")
+    longest = int(response_lens.max())
+    inside = torch.arange(longest, device=device) < response_lens[:, None]  # [B, R]; the rest is cleared
+    confidence = answers.confidence[:, :longest]
+    _refuse_not_finite(confidence, inside)
+    # Put the responses right after their prompts.
     tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
     rows, positions = inside.nonzero(as_tuple=True)
-    tokens[rows, prompt_lens[rows] + positions] = chosen[rows, positions]
-    hidden, confidence = hidden[:, :reach] * inside[:, :, None], confidence[:, :reach] * (inside & keep_states)
-    return Rollout(tokens, prompt_lens, response_lens, hidden, confidence, max_new_tokens)
+    tokens[rows, prompt_lens[rows] + positions] = answers.tokens[rows, positions]
+    hidden = answers.hidden[:, :longest] * inside[:, :, None]
+    return Rollout(tokens, prompt_lens, response_lens, hidden, confidence * (inside & keep_states), max_new_tokens)
 
 
-def _answer(
-    batch: _Batch, max_new_tokens: int, ends: Tensor, sampler: Sampler | None, keep_states: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, states and confidences `[B, max_new_tokens, …]`, whatever stands behind a row's end included.
-
-    Without states, logits stand for the confidences: these too show whether numbers are finite.
-    """
-    count, width = batch.last.shape[0], batch.last.shape[1] if keep_states else 0
-    tokens = batch.rows.new_zeros(count, max_new_tokens)
-    hidden = batch.last.new_zeros(count, max_new_tokens, width)
-    confidence = torch.zeros(count, max_new_tokens, device=tokens.device)
-    alive = torch.ones(count, dtype=torch.bool, device=tokens.device)
-    look_every = 1 if tokens.device.type == "cpu" else LOOK_EVERY
-    for step in range(max_new_tokens):
-        logits = batch.model.lm_head(batch.last)
-        weights = logits.float().softmax(dim=-1) if keep_states else logits
-        chosen = weights.argmax(dim=-1) if sampler is None else sampler(logits.float())
-        if keep_states:
-            hidden[batch.rows, step] = batch.last
-        confidence[batch.rows, step] = weights.gather(1, chosen[:, None])[:, 0].float()
-        tokens[batch.rows, step] = chosen
-        alive = alive & ~torch.isin(chosen, ends)
-        if step + 1 == max_new_tokens:
-            break
-        if step % look_every == 0:
-            share = float(alive.float().mean())
-            if share == 0.0:
-                break
-            if share < COMPACT_BELOW:
-                batch.keep(alive)
-                chosen, alive = chosen[alive], alive[alive]
-        batch.append(chosen)
-    return tokens, hidden, confidence
+def _refuse_not_finite(confidence: Tensor, inside: Tensor) -> None:
+    broken = (inside & ~confidence.isfinite()).nonzero()
+    if len(broken):
+        row, position = broken[0].tolist()
+        raise DvirlError(f"the verifier's logits for token {position} of its answer to prompt {row} are not finite")
 
 
 def replay_blocks(
-    accepted: Sequence[bool], confidence: Sequence[float], settings: DecodeConfig, max_new_tokens: int
-) -> list[Block]:
+    accepted: Sequence[bool],
+    confidence: Sequence[float],
+    settings: DecodeConfig,
+    max_new_tokens: int,
+    tokens: Sequence[int] = (),
+    prompt_len: int = 0,
+) -> list[Verification]:
     """Walk the block rule over one response.
 
     Args:
         accepted: for each response index but the first (the prefill's), whether the draft there is the text's token.
         confidence: the draft's, aligned with `accepted`.
         settings: draft_len and threshold.
-        max_new_tokens: the length limit under which the response came about.
+        max_new_tokens: the length limit of the response.
+        tokens: the response; not given, the blocks commit zeros.
+        prompt_len: the prompt's length, from which `start` counts.
 
     Returns:
-        The blocks behind the prefill, as the step-by-step decoder commits them.
+        The blocks after the prefill, as the step-by-step decoder commits them, without their tensors.
     """
-    length, start = len(accepted) + 1, 1
-    blocks: list[Block] = []
+    length = len(accepted) + 1
+    response = list(tokens) or [0] * length
+    start = 1
+    blocks: list[Verification] = []
     while start < length:
-        count = min(settings.draft_len, max_new_tokens - start - 1, length - start)
-        drafted = taken = 0
-        while drafted < count:
-            at = start + drafted - 1
-            drafted += 1
-            taken += accepted[at]
-            if not accepted[at] or confidence[at] < settings.threshold:
+        # One token of the limit is left to the verifier, and nothing after an end of sequence is scored.
+        most = min(settings.draft_len, max_new_tokens - start - 1, length - start)
+        num_drafted = 0
+        num_accepted = 0
+        while num_drafted < most:
+            index = start + num_drafted - 1
+            num_drafted += 1
+            num_accepted += accepted[index]
+            if not accepted[index] or confidence[index] < settings.threshold:
                 break
-        block_len = min(taken + 1, length - start)
-        blocks.append(Block(start, drafted, taken, block_len))
-        start += block_len
+        committed = tuple(response[start : start + num_accepted + 1])
+        blocks.append(Verification(prompt_len + start, committed, num_drafted, num_accepted))
+        start += len(committed)
     return blocks
 
 
@@ -364,7 +293,7 @@ def draft_logits_at(
 
 @torch.no_grad()
 def draft_rollout(model: KangarooModel, rollout: Rollout) -> Drafts:
-    """The draft behind the verified text, for all response tokens but the first, in one pass."""
+    """The draft along the verified text, for all response tokens but the first, in one pass."""
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
     return draft_logits_at(model, rollout.tokens, rollout.prompt_lens, rows, positions)
 
@@ -387,28 +316,46 @@ def score_drafts(
     drawn = None if noise is None else noise[rows, positions]
     index, confidence = choose_tokens(logits, settings.draft_temperature, drawn)
     drafted = model.token_ids(index)
-    own = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
-    agrees, sure = (drafted == own).tolist(), confidence.tolist()
-    blocks: list[list[Block]] = []
-    scored: list[int] = []
-    offset = 0
-    for length in rollout.response_lens.tolist():
-        stop = offset + max(length - 1, 0)
-        row_blocks = replay_blocks(agrees[offset:stop], sure[offset:stop], settings, rollout.max_new_tokens)
-        scored += [offset + block.start - 1 + i for block in row_blocks for i in range(block.num_drafted)]
-        blocks.append(row_blocks)
-        offset = stop
-    keep = torch.tensor(scored, dtype=torch.long, device=rows.device)
+    verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
+    blocks = _replay_rows(rollout, (drafted == verified).tolist(), confidence.tolist(), settings)
+    scored = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device)
     records = Records(
-        hidden=exit_hidden[keep],
-        token=drafted[keep],
-        reward=(drafted == own)[keep].float(),
-        verifier_confidence=rollout.verifier_confidence[rows[keep], positions[keep]],
-        verifier_token=own[keep],
-        row=rows[keep],
-        position=positions[keep],
+        hidden=exit_hidden[scored],
+        token=drafted[scored],
+        reward=(drafted == verified)[scored].float(),
+        verifier_confidence=rollout.verifier_confidence[rows[scored], positions[scored]],
+        verifier_token=verified[scored],
+        row=rows[scored],
+        position=positions[scored],
     )
     return Judgement(records, blocks)
+
+
+def _replay_rows(
+    rollout: Rollout, accepted: list[bool], confidence: list[float], settings: DecodeConfig
+) -> list[list[Verification]]:
+    """The blocks of every row; `accepted` and `confidence` are those of all draftable positions, row after row."""
+    blocks = []
+    offset = 0
+    for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
+        stop = offset + max(len(response) - 1, 0)
+        row = (accepted[offset:stop], confidence[offset:stop])
+        blocks.append(replay_blocks(*row, settings, rollout.max_new_tokens, response, prompt_len))
+        offset = stop
+    return blocks
+
+
+def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[int]:
+    """Indices of the scored drafts among all draftable positions."""
+    scored: list[int] = []
+    offset = 0
+    lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
+    for (prompt_len, response_len), row_blocks in zip(lengths, blocks, strict=True):
+        for block in row_blocks:
+            first = offset + block.start - prompt_len - 1
+            scored += range(first, first + block.num_drafted)
+        offset += max(response_len - 1, 0)
+    return scored
 
 
 def judge(model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None) -> Judgement:

@@ -1,23 +1,26 @@
 """KangarooModel: the early-exit model together with what drafts, and decoding with both."""
 
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kangaroo.adapter import AdapterModel, KVCache
+from kangaroo.adapter import AdapterModel
 from kangaroo.decoding.blocks import DecodeConfig, Verification
-from kangaroo.decoding.costs import StepCosts, growing
-from kangaroo.decoding.drafting import Chooser, Governor, LookupIndex, Scripted, Shared, Sharer
-from kangaroo.decoding.fused import Stack, Stacks, can_stack
-from kangaroo.earlyexit import EarlyExitLlamaForCausalLM, Row
+from kangaroo.decoding.costs import StepCosts
+from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex
+from kangaroo.decoding.generate import Decoded, decode_texts
+from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm
+from kangaroo.decoding.speculate import Text
+from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
+from kangaroo.decoding.timing import measure_costs, now
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.published import read_published
 
 HEADS = ("frozen", "full", "lora")
@@ -36,19 +39,6 @@ class DualLogits:
     exit_logits: Tensor
     final_logits: Tensor
     exit_hidden: Tensor
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One decoded response.
-
-    Attributes:
-        tokens: the response, its end-of-sequence token included if it came.
-        blocks: one verification a block; the first is the prefill's, without drafts.
-    """
-
-    tokens: list[int]
-    blocks: list[Verification]
 
 
 class KangarooModel(nn.Module):
@@ -83,12 +73,12 @@ class KangarooModel(nn.Module):
         base.set_exit_layer(EARLY_STOP_LAYER)
         base.requires_grad_(False).eval()
         self.base_model = base
-        self._stacks = Stacks()
+        self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
         self._costs: dict[int, StepCosts] = {}
-        self._governors: dict[tuple[DecodeConfig, int], Governor | Shared] = {}
+        self._policies: dict[DecodeConfig, AdaptivePolicy] = {}
         drafter = getattr(args, "drafter", "none")
-        window, layers = getattr(args, "adapter_window", 64), getattr(args, "drafter_layers", 1)
-        self.adapter_model = AdapterModel(base.config, drafter, window, layers)
+        window = getattr(args, "adapter_window", 64)
+        self.adapter_model = AdapterModel(base.config, drafter, window, getattr(args, "drafter_layers", 1))
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -121,6 +111,7 @@ class KangarooModel(nn.Module):
 
     def _new_exit_proj(self) -> nn.Linear:
         exit_proj = nn.Linear(self.head_rows.shape[1], self.head_rows.shape[0], bias=False, device="meta")
+        # The weight is set below; on "meta" no memory is spent on one that is thrown away.
         if self.head == "full":
             exit_proj.weight = nn.Parameter(self.head_rows.detach().clone().float())
         else:
@@ -128,12 +119,14 @@ class KangarooModel(nn.Module):
         return exit_proj
 
     def _start_from_base(self) -> None:
+        """Copy norm and layers of the base model into the drafter, in float32 on its device."""
         base = self.base_model
         device = base.model.norm.weight.device
         self.adapter_model.norm.load_state_dict(base.model.norm.state_dict())
         for index, layer in enumerate(self.adapter_model.layers, start=base.exit_layer):
             source = base.model.layers[min(index, base.config.num_hidden_layers - 1)].state_dict()
-            plain = {name.replace(".base_layer", ""): value for name, value in source.items()}  # LoRA may sit there
+            # A linear layer that carries LoRA keeps its own weight under another name.
+            plain = {name.replace(".base_layer", ""): value for name, value in source.items()}
             layer.load_state_dict({name: plain[name] for name in layer.state_dict()})
         self.adapter_model.to(device=device, dtype=torch.float32)
         if self.draft_ids is not None:
@@ -154,7 +147,8 @@ class KangarooModel(nn.Module):
         if self.head == "full":
             state["exit_proj.weight"] = self.exit_proj.weight
         if self.head == "lora":
-            state["head_down"], state["head_up"] = self.head_down, self.head_up
+            state["head_down"] = self.head_down
+            state["head_up"] = self.head_up
         if self.draft_ids is not None:
             state["draft_ids"] = self.draft_ids
         return {key: value.detach().contiguous() for key, value in state.items()}
@@ -168,7 +162,7 @@ class KangarooModel(nn.Module):
             ValueError: if it does not fit this model.
         """
         path = Path(folder) / "drafter.safetensors"
-        if not path.exists():
+        if not path.exists():  # the published layout has other names
             adapter = read_published(path.parent, self.base_model.config.hidden_size)
             self.adapter_model = adapter.to(self.head_model.weight.device)
             return
@@ -180,47 +174,46 @@ class KangarooModel(nn.Module):
             if state[key].shape != value.shape or state[key].is_complex():
                 raise ValueError(f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}, real")
             value.copy_(state[key])
-        if self.draft_ids is not None:
+        if self.draft_ids is not None:  # another draft vocabulary reads other rows of the head
             self.head_rows.copy_(self.head_model.weight[self.draft_ids])
             self._set_draft_index()
 
     # The draft policy
 
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache of the drafter."""
-        cache = self.adapter_model.new_cache(batch_size, capacity, self.head_rows)
-        if can_stack(self.head_rows):
-            parts = [*self.adapter_model.parameters(), self.exit_proj.weight, self.head_rows]
-            parts += [self.head_down, self.head_up] if self.head == "lora" else []
-            cache.stack = self._stacks.get("drafter", parts, self._stack)
-        return cache
+    def drafter_parts(self) -> DrafterParts:
+        """What decoding drafts with: the weights as they are now, in the base model's dtype."""
+        used = [*self.adapter_model.parameters(), self.exit_proj.weight, self.head_rows]
+        if self.head == "lora":
+            used += [self.head_down, self.head_up]
+        adapter = self.adapter_model
+        weights = self._weights.get("drafter", used, self._fused_drafter)
+        return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids)
 
-    def _stack(self) -> Stack:
-        """Drafter and exit head for decoding, a low-rank change of the head added in."""
+    def _fused_drafter(self) -> StageWeights:
+        """Drafter, exit norm and exit head for decoding, a low-rank change of the head merged."""
+        dtype = self.head_rows.dtype
         head = self.exit_proj.weight.float()
         if self.head == "lora":
             head = head + self.head_up @ self.head_down
-        return Stack(self.adapter_model.layers, self.head_rows.dtype, self.exit_norm, head)
+        layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
+        return StageWeights(layers, norm=rms_norm(self.exit_norm, dtype), head=product(head.to(dtype)))
 
-    def drafter_states(self, exit_hidden: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`."""
+    def drafter_states(self, exit_hidden: Tensor) -> Tensor:
+        """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`, with gradients."""
         dtype = exit_hidden.dtype
-        if cache is not None and cache.stack is not None:
-            return self.adapter_model.forward_early_stop(exit_hidden, past_key_values=cache)
         if not len(self.adapter_model.layers):
-            return F.rms_norm(
-                exit_hidden, (exit_hidden.shape[-1],), self.exit_norm.weight.to(dtype), self.adapter_model.norm.eps
-            )
+            # Without drafter layers the norm is all there is; it computes in the base model's dtype.
+            weight = self.exit_norm.weight.to(dtype)
+            return F.rms_norm(exit_hidden, (exit_hidden.shape[-1],), weight, self.exit_norm.eps)
+        # Drafter weights are float32 and compute in the base model's dtype.
         with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            own = exit_hidden.to(self.exit_norm.weight.dtype)
-            return self.adapter_model.forward_early_stop(own, past_key_values=cache).to(dtype)
+            inputs = exit_hidden.to(self.exit_norm.weight.dtype)
+            return self.adapter_model.forward_early_stop(inputs).to(dtype)
 
-    def head_logits(self, states: Tensor, cache: KVCache | None = None) -> Tensor:
-        """`[…, D]` to the draft's float32 logits `[…, V']`, by the cache's packed head if it has one."""
-        if cache is not None and cache.stack is not None and cache.stack.head is not None:
-            return cache.stack.head(states).float()
+    def head_logits(self, states: Tensor) -> Tensor:
+        """`[…, D]` to the draft's float32 logits `[…, V']`, with gradients."""
         logits = F.linear(states, self.exit_proj.weight.to(states.dtype))
-        if self.head == "lora":
+        if self.head == "lora":  # (W + U D) x, without building W + U D at every step
             logits = logits + F.linear(F.linear(states, self.head_down.to(states.dtype)), self.head_up.to(states.dtype))
         return logits.float()
 
@@ -252,63 +245,44 @@ class KangarooModel(nn.Module):
 
     # Decoding
 
-    def chooser(self, settings: DecodeConfig, rows: int = 1) -> Chooser:
-        """What decides on the blocks of one of so many texts: fixed, or by what earlier texts have shown."""
-        if not settings.adaptive:
-            return Chooser(settings)
-        if (settings, rows) not in self._governors:
-            costs = self.step_costs(settings.draft_len, rows)
-            self._governors[settings, rows] = Governor(settings, costs) if rows == 1 else Shared(settings, costs)
-        found = self._governors[settings, rows]
-        return Sharer(settings, found) if isinstance(found, Shared) else found
+    def decoding(
+        self, capacity: int, target: str = "base", batch_size: int = 1, deterministic: bool = False
+    ) -> AbstractContextManager[Stages]:
+        """Stages with empty caches, this draft's among them; arguments as in `EarlyExitLlamaForCausalLM.decoding`."""
+        return self.base_model.decoding(capacity, self.drafter_parts(), target, batch_size, deterministic)
+
+    def block_policy(self, config: DecodeConfig, batch_size: int = 1) -> BlockPolicy:
+        """What decides on the blocks of a text: fixed, or by what earlier texts have shown.
+
+        Several texts share each pass, so that a long block of one text is paid for by all: their blocks are fixed.
+        """
+        if not config.adaptive or batch_size > 1:
+            return BlockPolicy(config)
+        if config not in self._policies:
+            self._policies[config] = AdaptivePolicy(config, self.step_costs(config.draft_len))
+        return self._policies[config]
 
     def step_costs(self, longest: int = 8, rows: int = 1) -> StepCosts:
-        """What steps of so many rows cost here; measured once for blocks up to this length, in a second or two."""
+        """What steps of `rows` texts cost here; measured once for blocks up to this length, in a second or two."""
         if rows not in self._costs or len(self._costs[rows].verify) <= longest:
             self._costs[rows] = self.measure_costs(longest, rows=rows)
         return self._costs[rows]
 
     def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1) -> StepCosts:
-        """Time blocks behind `context` tokens, all lengths in turn.
-
-        The costs are medians, and the nearest to them that grow: noise must not make a longer block look cheaper.
+        """Time blocks of all lengths after `context` tokens, in turn.
 
         Args:
-            longest: drafts of a block.
-            repeats: rounds; two more go before them uncounted.
+            longest: drafts of a block, at most.
+            repeats: rounds that count.
             context: tokens in the caches.
             rows: texts at once.
         """
-        base, how = self.base_model, DecodeConfig(longest)
-        verify: list[list[float]] = [[] for _ in range(longest + 1)]
-        drafted: list[float] = []
-        text = LookupIndex([token % 7 for token in range(context + 1)])
-
-        def timed(learned: int, looked_up: int) -> float:
-            caches.roll_back(context)
-            script = Scripted(learned, text.tokens[:looked_up])
-            began = self.now()
-            base.spec_decode_step([Row(text, context + longest + 2, script)] * rows, self, how)
-            return 1e3 * (self.now() - began)
-
-        with base.decoding(context + longest + 2, self, "base", rows) as caches:
-            prompt = LookupIndex(text.tokens[:-1])
-            base.spec_decode_step([Row(prompt, context + 1, Scripted(0))] * rows, self, how)
-            for turn in range(repeats + 2):
-                times = [timed(0, count) for count in range(longest + 1)]
-                timed(1, 0)  # brings the draft's caches up to the context
-                drafting = (timed(longest, 0) - times[-1]) / longest
-                if turn > 1:
-                    drafted.append(drafting)
-                    for kept, time_ in zip(verify, times, strict=True):
-                        kept.append(time_)
-        return StepCosts(growing([median(times) for times in verify]), max(0.0, median(drafted)))
+        with self.decoding(context + longest + 2, batch_size=rows) as stages:
+            return measure_costs(stages, longest, repeats, context)
 
     def now(self) -> float:
-        """Seconds on the clock once the device has done what it was given."""
-        if self.head_model.weight.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        """Seconds on the clock once the device has done its work."""
+        return now(self.head_model.weight.device)
 
     def decode_rows(
         self,
@@ -319,20 +293,20 @@ class KangarooModel(nn.Module):
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Iterator[dict[int, Verification]]:
-        """Decode prompts together, each row going on as far as its own drafts are accepted.
+        """Decode prompts together, each advancing as far as its own drafts are accepted.
 
         Args:
             prompts: token ids, at least one each.
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
             eos_ids: tokens that end a response.
-            noise: uniform `[max_new_tokens]`, one number a response position, for sampled drafts; drawn if the answer
-                is sampled, too, and none is given.
-            seed: of what sampling draws, for all prompts or one each; what stands beside a prompt changes nothing.
+            noise: uniform `[max_new_tokens]`, one number for each position of the response, for sampled drafts; drawn
+                if the answer is sampled, too, and none is given.
+            seed: of what sampling draws, for all prompts or one each; a response does not depend on other prompts.
 
         Yields:
-            After each pass, what every row that is not over commits, by the prompt's index. The first ones are the
-            prefill's.
+            After each step what the texts commit, by the prompt's index; nothing for texts that are over. The first
+            verifications are the prefill's.
 
         Raises:
             ValueError: for an empty prompt, a limit below 1, or logits that are not finite.
@@ -342,28 +316,18 @@ class KangarooModel(nn.Module):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        rows = {}
-        for at, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(seeds[at]) if settings.temperature else None
-            own = torch.rand(max_new_tokens, generator=generator) if generator and settings.draft_temperature else None
-            chooser, text = self.chooser(settings, len(prompts)), LookupIndex(prompt)
-            rows[at] = Row(text, len(prompt) + max_new_tokens, chooser, own if noise is None else noise, generator)
-        capacity = max(row.stop for row in rows.values())
-        with self.base_model.decoding(capacity, self, settings.target, len(rows), settings.deterministic) as caches:
-            while any(row.room for row in rows.values()):
-                found = zip(rows, self.base_model.spec_decode_step(list(rows.values()), self, settings), strict=True)
-                verdicts = {at: verdict.end_at(eos_ids) for at, verdict in found if verdict}
-                yield verdicts
-                for at, verdict in verdicts.items():
-                    if verdict.start > rows[at].start:
-                        rows[at].chooser.learn(verdict)
-                    rows[at].text.extend(verdict.committed)
-                    if verdict.committed[-1] in eos_ids:
-                        rows[at].stop = 0
-                over = [not row.room for row in rows.values()]
-                if any(over) and not all(over) and not caches.replays:
-                    caches.keep([place for place, gone in enumerate(over) if not gone])
-                    rows = {at: row for at, row in rows.items() if row.room}
+        texts = []
+        for prompt, text_seed in zip(prompts, seeds, strict=True):
+            generator = torch.Generator().manual_seed(text_seed) if settings.temperature else None
+            text_noise = noise
+            if generator and settings.draft_temperature:
+                drawn = torch.rand(max_new_tokens, generator=generator)
+                text_noise = drawn if noise is None else noise
+            policy = self.block_policy(settings, len(prompts))
+            texts.append(Text(LookupIndex(prompt), len(prompt) + max_new_tokens, policy, text_noise, generator))
+        capacity = max(text.stop for text in texts)
+        with self.decoding(capacity, settings.target, len(texts), settings.deterministic) as stages:
+            yield from decode_texts(stages, texts, settings, eos_ids)
 
     def decode_blocks(
         self,
@@ -378,8 +342,8 @@ class KangarooModel(nn.Module):
 
         Arguments and errors as in `decode_rows`.
         """
-        for verdicts in self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed):
-            yield verdicts[0]
+        for committed in self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed):
+            yield committed[0]
 
     def generate(
         self,
@@ -390,7 +354,7 @@ class KangarooModel(nn.Module):
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Decoded:
-        """Decode one prompt; arguments as in `decode_rows`."""
+        """Decode one prompt; arguments and errors as in `decode_rows`."""
         return self.generate_batch([prompt], max_new_tokens, settings, eos_ids, noise, seed)[0]
 
     def generate_batch(
@@ -402,10 +366,10 @@ class KangarooModel(nn.Module):
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> list[Decoded]:
-        """Decode prompts together; arguments as in `decode_rows`."""
+        """Decode prompts together; arguments and errors as in `decode_rows`."""
         decoded = [Decoded([], []) for _ in prompts]
-        for verdicts in self.decode_rows(prompts, max_new_tokens, settings, eos_ids, noise, seed):
-            for at, verdict in verdicts.items():
-                decoded[at].tokens.extend(verdict.committed)
-                decoded[at].blocks.append(verdict)
+        for committed in self.decode_rows(prompts, max_new_tokens, settings, eos_ids, noise, seed):
+            for index, verification in committed.items():
+                decoded[index].tokens.extend(verification.committed)
+                decoded[index].blocks.append(verification)
         return decoded

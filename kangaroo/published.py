@@ -35,10 +35,13 @@ def read_published(folder: Path, hidden_size: int) -> AdapterModel:
         raise ValueError(f"{folder}: the adapter's weights are missing; expected {' or '.join(WEIGHTS)}")
     state = _read_tensors(path)
     adapter = _build(folder / "config.json", hidden_size, len(state))
-    own = adapter.state_dict()
-    for name in sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"{path}: tensor {name} is {'missing' if name in own else 'foreign to a Kangaroo adapter'}")
-    for name, value in own.items():
+    expected = adapter.state_dict()
+    different = sorted(expected.keys() ^ state.keys())
+    if different:
+        name = different[0]
+        problem = "missing" if name in expected else "foreign to a Kangaroo adapter"
+        raise ValueError(f"{path}: tensor {name} is {problem}")
+    for name, value in expected.items():
         if state[name].shape != value.shape:
             raise ValueError(f"{path}: {name} is {list(state[name].shape)}, expected {list(value.shape)}")
     adapter.load_state_dict(state)
@@ -52,9 +55,11 @@ def _build(path: Path, hidden_size: int, most: int) -> AdapterModel:
         config = LlamaConfig(**{name: raw[name] for name in _FIELDS if name in _NEEDED or name in raw})
         if config.hidden_size != hidden_size:
             raise ValueError(f"its hidden_size is {config.hidden_size}, the base model's {hidden_size}")
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        longest, config.rms_norm_eps = min(config.max_position_embeddings, 2**17), float(config.rms_norm_eps)
-        config.max_position_embeddings = longest  # tabulated at first; more on demand
+        heads = config.num_attention_heads
+        groups = config.num_key_value_heads
+        config.rms_norm_eps = float(config.rms_norm_eps)
+        # So many positions are tabulated at first; the table grows on demand.
+        config.max_position_embeddings = min(config.max_position_embeddings, 2**17)
         if config.num_hidden_layers > most:
             raise ValueError(f"{config.num_hidden_layers} layers, but {most} tensors in all")
         if hidden_size % (2 * heads) or heads % groups:

@@ -29,7 +29,7 @@ class _Site:
 
 
 class AdapterSwitch:
-    """Turns adapters off for a while, or folds them into plain weights, without touching `requires_grad`.
+    """Turns adapters off for a while, or merges them into plain weights, without touching `requires_grad`.
 
     PEFT's own `set_adapter` and `disable_adapter()` make every active adapter trainable again when they return,
     which would let an update step weights that it must not. This switch only changes what a layer computes.
@@ -42,17 +42,18 @@ class AdapterSwitch:
             for attribute, child in parent.named_children()
             if isinstance(child, LoraLinear)
         ]
-        self._is_folded = False
+        self._is_merged = False
 
     @contextmanager
     def without(self, *names: str) -> Iterator[None]:
         """Leave the named adapters out inside this context."""
+        # Only layers that carry one of the names are touched; what they compute is remembered and put back.
         touched = [site for site in self._sites if set(names) & set(site.layer.lora_A)]
         before = [(site.layer._active_adapter, site.parent._modules[site.attribute]) for site in touched]
         for site in touched:
             site.layer._active_adapter = [name for name in site.layer.active_adapters if name not in names]
-            if self._is_folded:
-                site.put(_folded(site.layer))
+            if self._is_merged:  # the merged weight has the named adapters in it: merge anew without them
+                site.put(_merged(site.layer))
         try:
             yield
         finally:
@@ -61,33 +62,34 @@ class AdapterSwitch:
                 site.put(module)
 
     @contextmanager
-    def folded(self) -> Iterator[None]:
+    def merged(self) -> Iterator[None]:
         """Compute with plain weights, the active adapters added in: for inference, which it makes faster.
 
         The trained weights are untouched; what is added in is a copy. Inside another such context nothing happens.
         """
-        if self._is_folded:
+        if self._is_merged:
             yield
             return
-        self._is_folded = True
+        self._is_merged = True
         try:
             for site in self._sites:
-                site.put(_folded(site.layer))
+                site.put(_merged(site.layer))
             yield
         finally:
-            self._is_folded = False
+            self._is_merged = False
             for site in self._sites:
                 site.put(site.layer)
 
 
 @torch.no_grad()
-def _folded(layer: LoraLinear) -> nn.Linear:
+def _merged(layer: LoraLinear) -> nn.Linear:
     """A plain linear layer that computes what `layer` does with its active adapters."""
     base: nn.Linear = layer.get_base_layer()
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if not active:
         return base
     weight = base.weight.float() + sum(layer.get_delta_weight(name).float() for name in active)
+    # On "meta" no memory is spent on a weight that is replaced at once.
     plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
     if base.bias is not None:
@@ -131,6 +133,7 @@ def inject_lora(
     if deep:
         peft_model.add_adapter("lora_D", LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared))
         peft_model.base_model.set_adapter(["lora_S", "lora_D"])
+    # Base weights may be bfloat16; adapters and their optimizer state are float32.
     for parameter in lora_parameters(peft_model, ["lora_S", "lora_D"]):
         parameter.data = parameter.data.float()
     base_model.adapter_switch = AdapterSwitch(base_model)  # type: ignore[assignment]

@@ -8,10 +8,9 @@ import torch
 from conftest import EOS, tiny_model, tiny_pair
 
 from dvirl import plots
-from dvirl.evaluation.accept_trace import accept_events, events_table
 from dvirl.evaluation.agreement import logit_lens
 from dvirl.evaluation.cost import step_parts
-from dvirl.evaluation.rejections import judged_events
+from dvirl.evaluation.rejections import accept_events, events_table, judged_events
 from dvirl.evaluation.report import recorded
 from dvirl.experiments.notebook import show_blocks
 from dvirl.rollout import generate

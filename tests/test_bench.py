@@ -13,8 +13,10 @@ from test_models import save_tiny
 
 from dvirl import cli
 from dvirl.evaluation import bench
-from dvirl.evaluation.bench import GENERATE, PLAIN, _speed, spread, ways
+from dvirl.evaluation.bench import _speed, ways
 from dvirl.evaluation.measure import Answer, in_turn, timed
+from dvirl.evaluation.methods import GENERATE, PLAIN
+from dvirl.evaluation.questions import spread
 from dvirl.models import loading
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.costs import StepCosts
@@ -97,7 +99,9 @@ def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_speed", speed)
     flags = ["--dtype", "float32", "--device", "cpu", "--max_new_tokens", "4", "--threads", "1"]
     with pytest.raises(KeyboardInterrupt):
-        bench.main([str(tmp_path / "d"), "--questions", *files, *flags, "--out", str(tmp_path / "o.json")])
+        bench.main(
+            bench.parse_args([str(tmp_path / "d"), "--questions", *files, *flags, "--out", str(tmp_path / "o.json")])
+        )
     assert list(json.loads((tmp_path / "o.json").read_text())["figures"]) == files[:1]
 
 
@@ -108,7 +112,7 @@ def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeyp
     real, seen = bench.compare, []
     monkeypatch.setattr(bench, "compare", lambda drafter, *args: seen.append(drafter) or real(drafter, *args))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?"]])
-    (found,) = bench.main([str(tmp_path / "d"), *flags, questions, "--hostile"]).values()
+    (found,) = bench.main(bench.parse_args([str(tmp_path / "d"), *flags, questions, "--hostile"])).values()
     assert not (seen[0].model.draft_ids == model.draft_ids).any()
     assert all(one.equal == 1 for one in found.values())
 
@@ -120,9 +124,9 @@ def test_the_ways_are_those_that_the_table_names():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--draft_len", "0"], "draft_len is 0; expected at least 1"),
-        (["--max_new_tokens", "0"], "max_new_tokens is 0; expected at least 1"),
-        (["--rows", "-1"], "rows is -1; expected at least 0"),
+        (["--draft_len", "0"], "draft_len is 0; expected a number from 1"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0; expected a number from 1"),
+        (["--rows", "-1"], "rows is -1; expected a number from 0"),
         ([], "nothing to measure on"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from dvirl.evaluation import spec_bench
-from dvirl.evaluation.accept_trace import ANSWER, EVENT
+from dvirl.evaluation.rejections import ANSWER, EVENT
 from dvirl.metrics import StepMetrics
 
 ROOT = Path(__file__).parents[1]

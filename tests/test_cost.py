@@ -64,9 +64,9 @@ def test_shapes_have_random_weights_and_take_no_file(monkeypatch, capsys):
     [
         (["--exit_layers", "9"], "exit_layer is 9; this model of 4 layers takes 1 to 3"),
         (["--drafter", "other"], "drafter is 'other'; expected one of"),
-        (["--contexts", "0"], "expected contexts of at least 1"),
-        (["--acceptance", "1.5"], "an acceptance of 0 to 1"),
-        (["--rows", "0"], "rows is 0; expected at least 1"),
+        (["--contexts", "0"], "contexts is 0; expected a number from 1"),
+        (["--acceptance", "1.5"], "acceptance is 1.5; expected a number from 0 to 1"),
+        (["--rows", "0"], "rows is 0; expected a number from 1"),
     ],
 )
 def test_bad_settings_are_said(capsys, flags, more, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.drafting import Chooser, LookupIndex
+from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
 from kangaroo.decoding.sampling import choose_tokens, count_accepted
-from kangaroo.earlyexit import Row
+from kangaroo.decoding.speculate import Text
+from kangaroo.decoding.stages import DrafterParts
 from kangaroo.kangaroo_model import KangarooModel
 
 VOCAB = 264
@@ -23,7 +25,7 @@ PROMPT = [5, 9, 17]
 class Oracle(KangarooModel):
     """Drafts what it is told: the right token where `pattern` says so, a wrong one elsewhere.
 
-    It knows which position it drafts from the length of the draft cache.
+    It knows which position it drafts from the length of the drafter's cache.
     """
 
     def tell(self, answer: list[int], pattern) -> None:
@@ -31,8 +33,12 @@ class Oracle(KangarooModel):
             len(PROMPT) + index: token if pattern(index) else (token + 1) % VOCAB for index, token in enumerate(answer)
         }
 
-    def head_logits(self, states: Tensor, cache: object = None) -> Tensor:
-        position = int(self.base_model.past_key_values.draft.length)
+    def drafter_parts(self) -> DrafterParts:
+        parts = super().drafter_parts()
+        return replace(parts, weights=replace(parts.weights, head=self.say))
+
+    def say(self, states: Tensor) -> Tensor:
+        position = self.base_model.past_key_values.drafter.cache.length
         logits = torch.zeros(states.shape[0], VOCAB)
         logits[:, self.told.get(position, 0)] = 5.0
         return logits
@@ -120,9 +126,7 @@ def test_bad_input_is_said(call, message):
 def test_a_step_outside_a_decoding_is_refused():
     model = tiny_kangaroo(0)
     with pytest.raises(RuntimeError, match="decoding"):
-        model.base_model.spec_decode_step(
-            [Row(LookupIndex(PROMPT), 9, Chooser(DecodeConfig(2)))], model, DecodeConfig(2)
-        )
+        model.base_model.spec_decode_step([Text(LookupIndex(PROMPT), 9, BlockPolicy(DecodeConfig(2)))], DecodeConfig(2))
 
 
 def test_logits_that_are_not_finite_stop_decoding():

@@ -297,8 +297,8 @@ def test_own_prompts_of_every_kind_are_measured_apart(tmp_path, capsys):
     [
         (["nowhere", "--own", "1"], "no drafter 'nowhere'"),
         (["{d}"], "nothing to measure on; expected --questions FILE, or --own of at least 1"),
-        (["{d}", "--own", "-1"], "own is -1; expected at least 0"),
-        (["{d}", "--own", "1", "--max_new_tokens", "1"], "max_new_tokens is 1; expected at least 2"),
+        (["{d}", "--own", "-1"], "own is -1; expected a number from 0"),
+        (["{d}", "--own", "1", "--max_new_tokens", "1"], "max_new_tokens is 1; expected a number from 2"),
         (["{d}", "--questions", "none.jsonl"], "'none.jsonl': no such file"),
     ],
 )

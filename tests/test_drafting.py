@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
-from kangaroo.decoding.costs import StepCosts, growing
-from kangaroo.decoding.drafting import LONGEST_NGRAM, Chooser, Governor, LookupIndex, Scripted
-from kangaroo.earlyexit import Row
+from kangaroo.decoding.costs import StepCosts, monotone
+from kangaroo.decoding.drafting import LONGEST_NGRAM, AdaptivePolicy, BlockPolicy, LookupIndex, ScriptedPolicy
+from kangaroo.decoding.speculate import Text
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
 WAYS = [
@@ -92,10 +92,10 @@ def test_what_is_looked_up_is_verified_and_has_no_confidence():
     own = model.generate(prompt, 12, DecodeConfig(0)).tokens
     text, wrong = LookupIndex(prompt), [own[1], own[2], (own[3] + 1) % 264, own[4]]
     found = []
-    with model.base_model.decoding(len(prompt) + 12, model, "base"):
-        for script, room in ((Scripted(0), 12), (Scripted(0, wrong), 11), (Scripted(1, own[5:9]), 4)):
-            row = Row(text, len(text.tokens) + room, script)
-            found += model.base_model.spec_decode_step([row], model, DecodeConfig())
+    with model.decoding(len(prompt) + 12):
+        for script, room in ((ScriptedPolicy(0), 12), (ScriptedPolicy(0, wrong), 11), (ScriptedPolicy(1, own[5:9]), 4)):
+            row = Text(text, len(text.tokens) + room, script)
+            found += model.base_model.spec_decode_step([row], DecodeConfig())
             text.extend(found[-1].committed)
     _, second, third = found
     assert second.committed == tuple(own[1:4]) and (second.num_accepted, second.num_drafted) == (2, 3)
@@ -107,8 +107,8 @@ def test_what_is_looked_up_is_verified_and_has_no_confidence():
 
 def test_fixed_choices_by_hand():
     def block(index, room, *settings, **more):
-        chooser = Chooser(DecodeConfig(*settings, **more))
-        return chooser.begin(index, room), chooser.tail()
+        chooser = BlockPolicy(DecodeConfig(*settings, **more))
+        return chooser.begin(index, room), chooser.look_up()
 
     index, one = LookupIndex([1, 2, 3, 4, 1, 2]), LookupIndex([1, 2, 3, 1])
     assert block(index, 9, 3) == (3, [])
@@ -149,8 +149,8 @@ def test_costs_by_hand():
 
 
 def test_noise_is_pooled_so_that_costs_grow():
-    assert growing([3.0, 1.0, 2.0, 5.0, 4.0]) == (2.0, 2.0, 2.0, 4.5, 4.5)
-    assert growing([9.0, 1.0, 2.0]) == (4.0, 4.0, 4.0) and growing([1.0, 1.5, 7.0]) == (1.0, 1.5, 7.0)
+    assert monotone([3.0, 1.0, 2.0, 5.0, 4.0]) == (2.0, 2.0, 2.0, 4.5, 4.5)
+    assert monotone([9.0, 1.0, 2.0]) == (4.0, 4.0, 4.0) and monotone([1.0, 1.5, 7.0]) == (1.0, 1.5, 7.0)
 
 
 def test_measured_costs_are_positive_grow_and_are_measured_once():
@@ -164,28 +164,28 @@ def test_measured_costs_are_positive_grow_and_are_measured_once():
     )
 
 
-# The governor
+# The policy
 
 
 def simulate(chance, blocks=600, source="learned", seed=0, costs=COSTS, matched=0):
     """Decode an endless text in which each draft is right with a chance; the speed over plain decoding."""
-    rng, governor = random.Random(seed), Governor(DecodeConfig(8, source=source, adaptive=True), costs)
+    rng, policy = random.Random(seed), AdaptivePolicy(DecodeConfig(8, source=source, adaptive=True), costs)
     index = LookupIndex([1, 2, 1] if matched else [1])
     tokens = time = 0.0
     for _ in range(blocks):
-        learned = most = governor.begin(index, 50)
+        learned = most = policy.begin(index, 50)
         if most:
             learned = 1
-            while governor.goes_on(3, chance) and learned < most:
+            while policy.keep_drafting(3, chance) and learned < most:
                 learned += 1
-        count = learned + len(governor.tail())
+        count = learned + len(policy.look_up())
         accepted = 0
         while accepted < count and rng.random() < chance:
             accepted += 1
         confidence = torch.tensor([chance] * learned + [math.nan] * (count - learned))
         draft = DraftBlock(torch.zeros(count, dtype=torch.long), confidence, torch.zeros(learned, 4))
         scored = min(count, accepted + 1)
-        governor.learn(Verification(0, (0,) * (accepted + 1), scored, accepted, draft, torch.ones(count + 1)))
+        policy.observe(Verification(0, (0,) * (accepted + 1), scored, accepted, draft, torch.ones(count + 1)))
         tokens, time = tokens + accepted + 1, time + costs.block(learned, count - learned)
     return tokens / time * costs.verify[0]
 
@@ -199,12 +199,12 @@ def test_drafts_that_are_never_right_cost_three_percent_at_most(source):
 
 
 @pytest.mark.parametrize("chance", [0.5, 0.7, 0.9])
-def test_the_governor_comes_near_the_best_fixed_length(chance):
+def test_the_policy_comes_near_the_best_fixed_length(chance):
     best = max(COSTS.speedup(chance, count) for count in range(9))
     assert best > 1.2 and simulate(chance) > 0.95 * best
 
 
-def test_the_governor_is_a_function_of_costs_and_text():
+def test_the_policy_is_a_function_of_costs_and_text():
     found = []
     for _ in range(2):
         model = tiny_kangaroo(deep_scale=0.3)

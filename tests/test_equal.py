@@ -16,7 +16,7 @@ from dvirl.evaluation import equal
 from dvirl.evaluation.equal import compare, compare_decoders, last_logits, read_answers, resolution
 from dvirl.models import loading
 from dvirl.runs.errors import DvirlError
-from kangaroo import earlyexit
+from kangaroo.decoding import speculate
 from kangaroo.decoding.blocks import DecodeConfig
 
 A, B, C = 7, 8, 9
@@ -99,7 +99,7 @@ def test_a_decoder_that_accepts_what_it_should_not_is_found(monkeypatch):
         own[:count] = drafted[:count]
         return count
 
-    monkeypatch.setattr(earlyexit, "count_accepted", generous)
+    monkeypatch.setattr(speculate, "count_accepted", generous)
     report = compare_decoders(model, {"random": prompts}, 20, DecodeConfig(3), (EOS,))
     assert report.count("error") == len(report.differences) > 0
     assert all(one.gap > one.resolution for one in report.differences)

@@ -11,11 +11,9 @@ import pytest
 from conftest import EOS, random_prompts, tiny_kangaroo
 from test_cli import TINY
 from test_models import save_tiny
-from test_trainer import tiny_settings
 
 from dvirl import cli, plots
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
-from dvirl.evaluation.rollout_speed import compare
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 from kangaroo.decoding.blocks import DecodeConfig
@@ -52,7 +50,7 @@ def run_dir(tmp_path_factory):
 
 
 def test_a_run_is_judged_from_its_folder(run_dir, capsys, tmp_path):
-    assert cli.main(["acceptance", str(run_dir), "--out", str(tmp_path / "x.json")]) == 0
+    assert cli.main(["sgp-eval", "--ckpt_dir", str(run_dir), "--held_out", "--out", str(tmp_path / "x.json")]) == 0
     out = capsys.readouterr().out
     assert "5 of 5 responses equal those of the same verifier without drafts" in out
     figures = json.loads((tmp_path / "x.json").read_text())["figures"]
@@ -61,7 +59,7 @@ def test_a_run_is_judged_from_its_folder(run_dir, capsys, tmp_path):
 
 
 def test_a_folder_without_a_run_is_said(tmp_path, capsys):
-    assert cli.main(["acceptance", str(tmp_path)]) == 2
+    assert cli.main(["sgp-eval", "--ckpt_dir", str(tmp_path), "--held_out"]) == 2
     assert "no checkpoint there" in capsys.readouterr().err
 
 
@@ -79,9 +77,3 @@ def test_a_run_without_steps_is_said(tmp_path):
     assert isinstance(empty, pd.DataFrame) and "accept_rate" in empty
     with pytest.raises(DvirlError, match="made no fast update"):
         plots.learning_curve(empty)
-
-
-def test_rollouts_and_single_steps_are_timed_on_the_same_drafts(tmp_path):
-    config = tiny_settings(model_name=str(save_tiny(tmp_path)), held_out=4)
-    found = compare(config, num_prompts=6, repeats=1)
-    assert found["ratio"] > 0 and set(found["median_drafts_per_s"]) == {"batched", "step_by_step"}

@@ -40,7 +40,7 @@ from test_federated import adapter
 
 from dvirl.config import DraftSettings, DVIConfig, SGPConfig
 from dvirl.data import sources
-from dvirl.evaluation import accept_trace
+from dvirl.evaluation import rejections
 from dvirl.evaluation.equal import read_answers
 from dvirl.evaluation.measure import Answer
 from dvirl.evaluation.questions import Question, read_questions
@@ -414,10 +414,10 @@ def metrics(path: Path) -> None:
 
 
 def events(path: Path) -> None:
-    table = accept_trace.read_trace(path)
-    assert set(accept_trace.EVENT) <= set(table.columns) and table.confidence.dtype == float
+    table = rejections.read_trace(path)
+    assert set(rejections.EVENT) <= set(table.columns) and table.confidence.dtype == float
     if len(table):
-        assert len(accept_trace.accept_rates(table, "position"))
+        assert len(rejections.accept_rates(table, "position"))
 
 
 def logs(path: Path) -> None:

@@ -37,7 +37,7 @@ def hf_says(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> li
 @torch.no_grad()
 def as_hugging_face(model: EarlyExitLlamaForCausalLM, *without: str) -> LlamaForCausalLM:
     """Hugging Face's Llama with our weights, the active adapters merged in."""
-    with model.without_adapters(*without), model.folded():
+    with model.without_adapters(*without), model.merged():
         state = {name: value.clone() for name, value in model.state_dict().items()}
     theirs = LlamaForCausalLM(model.config).eval()
     missing = theirs.load_state_dict(state, strict=False).missing_keys

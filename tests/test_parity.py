@@ -8,7 +8,7 @@ from conftest import random_prompts, tiny_config, tiny_pair
 from transformers import LlamaForCausalLM
 
 from dvirl.models.embedded import ensure_embedded
-from kangaroo.adapter import KVCache, LlamaRotaryEmbedding, _prepare_decoder_attention_mask, rotary_for
+from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_mask, rotary_for
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 SHAPES = [dict(heads=4, groups=4), dict(heads=4, groups=2), dict(heads=8, groups=1, tied=False)]
@@ -48,11 +48,11 @@ def test_shallow_and_deep_make_the_whole(exit_layer, cached):
     ids = torch.randint(3, 200, (2, 11))
     with torch.no_grad():
         whole = ours(ids, output_hidden_states=True)
-        caches = ours.new_caches(16, None, batch_size=2) if cached else None
+        stages = ours.new_stages(16, batch_size=2) if cached else None
         exits, logits = [], []
         for start, stop in [(0, 5), (5, 6), (6, 11)] if cached else [(0, 11)]:
-            exits.append(ours.forward_shallow(ids[:, start:stop], cache=caches.draft if caches else None))
-            logits.append(ours.lm_head(ours.forward_deep(exits[-1], cache=caches.deep if caches else None)))
+            exits.append(stages.shallow(ids[:, start:stop]) if stages else ours.forward_shallow(ids))
+            logits.append(ours.lm_head(stages.deep(exits[-1]) if stages else ours.forward_deep(exits[-1])))
     torch.testing.assert_close(torch.cat(exits, 1), whole.hidden_states[exit_layer], atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, atol=1e-4, rtol=0)
 
@@ -72,11 +72,11 @@ def test_rows_of_different_length_share_a_cache():
     prompts = random_prompts(4, 1)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    cache = KVCache(ours.config, 2, 4, 32, ours.model.norm.weight)
+    shallow = ours.new_stages(32, batch_size=4).shallow
     with torch.no_grad():
-        ours.forward_shallow(ids, cache=cache)
-        cache.length = lengths
-        found = ours.forward_shallow(torch.full((4, 2), 7), cache=cache)
+        shallow(ids)
+        shallow.cache.truncate(lengths.tolist())
+        found = shallow(torch.full((4, 2), 7))
         for row, prompt in enumerate(prompts):
             alone = ours.forward_shallow(torch.tensor([[*prompt, 7, 7]]))
             torch.testing.assert_close(found[row], alone[0, -2:], atol=1e-4, rtol=0)
@@ -89,7 +89,7 @@ def test_forward_draft_or_large_model_is_the_two_halves():
         exits = ours.forward_draft_or_large_model(in_tokens_small=ids)
         final = ours.forward_draft_or_large_model(in_features_large=exits)
         torch.testing.assert_close(ours.lm_head(final), ours(ids).logits, atol=1e-5, rtol=0)
-        with ours.decoding(16, None, "base"):
+        with ours.decoding(16, None):
             ours.forward_draft_or_large_model(in_tokens_small=ids)
             again = ours.forward_draft_or_large_model(in_tokens_small=ids[:, 3:], position_ids=torch.arange(3, 8)[None])
             with pytest.raises(ValueError, match="gap"):
@@ -125,7 +125,7 @@ def test_rotary_table_grows_and_scales():
 
 def test_a_full_cache_and_a_bad_exit_layer_are_said():
     _, ours = tiny_pair(7)
-    with pytest.raises(ValueError, match="needs 9 cache slots, the cache has 8"), ours.decoding(8, None, "base"):
+    with pytest.raises(ValueError, match="needs 9 cache slots, the cache has 8"), ours.decoding(8, None):
         ours.forward_draft_or_large_model(in_tokens_small=torch.ones(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match="takes 1 to 3"):
         ours.set_exit_layer(4)

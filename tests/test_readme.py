@@ -87,7 +87,7 @@ ADDED = {
         "results: OUT/results/OUT.json",
     ),
     "evaluate": (f"{TINY} {ASK} --methods plain,fixed --draft runs/NAME --run_dir OUT", "results: OUT/results.json"),
-    "acceptance": ("", "2 of 2 responses equal those of the same verifier"),
+    "sgp-eval": ("--threads 1", "2 of 2 responses equal those of the same verifier"),
     "trace": ("", "scored drafts accepted"),
     "check": ("--device cpu --dtype float32 --max_new_tokens 8", "2 of 2 answers are identical"),
     "agreement": ("--device cpu --max_new_tokens 8", "FILE"),

@@ -24,7 +24,7 @@ from test_trainer import tiny_settings
 
 from dvirl import cli, sgp, trainer
 from dvirl.config import SGPConfig
-from dvirl.evaluation.bench import spread
+from dvirl.evaluation.questions import spread
 from dvirl.runs import checkpoint, errors
 from dvirl.runs import folder as run_folder
 from dvirl.runs import log as run_log

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvirl.experiments.tape import Tape
-from dvirl.rollout import Records, common_prefix, generate, judge, replay_blocks
+from dvirl.rollout import Records, generate, judge, replay_blocks
 from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.generate import common_prefix
 
 LENGTH = 20
 
@@ -50,7 +51,9 @@ def compare(model, config, prompts, eos, noise=None):
         parts.append(records_of(decoded, len(prompt), row))
         assert rollout.responses()[row] == decoded.tokens
         blocks = [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in decoded.blocks[1:]]
-        assert [(b.start, b.num_drafted, b.num_accepted, b.block_len) for b in judgement.blocks[row]] == blocks
+        replayed = judgement.blocks[row]
+        assert [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in replayed] == blocks
+        assert [b.committed for b in replayed] == [b.committed for b in decoded.blocks[1:]]
     joined = type(parts[0])(*(torch.cat([getattr(p, f) for p in parts]) for f in parts[0].__dataclass_fields__))
     assert_same_records(judgement.records, joined)
     return judgement

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import random_prompts, tiny_config, tiny_kangaroo
 
-from kangaroo import earlyexit
+from kangaroo.decoding import speculate
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.sampling import distribution, inverse_cdf, speculative_sampling
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -51,8 +52,9 @@ def exact(model: KangarooModel, how: DecodeConfig) -> dict[tuple[int, ...], floa
 class Adversary(KangarooModel):
     """Drafts what the verifier finds least likely, and is sure of it."""
 
-    def head_logits(self, states, cache=None):
-        return -5.0 * super().head_logits(states, cache)
+    def drafter_parts(self):
+        parts = super().drafter_parts()
+        return replace(parts, weights=replace(parts.weights, head=lambda states: -5.0 * parts.weights.head(states)))
 
 
 def five_tokens(kind=KangarooModel, **args):
@@ -106,7 +108,7 @@ def test_a_planted_error_is_found(monkeypatch):
         accepted, token = speculative_sampling(target, proposed, drafted, uniform)
         return accepted, int(inverse_cdf(target[accepted][None], uniform[len(drafted) :])) if len(drafted) else token
 
-    monkeypatch.setattr(earlyexit, "speculative_sampling", wrong)
+    monkeypatch.setattr(speculate, "speculative_sampling", wrong)
     how = DecodeConfig(3, temperature=0.9, draft_temperature=1.4)
     assert p_value(five_tokens(draft_vocab=[0, 3]), how, 10_000)[0] < 1e-6
 

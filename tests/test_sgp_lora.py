@@ -39,7 +39,7 @@ def test_fresh_adapters_compute_nothing_and_off_is_the_base():
     assert (base(IDS).logits - expected).abs().max() > 0.1
     with base.without_adapters("lora_S", "lora_D"):
         torch.testing.assert_close(base(IDS).logits, expected, atol=1e-4, rtol=0)
-        with base.folded():
+        with base.merged():
             torch.testing.assert_close(base(IDS).logits, expected, atol=1e-4, rtol=0)
 
 
@@ -50,12 +50,12 @@ def test_folding_computes_the_same_and_leaves_the_weights_alone():
     plain = model(IDS).logits
     with model.without_adapters("lora_S"):
         without = model(IDS).logits
-    with model.folded():
+    with model.merged():
         torch.testing.assert_close(model(IDS).logits, plain, atol=1e-4, rtol=0)
         with model.without_adapters("lora_S"):
             torch.testing.assert_close(model(IDS).logits, without, atol=1e-4, rtol=0)
         torch.testing.assert_close(model(IDS).logits, plain, atol=1e-4, rtol=0)
-        with model.folded():
+        with model.merged():
             pass
         torch.testing.assert_close(model(IDS).logits, plain, atol=1e-4, rtol=0)
     assert torch.equal(model(IDS).logits, plain)
@@ -65,7 +65,7 @@ def test_folding_computes_the_same_and_leaves_the_weights_alone():
 def test_leaving_out_survives_an_error():
     model = tiny_kangaroo().base_model
     plain = model(IDS).logits
-    with pytest.raises(RuntimeError, match="inside"), model.folded(), model.without_adapters("lora_S"):
+    with pytest.raises(RuntimeError, match="inside"), model.merged(), model.without_adapters("lora_S"):
         raise RuntimeError("inside")
     assert torch.equal(model(IDS).logits, plain)
 
@@ -87,7 +87,7 @@ def test_our_switch_does_not_touch_requires_grad():
     model = tiny_kangaroo()
     train_only(model, shallow_parameters(model))
     before = [p.requires_grad for p in model.parameters()]
-    with model.base_model.without_adapters("lora_S"), model.base_model.folded():
+    with model.base_model.without_adapters("lora_S"), model.base_model.merged():
         pass
     assert [p.requires_grad for p in model.parameters()] == before
     assert not any(p.requires_grad for p in deep_parameters(model))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dvirl import cli, plots
-from dvirl.evaluation.accept_trace import (
+from dvirl.evaluation.rejections import (
     EVENT,
     FACETS,
     accept_events,

@@ -1,14 +1,15 @@
-"""What drafting costs here, from which acceptance on it pays, and what to set: `dvirl cost`.
+"""What drafting costs on this machine, which acceptance makes it pay, and what to set: `dvirl cost`.
 
-A block of n drafts, each accepted with chance a, commits 1 + a + … + a^n tokens and costs a verification of n + 1 rows
-and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, medians of interleaved repeats.
+A block of n drafts, each accepted with chance a, commits 1 + a + … + a^n tokens. It costs a verification of n + 1 rows
+and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, as medians of interleaved repeats.
 """
 
-import argparse
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,40 +18,46 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from dvirl import plots
-from dvirl.evaluation.bench import PLAIN, spread
-from dvirl.evaluation.measure import timed
-from dvirl.evaluation.questions import asked_for, parse_measured, question_sets
+from dvirl.evaluation.measure import Answer, tally, timed
+from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
-from kangaroo.adapter import KVCache
+from dvirl.runs.settings import MANY, number, several
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 SHAPES = {
-    "llama-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                     num_key_value_heads=32, vocab_size=32000),
-}  # fmt: skip
-"""Models of random weights, whose steps take the time of real ones (Touvron et al. 2023, Table 2)."""
+    "llama-7b": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+    ),
+}
+"""Models with random weights, whose steps take as long as real ones (Touvron et al. 2023, Table 2)."""
 LENGTHS = (1, 2, 4, 8)
 """Draft lengths whose break-even is printed."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One exit layer behind one context.
+    """One exit layer after one context.
 
     Attributes:
         exit_layer: k.
         context: tokens in the caches.
         steps: what steps cost.
-        break_even: by draft length, the acceptance from which on blocks of it pay; infinite if they never do.
-        draft_len: the best draft length at the acceptance asked about; 0 if none pays.
-        speedup: over plain decoding then.
+        break_even: by draft length, the least acceptance at which its blocks pay; infinite if they never do.
+        draft_len: the best draft length at the acceptance in question; 0 if none pays.
+        speedup: over plain decoding, with this draft length.
     """
 
     exit_layer: int
@@ -72,9 +79,10 @@ class Checked:
 
 
 def recommend(costs: StepCosts, acceptance: float) -> tuple[int, float]:
-    """The draft length that is fastest if every draft is accepted with this chance, and its speed over plain steps."""
+    """The fastest draft length if every draft is accepted with this chance, and its speed over plain steps."""
     speeds = [costs.speedup(acceptance, count) for count in range(len(costs.verify))]
-    return speeds.index(max(speeds)), max(speeds)
+    best = max(speeds)
+    return speeds.index(best), best
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyExitLlamaForCausalLM:
@@ -92,11 +100,19 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyE
 
 @torch.no_grad()
 def costs_of(model: KangarooModel, longest: int, context: int, rows: int, acceptance: float) -> Cost:
-    """Measure one exit layer."""
+    """Measure one exit layer.
+
+    Args:
+        model: drafts and verifies.
+        longest: most drafts of a block.
+        context: tokens in the caches.
+        rows: number of texts at once.
+        acceptance: for which to recommend a draft length.
+    """
     steps = model.measure_costs(longest, context=context, rows=rows)
-    best, speed = recommend(steps, acceptance)
-    even = {count: steps.break_even(count) for count in LENGTHS if count <= longest}
-    return Cost(model.base_model.exit_layer, context, steps, even, best, speed)
+    draft_len, speedup = recommend(steps, acceptance)
+    break_even = {count: steps.break_even(count) for count in LENGTHS if count <= longest}
+    return Cost(model.base_model.exit_layer, context, steps, break_even, draft_len, speedup)
 
 
 @torch.no_grad()
@@ -109,143 +125,167 @@ def step_parts(model: KangarooModel, draft_len: int, context: int = 128, repeats
         context: tokens in the caches.
         repeats: blocks timed; two more go before them uncounted.
     """
-    base, turns = model.base_model, []
     ids = (torch.arange(context + draft_len + 1, device=model.head_model.weight.device) % 7)[None]
+    spent: dict[str, float] = {}
+
+    def clock(part: str, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        began = model.now()
+        outputs = run(inputs)
+        spent[part] = spent.get(part, 0.0) + 1e3 * (model.now() - began)
+        return outputs
 
     def block(drafting: Sequence[Tensor], verifying: Tensor) -> dict[str, float]:
-        spent = {"drafting: shallow layers": 0.0, "drafting: drafter and exit head": 0.0}
+        spent.clear()
+        spent.update({"drafting: shallow layers": 0.0, "drafting: drafter and exit head": 0.0})
+        for token in drafting:
+            states = clock("drafting: shallow layers", stages.shallow, token)
+            states = clock("drafting: drafter and exit head", stages.drafter, states)
+            clock("drafting: drafter and exit head", stages.drafter.logits, states)
+        states = clock("verifying: shallow layers", stages.base, verifying)
+        states = clock("verifying: deep layers", stages.deep, states)
+        clock("verifying: head", stages.deep.logits, states)
+        return dict(spent)
 
-        def clock(part: str, run: Callable[..., Tensor], given: Tensor, cache: KVCache) -> Tensor:
-            began = model.now()
-            out = run(given, cache=cache)
-            spent[part] = spent.get(part, 0.0) + 1e3 * (model.now() - began)
-            return out
-
-        for one in drafting:
-            states = clock("drafting: shallow layers", base.forward_shallow, one, caches.draft)
-            states = clock("drafting: drafter and exit head", model.drafter_states, states, caches.drafter)
-            clock("drafting: drafter and exit head", model.head_logits, states, caches.drafter)
-        with base.without_adapters("lora_S"):
-            states = clock("verifying: shallow layers", base.forward_shallow, verifying, caches.verify)
-        states = clock("verifying: deep layers", base.forward_deep, states, caches.deep)
-        clock("verifying: head", base.head_logits, states, caches.deep)
-        return spent
-
-    with base.decoding(context + draft_len + 1, model, "base") as caches:
+    blocks = []
+    with model.decoding(context + draft_len + 1) as stages:
         block([ids[:, :context]], ids[:, :context])
-        drafts = [ids[:, at : at + 1] for at in range(context, context + draft_len)]
+        drafts = list(torch.split(ids[:, context : context + draft_len], 1, dim=1)) if draft_len else []
         for _ in range(repeats + 2):
-            caches.roll_back(context)
-            turns.append(block(drafts, ids[:, context:]))
-    return dict(pd.DataFrame(turns[2:]).median())
+            stages.truncate([context])
+            blocks.append(block(drafts, ids[:, context:]))
+    return dict(pd.DataFrame(blocks[2:]).median())
+
+
+@dataclass(frozen=True)
+class CostConfig(MeasureSettings):
+    """Settings of `dvirl cost`."""
+
+    model_name: str = DEFAULT_MODEL
+    """The model, or llama-7b for random weights of that shape."""
+    exit_layers: list[int] = several(1, 2, 4, 6, 8, 12, limits=(1, MANY))
+    """k, one or several."""
+    drafter: str = "layer"
+    """none, adapter or layer."""
+    drafter_layers: int = number(2, 1)
+    """Layers of the drafter."""
+    draft_vocab: int = number(16384, 0)
+    """Number of tokens that the exit head covers; 0 for all."""
+    draft_len: int = number(8, 1)
+    """Most drafts of a block."""
+    contexts: list[int] = several(128, limits=(1, MANY))
+    """Tokens before a block, one or several."""
+    rows: int = number(1, 1)
+    """Number of texts at once."""
+    acceptance: float = number(0.7, 0, 1)
+    """Chance of each draft to be accepted, for which to recommend a draft length."""
+    check: str = ""
+    """A drafter whose speed-up is measured as well, and compared with the cost model."""
+    num_questions: int = number(6, 1)
+    """Number of questions for --check."""
+    dtype: str = "bfloat16"
+    """Of the weights: auto, float32, bfloat16 or float16."""
+    threads: int = number(2, 1, 1024)
+    """CPU threads of torch."""
+    figure: str = ""
+    """Also draw the steps over the contexts into this file."""
 
 
 @torch.no_grad()
-def check(name: str, args: Namespace, lengths: Sequence[int] = (2, 4, 6)) -> list[Checked]:
-    """Compare the cost model with the clock on a drafter's own questions, ways in turn on every question."""
-    drafter = load_drafter(name, dtype=args.dtype, device=args.device)
-    model, loaded = drafter.model, drafter.loaded
-    sets = question_sets(loaded, asked_for(args, drafter), args.own, args.seed)
-    prompts = spread([prompt for prompts in sets.values() for prompt in prompts], args.num_questions)
-    ways = {PLAIN: DecodeConfig(0), **{str(count): DecodeConfig(count) for count in lengths}}
-    seconds, tokens, accepted, drafted = ({way: 0.0 for way in ways} for _ in range(4))
+def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checked]:
+    """Compare the cost model with the clock on a drafter's own questions, at some draft lengths."""
+    drafter = load_drafter(config.check, dtype=config.dtype, device=config.device)
+    model = drafter.model
+    eos_ids = drafter.loaded.eos_ids
+    sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
+    prompts = spread([prompt for prompts in sets.values() for prompt in prompts], config.num_questions)
+    answers: dict[int, list[Answer]] = {count: [] for count in (0, *lengths)}
     with model.base_model.folded():
         costs = model.step_costs(max(lengths))
         for prompt in [prompts[0], *tqdm(prompts, desc="checking", unit="question", leave=False)]:
-            for way, how in ways.items():
-                answer = timed(model, prompt, args.max_new_tokens, how, loaded.eos_ids)
-                if prompt is not prompts[0]:  # which warms up
-                    seconds[way] += answer.decoding_s
-                    tokens[way] += len(answer.tokens) - 1
-                    drafted[way] += answer.num_drafted
-                    accepted[way] += answer.num_accepted
-    found = []
-    for count in lengths:
-        way = str(count)
-        rate, speed = accepted[way] / drafted[way], tokens[way] / seconds[way] * seconds[PLAIN] / tokens[PLAIN]
-        found.append(Checked(count, rate, costs.speedup(rate, count), speed))
-    return found
+            for count, given in answers.items():
+                given.append(timed(model, prompt, config.max_new_tokens, DecodeConfig(count), eos_ids))
+    speeds: dict[int, float] = {}
+    checked = []
+    for count, (_, *given) in answers.items():  # the first one warmed up
+        tokens = sum(len(answer.tokens) - 1 for answer in given)
+        speeds[count] = tokens / sum(answer.decoding_s for answer in given)
+        if count:
+            rate = tally(given).accept_rate
+            checked.append(Checked(count, rate, costs.speedup(rate, count), speeds[count] / speeds[0]))
+    return checked
 
 
-def _parse(argv: Sequence[str]) -> Namespace:
-    parser = argparse.ArgumentParser(prog="dvirl cost", description=__doc__)
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=f"model, or random weights: {', '.join(SHAPES)}")
-    parser.add_argument("--exit_layers", type=int, nargs="+", default=[1, 2, 4, 6, 8, 12], help="k, one or several")
-    parser.add_argument("--drafter", default="layer", help="none, adapter or layer; layer by default")
-    parser.add_argument("--drafter_layers", type=int, default=2, help="layers of the drafter; 2 by default")
-    parser.add_argument("--draft_vocab", type=int, default=16384, help="tokens the exit head covers; 0 for all")
-    parser.add_argument("--draft_len", type=int, default=8, help="longest block; 8 by default")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128], help="tokens before a block, one or several")
-    parser.add_argument("--rows", type=int, default=1, help="texts at once")
-    parser.add_argument("--acceptance", type=float, default=0.7, help="for which to recommend a draft length")
-    parser.add_argument("--check", default="", help="a drafter whose speed-up is measured as well, and compared")
-    parser.add_argument("--num_questions", type=int, default=6, help="that --check decodes")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 by default")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; 2 by default")
-    parser.add_argument("--figure", default="", help="also draw the steps over the contexts into this file")
-    args = parse_measured(parser, argv)
-    for name in ("draft_len", "rows", "threads", "num_questions"):
-        if getattr(args, name) < 1:
-            raise DvirlError(f"{name} is {getattr(args, name)}; expected at least 1")
-    if min(args.contexts) < 1 or not 0.0 <= args.acceptance <= 1.0:
-        raise DvirlError(f"expected contexts of at least 1 and an acceptance of 0 to 1, got {args.contexts} and "
-                         f"{args.acceptance}")  # fmt: skip
-    return args
+parse_args = partial(
+    settings.parse_args, CostConfig, "dvirl cost", "Measure what drafting costs, and say which acceptance makes it pay."
+)
+"""Settings from flags; see `settings.parse_args`."""
 
 
-def main(argv: Sequence[str]) -> list[Cost]:
+def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
+    """The costs of every exit layer and context, and what they depend on."""
+    device = resolve_device(config.device)
+    circumstances: dict[str, Any] = {}
+    if config.model_name in SHAPES:
+        base = random_model(config.model_name, resolve_dtype(config.dtype, device), device)
+    else:
+        loaded = load(config.model_name, config.dtype, config.device)
+        base = loaded.model
+        circumstances = provenance(loaded)
+    covered = range(config.draft_vocab) if 0 < config.draft_vocab < base.config.vocab_size else None
+    draft = Namespace(drafter=config.drafter, drafter_layers=config.drafter_layers, draft_vocab=covered)
+    costs = []
+    for exit_layer in tqdm(config.exit_layers, desc="measuring", unit="exit layer", leave=False):
+        try:
+            model = KangarooModel(base, None, draft, exit_layer)
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+        for context in config.contexts:
+            costs.append(costs_of(model, config.draft_len, context, config.rows, config.acceptance))
+    return costs, circumstances
+
+
+def main(config: CostConfig) -> list[Cost]:
     """Measure, print a line for every exit layer and context with what to set, and write them if asked to.
 
     Raises:
         DvirlError: for bad input.
     """
-    args = _parse(argv)
-    torch.set_num_threads(args.threads)
-    device = resolve_device(args.device)
-    if args.model_name in SHAPES:
-        base, where = random_model(args.model_name, resolve_dtype(args.dtype, device), device), {}
-    else:
-        loaded = load(args.model_name, args.dtype, args.device)
-        base, where = loaded.model, provenance(loaded)
-    covered = range(args.draft_vocab) if 0 < args.draft_vocab < base.config.vocab_size else None
-    draft = Namespace(drafter=args.drafter, drafter_layers=args.drafter_layers, draft_vocab=covered)
-    found = []
-    for k in tqdm(args.exit_layers, desc="measuring", unit="exit layer", leave=False):
-        try:
-            model = KangarooModel(base, None, draft, k)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
-        found += [costs_of(model, args.draft_len, context, args.rows, args.acceptance) for context in args.contexts]
-    print(table(found, args.acceptance))
-    best = max(found, key=lambda one: one.speedup)
-    print(f"at an acceptance of {args.acceptance:.2f} the fastest is exit layer {best.exit_layer} with draft_len "
-          f"{best.draft_len}: {best.speedup:.2f} times plain decoding")  # fmt: skip
-    checked = check(args.check, args) if args.check else []
-    for one in checked:
-        print(f"{args.check}, draft_len {one.draft_len}: predicted {one.predicted:.2f} from an accept rate of "
-              f"{one.accept_rate:.2f}, measured {one.measured:.2f}")  # fmt: skip
-    if args.figure:
-        plots.steps_by_context([(one.exit_layer, one.context, one.steps) for one in found], Path(args.figure))
-    if args.out:
-        figures = {"costs": [asdict(one) for one in found], "checked": [asdict(one) for one in checked]}
-        write_json(args.out, {"arguments": vars(args), **where, **figures})
-    return found
+    torch.set_num_threads(config.threads)
+    costs, circumstances = _measure(config)
+    print(table(costs, config.acceptance))
+    best = max(costs, key=lambda cost: cost.speedup)
+    print(
+        f"at an acceptance of {config.acceptance:.2f} the fastest is exit layer {best.exit_layer} with draft_len "
+        f"{best.draft_len}: {best.speedup:.2f} times plain decoding"
+    )
+    checked = check(config) if config.check else []
+    for row in checked:
+        print(
+            f"{config.check}, draft_len {row.draft_len}: predicted {row.predicted:.2f} from an accept rate of "
+            f"{row.accept_rate:.2f}, measured {row.measured:.2f}"
+        )
+    if config.figure:
+        plots.steps_by_context([(cost.exit_layer, cost.context, cost.steps) for cost in costs], Path(config.figure))
+    if config.out:
+        figures = {"costs": [asdict(cost) for cost in costs], "checked": [asdict(row) for row in checked]}
+        write_json(config.out, {"arguments": asdict(config), **circumstances, **figures})
+    return costs
 
 
-def table(found: Sequence[Cost], acceptance: float) -> str:
+def table(costs: Sequence[Cost], acceptance: float) -> str:
     """A line for every cost."""
-    rows = [
-        {
-            "k": one.exit_layer,
-            "context": one.context,
-            "plain ms": one.steps.verify[0],
-            "draft ms": one.steps.draft,
-            "draft/plain": one.steps.draft / one.steps.verify[0],
-            f"verify {len(one.steps.verify) - 1}/plain": one.steps.verify[-1] / one.steps.verify[0],
-            **{f"even n={count}": chance for count, chance in one.break_even.items()},
-            f"best n at {acceptance:.2f}": one.draft_len,
-            "speed-up": one.speedup,
+    rows = []
+    for cost in costs:
+        plain = cost.steps.verify[0]
+        row = {
+            "k": cost.exit_layer,
+            "context": cost.context,
+            "plain ms": plain,
+            "draft ms": cost.steps.draft,
+            "draft/plain": cost.steps.draft / plain,
+            f"verify {len(cost.steps.verify) - 1}/plain": cost.steps.verify[-1] / plain,
         }
-        for one in found
-    ]
+        row |= {f"even n={count}": chance for count, chance in cost.break_even.items()}
+        row |= {f"best n at {acceptance:.2f}": cost.draft_len, "speed-up": cost.speedup}
+        rows.append(row)
     return pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)

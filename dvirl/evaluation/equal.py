@@ -1,6 +1,5 @@
-"""Are answers with drafts those without, and where they part, is it a tie? `dvirl check`, of a draft or two files."""
+"""Are answers with drafts the same as without, and is each difference a tie? `dvirl check`, of a draft or two files."""
 
-import argparse
 import math
 import shlex
 import time
@@ -13,32 +12,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dvirl.data.sources import parsed_rows, read_prompts, read_rows
-from dvirl.evaluation.acceptance import open_draft
-from dvirl.evaluation.questions import parse_measured, question_sets
+from dvirl.data.sources import parsed_rows
+from dvirl.evaluation.questions import MeasureSettings, Question, prompts_of, question_sets, read_questions
 from dvirl.evaluation.spec_bench import parse_answer
+from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
+from dvirl.runs.settings import choice, number, positional, several
 from kangaroo.decoding.blocks import SOURCES, DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 VERDICTS = ("tie", "stop rule", "error")
 
 LogitsAfter = Callable[[Sequence[int]], Tensor]
-"""The reference model's float32 logits `[V]` behind some tokens."""
+"""From the first tokens of an answer to the reference model's next float32 logits `[V]`."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where one answer parts from its reference.
+    """Where one answer differs from its reference.
 
     Attributes:
         question: which answer.
-        position: tokens on which both agree.
-        reference, candidate: the token ids there, None behind an answer's end.
+        position: number of tokens on which both agree.
+        reference, candidate: the next token id of each; None after an answer's end.
         gap: how far the less likely of the two is below the reference model's best, in float32 logits; None if one is
             missing or there is no model to ask.
         resolution: the step between neighbouring numbers of the decoders' dtype at that best logit.
@@ -77,43 +78,57 @@ def compare(
     Args:
         question: what to call the answer.
         reference, candidate: token ids, the end-of-sequence token included.
-        limit: length limit of an answer.
+        limit: most tokens of an answer.
         eos_ids: tokens that end one.
-        dtype: of the decoders, whose resolution counts as a tie.
-        logits_after: asked for the logits behind the tokens that both share; None if there is no model.
+        dtype: of the decoders; logits within one step of it are a tie.
+        logits_after: gives the logits after the tokens that both share; None if there is no model.
     """
     if list(reference) == list(candidate):
         return None
-    pairs = zip(reference, candidate, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(candidate)))
-    tokens = [answer[at] if at < len(answer) else None for answer in (reference, candidate)]
+    agree = [first == second for first, second in zip(reference, candidate, strict=False)]
+    position = agree.index(False) if False in agree else len(agree)
+    shared = reference[:position]
+    first, second = (answer[position] if position < len(answer) else None for answer in (reference, candidate))
     gap = step = None
-    best = -1
-    if logits_after is not None and None not in tokens:
-        logits = logits_after(reference[:at])
-        best, top = int(logits.argmax()), float(logits.max())
-        gap, step = top - min(float(logits[token]) for token in tokens), resolution(dtype, top)
-    verdict, reason = "error", "the tokens differ and are no tie"
-    if None in tokens:
-        ended = reference[at - 1] in eos_ids if at else False
-        short = "candidate" if tokens[1] is None else "reference"
-        verdict, reason = "error", f"the {short} is truncated"
-        if ended or at >= limit:
-            verdict, reason = "stop rule", "one goes on behind the end-of-sequence token" if ended else "length limits"
-    elif gap is None or step is None:
+    if first is None or second is None:
+        verdict, reason = _judge_end(shared, "reference" if first is None else "candidate", limit, eos_ids)
+    elif logits_after is None:
+        verdict = "error"
         reason = "the tokens differ, and without the model's questions a tie cannot be shown"
-    elif gap <= step:
-        verdict, reason = "tie", f"both are within one step of {str(dtype).removeprefix('torch.')} of the best logit"
-    elif best in eos_ids and best in tokens:
-        verdict, reason = "stop rule", "one goes on where the end of the sequence was due"
-    elif any(token in eos_ids for token in tokens):
-        reason = "one ends where the sequence goes on"
-    return Difference(question, at, tokens[0], tokens[1], gap, step, verdict, reason)
+    else:
+        logits = logits_after(shared)
+        best = float(logits.max())
+        gap = best - float(logits[[first, second]].min())
+        step = resolution(dtype, best)
+        if gap <= step:
+            verdict = "tie"
+            reason = f"both are within one step of {str(dtype).removeprefix('torch.')} of the best logit"
+        else:
+            verdict, reason = _judge_tokens(first, second, int(logits.argmax()), eos_ids)
+    return Difference(question, position, first, second, gap, step, verdict, reason)
+
+
+def _judge_end(shared: Sequence[int], shorter: str, limit: int, eos_ids: Sequence[int]) -> tuple[str, str]:
+    """Verdict and reason where one answer has ended and the other goes on."""
+    if shared and shared[-1] in eos_ids:
+        return "stop rule", "one goes on after the end-of-sequence token"
+    if len(shared) >= limit:
+        return "stop rule", "length limits"
+    return "error", f"the {shorter} is truncated"
+
+
+def _judge_tokens(first: int, second: int, best: int, eos_ids: Sequence[int]) -> tuple[str, str]:
+    """Verdict and reason where two tokens differ and are no tie."""
+    if best in eos_ids and best in (first, second):
+        return "stop rule", "one goes on where the end of the sequence was due"
+    if first in eos_ids or second in eos_ids:
+        return "error", "one ends where the sequence goes on"
+    return "error", "the tokens differ and are no tie"
 
 
 @torch.no_grad()
 def last_logits(model: KangarooModel, prompt: Sequence[int], shared: Sequence[int], target: str = "base") -> Tensor:
-    """The verifier's logits `[V]` behind a prompt and the answer so far, computed without a cache."""
+    """The verifier's logits `[V]` after a prompt and the answer so far, computed without a cache."""
     base = model.base_model
     ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
     states = verifier_states(base, ids, ["lora_S"] if target == "base" else [])
@@ -121,53 +136,53 @@ def last_logits(model: KangarooModel, prompt: Sequence[int], shared: Sequence[in
     return logits
 
 
-# Two decoders
-
-
 @dataclass(frozen=True)
 class Report:
-    """What a comparison found: answers compared, identical ones, and the differences."""
+    """The result of a comparison: the number of answers compared and of identical ones, and the differences."""
 
     answers: int
     identical: int
     differences: list[Difference]
 
     def count(self, verdict: str) -> int:
-        """Differences with a verdict."""
-        return sum(one.verdict == verdict for one in self.differences)
+        """The number of differences with a verdict."""
+        return sum(difference.verdict == verdict for difference in self.differences)
+
+
+# Two decoders
 
 
 def compare_decoders(
     model: KangarooModel,
     prompts: dict[str, list[list[int]]],
     limit: int,
-    settings: DecodeConfig,
+    how: DecodeConfig,
     eos_ids: Sequence[int],
 ) -> Report:
     """Decode with drafts and without, and judge each difference by the same model in float32.
 
     Args:
-        model: drafts and verifies; left in float32.
+        model: drafts and verifies; it is in float32 afterwards.
         prompts: token ids, by the name of their set.
-        limit: length limit of an answer.
-        settings: how to draft; its reference drafts nothing.
+        limit: most tokens of an answer.
+        how: how to draft; the reference drafts nothing.
         eos_ids: tokens that end an answer.
     """
     dtype = model.head_model.weight.dtype
-    alone = DecodeConfig(draft_len=0, target=settings.target, deterministic=settings.deterministic)
-    named = [(f"{name} {index}", prompt) for name, part in prompts.items() for index, prompt in enumerate(part)]
-    answers: list[tuple[list[int], list[int]]] = []
+    plain = DecodeConfig(draft_len=0, target=how.target, deterministic=how.deterministic)
+    comparisons = []
     with model.base_model.folded():
-        for _, prompt in tqdm(named, desc="decoding twice", unit="prompt", leave=False):
-            first, second = (model.generate(prompt, limit, how, eos_ids).tokens for how in (alone, settings))
-            answers.append((first, second))
-    model.float()
-    found = [
-        compare(name, *pair, limit, eos_ids, dtype, partial(last_logits, model, prompt, target=settings.target))
-        for (name, prompt), pair in zip(named, answers, strict=True)
-    ]
-    differences = [one for one in found if one is not None]
-    return Report(len(named), len(named) - len(differences), differences)
+        for name, part in prompts.items():
+            for index, prompt in enumerate(tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)):
+                reference = model.generate(prompt, limit, plain, eos_ids).tokens
+                candidate = model.generate(prompt, limit, how, eos_ids).tokens
+                after = partial(last_logits, model, prompt, target=how.target)
+                comparisons.append(
+                    partial(compare, f"{name} {index}", reference, candidate, limit, eos_ids, dtype, after)
+                )
+    model.float()  # the judge is more exact than the decoders
+    differences = [found for judge in comparisons if (found := judge())]
+    return Report(len(comparisons), len(comparisons) - len(differences), differences)
 
 
 # Two files
@@ -190,6 +205,7 @@ def read_answers(path: str) -> tuple[dict[str, dict[str, Any]], list[Difference]
 
 
 def _whole(question: str, reason: str) -> Difference:
+    """A difference of the whole answer."""
     return Difference(question, 0, None, None, None, None, "error", reason)
 
 
@@ -205,107 +221,119 @@ def compare_files(
         questions: the question files that they answer, for telling ties; may be empty.
         loaded: the model that answered, in float32.
         dtype: that it answered in.
-        limit: length limit of an answer.
+        limit: most tokens of an answer.
     """
-    (own, repeats), (theirs, more) = read_answers(reference), read_answers(candidate)
-    asked = {key: turns for path in questions for key, turns in _asked(path).items()}
+    own, repeated = read_answers(reference)
+    theirs, repeated_theirs = read_answers(candidate)
+    asked = {str(question.question_id): question for path in questions for question in read_questions(path, True)}
     model = KangarooModel(loaded.model, EARLY_STOP_LAYER=1)
-    differences = [*repeats, *more]
+    judge = partial(compare, limit=limit, eos_ids=loaded.eos_ids, dtype=dtype)
+    differences = [*repeated, *repeated_theirs]
     differences += [_whole(name, "missing") for name in own if name not in theirs]
     differences += [_whole(name, "extra, the reference has no such answer") for name in theirs if name not in own]
+    different = {difference.question for difference in differences}
     both = [name for name in own if name in theirs]
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
-        found = _compare_turns(name, own[name], theirs[name], asked.get(name), model, loaded, dtype, limit)
-        differences += [found] if found else []
-    different = {one.question.split(",")[0] for one in differences}
-    return Report(len(own | theirs), len([name for name in both if name not in different]), differences)
-
-
-def _asked(path: str) -> dict[str, list[str]]:
-    """The turns of each question, by id."""
-    read_prompts("spec_bench", path)  # says what is wrong with a malformed file
-    return {str(row["question_id"]): row["turns"] for _, row in read_rows(path) if not isinstance(row, DvirlError)}
-
-
-def _compare_turns(
-    name: str,
-    own: dict[str, Any],
-    theirs: dict[str, Any],
-    turns: Sequence[str] | None,
-    model: KangarooModel,
-    loaded: LoadedModel,
-    dtype: torch.dtype,
-    limit: int,
-) -> Difference | None:
-    texts = [own["turns"], theirs["turns"]]
-    if len(texts[0]) != len(texts[1]):
-        return _whole(name, f"{len(texts[1])} turns, the reference has {len(texts[0])}")
-    exact = all(len(answer.get("tokens") or ()) == len(texts[0]) for answer in (own, theirs))
-    for index in range(len(texts[0])):
-        first, second = (_ids(answer, index, loaded, limit, exact) for answer in (own, theirs))
-        if first == second:
+        found = _first_difference(own[name], theirs[name], loaded, limit)
+        if found is None:
             continue
-        after: LogitsAfter | None = None
-        if turns is not None and index < len(turns):
-            said = [part for both in zip(turns, texts[0][:index], strict=False) for part in both]
-            after = partial(last_logits, model, loaded.chat.encode([*said, turns[index]]))
-        return compare(f"{name}, turn {index + 1}", first, second, limit, loaded.eos_ids, dtype, after)
+        different.add(name)
+        if isinstance(found, str):
+            differences.append(_whole(name, found))
+            continue
+        turn, first, second = found
+        after = _logits_after(model, loaded, asked.get(name), own[name]["turns"][:turn])
+        difference = judge(f"{name}, turn {turn + 1}", first, second, logits_after=after)
+        differences += [difference] if difference else []
+    identical = [name for name in both if name not in different]
+    return Report(len(own | theirs), len(identical), differences)
+
+
+def _logits_after(
+    model: KangarooModel, loaded: LoadedModel, question: Question | None, answers: Sequence[str]
+) -> LogitsAfter | None:
+    """The model's logits in the turn after these answers; None if its question is not known."""
+    prompts = prompts_of(question, answers, loaded) if question else []
+    return partial(last_logits, model, prompts[-1]) if len(prompts) > len(answers) else None
+
+
+def _first_difference(
+    reference: dict[str, Any], candidate: dict[str, Any], loaded: LoadedModel, limit: int
+) -> tuple[int, list[int], list[int]] | str | None:
+    """The first turn with different token ids, and these ids; in words, if one answer has fewer turns."""
+    num_turns = len(reference["turns"])
+    if len(candidate["turns"]) != num_turns:
+        return f"{len(candidate['turns'])} turns, the reference has {num_turns}"
+    # Texts only stand in for ids: different ids may decode to the same text.
+    exact = all(len(answer.get("tokens") or ()) == num_turns for answer in (reference, candidate))
+    for turn in range(num_turns):
+        first, second = (
+            answer["tokens"][turn] if exact else _encode(answer["turns"][turn], loaded, limit)
+            for answer in (reference, candidate)
+        )
+        if first != second:
+            return turn, first, second
     return None
 
 
-def _ids(answer: dict[str, Any], index: int, loaded: LoadedModel, limit: int, exact: bool) -> list[int]:
-    """A turn's token ids: those of the file, or else its text's, with an end unless it is as long as answers may be."""
-    if exact:
-        return list(answer["tokens"][index])
-    ids = loaded.chat.encode_response(answer["turns"][index])
+def _encode(text: str, loaded: LoadedModel, limit: int) -> list[int]:
+    """Token ids of an answer's text, with an end unless it is as long as answers may be."""
+    ids = loaded.chat.encode_response(text)
     return ids if len(ids) >= limit else [*ids, *loaded.eos_ids[:1]]
 
 
 # The command
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dvirl check", description=__doc__, epilog="Exit code 1 if any difference is an error."
-    )
-    parser.add_argument("draft", nargs="?", help="name of a shipped drafter, a drafter's folder, or a run's folder")
-    parser.add_argument(
-        "--answers", nargs=2, metavar=("REFERENCE", "CANDIDATE"), help="answer files to compare instead"
-    )
-    parser.add_argument("--draft_len", type=int, default=4, help="tokens drafted before a verification, at most")
-    parser.add_argument("--threshold", type=float, default=0.0, help="confidence below which drafting stops")
-    parser.add_argument("--source", default="learned", help=f"what drafts: {', '.join(SOURCES)}")
-    parser.add_argument("--adaptive", action="store_true", help="choose each block by acceptance and step costs")
-    parser.add_argument("--deterministic", action="store_true", help="passes of one size, in both decoders")
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="with --answers: the model that gave them")
-    parser.add_argument("--dtype", default="auto", help="of the decoders: auto, float32, bfloat16 or float16")
-    args = parse_measured(parser, argv)
-    if (args.draft is None) == (args.answers is None):
-        raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
-    return args
+@dataclass(frozen=True)
+class CheckConfig(MeasureSettings):
+    """Settings of `dvirl check`."""
+
+    draft: str = positional("")
+    """Name of a shipped drafter, or folder of a drafter or run."""
+    answers: list[str] = several(count=2)
+    """Two answer files to compare instead: the reference, and the candidate."""
+    draft_len: int = number(4, 0)
+    """Most tokens drafted before a verification."""
+    threshold: float = number(0.0, 0, 1)
+    """Confidence below which drafting stops."""
+    source: str = choice("learned", SOURCES)
+    """What drafts."""
+    adaptive: bool = False
+    """Choose each block by acceptance and step costs."""
+    deterministic: bool = False
+    """Run passes of one size, in both decoders."""
+    model_name: str = DEFAULT_MODEL
+    """With --answers: the model that gave them."""
+    dtype: str = "auto"
+    """Of the decoders: auto, float32, bfloat16 or float16."""
 
 
-def _check(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
+def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
     """The report, and what it depends on."""
-    if args.answers:
-        loaded = load(args.model_name, "float32", args.device)
-        dtype = resolve_dtype(args.dtype, loaded.model.device)
-        report = compare_files(args.answers[0], args.answers[1], args.questions, loaded, dtype, args.max_new_tokens)
+    if bool(config.draft) == bool(config.answers):
+        raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
+    if config.answers:
+        loaded = load(config.model_name, "float32", config.device)
+        dtype = resolve_dtype(config.dtype, loaded.model.device)
+        reference, candidate = config.answers
+        report = compare_files(reference, candidate, config.questions, loaded, dtype, config.max_new_tokens)
         return report, provenance(loaded)
     try:
-        settings = DecodeConfig(
-            args.draft_len,
-            args.threshold,
-            source=args.source,
-            adaptive=args.adaptive,
-            deterministic=args.deterministic,
+        how = DecodeConfig(
+            config.draft_len,
+            config.threshold,
+            source=config.source,
+            adaptive=config.adaptive,
+            deterministic=config.deterministic,
         )
     except ValueError as error:
         raise DvirlError(str(error)) from error
-    draft = open_draft(args.draft, args.dtype, args.device)
-    model, loaded = draft.model, draft.loaded
-    where, prompts = provenance(loaded), question_sets(loaded, args.questions, args.own, args.seed)
-    return compare_decoders(model, prompts, args.max_new_tokens, settings, loaded.eos_ids), where
+    draft = open_draft(config.draft, config.dtype, config.device)
+    loaded = draft.loaded
+    circumstances = provenance(loaded)  # in the dtype of the decoders; the judge is in float32
+    prompts = question_sets(loaded, config.questions, config.own, config.seed)
+    return compare_decoders(draft.model, prompts, config.max_new_tokens, how, loaded.eos_ids), circumstances
 
 
 def main(argv: Sequence[str]) -> Report:
@@ -313,19 +341,25 @@ def main(argv: Sequence[str]) -> Report:
 
     Raises:
         DvirlError: for bad input.
-        SystemExit: with code 1, behind the report, if a difference is an error.
+        SystemExit: with code 1, after the report, if a difference is an error.
     """
-    args = _parse(argv)
-    report, where = _check(args)
-    for one in report.differences:
-        gap = "" if one.gap is None else f", gap {one.gap:.3g} of {one.resolution:.3g}"
-        print(f"{one.question}: {one.verdict} at token {one.position}{gap}: {one.reason}")
+    about = "Compare answers with drafts and without; the exit code is 1 if any difference is an error."
+    config = settings.parse_args(CheckConfig, "dvirl check", about, argv)
+    report, circumstances = _check(config)
+    for found in report.differences:
+        gap = "" if found.gap is None else f", gap {found.gap:.3g} of {found.resolution:.3g}"
+        print(f"{found.question}: {found.verdict} at token {found.position}{gap}: {found.reason}")
     counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
     print(f"{report.identical} of {report.answers} answers are identical; differences: {counts}")
-    if args.out:
-        made = {"command": shlex.join(["dvirl", "check", *argv]), "date": time.strftime("%Y-%m-%d")}
-        content = {"arguments": vars(args), **made, **where, "report": asdict(report)}
-        write_json(args.out, content)
+    if config.out:
+        content = {
+            "arguments": asdict(config),
+            "command": shlex.join(["dvirl", "check", *argv]),
+            "date": time.strftime("%Y-%m-%d"),
+            **circumstances,
+            "report": asdict(report),
+        }
+        write_json(config.out, content)
     if report.count("error"):
         raise SystemExit(1)
     return report

@@ -1,4 +1,4 @@
-"""Decoding without drafts: Hugging Face's `generate`, and our own loop, one token a pass."""
+"""Decoding by Hugging Face's `generate`, the baseline that is not ours."""
 
 import time
 from collections.abc import Sequence
@@ -6,31 +6,30 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaForCausalLM
 
-from dvirl.evaluation.measure import Answer, timed
+from dvirl.evaluation.measure import Answer
 from dvirl.models.loading import LoadedModel, source
-from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.kangaroo_model import KangarooModel
 
 
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
-    """The untouched model as Hugging Face loads it, of the same dtype on the same device."""
-    theirs = LlamaForCausalLM.from_pretrained(
+    """Load the untouched model with Hugging Face's class, in the same dtype on the same device."""
+    model = LlamaForCausalLM.from_pretrained(
         source(loaded.name), config=loaded.model.config, torch_dtype=loaded.model.dtype
     )
-    return theirs.to(loaded.model.device).eval()
+    return model.to(loaded.model.device).eval()
 
 
-def generate_forward(theirs: LlamaForCausalLM, prompt: Sequence[int], limit: int, eos_ids: Sequence[int]) -> Answer:
-    """Decode one prompt by Hugging Face's greedy `generate`, its cache on."""
-    ids, ends = torch.tensor([list(prompt)], device=theirs.device), list(eos_ids)
-    began = time.perf_counter()
-    out = theirs.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    tokens = out[0, len(prompt) :].tolist()  # waits for the device
-    return Answer(tokens, time.perf_counter() - began)
+def generate_forward(model: LlamaForCausalLM, prompt: Sequence[int], limit: int, eos_ids: Sequence[int]) -> Answer:
+    """Decode one prompt greedily with `generate` and its cache.
 
-
-def plain_forward(
-    model: KangarooModel, prompt: Sequence[int], limit: int, eos_ids: Sequence[int], target: str = "base"
-) -> Answer:
-    """Decode one prompt greedily by our loop, the same that verifies drafts, without any."""
-    return timed(model, prompt, limit, DecodeConfig(0, target=target), eos_ids)
+    Args:
+        model: Hugging Face's.
+        prompt: token ids.
+        limit: most tokens of the answer.
+        eos_ids: tokens that end it.
+    """
+    prompt_ids = torch.tensor([list(prompt)], device=model.device)
+    ends = list(eos_ids)
+    start = time.perf_counter()
+    output = model.generate(prompt_ids, max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    tokens = output[0, len(prompt) :].tolist()  # waits for the device
+    return Answer(tokens, time.perf_counter() - start)

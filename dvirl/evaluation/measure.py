@@ -1,4 +1,4 @@
-"""One answer by the clock: the measure that every way of decoding is held to."""
+"""One answer by the clock, and the acceptance statistics of several: what every method of decoding is measured by."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ class Answer:
     """One answer.
 
     Attributes:
-        tokens: what was decoded, the end-of-sequence token included.
-        wall_s: seconds from the prompt to the last token, the device synchronised at both ends; those that CUDA took to
-            capture passes are left out, see `capture_s` of the model.
-        prefill_s: those of them before the first token was there; NaN where that is not known.
-        blocks: every verification, the prefill's first; none of a decoder that is not ours.
+        tokens: the decoded token ids, the end-of-sequence token included.
+        wall_s: seconds from the prompt to the last token. The device is synchronised at both ends, and the time in
+            which CUDA graphs were captured is left out (`capture_s` of the model).
+        prefill_s: the part of `wall_s` before the first token; NaN where it is not known.
+        blocks: every verification, the prefill's first; none if another decoder gave the answer.
     """
 
     tokens: list[int]
@@ -28,57 +28,98 @@ class Answer:
 
     @property
     def accept_lengths(self) -> list[int]:
-        """Tokens that each verification committed, the prefill left out: one at a time if there are no blocks."""
-        return [block.block_len for block in self.blocks[1:]] if self.blocks else [1] * (len(self.tokens) - 1)
+        """Tokens that each verification committed, without the prefill; one each if there are no blocks."""
+        if self.blocks:
+            return [block.block_len for block in self.blocks[1:]]
+        return [1] * (len(self.tokens) - 1)
 
     @property
     def drafts(self) -> list[tuple[int, int]]:
-        """Learned and looked-up drafts of each verification, the prefill left out; none without blocks."""
+        """Number of learned and of looked-up drafts of each verification, without the prefill."""
         drafts = [block.draft for block in self.blocks[1:]]
-        return [(one.num_learned, len(one.tokens) - one.num_learned) for one in drafts]
+        return [(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts]
 
     @property
     def nll(self) -> float:
-        """Negative log-likelihood of the tokens under the verifier that said them, in nats; NaN without blocks."""
-        own = [float(p) for block in self.blocks for p in block.verifier_confidence[: block.block_len]]
-        return -sum(map(math.log, own)) if own else math.nan
+        """Negative log-likelihood of the tokens under the verifier, in nats; NaN without blocks."""
+        if not self.blocks:
+            return math.nan
+        committed = [block.verifier_confidence[: block.block_len].tolist() for block in self.blocks]
+        return -sum(math.log(chance) for chances in committed for chance in chances)
 
     @property
     def decoding_s(self) -> float:
-        """Seconds behind the prefill."""
+        """Seconds after the prefill."""
         return self.wall_s - self.prefill_s
 
     @property
-    def num_drafted(self) -> int:
-        """Scored drafts."""
-        return sum(block.num_drafted for block in self.blocks)
+    def tok_per_s(self) -> float:
+        """Tokens a second, the prefill included."""
+        return len(self.tokens) / self.wall_s
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Acceptance statistics, pooled over verifications; the prefill is none of them.
+
+    Attributes:
+        num_drafted: scored drafts, up to and including the first reject of each verification.
+        num_accepted: accepted drafts.
+        num_committed: committed tokens, the verifier's own included.
+        num_blocks: verifications.
+    """
+
+    num_drafted: int
+    num_accepted: int
+    num_committed: int
+    num_blocks: int
 
     @property
-    def num_accepted(self) -> int:
-        """Accepted drafts."""
-        return sum(block.num_accepted for block in self.blocks)
+    def accept_rate(self) -> float:
+        """Accepted over scored drafts; NaN if nothing was drafted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else math.nan
+
+    @property
+    def mat(self) -> float:
+        """Mean number of tokens that a verification commits (Spec-Bench); NaN without verifications."""
+        return self.num_committed / self.num_blocks if self.num_blocks else math.nan
+
+
+def tally(answers: Sequence[Answer]) -> Tally:
+    """Count the drafts and verifications of some answers."""
+    blocks = [block for answer in answers for block in answer.blocks[1:]]
+    return Tally(
+        num_drafted=sum(block.num_drafted for block in blocks),
+        num_accepted=sum(block.num_accepted for block in blocks),
+        num_committed=sum(block.block_len for block in blocks),
+        num_blocks=len(blocks),
+    )
 
 
 def timed(
     model: KangarooModel, prompt: Sequence[int], limit: int, settings: DecodeConfig, eos_ids: Sequence[int] = ()
 ) -> Answer:
-    """Decode one prompt by our loop, drafting as `settings` say; arguments as in `KangarooModel.decode_rows`.
+    """Decode one prompt by our loop; the arguments are those of `KangarooModel.decode_blocks`.
 
     Raises:
-        DvirlError: for an empty prompt, or logits that are not finite.
+        DvirlError: if the prompt is empty or logits are not finite.
     """
-    began, captured = model.now(), model.base_model.capture_s
+    captured_s = model.base_model.capture_s
+    start = model.now()
     stream = model.decode_blocks(prompt, limit, settings, eos_ids)
     try:
-        blocks, prefilled = [next(stream)], model.now()
+        blocks = [next(stream)]
+        prefill_s = model.now() - start
         blocks += stream
     except ValueError as error:
         raise DvirlError(f"a prompt of {len(prompt)} tokens: {error}") from error
-    wall_s = model.now() - began - (model.base_model.capture_s - captured)
-    return Answer([token for block in blocks for token in block.committed], wall_s, prefilled - began, blocks)
+    # Capturing CUDA graphs is paid once a process, not once an answer.
+    wall_s = model.now() - start - (model.base_model.capture_s - captured_s)
+    tokens = [token for block in blocks for token in block.committed]
+    return Answer(tokens, wall_s, prefill_s, blocks)
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:
-    """The names in an order that changes from turn to turn, so that what else a machine does hits all alike."""
+    """The names in an order that changes with every turn, so that other load on the machine hits all of them alike."""
     start = turn % len(names)
     return [*names[start:], *names[:start]]

@@ -1,84 +1,94 @@
-"""Question sets: files in Spec-Bench layout, and the options of commands that read them."""
+"""Question sets: files in Spec-Bench's layout, self-written prompts, and the settings of commands that read them."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import parse_spec_bench, parsed_rows, read_prompts
 from dvirl.models.drafters import LoadedDrafter
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import has_type
+from dvirl.runs.settings import Settings, has_type, number, several
 
 HELD_OUT = "held-out.jsonl"
-"""Questions that come with a shipped drafter, measured on where nothing else is asked for."""
+"""Questions that come with a shipped drafter; the default of commands that measure one."""
+MINI = Path(__file__).parents[1] / "data/mini_bench.jsonl"
+"""Our own packaged set: 24 questions, four of each task."""
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+OTHER_TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")
+TASKS = dict.fromkeys(MT_BENCH, "mt_bench") | {name: name for name in OTHER_TASKS}
+"""Spec-Bench's task of each category."""
+
+Item = TypeVar("Item")
 
 
-def asked_for(args: argparse.Namespace, drafter: LoadedDrafter) -> list[str]:
-    """The question files asked for; where nothing is, the one that comes with the drafter, if one does."""
-    path = drafter.folder / HELD_OUT
-    return args.questions or ([_from_here(path)] if path.exists() and not args.own else [])
+@dataclass(frozen=True)
+class MeasureSettings(Settings):
+    """What a command measures on; the base of such commands' settings."""
+
+    questions: list[str] = several()
+    """Question files in Spec-Bench's schema."""
+    own: int = number(0, 0)
+    """Number of self-written prompts of each kind."""
+    max_new_tokens: int = number(128, 1)
+    """Most tokens of an answer."""
+    seed: int = number(0, 0, 2**63 - 1)
+    """Of the self-written prompts."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: str = ""
+    """Also write the figures to this JSON file."""
+
+
+# Prompts to measure on
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items at equal distances; all of them if there are no more, or if `count` is 0."""
+    if not 0 < count < len(items):
+        return list(items)
+    return [items[round(step * len(items) / count)] for step in range(count)]
+
+
+def asked_for(config: MeasureSettings, drafter: LoadedDrafter) -> list[str]:
+    """The question files asked for; without any, and without --own, the file that comes with the drafter."""
+    shipped = drafter.folder / HELD_OUT
+    if config.questions or config.own or not shipped.exists():
+        return list(config.questions)
+    return [from_here(shipped)]
+
+
+def from_here(path: Path) -> str:
+    """A path as the working folder sees it, if the path is inside."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
-    """Prompts to measure on: each file's first turns under its path, and `own N` self-written ones under each kind.
+    """Prompts by the name of their set: each file's first turns, and self-written prompts of each kind.
 
     Args:
-        loaded: encodes, and writes its own.
+        loaded: encodes the questions, and writes its own prompts.
         files: in Spec-Bench's schema.
-        own: self-written prompts of each kind; 0 for none.
-        seed: of the self-written ones.
+        own: number of self-written prompts of each kind; 0 for none.
+        seed: of the self-written prompts.
 
     Raises:
-        DvirlError: for a malformed file, or nothing to measure on.
+        DvirlError: for a malformed file, or if there is nothing to measure on.
     """
-    kinds = list(Openers().table) if own else []
-    if not files and not kinds:
+    if not files and not own:
         raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
-    sets = {path: [loaded.chat.encode(p.turns) for p in read_prompts("spec_bench", path)] for path in files}
-    for kind in kinds:
+    sets: dict[str, list[list[int]]] = {}
+    for path in files:
+        sets[path] = [loaded.chat.encode(prompt.turns) for prompt in read_prompts("spec_bench", path)]
+    for kind in Openers().table if own else ():
         sets[f"own {kind}"] = write_prompts(loaded, own, seed, Openers([kind]), batch=min(64, 4 * own))
     return sets
 
 
-def parse_measured(parser: argparse.ArgumentParser, argv: Sequence[str], shortest: int = 1) -> argparse.Namespace:
-    """Parse a command that measures on question sets, whose options these are for all of them.
-
-    Raises:
-        DvirlError: for a number that is too small; answers have `shortest` tokens at least.
-    """
-    parser.add_argument("--questions", nargs="+", default=[], help="question files in Spec-Bench's schema")
-    parser.add_argument("--own", type=int, default=0, help="self-written prompts of each kind; none by default")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="length limit of an answer; 128 by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the self-written prompts")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
-    args = parser.parse_args(list(argv))
-    for name, lowest in (("own", 0), ("max_new_tokens", shortest)):
-        if getattr(args, name) < lowest:
-            raise DvirlError(f"{name} is {getattr(args, name)}; expected at least {lowest}")
-    return args
-
-
-def _from_here(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-MINI = Path(__file__).parents[1] / "data/mini_bench.jsonl"
-"""Twenty-four questions of our own, four of each task."""
-
-
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-
-
-TASKS = {
-    **dict.fromkeys(MT_BENCH, "mt_bench"),
-    **{name: name for name in ("translation", "summarization", "qa", "math_reasoning", "rag")},
-}
-"""The task of each category."""
+# Spec-Bench's questions
 
 
 @dataclass(frozen=True)
@@ -91,37 +101,51 @@ class Question:
 
     @property
     def task(self) -> str:
-        """Spec-Bench's task of its category; a category of another set is a task of its own."""
+        """Spec-Bench's task of the category; a category of another set is a task of its own."""
         return TASKS.get(self.category, self.category or "other")
+
+
+def prompts_of(question: Question, answers: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
+    """The prompts of all turns up to the first one without an answer; later turns see the answers before them."""
+    prompts = []
+    conversation: list[str] = []
+    for turn, answer in zip(question.turns, [*answers, ""], strict=False):
+        conversation.append(turn)
+        prompts.append(loaded.chat.encode(conversation))
+        conversation.append(answer)
+    return prompts
 
 
 def read_questions(source: str, any_category: bool = False) -> list[Question]:
     """The questions of a file or hub data set, or of the packaged set by the name "mini".
 
     Args:
-        source: where.
-        any_category: take categories that Spec-Bench does not have.
+        source: the file, data set or name.
+        any_category: accept categories that Spec-Bench does not have.
 
     Raises:
-        DvirlError: for a malformed row, an unknown category or an id that was there before, with its file and line.
+        DvirlError: for a malformed row, an unknown category or a repeated id, with its file and line.
     """
-    found: dict[int | str, Question] = {}
+    questions: dict[int | str, Question] = {}
 
     def parse(row: Any) -> Question:
         turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
-        one = Question(row["question_id"], row.get("category") or "", turns)
-        if not has_type(one.question_id, int | str) or not f"{one.question_id}{one.category}".isprintable():
-            said = f"'question_id' is {one.question_id!r:.60}; expected a number or a string"
-            raise DvirlError(f"{said}, and like the category, {one.category!r:.60}, one that can be printed")
-        if one.question_id in found:
-            raise DvirlError(f"question_id {one.question_id!r} is there twice")
-        if one.category not in TASKS and not any_category:
-            known = ", ".join(TASKS)
-            raise DvirlError(f"category is {one.category!r}; expected one of {known}, or --any_category")
-        return one
+        question = Question(row["question_id"], row.get("category") or "", turns)
+        question_id = question.question_id
+        category = question.category
+        if not has_type(question_id, int | str) or not f"{question_id}{category}".isprintable():
+            raise DvirlError(
+                f"'question_id' is {question_id!r:.60}; expected a number or a string, "
+                f"and like the category, {category!r:.60}, one that can be printed"
+            )
+        if question_id in questions:
+            raise DvirlError(f"question_id {question_id!r} is there twice")
+        if category not in TASKS and not any_category:
+            raise DvirlError(f"category is {category!r}; expected one of {', '.join(TASKS)}, or --any_category")
+        return question
 
     for _, question in parsed_rows(str(MINI) if source == "mini" else source, parse):
-        found[question.question_id] = question
-    if not found:
+        questions[question.question_id] = question
+    if not questions:
         raise DvirlError(f"{source}: no questions found")
-    return list(found.values())
+    return list(questions.values())

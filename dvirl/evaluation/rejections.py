@@ -1,78 +1,216 @@
-"""Where drafts are rejected, by the trace of an evaluation: `dvirl trace FILE`."""
+"""Where drafts are rejected: accept events of answers, their trace files, and `dvirl trace FILE`."""
 
-import argparse
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
 from dvirl import plots
-from dvirl.evaluation.accept_trace import FACETS, accept_events, accept_rates, events_table, read_trace
-from dvirl.rollout import Rollout, draft_rollout, score_drafts
+from dvirl.metrics import FACETS, accept_rates
+from dvirl.rollout import Rollout, draft_rollout, response_index, score_drafts
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import write_json
-from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
+from dvirl.runs.log import numbered, parse_line, read_text, to_plain, write_json
+from dvirl.runs.settings import Settings, has_type, positional, several
+from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.kangaroo_model import KangarooModel
 
+ANSWER = ("method", "question_id", "category")
+"""What a trace notes of every answer, at least."""
+EVENT: dict[str, Any] = {
+    **dict.fromkeys(("position", "at", "accepted"), list[int]),
+    "confidence": list[float | None],
+    **dict.fromkeys(("drafted", "verified"), list[int]),
+    "token_class": list[str],
+}
+"""What it notes of every scored draft, see `accept_events`, and the type of each list."""
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """What each token of a Hugging Face tokenizer adds to a text, "" for control tokens.
+
+    In SentencePiece vocabularies (Llama, Vicuna) a token that is decoded alone loses its leading space, so each is
+    decoded after a full stop.
+    """
+    stop = tokenizer.encode(".", add_special_tokens=False)
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    prefix = len(decode(stop))
+    return lambda token: str(decode([*stop, token]))[prefix:]
+
+
+def token_class(text: str, before: str = "") -> str:
+    r"""The class of a token.
+
+    Args:
+        text: what it adds to the response, its space included; "" for a control token (`token_texts`).
+        before: what the token before it added; "" at the start of a response.
+
+    Returns:
+        "control": no text at all, as an end-of-sequence token.
+        "space": white space and line breaks only.
+        "word": letters that begin a word, after a space, a line break, punctuation or nothing (" cat", "The", "(x").
+        "word part": letters that join a letter or digit before them ("ing", "th" of "4th", "'s"); in scripts that put
+            no spaces that is all but the first of a run.
+        "number": digits and no letter, whatever stands beside them (" 12", "3", "1.5", "%2").
+        "punctuation": marks, brackets, currency and operators (".", " (", "),\n", "$", "+=").
+        "other": the rest, such as emoji and the pieces of a character that several tokens spell.
+    """
+    if not text.strip():
+        return "space" if text else "control"
+    if any(map(str.isalpha, text)):
+        joins = before[-1:].isalnum() and text.lstrip("'\u2019")[:1].isalnum()
+        return "word part" if joins else "word"
+    if any(map(str.isnumeric, text)):
+        return "number"
+    kinds = {unicodedata.category(letter) for letter in "".join(text.split())}
+    return "punctuation" if all(kind[0] == "P" or kind in ("Sc", "Sk", "Sm") for kind in kinds) else "other"
+
+
+def accept_events(blocks: Sequence[Verification], words: Callable[[int], str], **about: Any) -> dict[str, Any]:
+    """The scored drafts of one answer, as a line for `log_line`.
+
+    Args:
+        blocks: the answer's verifications, the prefill's first.
+        words: the text that a token id adds (`token_texts`).
+        about: what to note of the answer: method, question_id, category, and more such as turn and repeat.
+
+    Returns:
+        `about`, and these lists, with one entry for each scored draft (up to and including the first reject of each
+        block):
+        position: its place in the block, from 0.
+        at: its place in the response, from 0, which is the prefill's token.
+        accepted: 1 or 0.
+        confidence: the draft's, to four digits; None where it was looked up.
+        drafted: its token id.
+        verified: the id of the token that the verifier put there.
+        token_class: `token_class` of the verifier's token.
+    """
+    response = [token for block in blocks for token in block.committed]
+    texts = [words(token) for token in response]
+    rows = []
+    for block in blocks:
+        tokens = block.draft.tokens.tolist()
+        confidence = block.draft.confidence.tolist()
+        for position in range(block.num_drafted):
+            index = block.start - blocks[0].start + position
+            accepted = int(position < block.num_accepted)
+            kind = token_class(texts[index], texts[index - 1])
+            sure = round(confidence[position], 4)
+            rows.append((position, index, accepted, sure, tokens[position], response[index], kind))
+    return dict(to_plain({**about, **pd.DataFrame(rows, columns=[*EVENT]).to_dict("list")}))
+
+
+def read_trace(path: str | Path) -> pd.DataFrame:
+    """The table of a trace: one row for each scored draft, with what its line notes of the answer.
+
+    Raises:
+        DvirlError: if there is no such file, or a line is not a JSON object of `accept_events`.
+    """
+    answers: list[dict[str, Any]] = []
+    kinds = {**dict.fromkeys(ANSWER, str | int), **EVENT}
+    for where, line in numbered(path, read_text(path)):
+        answer = parse_line(where, line, dict)
+        typed = all(has_type(answer.get(name), kind) for name, kind in kinds.items())
+        if not typed or len({len(answer[name]) for name in EVENT}) > 1:
+            expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
+            raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
+        answers.append(answer)
+    return events_table(answers)
+
+
+def events_table(answers: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for each scored draft of the lines of `accept_events`; answers without drafts have none."""
+    drafted = [answer for answer in answers if answer["at"]]
+    table = pd.DataFrame(drafted, columns=None if drafted else [*ANSWER, *EVENT])
+    return table.explode([*EVENT], ignore_index=True).infer_objects().astype({"confidence": float})
+
 
 def judged_events(
-    model: KangarooModel, rollout: Rollout, settings: DecodeConfig, words: Callable[[int], str],
+    model: KangarooModel,
+    rollout: Rollout,
+    how: DecodeConfig,
+    words: Callable[[int], str],
     about: Sequence[Mapping[str, Any]],
-) -> pd.DataFrame:  # fmt: skip
-    """The accept events that decoding step by step would give on greedy answers, by one pass of the draft.
+) -> pd.DataFrame:
+    """The accept events of decoding step by step, computed by one pass of the draft over greedy answers.
 
     Args:
         model: drafts.
-        rollout: the verifier's answers.
-        settings: draft_len and threshold.
-        words, about: as in `accept_events`; what to note of each answer.
+        rollout: the verifier's greedy answers.
+        how: draft_len and threshold.
+        words: as in `accept_events`.
+        about: what to note of each answer.
     """
-    drafts, lines = draft_rollout(model, rollout), []
-    index, confidence = (
-        torch.split(one.cpu(), (rollout.response_lens - 1).tolist()) for one in choose_tokens(drafts[0])
-    )
-    judged = zip(rollout.responses(), score_drafts(model, rollout, drafts, settings).blocks, strict=True)
-    for row, (answer, blocks) in enumerate(judged):
-        found = [Verification(0, (answer[0],), 0, 0, DraftBlock(*[torch.empty(0)] * 3), torch.empty(0))]
-        for one in blocks:
-            scored = slice(one.start - 1, one.start - 1 + one.num_drafted)
-            tokens = model.token_ids(index[row][scored].to(rollout.tokens.device))
-            draft = DraftBlock(tokens, confidence[row][scored], torch.empty(0))
-            committed = tuple(answer[one.start : one.start + one.block_len])
-            found.append(Verification(one.start, committed, one.num_drafted, one.num_accepted, draft, torch.empty(0)))
-        lines.append(accept_events(found, words, **about[row]))
-    return events_table([line for line in lines if line["at"]])
+    drafts = draft_rollout(model, rollout)
+    judgement = score_drafts(model, rollout, drafts, how)
+    records = judgement.records
+    _, confidence = choose_tokens(drafts[0])
+    confidence_at = torch.zeros_like(rollout.tokens, dtype=torch.float32)  # [B, R], of all drafts
+    confidence_at[response_index(rollout.prompt_lens, rollout.response_lens)] = confidence
+    before = rollout.tokens[records.row, rollout.prompt_lens[records.row] + records.position - 1]
+    verified = records.verifier_token.tolist()
+    events = {
+        "position": [place for row in judgement.blocks for block in row for place in range(block.num_drafted)],
+        "at": records.position.tolist(),
+        "accepted": records.reward.int().tolist(),
+        "confidence": confidence_at[records.row, records.position].double().round(decimals=4).tolist(),
+        "drafted": records.token.tolist(),
+        "verified": verified,
+        "token_class": [
+            token_class(words(token), words(last)) for token, last in zip(verified, before.tolist(), strict=True)
+        ],
+    }
+    notes = pd.DataFrame(about).iloc[records.row.tolist()].reset_index(drop=True)
+    return notes.assign(**events)
 
 
-def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class TraceConfig(Settings):
+    """Settings of `dvirl trace`."""
+
+    trace: str = positional()
+    """JSONL file of accept events, an answer a line."""
+    method: list[str] = several()
+    """Only these methods; all by default."""
+    figure: str = ""
+    """Also draw the rates into this file (PNG or SVG)."""
+    out: str = ""
+    """Also write the rates to this JSON file."""
+
+
+parse_args = partial(settings.parse_args, TraceConfig, "dvirl trace", "Count where drafts are rejected.")
+"""Settings from flags; see `settings.parse_args`."""
+
+
+def main(config: TraceConfig) -> dict[str, dict[str, Any]]:
     """Print where each method's drafts are rejected, by position in the block, token class and category.
 
-    Intervals are of 95 %, by bootstrap over questions; `rejects` is the share of all rejects.
+    Intervals are of 95 %, by bootstrap over questions; `rejects` is the fraction of all rejects.
 
     Raises:
         DvirlError: for bad input.
     """
-    parser = argparse.ArgumentParser(prog="dvirl trace", description=__doc__)
-    parser.add_argument("trace", help="JSONL file of accept events, an answer a line")
-    parser.add_argument("--method", nargs="+", help="only these; all by default")
-    parser.add_argument("--figure", default="", help="also draw them into this file (PNG or SVG)")
-    parser.add_argument("--out", default="", help="also write them to this JSON file")
-    args = parser.parse_args(list(argv))
-    events = read_trace(args.trace)
+    events = read_trace(config.trace)
     known = list(events.method.unique())
-    if not known or set(args.method or known) - set(known):
-        raise DvirlError(f"{args.trace}: expected drafts of {args.method or 'a method'}; it has {known or 'none'}")
-    events = events[events.method.isin(args.method or known)]
+    if not known or set(config.method or known) - set(known):
+        raise DvirlError(f"{config.trace}: expected drafts of {config.method or 'a method'}; it has {known or 'none'}")
+    events = events[events.method.isin(config.method or known)]
     figures: dict[str, dict[str, Any]] = {}
-    for name, own in events.groupby("method", sort=False):
-        print(f"{name!s}: {own.accepted.mean():.3f} of {len(own)} scored drafts accepted")
-        tables = {by: accept_rates(own, by) for by in FACETS}
-        print(*(table.to_string(float_format="{:.3f}".format) for table in tables.values()), sep="\n")
-        figures[str(name)] = {by: table.reset_index().to_dict("records") for by, table in tables.items()}
-    if args.out:
-        write_json(args.out, {"arguments": vars(args), "figures": figures})
-    if args.figure:
-        plots.rejections(events, args.figure)
+    for name, drafts in events.groupby("method", sort=False):
+        print(f"{name}: {drafts.accepted.mean():.3f} of {len(drafts)} scored drafts accepted")
+        figures[str(name)] = {}
+        for facet in FACETS:
+            rates = accept_rates(drafts, facet)
+            print(rates.to_string(float_format="{:.3f}".format))
+            figures[str(name)][facet] = rates.reset_index().to_dict("records")
+    if config.out:
+        write_json(config.out, {"arguments": asdict(config), "figures": figures})
+    if config.figure:
+        plots.rejections(events, config.figure)
     return figures

@@ -1,4 +1,4 @@
-"""Reports: a page of tables and figures, as Markdown and as HTML."""
+"""Reports, as Markdown and HTML pages, and the recorded results of the book."""
 
 import html
 import json
@@ -12,39 +12,45 @@ import pandas as pd
 from dvirl.runs.errors import DvirlError
 
 RESULTS = Path(__file__).parents[2] / "book/results"
-"""Larger runs on record."""
+"""Recorded results of larger runs."""
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;display:block;overflow-x:auto}th,td{padding:.2rem .7rem;text-align:right}
 th{border-bottom:1px solid}td:first-child,th:first-child{text-align:left}img{max-width:100%;background:#fff}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}}"""
 
 
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A table in Markdown, its index first; what is not a number is empty."""
-    head = [str(frame.index.name or ""), *(str(name) for name in frame.columns)]
-    rows = [[_cell(value) for value in row] for row in frame.itertuples()]
-    lines = [head, ["---", *["---:"] * len(frame.columns)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown_table(table: pd.DataFrame) -> str:
+    """The table in Markdown, its index first; what is not a number is empty."""
+    return str(table.map(_cell).to_markdown(disable_numparse=True, stralign="right"))
 
 
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return "" if pd.isna(value) else f"{value:.{digits}f}"
+    if pd.isna(value):
+        return ""
+    size = abs(value)
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def _machine(content: Mapping[str, Any]) -> str:
+    machine = content["machine"]
+    return str(machine.get("accelerator") or f"{machine['cores']} CPU cores")
 
 
 def describe(content: Mapping[str, Any]) -> str:
     """What a result was measured on, in a sentence."""
-    machine, model = content["machine"], content["model"]
-    where = machine.get("accelerator") or f"{machine['cores']} cores"
+    model = content["model"]
     versions = content["versions"]
-    what = f"Measured {content['date']} on {where} in {model['dtype']}, torch {versions['torch']}"
-    return f"{what}, dvirl {versions['dvirl']}, the model {model['fingerprint'][:15]}…"
+    return (
+        f"Measured {content['date']} on {_machine(content)} in {model['dtype']}, torch {versions['torch']}, "
+        f"dvirl {versions['dvirl']}, the model {model['fingerprint'][:15]}…"
+    )
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """What a run on record found, `book/results/NAME.json`; printed is what it ran on, when, and the command.
+    """Read the recorded result `book/results/NAME.json`, and print its machine, date and command.
 
     Raises:
         DvirlError: if there is none of this name.
@@ -53,13 +59,12 @@ def recorded(name: str) -> dict[str, Any]:
     if not path.exists():
         raise DvirlError(f"{path}: no such result on record; expected a checkout of the repository that has it")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    given = {flag: value for flag, value in content.get("arguments", {}).items() if value not in ("", [], None)}
-    flags = (
-        f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}" for flag, value in given.items()
-    )
-    command = content.get("command") or " ".join(["dvirl", name.split("-")[0], *flags])
-    where = content["machine"].get("accelerator") or f"{content['machine']['cores']} CPU cores"
-    print(f"recorded {content['date']} on {where} by\n{command}")
+    words = ["dvirl", name.split("-")[0]]
+    for flag, value in content.get("arguments", {}).items():
+        if value not in ("", [], None):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *map(str, values)]
+    print(f"recorded {content['date']} on {_machine(content)} by\n{content.get('command') or ' '.join(words)}")
     return content
 
 
@@ -67,9 +72,10 @@ def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write `path`.md and `path`.html, from parts in Markdown."""
     text = "\n\n".join([f"# {title}", *parts]) + "\n"
     path.with_name(f"{path.name}.md").write_text(text, encoding="utf-8")
-    body = str(mistune.create_markdown(plugins=["table"])(text))
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    body = mistune.create_markdown(plugins=["table"])(text)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
     )
-    page = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
     path.with_name(f"{path.name}.html").write_text(page, encoding="utf-8")

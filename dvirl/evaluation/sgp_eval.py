@@ -1,75 +1,158 @@
-"""One checkpoint in three figures, accept rate, throughput and perplexity: `dvirl sgp-eval --ckpt_dir FOLDER`."""
+"""One checkpoint in a few figures, or a run before and after training: `dvirl sgp-eval --ckpt_dir FOLDER`."""
 
-import argparse
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
+from dvirl.config import DVIConfig
 from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
-from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
 from dvirl.metrics import verifier_figures, verifier_sums
-from dvirl.models.drafters import load_drafter
+from dvirl.models.drafters import LoadedDrafter, load_drafter
 from dvirl.models.loading import load
-from dvirl.runs import errors
+from dvirl.runs import errors, settings
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import provenance
+from dvirl.runs.folder import provenance, run_settings
 from dvirl.runs.log import write_json
+from dvirl.runs.settings import Settings, from_mapping, number, required
+from dvirl.trainer import DVITrainer
 from kangaroo.decoding.blocks import DecodeConfig
 
 
-def main(argv: Sequence[str]) -> dict[str, float]:
-    """Decode openings of chatterbot-corpus with a checkpoint's draft, and score their human replies by its verifier.
+@dataclass(frozen=True)
+class SGPEvalConfig(Settings):
+    """Settings of `dvirl sgp-eval`."""
+
+    ckpt_dir: str = required()
+    """Folder of a checkpoint, of a run (its newest checkpoint), or of a drafter."""
+    held_out: bool = False
+    """Instead decode held-out prompts of the run in ckpt_dir, before and after training, with the run's settings."""
+    model_name: str = ""
+    """Model to load the checkpoint into; its own by default."""
+    exit_layer: int = number(0, 0)
+    """Refuse a checkpoint of another exit layer; 0 takes any."""
+    n_samples: int = number(32, 1)
+    """Number of prompts, the first ones: openings and replies of chatterbot-corpus, or held-out prompts."""
+    max_new_tokens: int = number(64, 1)
+    """Most tokens of an answer."""
+    draft_len: int = number(4, 0)
+    """Most tokens drafted before a verification."""
+    threshold: float = number(0.0, 0, 1)
+    """Confidence below which drafting stops."""
+    dtype: str = "auto"
+    """Of the weights: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = number(2, 1, 1024)
+    """CPU threads of torch."""
+    out: str = ""
+    """Also write the figures to this JSON file."""
+
+
+parse_args = partial(
+    settings.parse_args, SGPEvalConfig, "dvirl sgp-eval", "Measure accept rate, throughput and perplexity."
+)
+"""Settings from flags; see `settings.parse_args`."""
+
+
+def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Acceptance]:
+    """Decode held-out prompts with the untrained draft, the trained one, and without any.
+
+    Args:
+        run_dir: a run's folder, with `config.yaml` and at least one checkpoint.
+        num_prompts: number of held-out prompts; 0 for all.
 
     Returns:
-        `accept_rate`, `mat`, `tok_per_s` over the openings, and `ppl`, `ppl_untouched`, `drift_kl`, `drift_tokens` on
-        the replies with lora_S on, as shallow-gradient training leaves the model.
+        "plain" (trained verifier, no drafts), "untrained" and "trained".
+
+    Raises:
+        DvirlError: if the folder holds no run, or nothing was held out.
+    """
+    checkpoint = newest(run_dir)
+    trainer = DVITrainer(from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml"))
+    config = trainer.config
+    prompts = trainer.split.held_out[: num_prompts or None]
+    if not prompts:
+        raise DvirlError(f"{run_dir}: the run held out no prompts; expected held_out of at least 1")
+
+    def measure(how: DecodeConfig) -> Acceptance:
+        return measure_acceptance(trainer.model, prompts, config.max_new_tokens, how, trainer.loaded.eos_ids)
+
+    untrained = measure(config.decode)
+    trainer.load_checkpoint(checkpoint)
+    plain = measure(replace(config.decode, draft_len=0))
+    return {"plain": plain, "untrained": untrained, "trained": measure(config.decode)}
+
+
+def _compare_run(config: SGPEvalConfig) -> dict[str, Any]:
+    """Print and return what a run's held-out prompts show."""
+    found = evaluate_run(config.ckpt_dir, config.n_samples)
+    figures = {name: {**asdict(acceptance), "responses": None} for name, acceptance in found.items()}
+    shown = ["accept_rate", "mat", "tok_per_s", "num_drafted", "num_tokens"]
+    print(pd.DataFrame.from_dict(figures, orient="index")[shown].to_string(float_format="{:.3f}".format))
+    plain = found["plain"].responses
+    equal = sum(first == second for first, second in zip(plain, found["trained"].responses, strict=True))
+    print(f"{equal} of {len(plain)} responses equal those of the same verifier without drafts")
+    return {"figures": figures, "equal_responses": equal}
+
+
+def _load(config: SGPEvalConfig) -> LoadedDrafter:
+    is_run = (Path(config.ckpt_dir) / "checkpoints").is_dir()
+    folder = newest(config.ckpt_dir) if is_run else config.ckpt_dir
+    model = load(config.model_name, config.dtype, config.device) if config.model_name else None
+    drafter = load_drafter(folder, model, config.dtype, config.device)
+    exit_layer = drafter.loaded.model.exit_layer
+    if config.exit_layer not in (0, exit_layer):
+        raise DvirlError(f"exit_layer is {config.exit_layer}; {folder} was made for {exit_layer}")
+    return drafter
+
+
+def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:
+    """Print and return the figures of one checkpoint.
+
+    The draft decodes openings of chatterbot-corpus. The verifier scores their human replies with lora_S on, as
+    shallow-gradient training leaves the model.
+    """
+    drafter = _load(config)
+    loaded = drafter.loaded
+    how = DecodeConfig(config.draft_len, config.threshold)
+    samples = chatterbot_prompts()[: config.n_samples]
+    prompts = [loaded.chat.encode(sample.turns) for sample in samples]
+    speed = measure_acceptance(drafter.model, prompts, config.max_new_tokens, how, loaded.eos_ids)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        example = make_example(prompt, loaded.chat.encode_response(sample.response))
+        sums += verifier_sums(loaded.model, [example], "adapted")
+    figures = {name: getattr(speed, name) for name in ("accept_rate", "mat", "tok_per_s")} | verifier_figures(sums)
+    for name, value in figures.items():
+        print(f"{name:14} {value:.4g}")
+    return {**provenance(loaded), "figures": figures}
+
+
+def main(config: SGPEvalConfig) -> dict[str, Any]:
+    """Measure, print, and write the figures if asked to.
+
+    Returns:
+        For a checkpoint: `accept_rate`, `mat`, `tok_per_s` over the openings, and `ppl`, `ppl_untouched`, `drift_kl`,
+        `drift_tokens` on the replies. For a run's held-out prompts: the figures of each draft.
 
     Raises:
         DvirlError: for bad input.
     """
-    parser = argparse.ArgumentParser(prog="dvirl sgp-eval", description=__doc__)
-    parser.add_argument("--ckpt_dir", required=True, help="a checkpoint, a run's folder (its newest), or a drafter")
-    parser.add_argument("--model_name", default="", help="model to load it into; its own by default")
-    parser.add_argument("--exit_layer", type=int, default=0, help="refuse a checkpoint of another exit layer")
-    parser.add_argument("--n_samples", type=int, default=32, help="openings and replies, the first of the corpus")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="length limit of an answer")
-    parser.add_argument("--draft_len", type=int, default=4, help="tokens drafted before a verification, at most")
-    parser.add_argument("--threshold", type=float, default=0.0, help="confidence below which drafting stops")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; 2 by default")
-    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
-    args = parser.parse_args(list(argv))
-    for name in ("n_samples", "max_new_tokens", "threads"):
-        if getattr(args, name) < 1:
-            raise DvirlError(f"{name} is {getattr(args, name)}; expected at least 1")
-    torch.set_num_threads(args.threads)
-    folder = newest(args.ckpt_dir) if (Path(args.ckpt_dir) / "checkpoints").is_dir() else args.ckpt_dir
-    given = load(args.model_name, args.dtype, args.device) if args.model_name else None
-    drafter = load_drafter(folder, given, args.dtype, args.device)
-    model, loaded = drafter.model, drafter.loaded
-    if args.exit_layer not in (0, loaded.model.exit_layer):
-        raise DvirlError(f"exit_layer is {args.exit_layer}; {folder} was made for {loaded.model.exit_layer}")
-    try:
-        settings = DecodeConfig(args.draft_len, args.threshold)
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
-    samples = chatterbot_prompts()[: args.n_samples]
-    prompts = [loaded.chat.encode(one.turns) for one in samples]
-    speed = measure_acceptance(model, prompts, args.max_new_tokens, settings, loaded.eos_ids)
-    replies = [loaded.chat.encode_response(one.response) for one in samples]
-    examples = [make_example(*pair) for pair in zip(prompts, replies, strict=True)]
-    said = verifier_figures(torch.stack([verifier_sums(loaded.model, [one], "adapted") for one in examples]).sum(dim=0))
-    found = {"accept_rate": speed.accept_rate, "mat": speed.mat, "tok_per_s": speed.tok_per_s, **said}
-    print("\n".join(f"{name:14} {value:.4g}" for name, value in found.items()))
-    if args.out:
-        write_json(args.out, {"arguments": vars(args), **provenance(loaded), "figures": found})
-    return found
+    torch.set_num_threads(config.threads)
+    content = _compare_run(config) if config.held_out else _judge_checkpoint(config)
+    if config.out:
+        write_json(config.out, {"arguments": asdict(config), **content})
+    figures: dict[str, Any] = content["figures"]
+    return figures
 
 
 if __name__ == "__main__":
-    sys.exit(errors.guarded(main, sys.argv[1:]))
+    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

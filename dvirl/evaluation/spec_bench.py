@@ -1,8 +1,8 @@
-"""Spec-Bench's files and measures (Xia et al. 2024, arXiv 2401.07851): questions, answers, and what answers tell.
+"""Spec-Bench's answer files and figures (Xia et al. 2024, arXiv 2401.07851).
 
-Two lists of a published answer are read in more than one way; ours are: `accept_lengths` has what each verification
-committed, its own token included and the prefill left out, so that their mean is `mat`; `decoding_steps` counts the
-verifier's passes, the prefill included.
+Published answer files are read in more than one way. In ours `accept_lengths` holds what each verification committed,
+its own token included and the prefill left out, so that its mean is `mat`. `decoding_steps` counts the verifier's
+passes, the prefill included.
 """
 
 import math
@@ -16,150 +16,185 @@ import numpy as np
 import pandas as pd
 
 from dvirl.data.sources import parsed_rows
-from dvirl.evaluation.measure import Answer
+from dvirl.evaluation.measure import Answer, Tally, tally
 from dvirl.evaluation.questions import Question
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text, write_text
 from dvirl.runs.settings import has_type
 
 OVERALL = "overall"
-
-
-A_TURN = dict.fromkeys(("new_tokens", "wall_time", "decoding_steps", "num_drafted", "num_accepted"), list[float])
-A_TURN |= dict[str, Any](nll=list[float | None], tokens=list[list[int]])
-"""What our answers say of every turn."""
-
-
+"""The name of all tasks together."""
+COUNTS = ("num_drafted", "num_accepted", "committed", "blocks")
+"""The columns of an answer table that make a `Tally`, in its order."""
+SUMMED = ("new_tokens", "wall_time", "num_drafted", "num_accepted")
+"""What our answers count in every turn."""
+TURN_LISTS: dict[str, Any] = {
+    **dict.fromkeys((*SUMMED, "decoding_steps"), list[float]),
+    "nll": list[float | None],
+    "tokens": list[list[int]],
+}
+"""What our answers say of every turn, and the type of each list."""
 DRAWS = 2000
-"""Resamples of the questions behind an interval."""
+"""Bootstrap samples of the questions behind an interval."""
+
+Row = dict[str, Any]
+"""The answer to one question, as a line of an answer file has it."""
 
 
-def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> dict[str, Any]:
+def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> Row:
     """The answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
-    choice = {
+    tallies = [tally([answer]) for answer in answers]
+    choice: dict[str, Any] = {
         "index": 0,
         "turns": list(texts),
-        "decoding_steps": [len(one.accept_lengths) + 1 for one in answers],
-        "new_tokens": [len(one.tokens) for one in answers],
-        "wall_time": [one.wall_s for one in answers],
-        "prefill_time": [one.prefill_s for one in answers],
-        "accept_lengths": [length for one in answers for length in one.accept_lengths],
-        "drafts": [drafts for one in answers for drafts in one.drafts],
-        "num_drafted": [one.num_drafted for one in answers],
-        "num_accepted": [one.num_accepted for one in answers],
-        "nll": [one.nll for one in answers],
-        "tokens": [one.tokens for one in answers],
+        "decoding_steps": [len(answer.accept_lengths) + 1 for answer in answers],
+        "new_tokens": [len(answer.tokens) for answer in answers],
+        "wall_time": [answer.wall_s for answer in answers],
+        "prefill_time": [answer.prefill_s for answer in answers],
+        "accept_lengths": [length for answer in answers for length in answer.accept_lengths],
+        "drafts": [drafts for answer in answers for drafts in answer.drafts],
+        "num_drafted": [counts.num_drafted for counts in tallies],
+        "num_accepted": [counts.num_accepted for counts in tallies],
+        "nll": [answer.nll for answer in answers],
+        "tokens": [answer.tokens for answer in answers],
     }
-    named = {"question_id": question.question_id, "category": question.category, "answer_id": uuid.uuid4().hex}
-    return {**named, "model_id": model_id, "choices": [choice], "tstamp": time.time()}
+    return {
+        "question_id": question.question_id,
+        "category": question.category,
+        "answer_id": uuid.uuid4().hex,
+        "model_id": model_id,
+        "choices": [choice],
+        "tstamp": time.time(),
+    }
 
 
-def parse_answer(row: Any) -> dict[str, Any]:
-    """An answer row as it is, if it is one: a question id, and the texts of its turns.
+def parse_answer(row: Any) -> Row:
+    """Check that a row is an answer: it has a question id, and the texts of its turns.
 
     Raises:
-        DvirlError: if it is none.
+        DvirlError: if it is not.
     """
     try:
-        key, turns, tokens = row["question_id"], row["choices"][0]["turns"], row["choices"][0].get("tokens")
-    except (KeyError, IndexError, TypeError) as error:
+        question_id = row["question_id"]
+        choice = row["choices"][0]
+        turns = choice["turns"]
+        tokens = choice.get("tokens")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    if not (has_type(key, int | str) and has_type(turns, list[str]) and has_type(tokens, list[list[int]] | None)):
+    kinds = ((question_id, int | str), (turns, list[str]), (tokens, list[list[int]] | None))
+    if not all(has_type(value, kind) for value, kind in kinds):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
 
-def resume_answers(path: Path) -> dict[int | str, dict[str, Any]]:
-    """The answers that a file holds, by question id; a torn last line, of an evaluation that was cut off, is dropped.
+def _parse_own_answer(row: Any) -> Row:
+    choice = parse_answer(row)["choices"][0]
+    for name, kind in TURN_LISTS.items():
+        values = choice.get(name)
+        if not has_type(values, kind) or len(values) != len(choice["turns"]):
+            raise DvirlError(f"choices[0].{name} is {values!r:.60}; expected a list, an entry a turn")
+    if not has_type(choice.get("accept_lengths"), list[int]) or not has_type(row.get("category"), str):
+        raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
+    return dict(row)
+
+
+def resume_answers(path: Path) -> dict[int | str, Row]:
+    """The answers in a file, by question id. A torn last line, of an evaluation that was cut off, is dropped.
 
     Raises:
-        DvirlError: for any other line that is no answer of ours, or a question that is answered twice.
+        DvirlError: if another line is not an answer of ours, or a question is answered twice.
     """
     if not path.exists():
         return {}
     text = read_text(path)
     if text and not text.endswith("\n"):
         write_text(path, text[: text.rfind("\n") + 1])
-    found: dict[int | str, dict[str, Any]] = {}
-    for where, row in parsed_rows(str(path), _parse_own):
-        if row["question_id"] in found:
-            raise DvirlError(f"{where}: question_id {row['question_id']!r} is answered twice")
-        found[row["question_id"]] = row
-    return found
+    answers: dict[int | str, Row] = {}
+    for where, row in parsed_rows(str(path), _parse_own_answer):
+        question_id = row["question_id"]
+        if question_id in answers:
+            raise DvirlError(f"{where}: question_id {question_id!r} is answered twice")
+        answers[question_id] = row
+    return answers
 
 
-def _parse_own(row: Any) -> dict[str, Any]:
-    choice = parse_answer(row)["choices"][0]
-    for name, kind in A_TURN.items():
-        if not has_type(choice.get(name), kind) or len(choice[name]) != len(choice["turns"]):
-            raise DvirlError(f"choices[0].{name} is {choice.get(name)!r:.60}; expected a list, an entry a turn")
-    if not has_type(choice.get("accept_lengths"), list[int]) or not has_type(row.get("category"), str):
-        raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
-    return dict(row)
-
-
-def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, dict[str, Any]]]) -> pd.DataFrame:
-    """A row for each answer: method, repeat, question_id, category, task, and the sums over its turns.
+def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd.DataFrame:
+    """One row for each answer: method, repeat, question_id, category, task, and the sums over its turns.
 
     Args:
         files: answers by question id, by method and repeat.
     """
     rows = []
     for (method, repeat), answers in files.items():
-        for key, row in answers.items():
+        for question_id, row in answers.items():
             choice = row["choices"][0]
-            sums = {name: sum(choice[name]) for name in ("new_tokens", "wall_time", "num_drafted", "num_accepted")}
-            sums["nll"] = math.nan if None in choice["nll"] else sum(choice["nll"])
-            lengths = choice["accept_lengths"]
-            about = {"method": method, "repeat": repeat, "question_id": key, "category": row["category"]}
-            task = Question(key, row["category"], ()).task
-            said = {"said": str(choice["tokens"]), "committed": sum(lengths), "blocks": len(lengths)}
-            rows.append({**about, "task": task, **sums, **said})
-    return pd.DataFrame(rows).assign(tok_per_s=lambda table: table.new_tokens / table.wall_time)
+            rows.append(
+                {
+                    "method": method,
+                    "repeat": repeat,
+                    "question_id": question_id,
+                    "category": row["category"],
+                    "task": Question(question_id, row["category"], ()).task,
+                    **{name: sum(choice[name]) for name in SUMMED},
+                    "committed": sum(choice["accept_lengths"]),
+                    "blocks": len(choice["accept_lengths"]),
+                    "nll": math.nan if None in choice["nll"] else sum(choice["nll"]),
+                    "tokens": str(choice["tokens"]),
+                }
+            )
+    table = pd.DataFrame(rows)
+    return table.assign(tok_per_s=table.new_tokens / table.wall_time)
 
 
 def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame:
     """Spec-Bench's figures of every method, for each task and overall.
 
     Args:
-        table: as `answer_table` gives it, every method with the same questions and repeats.
-        reference: the method that speed-ups are over; its answers are of the same run.
-        seed: of the resampling.
+        table: from `answer_table`; every method has the same questions and repeats.
+        reference: the method that speed-ups are over; its answers are from the same run.
+        seed: of the bootstrap.
 
     Returns:
-        A row for each task and method: `mat`, pooled over verifications; `accept_rate`, pooled over scored drafts;
-        `tok_per_s`, the mean of the answers' rates; `speedup`, the ratio of these means, with the interval `low` to
-        `high` that holds it in 95 of 100 resamples of the questions; `speedup_std` over repeats; `ppl`, the
-        perplexity of the answers under the verifier that gave them; and `identical`, answers that are those of the
-        reference in the same repeat, token for token.
+        A row for each task and method. `mat` is pooled over verifications, `accept_rate` over scored drafts.
+        `tok_per_s` is the mean of the answers' rates, and `speedup` the ratio of these means; its interval, `low` to
+        `high`, holds 95 of 100 bootstrap samples of the questions, and `speedup_std` is over repeats. `ppl` is the
+        perplexity of the answers under the verifier that gave them. `identical` counts the answers that are the
+        reference's in the same repeat, token for token.
     """
-    rows = []
-    tasks = {task: part for task, part in table.groupby("task", sort=False)}
-    for task, part in [*tasks.items(), *([(OVERALL, table)] if len(tasks) > 1 else [])]:
-        rates = part.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
-        draws = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
-        base = rates[reference].to_numpy()
-        said = part.set_index(["question_id", "repeat"]).said
-        plain = said[part.method.eq(reference).to_numpy()]
-        for method, own in part.groupby("method", sort=False):
-            rate = rates[method].to_numpy()
-            again = rate.mean(axis=1)[draws].mean(axis=1) / base.mean(axis=1)[draws].mean(axis=1)
-            each = rate.mean(axis=0) / base.mean(axis=0)
-            sums = own[["num_drafted", "num_accepted", "committed", "blocks", "new_tokens", "nll"]].sum(skipna=False)
-            rows.append(
-                {
-                    "task": task,
-                    "method": method,
-                    "questions": len(rates),
-                    "mat": sums.committed / sums.blocks if sums.blocks else np.nan,
-                    "accept_rate": sums.num_accepted / sums.num_drafted if sums.num_drafted else np.nan,
-                    "tok_per_s": rate.mean(),
-                    "speedup": rate.mean() / base.mean(),
-                    "low": np.quantile(again, 0.025),
-                    "high": np.quantile(again, 0.975),
-                    "speedup_std": each.std(ddof=1) if len(each) > 1 else np.nan,
-                    "ppl": np.exp(sums.nll / sums.new_tokens),
-                    "identical": said[part.method.eq(method).to_numpy()].eq(plain).sum(),
-                }
-            )
+    parts = list(table.groupby("task", sort=False))
+    if len(parts) > 1:
+        parts.append((OVERALL, table))
+    rows = [row for task, part in parts for row in _task_measures(str(task), part, reference, seed)]
     return pd.DataFrame(rows)
+
+
+def _task_measures(task: str, table: pd.DataFrame, reference: str, seed: int) -> list[dict[str, Any]]:
+    rates = table.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
+    tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
+    base = rates[reference].to_numpy()  # [questions, repeats]
+    # The same samples for both sides of a ratio: a question that is slow is slow for every method.
+    samples = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
+    base_samples = base.mean(axis=1)[samples].mean(axis=1)
+    rows = []
+    for method, answers in table.groupby("method", sort=False):
+        rate = rates[method].to_numpy()
+        speedup_samples = rate.mean(axis=1)[samples].mean(axis=1) / base_samples
+        speedup_by_repeat = rate.mean(axis=0) / base.mean(axis=0)
+        counts = Tally(*answers[[*COUNTS]].sum())
+        rows.append(
+            {
+                "task": task,
+                "method": method,
+                "questions": len(rates),
+                "mat": counts.mat,
+                "accept_rate": counts.accept_rate,
+                "tok_per_s": rate.mean(),
+                "speedup": rate.mean() / base.mean(),
+                "low": np.quantile(speedup_samples, 0.025),
+                "high": np.quantile(speedup_samples, 0.975),
+                "speedup_std": speedup_by_repeat.std(ddof=1) if len(speedup_by_repeat) > 1 else np.nan,
+                "ppl": np.exp(answers.nll.sum(skipna=False) / answers.new_tokens.sum()),
+                "identical": tokens[method].eq(tokens[reference]).sum(),
+            }
+        )
+    return rows

@@ -58,6 +58,31 @@ def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConf
     return from_mapping(kind, {**given, **fixed}, "notebook parameters")
 
 
+NOT_FIGURES = ("run_dir", "threads", "device", "tracker")
+"""Parameters that change where a notebook runs and writes, but none of its figures."""
+
+
+def claims(namespace: Mapping[str, Any]) -> Callable[[bool, str], bool]:
+    """A notebook's claims: asserted for its default run, while other parameters show their own numbers.
+
+    Args:
+        namespace: the notebook's `globals()`.
+
+    Returns:
+        `claim(holds, message)`, which returns whether the claim holds. At the default parameters a claim that does not
+        hold is an AssertionError with the message.
+    """
+    cells = [cell for cell in namespace.get("In", ()) if cell.startswith(INJECTED)]  # nbval keeps no `In`
+    changed = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
+    at_defaults = not set(changed) - set(NOT_FIGURES)
+
+    def claim(holds: bool, message: str) -> bool:
+        assert holds or not at_defaults, message
+        return bool(holds)
+
+    return claim
+
+
 def new_run_dir(wished: str, name: str) -> str:
     """The wished run folder, or if none was wished a new one, `runs/NAME-DATE-TIME`."""
     if wished:

@@ -1,20 +1,18 @@
-"""How to decode, what was drafted, and what one verification made of it."""
+"""What decoding passes around: how to decode, what a block drafts, and what its verification commits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 TARGETS = ("base", "adapted")
-
-
 SOURCES = ("learned", "lookup", "hybrid")
-
-
 PASS_ROWS = 16
-"""Rows of every pass behind the prefill where `deterministic` asks for passes of one size."""
+"""Positions of every pass after the prefill where `deterministic` asks for passes of one size."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,18 @@ class DecodeConfig:
     """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
     "hybrid", block by block one of them."""
     adaptive: bool = False
-    """Choose source and length of each block by acceptance and step costs, `draft_len` at most; False drafts always."""
+    """Choose source and length of each block by acceptance and step costs, up to `draft_len`; False drafts always.
+    Several texts at once share each pass; their blocks are not adapted."""
     temperature: float = 0.0
     """Of the verifier: 0 answers greedily, above 0 the answer is sampled, and its distribution is that of sampling
     from the verifier alone."""
     top_k: int = 0
-    """Sample among this many likeliest tokens only; 0 for all."""
+    """Sample only among this many likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Sample among the fewest tokens that hold this probability only; above 0, to 1."""
+    """Sample only among the fewest tokens that hold this probability; above 0, up to 1."""
     deterministic: bool = False
-    """Run every pass behind the prefill with as many rows and slots as any other, so that rounding does not depend on
-    what is drafted: then bfloat16, too, gives plain decoding's tokens. A pass costs what its longest would."""
+    """Run every pass after the prefill with the same number of positions and cache slots, so that rounding does not
+    depend on what is drafted: then bfloat16 gives plain decoding's tokens, too. A pass costs what its longest would."""
 
     def __post_init__(self) -> None:
         if self.draft_len < 0:
@@ -67,55 +66,70 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class DraftBlock:
-    """What the draft proposes before one verification: n tokens.
+    """What is drafted before one verification: n tokens, the first m of them by the shallow layers.
 
     Attributes:
-        tokens: `[n]`, vocabulary ids.
-        confidence: `[n]`, the policy's largest probability at each; NaN for those that were looked up.
-        exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on; the rest were looked up.
-        chances: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
+        tokens: `[n]` int64, vocabulary ids.
+        confidence: `[n]`, the policy's largest probability at each position; NaN for tokens that were looked up.
+        exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
+        probabilities: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
     """
 
-    tokens: Tensor
-    confidence: Tensor
-    exit_hidden: Tensor
-    chances: Tensor | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    confidence: Tensor = field(default_factory=lambda: torch.empty(0))
+    exit_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    probabilities: Tensor | None = None
 
     @property
     def num_learned(self) -> int:
-        """How many of the tokens the shallow layers drafted."""
+        """Number of tokens that the shallow layers drafted."""
         return len(self.exit_hidden)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What one verification makes of a block.
+    """One block after its verification.
 
     Attributes:
         start: absolute position of the block's first token, the prompt counted.
-        committed: the tokens that join the response, the verifier's own last.
+        committed: the tokens that join the response, the verifier's own token last.
         num_drafted: scored drafts, up to and including the first reject.
         num_accepted: accepted drafts.
-        draft: the block; its first `num_drafted` entries are scored.
-        verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position.
+        draft: the block; its first `num_drafted` entries are scored. Empty where a rollout replays blocks.
+        verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position; likewise.
     """
 
     start: int
     committed: tuple[int, ...]
     num_drafted: int
     num_accepted: int
-    draft: DraftBlock
-    verifier_confidence: Tensor
+    draft: DraftBlock = field(default_factory=DraftBlock)
+    verifier_confidence: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def block_len(self) -> int:
-        """Tokens committed by this verification."""
+        """Number of tokens that this verification commits."""
         return len(self.committed)
 
-    def end_at(self, eos_ids: Sequence[int]) -> Verification:
-        """The same block cut behind its first end-of-sequence token: what lies beyond was never part of the answer."""
-        for count, token in enumerate(self.committed, start=1):
-            if token in eos_ids:
-                scored, accepted = min(self.num_drafted, count), min(self.num_accepted, count)
-                return replace(self, committed=self.committed[:count], num_drafted=scored, num_accepted=accepted)
-        return self
+    def cut_at_end(self, eos_ids: Sequence[int]) -> Verification:
+        """The same block up to its first end-of-sequence token: what follows was never part of the answer."""
+        ends = (count for count, token in enumerate(self.committed, start=1) if token in eos_ids)
+        length = next(ends, None)
+        if length is None:
+            return self
+        return replace(
+            self,
+            committed=self.committed[:length],
+            num_drafted=min(self.num_drafted, length),
+            num_accepted=min(self.num_accepted, length),
+        )
+
+
+def refuse_not_finite(confidence: Sequence[float], start: int) -> None:
+    """Refuse the verifier's probabilities at the positions from `start` on if one is not finite.
+
+    Raises:
+        ValueError: naming the position.
+    """
+    if not all(map(math.isfinite, confidence)):
+        raise ValueError(f"the verifier's logits at position {start} are not finite")

@@ -1,20 +1,15 @@
-"""What the steps of decoding cost on this machine."""
-
-from __future__ import annotations
+"""What the steps of decoding cost on this machine, and from which acceptance on drafting pays."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from scipy.optimize import isotonic_regression
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What decoding costs on this machine.
+    """Times of one block, by the number of its drafts.
 
     Attributes:
         verify: milliseconds of a verification of n drafts that cost nothing; `verify[0]` is a plain step.
@@ -25,34 +20,33 @@ class StepCosts:
     draft: float
 
     def block(self, learned: int, looked_up: int = 0) -> float:
-        """Milliseconds of a block of so many drafts."""
+        """Milliseconds of a block with this many learned and looked-up drafts."""
         return self.verify[learned + looked_up] + learned * self.draft
 
     def speedup(self, acceptance: float, count: int) -> float:
-        """Speed of learned drafts over plain steps, each draft accepted with the same chance."""
-        return _expected(acceptance, count) * self.verify[0] / self.block(count)
+        """Speed of blocks of `count` learned drafts over plain steps, each draft accepted with the same chance."""
+        return expected_tokens(acceptance, count) * self.verify[0] / self.block(count)
 
     def break_even(self, count: int) -> float:
-        """The acceptance from which on blocks of `count` learned drafts pay; infinite if they never do."""
+        """The acceptance at which blocks of `count` learned drafts begin to pay; infinite if they never do."""
         if self.speedup(1.0, count) < 1.0:
             return math.inf
-        low, high = 0.0, 1.0
-        for _ in range(40):
+        low = 0.0
+        high = 1.0
+        for _ in range(40):  # bisection: the speed-up grows with acceptance
             middle = (low + high) / 2
-            low, high = (low, middle) if self.speedup(middle, count) >= 1.0 else (middle, high)
+            if self.speedup(middle, count) >= 1.0:
+                high = middle
+            else:
+                low = middle
         return high
 
 
-def growing(times: Sequence[float]) -> tuple[float, ...]:
-    """The numbers nearest to these, by squares, of which none is below the one before (pool adjacent violators)."""
-    pools: list[list[float]] = []
-    for time in times:
-        pools.append([time])
-        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    return tuple(fmean(pool) for pool in pools for _ in pool)
+def expected_tokens(acceptance: float, count: int) -> float:
+    """Tokens that a block of `count` drafts commits on average, each accepted with the same chance."""
+    return sum(acceptance**depth for depth in range(count + 1))
 
 
-def _expected(chance: float, count: int) -> float:
-    """Tokens that a block of `count` drafts commits, each accepted with the same chance."""
-    return sum(chance**depth for depth in range(count + 1))
+def monotone(times: Sequence[float]) -> tuple[float, ...]:
+    """The least-squares fit to some times that never falls: noise must not make a longer block look cheaper."""
+    return tuple(isotonic_regression(list(times)).x.tolist())

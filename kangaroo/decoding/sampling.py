@@ -1,5 +1,7 @@
 """Picking tokens from logits, and which drafts a verifier accepts: by argmax, or by speculative sampling."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -22,8 +24,9 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
 def inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
     """Tokens `[N]` drawn from weights `[N, V]`, which need not sum to 1, by uniform numbers `[N]` in [0, 1)."""
     cumulative = weights.double().cumsum(dim=-1)
-    cut = noise.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, cut, right=True).squeeze(1).clamp(max=weights.shape[-1] - 1)
+    threshold = noise.double()[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return tokens.clamp(max=weights.shape[-1] - 1)
 
 
 def choose_tokens(logits: Tensor, temperature: float = 0.0, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,6 +39,9 @@ def choose_tokens(logits: Tensor, temperature: float = 0.0, noise: Tensor | None
 
     Returns:
         Tokens `[N]` and the policy's largest probability `[N]`, at temperature 1 for argmax.
+
+    Raises:
+        ValueError: for sampling without noise.
     """
     if temperature == 0.0:
         confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
@@ -46,7 +52,7 @@ def choose_tokens(logits: Tensor, temperature: float = 0.0, noise: Tensor | None
     return inverse_cdf(probabilities, noise), probabilities.amax(dim=-1).float()
 
 
-def count_accepted(draft_tokens: list[int], verifier_tokens: list[int]) -> int:
+def count_accepted(draft_tokens: Sequence[int], verifier_tokens: Sequence[int]) -> int:
     """Length of the prefix on which draft and verifier agree (greedy verification)."""
     for count, (drafted, own) in enumerate(zip(draft_tokens, verifier_tokens, strict=False)):
         if drafted != own:
@@ -57,8 +63,7 @@ def count_accepted(draft_tokens: list[int], verifier_tokens: list[int]) -> int:
 def speculative_sampling(target: Tensor, proposed: Tensor, drafted: Tensor, uniform: Tensor) -> tuple[int, int]:
     """Accept drafts so that what is committed follows the target, whatever proposed them.
 
-    Draft x is accepted with probability min(1, p(x) / q(x)); the first reject is replaced by a draw from max(p - q, 0),
-    and behind n accepted drafts stands a draw from p (Leviathan et al. 2023, Chen et al. 2023).
+    Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318).
 
     Args:
         target: `[n + 1, V]`, p at each position.
@@ -67,13 +72,17 @@ def speculative_sampling(target: Tensor, proposed: Tensor, drafted: Tensor, unif
         uniform: `[n + 1]`, uniform in [0, 1), the last one for the verifier's own token.
 
     Returns:
-        How many drafts are accepted, and the verifier's own token behind them.
+        The number of accepted drafts, and the verifier's own token that follows them.
     """
-    count, rows = len(drafted), torch.arange(len(drafted), device=target.device)
-    passes = uniform[:count] * proposed[rows, drafted] < target[rows, drafted]
+    count = len(drafted)
+    positions = torch.arange(count, device=target.device)
+    # Accept draft x with probability min(1, p(x) / q(x)): u < p / q, multiplied out.
+    passes = uniform[:count] * proposed[positions, drafted] < target[positions, drafted]
     accepted = int(passes.long().cumprod(dim=0).sum())
-    rest = target[accepted]
+    weights = target[accepted]  # all accepted: the bonus token is drawn from p
     if accepted < count:
-        left = (rest - proposed[accepted]).clamp(min=0.0)
-        rest = left if float(left.sum()) > 0.0 else rest  # p = q but for rounding: nothing is left over
-    return accepted, int(inverse_cdf(rest[None], uniform[count:]))
+        # The first reject is replaced by a draw from what p has left over q, max(p - q, 0).
+        residual = (weights - proposed[accepted]).clamp(min=0.0)
+        if float(residual.sum()) > 0.0:  # p equals q but for rounding: nothing is left over, so draw from p
+            weights = residual
+    return accepted, int(inverse_cdf(weights[None], uniform[count:]))

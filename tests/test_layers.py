@@ -6,11 +6,9 @@ import pytest
 import torch
 from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
 
-import kangaroo.earlyexit
-import kangaroo.kangaroo_model
-from kangaroo.decoding import fused
+from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.fused import Stacks, packed_dtypes, product
+from kangaroo.decoding.layers import MadeFromWeights, packed_dtypes, product
 
 
 def test_a_packed_product_is_the_product():
@@ -29,7 +27,7 @@ def test_what_cannot_be_packed_is_a_plain_product():
 
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_stack_computes_what_the_layers_compute(length, biased):
+def test_a_stage_computes_what_the_layers_compute(length, biased):
     model, states = tiny_model(1), torch.randn(1, length, 32)
     if biased:
         for layer in model.model.layers:
@@ -37,24 +35,28 @@ def test_a_stack_computes_what_the_layers_compute(length, biased):
                 getattr(layer.self_attn, name).bias = torch.nn.Parameter(torch.randn(
                     getattr(layer.self_attn, name).out_features))  # fmt: skip
     with torch.no_grad():
-        slow = model.new_caches(16, None)
-        with model.decoding(16, None, "base") as fast:
-            assert fast.draft.stack is not None and slow.draft.stack is None
-            for _ in range(3):
-                one = model.forward_deep(states, cache=slow.deep)
-                two = model.forward_deep(states, cache=fast.deep)
+        slow = model.new_stages(16, fused=False).deep
+        with model.decoding(16, None) as stages:
+            fast = stages.deep
+            for turn in range(1, 4):
+                one, two = slow(states), fast(states)
                 torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(model.head_logits(one), model.head_logits(two, fast.deep), atol=1e-5, rtol=0)
+                torch.testing.assert_close(slow.logits(one), fast.logits(two), atol=1e-5, rtol=0)
+                whole = model.forward_deep(states.repeat(1, turn, 1))[:, -length:]
+                torch.testing.assert_close(two, whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("args", [dict(), dict(drafter="layer", drafter_layers=2, head="lora", head_rank=3),
                                   dict(drafter="adapter", head="full", draft_vocab=range(90))])  # fmt: skip
-def test_decoding_with_and_without_stacks_is_the_same(args, monkeypatch):
+def test_decoding_with_fused_layers_and_with_the_modules_is_the_same(args, monkeypatch):
     model, prompts = tiny_kangaroo(2, 3, deep_scale=0.2, **args), random_prompts(4)
     settings = DecodeConfig(4)
     fast = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
-    for module in (kangaroo.earlyexit, kangaroo.kangaroo_model):
-        monkeypatch.setattr(module, "can_stack", lambda weight: False)
+    build = layers.CachedLayer.__init__
+    monkeypatch.setattr(
+        layers.CachedLayer, "__init__", lambda self, layer, dtype, fused=True: build(self, layer, dtype, False)
+    )
+    model._weights, model.base_model._weights = MadeFromWeights(), MadeFromWeights()
     slow = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
     assert [d.tokens for d in fast] == [d.tokens for d in slow]
     assert [b.block_len for d in fast for b in d.blocks] == [b.block_len for d in slow for b in d.blocks]
@@ -64,11 +66,11 @@ def test_decoding_with_and_without_stacks_is_the_same(args, monkeypatch):
             torch.testing.assert_close(a.draft.exit_hidden, b.draft.exit_hidden, atol=1e-4, rtol=1e-4)
 
 
-def test_a_stack_is_made_once_and_anew_when_a_weight_has_changed(monkeypatch):
+def test_fused_layers_are_made_once_and_anew_when_a_weight_has_changed(monkeypatch):
     model, prompt = tiny_kangaroo(1, 3, lora=False, drafter="layer", head="full"), random_prompts(1)[0]
     made = []
-    build = fused.FusedLayer.__init__
-    monkeypatch.setattr(fused.FusedLayer, "__init__", lambda self, *args: (made.append(1), build(self, *args))[1])
+    build = layers.CachedLayer.__init__
+    monkeypatch.setattr(layers.CachedLayer, "__init__", lambda self, *args: (made.append(1), build(self, *args))[1])
 
     def decode():
         made.clear()
@@ -91,19 +93,21 @@ def test_a_stack_is_made_once_and_anew_when_a_weight_has_changed(monkeypatch):
 def test_adapters_are_in_the_draft_and_not_in_the_verifier():
     model, prompt = tiny_kangaroo(1, 3), random_prompts(1)[0]
     base = model.base_model
-    with torch.no_grad(), base.decoding(32, model, "base") as caches:
+    with torch.no_grad(), model.decoding(32) as stages:
         tokens = torch.tensor([prompt])
-        for cache, off in ((caches.draft, ()), (caches.verify, ("lora_S",))):
+        states = []
+        for stage, off in ((stages.shallow, ()), (stages.base, ("lora_S",))):
             with base.without_adapters(*off):
                 expected = base.forward_shallow(tokens)
-            torch.testing.assert_close(base.forward_shallow(tokens, cache=cache), expected, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(*(base.forward_shallow(tokens, cache=c) for c in (caches.draft, caches.verify)))
+            states.append(stage(tokens))
+            torch.testing.assert_close(states[-1], expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(*states)
 
 
-def test_stacks_hold_what_they_were_made_from():
-    stacks, calls = Stacks(), []
+def test_weights_are_held_for_as_long_as_what_was_made_from_them():
+    made, calls = MadeFromWeights(), []
     for _ in range(20):
         weight = torch.randn(64)
-        stacks.get("x", [weight], lambda: calls.append(1))
+        made.get("x", [weight], lambda: calls.append(1))
         del weight
     assert len(calls) == 20

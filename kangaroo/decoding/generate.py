@@ -1,0 +1,194 @@
+"""Decoding whole responses: block by block with drafts, or plainly in a large batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.speculate import Text, spec_decode_step
+from kangaroo.decoding.stages import Stages
+
+Sampler = Callable[[Tensor], Tensor]
+"""Picks tokens `[B]` from float32 logits `[B, V]`."""
+
+COMPACT_BELOW = 0.75
+"""Share of unfinished rows below which finished ones are dropped from a batch."""
+LOOK_EVERY = 16
+"""Tokens between looks at which rows are finished, on a device that a look would make wait."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoded response.
+
+    Attributes:
+        tokens: the response, its end-of-sequence token included if it came.
+        blocks: one verification a block; the first is the prefill's, without drafts.
+    """
+
+    tokens: list[int]
+    blocks: list[Verification]
+
+
+def decode_texts(
+    stages: Stages, texts: Sequence[Text], config: DecodeConfig, eos_ids: Sequence[int]
+) -> Iterator[dict[int, Verification]]:
+    """Decode texts together until all are over; each advances as far as its own drafts are accepted.
+
+    Args:
+        stages: the model, its caches empty.
+        texts: prompts, to which the responses are appended.
+        config: how to draft and verify.
+        eos_ids: tokens that end a response.
+
+    Yields:
+        After each step what the texts commit, by their place in `texts`; nothing for texts that are over. The first
+        verifications are the prefill's.
+    """
+    running = dict(enumerate(texts))
+    while any(text.room for text in running.values()):
+        step = zip(running, spec_decode_step(stages, list(running.values()), config), strict=True)
+        committed = {place: result.cut_at_end(eos_ids) for place, result in step if result}
+        yield committed
+        for place, verification in committed.items():
+            _commit(running[place], verification, eos_ids)
+        # Texts that are over leave the batch, unless its shape is captured.
+        is_over = [not text.room for text in running.values()]
+        if any(is_over) and not all(is_over) and not stages.passes.graphs:
+            stages.keep([row for row, over in enumerate(is_over) if not over])
+            running = {place: text for place, text in running.items() if text.room}
+
+
+def _commit(text: Text, verification: Verification, eos_ids: Sequence[int]) -> None:
+    """Append what was committed, and let the text's policy learn from it."""
+    if verification.start > text.prompt_len:  # the prefill drafts nothing
+        text.policy.observe(verification)
+    text.index.extend(verification.committed)
+    if verification.committed[-1] in eos_ids:
+        text.stop = 0  # no room is left: the text is over
+
+
+class PlainBatch:
+    """Texts under plain decoding, one token a step; for batches so large that drafts would not pay.
+
+    Args:
+        stages: of which `base` and `deep` run, their caches empty.
+        tokens: `[B, P]`, the prompts, padded on the right.
+        lengths: `[B]`, the prompts' lengths.
+
+    Attributes:
+        rows: `[B]`, the place of each remaining row in the batch.
+        last: `[B, D]`, the normed states that the next tokens are chosen from.
+    """
+
+    def __init__(self, stages: Stages, tokens: Tensor, lengths: Tensor) -> None:
+        self._stages = (stages.base, stages.deep)
+        self.rows = torch.arange(len(tokens), device=tokens.device)
+        # Prompts of one chat format begin alike; what they share is computed once.
+        shared = common_prefix(tokens, lengths)
+        if shared:
+            self._read_prefix(tokens[:1, :shared])
+        hidden = self._read(tokens[:, shared:])
+        for stage in self._stages:
+            stage.cache.lengths = lengths.tolist()  # padding is overwritten
+        self.last = hidden[self.rows, lengths - shared - 1]
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        base, deep = self._stages
+        return deep(base(tokens))
+
+    def _read_prefix(self, tokens: Tensor) -> None:
+        """Read `[1, T]` tokens that all rows begin with once, and copy their keys and values to every row."""
+        caches = [stage.cache for stage in self._stages]
+        for stage in self._stages:
+            stage.cache = stage.cache.like_one_row(tokens.shape[1])
+        self._read(tokens)
+        for stage, cache in zip(self._stages, caches, strict=True):
+            cache.copy_prefix(stage.cache)
+            stage.cache = cache
+
+    def logits(self) -> Tensor:
+        """Logits `[B, V]` of the next tokens, in the model's dtype."""
+        return self._stages[1].logits(self.last)
+
+    def append(self, tokens: Tensor) -> None:
+        """Read the next token `[B]` of every row."""
+        self.last = self._read(tokens[:, None])[:, -1]
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop the rows that are not alive, `[B]` boolean."""
+        self.rows = self.rows[alive]
+        for stage in self._stages:
+            stage.cache.keep(alive.nonzero().flatten().tolist())
+
+
+def common_prefix(tokens: Tensor, lengths: Tensor) -> int:
+    """Length of the prefix that all rows of `tokens [B, P]` share, short of every row's last token."""
+    if len(tokens) == 1:
+        return 0
+    longest = int(lengths.min()) - 1
+    differs = (tokens[:, :longest] != tokens[:1, :longest]).any(dim=0).nonzero()
+    return int(differs[0]) if len(differs) else longest
+
+
+@dataclass(frozen=True)
+class PlainAnswers:
+    """What plain decoding of a batch gives; entries after a row's end mean nothing.
+
+    Attributes:
+        tokens: `[B, N]` for N new tokens.
+        hidden: `[B, N, D]`, the normed states that each token was chosen from; `[B, N, 0]` if not kept.
+        confidence: `[B, N]` float32, the probability of each token. A token's logit stands in its place where states
+            are not kept: it, too, shows whether the numbers are finite.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    confidence: Tensor
+
+
+def decode_plainly(
+    batch: PlainBatch, max_new_tokens: int, ends: Tensor, sampler: Sampler | None, keep_states: bool
+) -> PlainAnswers:
+    """Decode a batch until all rows have ended or reached the limit.
+
+    Args:
+        batch: the prompts, read.
+        max_new_tokens: N.
+        ends: ids of the tokens that end a row.
+        sampler: picks tokens; None for greedy.
+        keep_states: keep `hidden` and compute `confidence`.
+    """
+    count = len(batch.last)
+    device = batch.last.device
+    tokens = batch.rows.new_zeros(count, max_new_tokens)
+    hidden = batch.last.new_zeros(count, max_new_tokens, batch.last.shape[1] if keep_states else 0)
+    confidence = torch.zeros(count, max_new_tokens, device=device)
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    for step in range(max_new_tokens):
+        logits = batch.logits()
+        scores = logits.float().softmax(dim=-1) if keep_states else logits
+        chosen = scores.argmax(dim=-1) if sampler is None else sampler(logits.float())
+        if keep_states:
+            hidden[batch.rows, step] = batch.last
+        confidence[batch.rows, step] = scores.gather(1, chosen[:, None])[:, 0].float()
+        tokens[batch.rows, step] = chosen
+        alive = alive & ~torch.isin(chosen, ends)
+        if step + 1 == max_new_tokens:
+            break
+        # Rows that have ended go on for nothing; drop them once they are many enough to pay for the copy.
+        if step % look_every == 0:
+            share_alive = float(alive.float().mean())
+            if share_alive == 0.0:
+                break
+            if share_alive < COMPACT_BELOW:
+                batch.keep(alive)
+                chosen = chosen[alive]
+                alive = alive[alive]
+        batch.append(chosen)
+    return PlainAnswers(tokens, hidden, confidence)

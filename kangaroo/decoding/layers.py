@@ -1,0 +1,161 @@
+"""Decoder layers as decoding runs them: projections that read the same input fused, weights packed on a CPU.
+
+oneDNN lays weights out anew at every call unless they are packed once, which saves a third to half of a product of few
+rows; its float32 product of two or three rows even takes twice that of five. Nothing here is trained: layers are made
+from the weights as they are, and made anew when these have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._triton import has_triton
+
+from kangaroo.adapter import DecoderLayer, apply_rotary
+from kangaroo.decoding.cache import CachedPass, KVCache, attend_cached
+
+Product = Callable[[Tensor], Tensor]
+Made = TypeVar("Made")
+
+PACKED_FOR_ROWS = 8
+"""Rows for which the layout of packed weights is chosen; others work too."""
+LARGE = 2**22
+"""Weights of more numbers than this are left apart on an accelerator: there reading them takes the time, not starting
+products, and a second copy of them would take the memory."""
+
+
+def product(weight: Tensor, bias: Tensor | None = None) -> Product:
+    """`x -> x @ weight.T + bias`, the weight packed if this is a CPU whose torch can."""
+    if not can_pack(weight):
+        return lambda states: F.linear(states, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+    run = torch.ops.mkldnn._linear_pointwise
+    return lambda states: run(states, packed, bias, "none", [], "")
+
+
+@cache
+def packed_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes in which weights can be packed here; none without oneDNN, or where its operators have another form."""
+    packable = []
+    for dtype in (torch.float32, torch.bfloat16):
+        # These operators are private to torch, so they are tried on numbers before they are believed.
+        try:
+            weight = torch.ops.mkldnn._reorder_linear_weight(torch.eye(16, dtype=dtype), PACKED_FOR_ROWS)
+            ones = torch.ones(1, 2, 16, dtype=dtype)
+            if torch.equal(torch.ops.mkldnn._linear_pointwise(ones, weight, None, "none", [], ""), ones):
+                packable.append(dtype)
+        except (AttributeError, RuntimeError, TypeError):
+            continue
+    return tuple(packable)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether weights like this one can be packed."""
+    return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
+
+
+class CachedLayer:
+    """One decoder layer over a cache, without gradients. Attention is computed here for all of decoding.
+
+    Args:
+        layer: the layer, its adapters merged or left out.
+        dtype: to compute in.
+        fused: copy the weights, fused and packed; False runs the layer's own modules, as batches of many rows do.
+    """
+
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, fused: bool = True) -> None:
+        attention = layer.self_attn
+        compile_it = fused and attention.q_proj.weight.is_cuda
+        self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if compile_it else apply_rotary
+        self._gate: Callable[..., Tensor] = compiled(_gated) if compile_it else _gated
+        self._heads = attention.num_heads
+        self._groups = attention.num_groups
+        self._head_dim = attention.head_dim
+        self._input_norm = rms_norm(layer.input_layernorm, dtype)
+
+        def join(*projections: nn.Linear) -> Product:
+            return _fused(dtype, *projections) if fused else _side_by_side(projections)
+
+        self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = join(attention.o_proj)
+        self._gate_up: Product | None = None
+        if layer.feed_forward:
+            self._mlp_norm = rms_norm(layer.post_attention_layernorm, dtype)
+            self._gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
+            self._down = join(layer.mlp.down_proj)
+
+    def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
+        batch, length, _ = hidden.shape
+        # Attention: hidden + out(attend(rotate(q), rotate(k), v)).
+        qkv = self._qkv(self._input_norm(hidden))
+        heads = qkv.view(batch, length, -1, self._head_dim).transpose(1, 2)  # [B, H + 2 G, T, E]
+        unrotated, values = torch.split(heads, [self._heads + self._groups, self._groups], dim=1)
+        rotated = self._rotate(unrotated, plan.cos, plan.sin)
+        queries, keys = torch.split(rotated, [self._heads, self._groups], dim=1)
+        keys, values = cache.store(layer, keys, values, plan)
+        mixed = attend_cached(queries, keys, values, plan)
+        hidden = hidden + self._out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        # Feed-forward, which Kangaroo's adapter does not have: hidden + down(silu(gate) * up).
+        if self._gate_up is not None:
+            hidden = hidden + self._down(self._gate(self._gate_up(self._mlp_norm(hidden))))
+        return hidden
+
+
+def rms_norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:
+    """The norm with its weight as it is now, in a dtype."""
+    shape = norm.normalized_shape
+    weight = norm.weight.detach().to(dtype)
+    eps = norm.eps
+    return lambda states: F.rms_norm(states, shape, weight, eps)
+
+
+def _side_by_side(parts: Sequence[Product]) -> Product:
+    """The outputs of some products next to one another."""
+    return parts[0] if len(parts) == 1 else lambda states: torch.cat([part(states) for part in parts], dim=-1)
+
+
+def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
+    """The same by one product of the joined weights, unless they are large and on an accelerator."""
+    weights = [linear.weight.detach().to(dtype) for linear in projections]
+    if weights[0].is_cuda and weights[0].numel() > LARGE:
+        return _side_by_side(
+            [product(weight, linear.bias) for weight, linear in zip(weights, projections, strict=True)]
+        )
+    biases = [linear.bias.detach().to(dtype) for linear in projections if linear.bias is not None]
+    return product(torch.cat(weights), torch.cat(biases) if biases else None)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as one kernel where Triton can make it. Only for what has no sums: their order could change."""
+    return torch.compile(function, dynamic=True) if has_triton() else function
+
+
+class MadeFromWeights(Generic[Made]):
+    """Things by name, each made once for the weights that it was made from."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[list[Tensor], list[tuple[int, int]], Made]] = {}
+
+    def get(self, name: str, weights: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+        """What was made last under this name if it was made from these weights as they are now, else a new one.
+
+        The weights are held, so that no other tensor can take their place in memory.
+        """
+        # An in-place change of a weight raises its version; a new tensor has another address.
+        versions = [(weight.data_ptr(), weight._version) for weight in weights]
+        if name not in self._made or self._made[name][1] != versions:
+            with torch.no_grad():
+                self._made[name] = ([weight.detach() for weight in weights], versions, make())
+        return self._made[name][2]

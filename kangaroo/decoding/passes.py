@@ -1,0 +1,164 @@
+"""How the passes of one decoding run: as they are, padded to one shape, or captured once as CUDA graphs.
+
+Steps of a small model are mostly the starting of kernels; a CUDA graph starts them all at once. It needs shapes that do
+not depend on the length of the text: then tokens are padded, and every query reads a fixed number of cache slots.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kangaroo.decoding.cache import FixedShape, KVCache
+
+Pass = Callable[..., tuple[Tensor, ...]]
+
+WARM_UPS = 3
+"""Runs before a capture, in which libraries choose their kernels and allocate what they keep."""
+SHORTEST_VIEW = 256
+"""Slots that a captured pass reads at least."""
+PADDING_STEP = 8
+"""Captured passes of more than two tokens have a multiple of this many drafts, so that few shapes are captured."""
+
+
+def view(needed: int, capacity: int) -> int:
+    """Slots that a pass of fixed shape reads: the power of two that holds what is needed, up to the capacity."""
+    return min(capacity, max(SHORTEST_VIEW, 1 << (needed - 1).bit_length()))
+
+
+class Passes:
+    """Runs the passes of one decoding.
+
+    Args:
+        device: of the model.
+        positions: positions of every pass after the prefill; 0 for as many as there are tokens.
+        graphs: replays captured passes; None runs them as they are.
+
+    Attributes:
+        fixed: the shape of the pass that is running; None where it reads what is filled. Stages look at it.
+        begun: whether the prompts are in the caches; the prefill is always run as it is.
+    """
+
+    def __init__(self, device: torch.device, positions: int = 0, graphs: CudaGraphs | None = None) -> None:
+        self.device = device
+        self.positions = positions
+        self.graphs = graphs
+        self.fixed: FixedShape | None = None
+        self.begun = False
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids `[B, T]` on the host, zeros after each row's own."""
+        width = self.width(max(1, *map(len, rows)))
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+    def width(self, longest: int) -> int:
+        """Positions T of a pass whose longest row has this many tokens."""
+        if not self.begun or not (self.graphs or self.positions):
+            return longest
+        if longest > 2:
+            longest = PADDING_STEP * math.ceil((longest - 1) / PADDING_STEP) + 1
+        return max(self.positions, longest)
+
+    def run(
+        self, name: Hashable, function: Pass, caches: Sequence[KVCache], counts: Sequence[int], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run a pass that adds `counts` tokens, row by row, to some equally long caches.
+
+        Args:
+            name: tells captured passes apart.
+            function: the pass; its stages write to the caches.
+            caches: those that it writes to.
+            counts: tokens of each row; the next pass overwrites what padding wrote.
+            inputs: tensors on the host or the device, the first one `[B, T, …]`.
+
+        Returns:
+            What the function returns, on the device.
+        """
+        # The prefill reads and writes what it needs; every later pass can have a fixed shape.
+        before = caches[0].lengths
+        if caches[0].length and (self.graphs or self.positions):
+            needed = max(before) + inputs[0].shape[1]
+            slots = caches[0].capacity if self.positions else view(needed, caches[0].capacity)
+            outputs = self._run_fixed(name, function, caches, slots, *inputs)
+        else:
+            outputs = function(*(tensor.to(self.device) for tensor in inputs))
+        # Count each row's own tokens only: the next pass overwrites its padding.
+        for cache in caches:
+            cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]
+        return outputs
+
+    def _run_fixed(
+        self, name: Hashable, function: Pass, caches: Sequence[KVCache], slots: int, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run a pass whose shapes do not depend on the caches' lengths, captured if possible."""
+        before = caches[0].lengths
+
+        def fixed(starts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            for cache in caches:  # a capture runs the function more than once
+                cache.lengths = before
+            self.fixed = FixedShape(starts, slots)
+            try:
+                return function(*tensors)
+            finally:
+                self.fixed = None
+
+        starts = torch.tensor(before)
+        if self.graphs:
+            return self.graphs((name, slots), fixed, starts, *inputs)
+        return fixed(starts.to(self.device), *(tensor.to(self.device) for tensor in inputs))
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class CudaGraphs:
+    """Captured passes over the same caches and weights.
+
+    Args:
+        seconds: where to note how long each capture took, warm-up included.
+    """
+
+    def __init__(self, seconds: list[float]) -> None:
+        self._captured: dict[Hashable, _Captured] = {}
+        self._pool: Any = None
+        self._seconds = seconds
+
+    def __call__(self, key: Hashable, run: Pass, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`run(*inputs)`, by replaying what was captured for this key and these shapes."""
+        # A captured graph reads and writes fixed memory: copy inputs in, replay, copy outputs out.
+        key = (key, *(tensor.shape for tensor in inputs))
+        if key not in self._captured:
+            self._captured[key] = self._capture(run, inputs)
+        captured = self._captured[key]
+        for static, tensor in zip(captured.inputs, inputs, strict=True):
+            static.copy_(tensor, non_blocking=True)
+        captured.graph.replay()
+        return tuple(output.clone() for output in captured.outputs)  # the next replay writes over them
+
+    def _capture(self, run: Pass, inputs: tuple[Tensor, ...]) -> _Captured:
+        torch.cuda.synchronize()  # what is still running is not part of it
+        began = time.perf_counter()
+        static = tuple(tensor.cuda() if tensor.device.type == "cpu" else tensor.clone() for tensor in inputs)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                run(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = run(*static)
+        self._pool = graph.pool()
+        torch.cuda.synchronize()
+        self._seconds.append(time.perf_counter() - began)
+        return _Captured(graph, static, outputs)

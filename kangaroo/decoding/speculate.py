@@ -1,0 +1,252 @@
+"""Speculative decoding with one model: the shallow layers draft, the deep layers verify. The algorithm.
+
+Greedy output never depends on what drafts, since every committed token is the verifier's own. When sampling, the
+distribution of the output never depends on it (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv
+2302.01318). Early exit as in Kangaroo (arXiv 2404.18911).
+
+Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite
+from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
+from kangaroo.decoding.sampling import count_accepted, distribution, speculative_sampling
+from kangaroo.decoding.stages import Drafted, Stage, Stages, Verified
+
+
+@torch.no_grad()
+def spec_decode_step(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> list[Verification | None]:
+    """Draft a block for each text, verify all blocks in one pass, and say what is committed. Lossless.
+
+    The first step on empty caches reads the prompts. It drafts nothing, so that every draft follows a token that the
+    verifier chose. Each text commits as many tokens as it has accepted.
+
+    Args:
+        stages: the model; their caches hold what earlier steps read.
+        texts: prompts and responses so far; each text's policy says what it drafts.
+        config: how drafts are drawn and verified.
+
+    Returns:
+        One verification a text, None for texts that are over. The caller appends `committed` to the texts.
+
+    Raises:
+        ValueError: if a logit of the verifier is not finite.
+    """
+    # 1. Draft: up to draft_len tokens for each text, by the shallow layers, by lookup, or by both.
+    drafts = [Draft(text) for text in texts]
+    if stages.passes.begun:
+        for draft in drafts:
+            draft.begin()
+        while any(draft.wants_more for draft in drafts):
+            draft_one_token(stages, drafts, config)
+        for draft in drafts:
+            draft.look_up()
+
+    # 2. Verify: the last committed token and all drafts, in one pass of the deep layers.
+    if config.target == "base":
+        verified = stages.verify(unread_tokens(drafts, stages.deep))
+    else:
+        verified = stages.verify_states(adapted_states(stages, drafts))
+
+    # 3. Accept: the longest prefix that the verifier agrees with, then one token of its own.
+    verifications = [accept(draft, verified, row, stages, config) for row, draft in enumerate(drafts)]
+
+    # 4. Roll back: forget the keys and values of what was rejected.
+    stages.truncate([0 if result is None else result.start + result.num_accepted for result in verifications])
+    return verifications
+
+
+def draft_one_token(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) -> None:
+    """Let the shallow layers draft the next token of every block that wants one."""
+    unread = unread_tokens(drafts, stages.shallow)
+    for row, draft in enumerate(drafts):
+        if not draft.wants_more:
+            unread[row] = []
+    sampled = config.draft_temperature > 0
+    noise = [draft.noise() if sampled and draft.wants_more else 0.0 for draft in drafts]
+    drafted = stages.draft(unread, config, noise)
+    for row, draft in enumerate(drafts):
+        if draft.wants_more:
+            draft.append(drafted, row, len(unread[row]))
+
+
+def unread_tokens(drafts: Sequence[Draft], stage: Stage) -> list[list[int]]:
+    """The tokens of every text and its drafts that a stage has not read; none for texts that are over."""
+    return [draft.tokens_after(length) for draft, length in zip(drafts, stage.cache.lengths, strict=True)]
+
+
+def adapted_states(stages: Stages, drafts: Sequence[Draft]) -> list[Tensor]:
+    """What the deep layers read with target "adapted": the exit states from drafting, and those of the other tokens."""
+    unread = unread_tokens(drafts, stages.shallow)
+    states = stages.read(unread)  # [B, T, D]
+    return [torch.cat([*draft.read_states, states[row, : len(unread[row])]]) for row, draft in enumerate(drafts)]
+
+
+def accept(draft: Draft, verified: Verified, row: int, stages: Stages, config: DecodeConfig) -> Verification | None:
+    """What one text commits.
+
+    Greedy: accept drafts while they are the verifier's argmax. Sampling: accept draft x with probability
+    min(1, p(x) / q(x)), see `speculative_sampling`.
+    """
+    if not draft.text.room:
+        return None
+    start = len(draft.text.tokens)
+    count = len(draft.tokens)
+    confidence = verified.confidence[row][: count + 1]
+    refuse_not_finite(confidence, start)
+    if config.temperature == 0:
+        own_tokens = verified.tokens[row]
+        num_accepted = count_accepted(draft.tokens, own_tokens)
+        next_token = own_tokens[num_accepted]
+    else:
+        logits = verified.logits[row, : count + 1]
+        target = distribution(logits, config.temperature, config.top_k, config.top_p)  # p, [n + 1, V]
+        proposed = draft.proposed(target, stages)  # q, [n, V]
+        drafted = torch.tensor(draft.tokens, dtype=torch.long, device=target.device)
+        uniform = draft.text.uniform(count + 1).to(target.device)
+        num_accepted, next_token = speculative_sampling(target, proposed, drafted, uniform)
+    return Verification(
+        start=start,
+        committed=(*draft.tokens[:num_accepted], next_token),
+        num_drafted=min(count, num_accepted + 1),
+        num_accepted=num_accepted,
+        draft=draft.block(stages),
+        verifier_confidence=torch.tensor(confidence),
+    )
+
+
+@dataclass
+class Text:
+    """One text while it is decoded.
+
+    Attributes:
+        index: prompt and response so far.
+        stop: the length at which the text ends, whatever it says.
+        policy: says what its blocks draft.
+        noise: uniform in [0, 1), one number for each position of the response, for sampled drafts; None for argmax
+            drafts. A position that is drafted again takes the same number again: nothing committed depended on it.
+        generator: what the verifier's samples are drawn from; None if it is greedy.
+        prompt_len: the prompt's length.
+    """
+
+    index: LookupIndex
+    stop: int
+    policy: BlockPolicy
+    noise: Tensor | None = None
+    generator: torch.Generator | None = None
+    prompt_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and response so far."""
+        return self.index.tokens
+
+    @property
+    def room(self) -> int:
+        """The number of tokens that may still be committed; 0 for a text that is over."""
+        return max(0, self.stop - len(self.tokens))
+
+    def uniform(self, count: int) -> Tensor:
+        """New numbers in [0, 1), `[count]`."""
+        return torch.rand(count, generator=self.generator, dtype=torch.float64)
+
+
+class Draft:
+    """One text's block while it is drafted.
+
+    Attributes:
+        text: the text.
+        tokens: the drafts so far.
+        wants_more: whether the shallow layers draft another token.
+        read_states: the exit states of every token that they read for this block, `[T, D]` a pass.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.tokens: list[int] = []
+        self.wants_more = False
+        self.read_states: list[Tensor] = []
+        self._limit = 0
+        self._confidence: list[float] = []
+        self._probabilities: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Ask the policy how many tokens to draft; one token of the text's room is left to the verifier."""
+        if self.text.room:
+            self._limit = self.text.policy.begin(self.text.index, self.text.room - 1)
+        self.wants_more = self._limit > 0
+
+    def noise(self) -> float:
+        """The number in [0, 1) by which the next token is sampled.
+
+        Raises:
+            ValueError: if the text has none.
+        """
+        if self.text.noise is None:
+            raise ValueError("sampled drafts need noise")
+        position = len(self.text.tokens) - self.text.prompt_len + len(self.tokens)
+        return float(self.text.noise[min(position, len(self.text.noise) - 1)])
+
+    def append(self, drafted: Drafted, row: int, num_read: int) -> None:
+        """Take the token drafted for this text, by a pass that read `num_read` of its tokens."""
+        token = drafted.tokens[row]
+        confidence = drafted.confidence[row]
+        self.tokens.append(token)
+        self._confidence.append(confidence)
+        self.read_states.append(drafted.states[row, :num_read])
+        if drafted.probabilities is not None:
+            self._probabilities.append(drafted.probabilities[row])
+        keeps_drafting = self.text.policy.keep_drafting(token, confidence)
+        self.wants_more = keeps_drafting and len(self.tokens) < self._limit
+
+    def look_up(self) -> None:
+        """Add what the policy takes from a lookup, as far as there is room."""
+        if self.text.room:
+            free = self.text.room - 1 - len(self.tokens)
+            self.tokens += self.text.policy.look_up()[:free]
+
+    def tokens_after(self, length: int) -> list[int]:
+        """Text and drafts from position `length` on; nothing if the text is over."""
+        if not self.text.room:
+            return []
+        drafts = self.tokens[max(0, length - len(self.text.tokens)) :]
+        return [*self.text.tokens[length:], *drafts]
+
+    def proposed(self, target: Tensor, stages: Stages) -> Tensor:
+        """q, `[n, V]`: the distribution that each draft was drawn from, one-hot where it was not drawn.
+
+        Args:
+            target: p, `[n + 1, V]`, for shape, dtype and device.
+            stages: map rows of the exit head to token ids.
+        """
+        drafted = torch.tensor(self.tokens, dtype=torch.long, device=target.device)
+        proposed = torch.nn.functional.one_hot(drafted, target.shape[-1]).to(target.dtype)
+        if self._probabilities:
+            drawn = torch.stack(self._probabilities)  # [m, V']
+            covered = stages.token_ids(torch.arange(drawn.shape[1], device=target.device))
+            proposed[: len(drawn)] = 0.0
+            proposed[: len(drawn), covered] = drawn
+        return proposed
+
+    def block(self, stages: Stages) -> DraftBlock:
+        """The block as records and policies see it."""
+        num_looked_up = len(self.tokens) - len(self._confidence)
+        exit_hidden = torch.empty(0, stages.hidden_size)
+        if self.read_states:  # each draft comes from the last token that its pass read
+            exit_hidden = torch.stack([states[-1] for states in self.read_states])
+        return DraftBlock(
+            tokens=torch.tensor(self.tokens, dtype=torch.long),
+            confidence=torch.tensor([*self._confidence, *[float("nan")] * num_looked_up]),
+            exit_hidden=exit_hidden,
+            probabilities=torch.stack(self._probabilities) if self._probabilities else None,
+        )

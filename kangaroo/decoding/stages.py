@@ -1,0 +1,251 @@
+"""The four stages of self-speculative decoding. Each owns its layers, its norm, its head and its cache.
+
+    shallow   layers[:k], lora_S on        tokens      -> exit states
+    drafter   drafter, exit norm and head  exit states -> draft logits
+    base      layers[:k], lora_S off       tokens      -> exit states  (is `shallow` with target "adapted")
+    deep      layers[k:], norm and head    exit states -> verifier logits
+
+Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from kangaroo.adapter import LlamaRotaryEmbedding
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.cache import KVCache, plan_cached
+from kangaroo.decoding.layers import CachedLayer, Product
+from kangaroo.decoding.passes import Passes
+from kangaroo.decoding.sampling import choose_tokens, distribution, inverse_cdf
+
+
+@dataclass
+class StageWeights:
+    """What a stage computes with; kept between decodings for as long as the weights are the same.
+
+    Attributes:
+        layers: its decoder layers.
+        embed: token ids to states, for stages that begin with tokens.
+        norm: after the layers.
+        head: from normed states to logits.
+    """
+
+    layers: list[CachedLayer]
+    embed: Callable[[Tensor], Tensor] | None = None
+    norm: Product | None = None
+    head: Product | None = None
+
+
+@dataclass(frozen=True)
+class DrafterParts:
+    """What a draft model gives for the stage that drafts.
+
+    Attributes:
+        weights: drafter layers, exit norm and exit head.
+        rotary: the drafter's positions.
+        config: for the shape of its cache.
+        window: how many positions back its attention sees; None for all.
+        draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
+    """
+
+    weights: StageWeights
+    rotary: LlamaRotaryEmbedding
+    config: LlamaConfig
+    window: int | None = None
+    draft_ids: Tensor | None = None
+
+
+class Stage:
+    """Some layers with the keys and values that they have seen.
+
+    Args:
+        weights: what it computes with.
+        rotary: its positions.
+        cache: its keys and values.
+        passes: how passes run.
+    """
+
+    def __init__(self, weights: StageWeights, rotary: LlamaRotaryEmbedding, cache: KVCache, passes: Passes) -> None:
+        self.weights = weights
+        self.rotary = rotary
+        self.cache = cache
+        self.passes = passes
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
+
+        Returns:
+            States `[B, T, D]`, normed if the stage has a norm.
+        """
+        states = inputs if self.weights.embed is None else self.weights.embed(inputs)
+        length = states.shape[1]
+        if self.weights.layers:
+            plan = plan_cached(self.rotary, self.cache, length, states.dtype, self.passes.fixed)
+            for index, layer in enumerate(self.weights.layers):
+                states = layer(states, plan, self.cache, index)
+        self.cache.advance(length)
+        return states if self.weights.norm is None else self.weights.norm(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of normed states `[…, D]`, in their dtype: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
+        assert self.weights.head is not None
+        return self.weights.head(states)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """One drafted token for each text.
+
+    Attributes:
+        tokens: B vocabulary ids.
+        confidence: B, the policy's largest probability.
+        probabilities: `[B, V']`, what sampled drafts were drawn from; None for argmax drafts.
+        states: `[B, T, D]`, the exit states of every token that this pass read.
+    """
+
+    tokens: list[int]
+    confidence: list[float]
+    probabilities: Tensor | None
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the verifier says after the last committed token and after each draft.
+
+    Attributes:
+        tokens: `B x (n + 1)` vocabulary ids, its argmax.
+        confidence: `B x (n + 1)`, its probability of them.
+        logits: `[B, n + 1, V]` float32.
+    """
+
+    tokens: list[list[int]]
+    confidence: list[list[float]]
+    logits: Tensor
+
+
+@dataclass
+class Stages:
+    """The stages of one decoding of B texts.
+
+    Attributes:
+        shallow, drafter, base, deep: see the module.
+        passes: how their passes run.
+        hidden_size: D.
+        draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
+    """
+
+    shallow: Stage
+    drafter: Stage
+    base: Stage
+    deep: Stage
+    passes: Passes
+    hidden_size: int
+    draft_ids: Tensor | None = None
+
+    def caches(self) -> list[KVCache]:
+        """Every cache once."""
+        stages = [self.shallow, self.drafter, self.deep]
+        if self.base is not self.shallow:
+            stages.append(self.base)
+        return [stage.cache for stage in stages]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Roll back: forget the keys and values of every token from `lengths` on, row by row."""
+        for cache in self.caches():
+            cache.truncate(lengths)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all texts but these."""
+        for cache in self.caches():
+            cache.keep(rows)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.truncate([0] * len(self.deep.cache.lengths))
+        self.passes.begun = False
+
+    def token_ids(self, rows: Tensor) -> Tensor:
+        """Vocabulary ids of rows of the exit head."""
+        return rows if self.draft_ids is None else self.draft_ids[rows]
+
+    def draft(self, unread: Sequence[Sequence[int]], config: DecodeConfig, noise: Sequence[float]) -> Drafted:
+        """Read the tokens that the shallow layers have not read yet, and draft the next token of every text.
+
+        Args:
+            unread: tokens of each text; none for a text that drafts nothing.
+            config: how drafts are drawn.
+            noise: for sampled drafts, a number in [0, 1) for each text.
+        """
+        sampled = config.draft_temperature > 0
+        # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
+        top_k = config.top_k if config.temperature else 0
+        top_p = config.top_p if config.temperature else 1.0
+
+        def run(tokens: Tensor, last: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
+            states = self.shallow(tokens)  # [B, T, D]
+            rows = torch.arange(len(tokens), device=tokens.device)
+            logits = self.drafter.logits(self.drafter(states)[rows, last]).float()  # [B, V']
+            if sampled:
+                probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
+                chosen = inverse_cdf(probabilities, uniform[0])
+                confidence = probabilities.amax(dim=-1)
+            else:
+                probabilities = logits[:, :0]
+                chosen, confidence = choose_tokens(logits)
+            return self.token_ids(chosen), confidence, probabilities, states
+
+        counts = [len(tokens) for tokens in unread]
+        inputs = [self.passes.pad(unread), torch.tensor([max(0, count - 1) for count in counts])]
+        if sampled:
+            inputs.append(torch.tensor(noise, dtype=torch.float64))
+        caches = [self.shallow.cache, self.drafter.cache]
+        name = ("draft", config.draft_temperature, top_k, top_p)
+        tokens, confidence, probabilities, states = self.passes.run(name, run, caches, counts, *inputs)
+        return Drafted(tokens.tolist(), confidence.tolist(), probabilities if sampled else None, states)
+
+    def verify(self, tokens: Sequence[Sequence[int]]) -> Verified:
+        """Score the tokens that the verifier has not read yet, in one pass (target "base")."""
+        return self._verify("verify base", self.passes.pad(tokens), [len(row) for row in tokens], from_tokens=True)
+
+    def verify_states(self, states: Sequence[Tensor]) -> Verified:
+        """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
+        padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+        missing = self.passes.width(padded.shape[1]) - padded.shape[1]
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, missing))
+        return self._verify("verify adapted", padded, [len(row) for row in states], from_tokens=False)
+
+    def _verify(self, name: str, inputs: Tensor, counts: list[int], from_tokens: bool) -> Verified:
+        def run(inputs: Tensor, *last: Tensor) -> tuple[Tensor, ...]:
+            states = self.base(inputs) if from_tokens else inputs
+            hidden = self.deep(states)
+            if last:  # of the prompts only what follows their last token matters
+                hidden = hidden[torch.arange(len(hidden), device=hidden.device), last[0]][:, None]
+            logits = self.deep.logits(hidden).float()  # [B, n + 1, V]
+            confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
+            return tokens, confidence, logits
+
+        last = [] if self.passes.begun else [torch.tensor([count - 1 for count in counts])]
+        caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
+        tokens, confidence, logits = self.passes.run(name, run, caches, counts, inputs, *last)
+        self.passes.begun = True
+        return Verified(tokens.tolist(), confidence.tolist(), logits)
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
+
+        def run(ids: Tensor) -> tuple[Tensor, ...]:
+            states = self.shallow(ids)
+            self.drafter(states)
+            return (states,)
+
+        caches = [self.shallow.cache, self.drafter.cache]
+        counts = [len(row) for row in tokens]
+        (states,) = self.passes.run("read", run, caches, counts, self.passes.pad(tokens))
+        return states
