@@ -8,12 +8,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def make_example(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """`[T, 2]`: a record's tokens, and behind each the next one where that is the response's, else -1."""
-    targets = [*[-1] * (len(prompt) - 1), *response, -1]
-    return torch.tensor([[*prompt, *response], targets]).T
+    """A record's tokens with their targets, int64 `[T, 2]`.
+
+    A token's target is the token after it if that one belongs to the response, else -1.
+    """
+    tokens = [*prompt, *response]
+    targets = [-1] * len(tokens)
+    targets[len(prompt) - 1 : -1] = response
+    return torch.tensor([tokens, targets]).T
 
 
 def collate(examples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens and targets `[B, T]` of some examples, padded on the right; prompts and padding are no targets."""
+    """Tokens and targets `[B, T]` of some examples, padded on the right; the targets of prompts and padding are -1."""
     padded = pad_sequence(list(examples), batch_first=True, padding_value=-1)
-    return padded[..., 0].clamp(min=0), padded[..., 1]
+    tokens = padded[..., 0].clamp(min=0)
+    targets = padded[..., 1]
+    return tokens, targets
