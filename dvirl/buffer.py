@@ -87,7 +87,12 @@ class ReplayBuffer:
         """One field of all records, oldest first."""
         return self._fields[name]
 
-    def add(self, records: Records, rollout: Rollout, num_accepted: int | None = None) -> None:
+    def add(
+        self,
+        records: Records,
+        rollout: Rollout,
+        num_accepted: int | None = None,
+    ) -> None:
         """Append the records of a rollout, and drop the oldest records beyond capacity.
 
         Args:
@@ -108,8 +113,10 @@ class ReplayBuffer:
             self._responses[first_id + row] = Response(tokens, prompt_len, hidden)
         added = {**vars(records), "response_id": records.row + first_id}
         for name in FIELDS:
-            joined = torch.cat((self._fields[name], added[name])) if name in self._fields else added[name]
-            self._fields[name] = joined[-self.capacity :]
+            values = added[name]
+            if name in self._fields:
+                values = torch.cat((self._fields[name], values))
+            self._fields[name] = values[-self.capacity :]
         self.num_fresh = min(self.num_fresh + len(records), len(self))
         # Responses go with the last record that points to them.
         needed = set(self._fields["response_id"].tolist())
@@ -135,12 +142,15 @@ class ReplayBuffer:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""
         ids = self._fields["response_id"]
         distinct = torch.unique(ids)
-        drawn = distinct[torch.randperm(len(distinct), generator=generator)[:count].to(ids.device)]
+        order = torch.randperm(len(distinct), generator=generator)
+        drawn = distinct[order[:count].to(ids.device)]
         return self.batch(torch.isin(ids, drawn).nonzero().squeeze(1))
 
     def batch(self, indices: Tensor) -> TrainingBatch:
         """The records at `indices [N]` with their responses."""
-        records = {name: values[indices.to(values.device)] for name, values in self._fields.items()}
+        records = {}
+        for name, values in self._fields.items():
+            records[name] = values[indices.to(values.device)]
         ids, rows = torch.unique(records.pop("response_id"), return_inverse=True)
         responses = [self._responses[key] for key in ids.tolist()]
         tokens = pad_sequence([response.tokens for response in responses], batch_first=True)

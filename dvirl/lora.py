@@ -14,7 +14,10 @@ from kangaroo.sgp_lora import inject_lora, lora_parameters
 
 
 def attach_draft(
-    base: EarlyExitLlamaForCausalLM, config: DraftSettings, tokens: Tensor | None = None, deep: bool = False
+    base: EarlyExitLlamaForCausalLM,
+    config: DraftSettings,
+    tokens: Tensor | None = None,
+    deep: bool = False,
 ) -> tuple[PeftModel, KangarooModel]:
     """Put lora_S (with `deep` also lora_D) and a fresh draft on a freshly loaded model, which is changed in place.
 

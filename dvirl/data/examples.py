@@ -12,10 +12,11 @@ def make_example(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
 
     A token's target is the token after it if that one belongs to the response, else -1.
     """
-    tokens = [*prompt, *response]
-    targets = [-1] * len(tokens)
-    targets[len(prompt) - 1 : -1] = response
-    return torch.tensor([tokens, targets]).T
+    tokens = torch.tensor([*prompt, *response])
+    targets = torch.full_like(tokens, -1)
+    start = len(prompt)
+    targets[start - 1 : -1] = tokens[start:]
+    return torch.stack([tokens, targets], dim=1)
 
 
 def collate(examples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

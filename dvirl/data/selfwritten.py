@@ -43,14 +43,17 @@ def top_p_sampler(generator: torch.Generator, temperature: float, top_p: float) 
 
     def sample(logits: Tensor) -> Tensor:
         probabilities = (logits / temperature).softmax(dim=-1)
-        likeliest, tokens = probabilities.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+        candidates = min(CANDIDATES, logits.shape[-1])
+        likeliest, tokens = probabilities.topk(candidates, dim=-1)
         # The nucleus: a token is in it if the likelier ones together have no more than top_p.
         likelier = likeliest.cumsum(dim=-1) - likeliest
         cumulative = (likeliest * (likelier <= top_p)).cumsum(dim=-1)
         # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform draw.
-        uniform = torch.rand(len(logits), 1, generator=generator, device=generator.device).to(logits.device)
-        index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1)).squeeze(1)
+        uniform = torch.rand(len(logits), 1, generator=generator, device=generator.device)
+        threshold = uniform.to(logits.device) * cumulative[:, -1:]
+        index = torch.searchsorted(cumulative, threshold, right=True)
+        index = index.clamp(max=candidates - 1)
+        return tokens.gather(1, index).squeeze(1)
 
     return sample
 
@@ -81,7 +84,12 @@ class Openers:
         (kind,) = rng.choices(list(self.table), shares)
         opener: str = rng.choice(self.table[kind]["openers"])
         name, other = rng.sample(self.names, 2)
-        filled = opener.format(name=name, other=other, n=rng.randint(2, 60), topic=rng.choice(self.topics))
+        filled = opener.format(
+            name=name,
+            other=other,
+            n=rng.randint(2, 60),
+            topic=rng.choice(self.topics),
+        )
         return filled.rstrip(" ")
 
 
@@ -106,7 +114,11 @@ def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) 
 
 
 def write_prompts(
-    loaded: LoadedModel, count: int, seed: int, openers: Openers | None = None, batch: int = 0
+    loaded: LoadedModel,
+    count: int,
+    seed: int,
+    openers: Openers | None = None,
+    batch: int = 0,
 ) -> list[list[int]]:
     """Prompts of one user turn each, as token ids, without repeats.
 
@@ -122,7 +134,8 @@ def write_prompts(
     """
     start, _, _ = loaded.chat.frame()
     if not batch:
-        batch = 64 if loaded.model.device.type == "cpu" else min(1024, count + 64)
+        on_cpu = loaded.model.device.type == "cpu"
+        batch = 64 if on_cpu else min(1024, count + 64)
     openers = openers or Openers()
     rng = random.Random(f"{seed}/openers")
     prompts: dict[tuple[int, ...], None] = {}
@@ -177,7 +190,9 @@ def main(config: PromptsConfig) -> Path:
     loaded = load(config.model_name, config.dtype, config.device)
     start, answer, _ = loaded.chat.frame()
     batch = min(64, 4 * config.each)
-    written = [write_prompts(loaded, config.each, config.seed, Openers([kind]), batch) for kind in kinds]
+    written = []
+    for kind in kinds:
+        written.append(write_prompts(loaded, config.each, config.seed, Openers([kind]), batch))
     rows: list[str] = []
     for in_turn in zip(*written, strict=True):
         for kind, prompt in zip(kinds, in_turn, strict=True):

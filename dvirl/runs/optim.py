@@ -54,7 +54,12 @@ class Optimizers:
         lr: AdamW's rate in the last step.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], muon: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        muon: float,
+    ) -> None:
         self.lr = 0.0
         for_muon = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in parameters if id(parameter) not in for_muon]
@@ -85,7 +90,13 @@ class Optimizers:
         load_optimizers(tensors, **self._parts)
 
 
-def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floor: float = COSINE_FLOOR) -> float:
+def cosine_rate(
+    peak: float,
+    step: int,
+    warmup_steps: int,
+    progress: float,
+    floor: float = COSINE_FLOOR,
+) -> float:
     """The learning rate of a step.
 
     Args:

@@ -32,13 +32,20 @@ SCANNED = 16384
 def join(parts: Sequence[Responses]) -> Responses:
     """The rows of all parts, in order, padded to one width."""
     width = max(part.tokens.shape[1] for part in parts)
-    tokens = [F.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
-    prompt_lens = torch.cat([part.prompt_lens for part in parts])
-    response_lens = torch.cat([part.response_lens for part in parts])
-    return Responses(torch.cat(tokens), prompt_lens, response_lens)
+    padded = [F.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
+    return Responses(
+        tokens=torch.cat(padded),
+        prompt_lens=torch.cat([part.prompt_lens for part in parts]),
+        response_lens=torch.cat([part.response_lens for part in parts]),
+    )
 
 
-def answer(loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch: int) -> Responses:
+def answer(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch: int,
+) -> Responses:
     """The untouched model's greedy answers, in the prompts' order; prompts of like length are answered together."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = []
@@ -50,7 +57,12 @@ def answer(loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: in
 
 
 def write_conversations(
-    loaded: LoadedModel, count: int, seed: int, max_new_tokens: int, follow_up: float, batch: int
+    loaded: LoadedModel,
+    count: int,
+    seed: int,
+    max_new_tokens: int,
+    follow_up: float,
+    batch: int,
 ) -> Responses:
     """Conversations that the model holds with itself: a turn, its answer, for some a second turn and its answer.
 
@@ -69,16 +81,7 @@ def write_conversations(
     openers = Openers()
     rng = random.Random(f"{seed}/conversations")
     contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(count)]
-
-    def sampled(contexts: list[list[int]]) -> list[list[int]]:
-        """The contexts with a turn after each, without repeats."""
-        prompts: dict[tuple[int, ...], None] = {}
-        for first_row in range(0, len(contexts), batch):
-            turns = sample_turns(loaded, contexts[first_row : first_row + batch], rng.getrandbits(63))
-            prompts |= dict.fromkeys(turns)
-        return [list(prompt) for prompt in prompts]
-
-    opening = sampled(contexts)
+    opening = _sampled(loaded, contexts, rng, batch)
     if not opening:
         raise DvirlError(f"the model wrote no usable turn of {count}; another model or chat_format may")
     first = answer(loaded, opening, max_new_tokens, batch)
@@ -87,8 +90,25 @@ def write_conversations(
         *conversation, last = tokens[:length].tolist()
         if rng.random() < follow_up and last in loaded.eos_ids:
             longer.append([*conversation, *again])
-    second = sampled(longer)
-    return join([first, answer(loaded, second, max_new_tokens, batch)]) if second else first
+    second = _sampled(loaded, longer, rng, batch)
+    if not second:
+        return first
+    return join([first, answer(loaded, second, max_new_tokens, batch)])
+
+
+def _sampled(
+    loaded: LoadedModel,
+    contexts: list[list[int]],
+    rng: random.Random,
+    batch: int,
+) -> list[list[int]]:
+    """The contexts with a sampled turn after each, without repeats."""
+    prompts: dict[tuple[int, ...], None] = {}
+    for start in range(0, len(contexts), batch):
+        seed = rng.getrandbits(63)
+        turns = sample_turns(loaded, contexts[start : start + batch], seed)
+        prompts |= dict.fromkeys(turns)
+    return [list(prompt) for prompt in prompts]
 
 
 def without_repeats(responses: Responses) -> Responses:
@@ -128,7 +148,7 @@ def _fits_together(responses: Responses) -> bool:
     """Whether tensors from a file can be responses: types, shapes, and lengths within the rows."""
     rows, width = responses.tokens.shape
     lengths = torch.stack([responses.prompt_lens, responses.response_lens])  # [2, N]
-    if responses.tokens.dtype != torch.int32 or lengths.dtype != torch.int64 or lengths.shape != (2, rows):
+    if (responses.tokens.dtype, lengths.dtype) != (torch.int32, torch.int64) or lengths.shape[1] != rows:
         return False
     # A sum of two lengths could overflow; their difference to the width cannot.
     too_long = lengths[0] > width - lengths[1]
@@ -148,7 +168,10 @@ def _hashes(tokens: Tensor, longest: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def overlapping(
-    responses: Responses, questions: Sequence[Sequence[int]], n: int = NGRAM, device: torch.device | None = None
+    responses: Responses,
+    questions: Sequence[Sequence[int]],
+    n: int = NGRAM,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Which rows share a run of `n` tokens with a question; shorter questions are compared whole.
 
@@ -165,13 +188,18 @@ def overlapping(
     for question in filter(len, questions):
         *_, (length, hashes) = _hashes(torch.tensor(question), n)  # the longest runs
         hashes_by_length[length].append(hashes)
-    sought = {length: torch.cat(parts).sort().values.to(device) for length, parts in hashes_by_length.items()}
+    sought = {}
+    for length, parts in hashes_by_length.items():
+        sought[length] = torch.cat(parts).sort().values.to(device)
     overlaps = torch.zeros(len(responses), dtype=torch.bool)
     for start in range(0, len(responses), SCANNED):
         rows = slice(start, start + SCANNED)
         for length, hashes in _hashes(responses.tokens[rows].to(device), n):
-            if length in sought:
-                # Binary search: the first sought hash that is not smaller.
-                index = torch.searchsorted(sought[length], hashes).clamp(max=len(sought[length]) - 1)
-                overlaps[rows] |= (sought[length][index] == hashes).any(dim=1).cpu()
+            if length not in sought:
+                continue
+            # Binary search: the first sought hash that is not smaller, or the last one.
+            index = torch.searchsorted(sought[length], hashes)
+            index = index.clamp(max=len(sought[length]) - 1)
+            equal = sought[length][index] == hashes
+            overlaps[rows] |= equal.any(dim=1).cpu()
     return overlaps
