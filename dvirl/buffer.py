@@ -111,6 +111,7 @@ class ReplayBuffer:
             tokens = rollout.tokens[row, : prompt_len + response_len].clone()
             hidden = rollout.verifier_hidden[row, :response_len].clone()
             self._responses[first_id + row] = Response(tokens, prompt_len, hidden)
+        # A record points to its response by an id that stays valid, not by the row of its rollout.
         added = {**vars(records), "response_id": records.row + first_id}
         for name in FIELDS:
             values = added[name]
@@ -141,6 +142,7 @@ class ReplayBuffer:
     def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""
         ids = self._fields["response_id"]
+        # The order is drawn on the CPU, so that it does not depend on the device.
         distinct = torch.unique(ids)
         order = torch.randperm(len(distinct), generator=generator)
         drawn = distinct[order[:count].to(ids.device)]
@@ -152,6 +154,7 @@ class ReplayBuffer:
         for name, values in self._fields.items():
             records[name] = values[indices.to(values.device)]
         ids, rows = torch.unique(records.pop("response_id"), return_inverse=True)
+        # Each response stands in the batch once, however many records point to it.
         responses = [self._responses[key] for key in ids.tolist()]
         tokens = pad_sequence([response.tokens for response in responses], batch_first=True)
         hidden = pad_sequence([response.verifier_hidden for response in responses], batch_first=True)

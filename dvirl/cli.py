@@ -46,6 +46,7 @@ COMMANDS = {
 
 def _run(command: str, argv: Sequence[str]) -> None:
     """Run a command; its module is imported only now."""
+    # Imported here and not above, so that `dvirl --help` is quick.
     module, _ = COMMANDS[command]
     entry = import_module(f"dvirl.{module}")
     entry.main(entry.parse_args(argv) if hasattr(entry, "parse_args") else argv)
@@ -53,6 +54,7 @@ def _run(command: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; return the exit code."""
+    # Flags belong to the commands; only --help may stand before one.
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if command in ("", "-h", "--help"):
         print("usage: dvirl COMMAND [options]\n\ncommands:")

@@ -101,6 +101,8 @@ class TrainSettings(DraftSettings):
 class DVIConfig(TrainSettings):
     """Everything that a training run depends on."""
 
+    # Where it starts, and the prompts
+
     start_from: str = ""
     """Checkpoint or drafter folder whose lora_S and drafter the run starts from; with the same drafter settings."""
     prompts_source: str = choice("chatterbot", SOURCES)
@@ -116,8 +118,10 @@ class DVIConfig(TrainSettings):
     max_new_tokens: int = number(64, 2)
     """Length limit of a response."""
 
+    # How drafts are made, and which of them are learned from
+
     draft_len: int = number(2, 1, 64)
-    """Tokens drafted before a verification, at most."""
+    """Number of tokens drafted before a verification, at most."""
     threshold: float = number(0.0, 0, 1)
     """Confidence below which a draft is the last of its block, 0 to 1; 0 never stops early."""
     target: str = choice("base", TARGETS)
@@ -132,6 +136,8 @@ class DVIConfig(TrainSettings):
     exit_states: str = choice("recomputed", ("recomputed", "stored"))
     """What a fast update reads: exit states recomputed with gradients, or, as an experiment, those in the records. A
     stored state is detached, so exit norm and head learn and lora_S does not; only without a drafter."""
+
+    # The objective of the fast update
 
     schedule: str = choice("kl_to_rl", SCHEDULES)
     """Fast objective, see `dvirl.losses`: by reward (reinforce, exact_pg, masked_ce), by imitation (ce, kl, tv), or
@@ -150,6 +156,9 @@ class DVIConfig(TrainSettings):
     """kl_to_rl: share of the run at which the reward has its full weight."""
     kl_floor: float = number(0.5, 0, 1)
     """kl_to_rl: weight that the KL keeps; without any, drafts lose their calibration."""
+
+    # When updates happen, and on how much
+
     rollout_batch: int = number(64, 1, 65536)
     """Prompts answered by the verifier in one batch, by each process."""
     judge_batch: int = number(2, 1, 65536)
@@ -167,6 +176,8 @@ class DVIConfig(TrainSettings):
     """Weight of the slow update's KL to the frozen verifier."""
     drift_bound: float = number(0.05, 0, 1e6)
     """Nats a token that the verifier may drift before a rising accept rate is called suspect; 0 never does."""
+    # Rewards and rates
+
     baseline: str = choice("ema", ("ema", "mean", "none"))
     """What REINFORCE subtracts from the reward: its moving average, the mean of all before, or nothing."""
     baseline_momentum: float = number(0.9, 0, 0.999999)
@@ -192,13 +203,15 @@ class DVIConfig(TrainSettings):
 
     @property
     def decode(self) -> DecodeConfig:
-        """How the served decoder drafts: by argmax."""
+        """How the decoder drafts when it serves: by argmax."""
         return DecodeConfig(self.draft_len, self.threshold, self.target)
 
     @property
     def learn(self) -> DecodeConfig:
         """How the drafts are made that are learned from."""
-        return replace(self.decode, draft_temperature=self.action_temperature if self.actions == "sampled" else 0.0)
+        # A temperature of 0 is the argmax. Only sampled drafts give an unbiased policy gradient.
+        temperature = self.action_temperature if self.actions == "sampled" else 0.0
+        return replace(self.decode, draft_temperature=temperature)
 
     @property
     def policy_temperature(self) -> float:

@@ -44,6 +44,7 @@ def attach_draft(
 
 def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[nn.Parameter]:
     """What the fast update steps: lora_S unless that is off, the drafter with its norm, the exit head if trained."""
+    # A frozen head has nothing to step, and a low-rank one only its two factors.
     parameters = lora_parameters(model, ["lora_S"]) if lora_shallow else []
     parameters += model.adapter_model.parameters()
     if model.head == "full":

@@ -81,7 +81,8 @@ class Openers:
     def draw(self, rng: random.Random) -> str:
         """One beginning."""
         shares = [entry["share"] for entry in self.table.values()]
-        (kind,) = rng.choices(list(self.table), shares)
+        kinds = list(self.table)
+        (kind,) = rng.choices(kinds, shares)
         opener: str = rng.choice(self.table[kind]["openers"])
         name, other = rng.sample(self.names, 2)
         filled = opener.format(
@@ -192,7 +193,8 @@ def main(config: PromptsConfig) -> Path:
     batch = min(64, 4 * config.each)
     written = []
     for kind in kinds:
-        written.append(write_prompts(loaded, config.each, config.seed, Openers([kind]), batch))
+        prompts = write_prompts(loaded, config.each, config.seed, Openers([kind]), batch)
+        written.append(prompts)
     rows: list[str] = []
     for in_turn in zip(*written, strict=True):
         for kind, prompt in zip(kinds, in_turn, strict=True):

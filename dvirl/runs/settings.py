@@ -67,7 +67,11 @@ def several(
         limits: range of each member, both ends included, if they are numbers.
         positional: the command line takes them by their position, without a flag.
     """
-    metadata = {"count": count, "range": limits, "positional": positional}
+    metadata = {
+        "count": count,
+        "range": limits,
+        "positional": positional,
+    }
     return field(default_factory=lambda: list(default), metadata=metadata)
 
 
@@ -219,14 +223,17 @@ def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: 
     options: dict[str, Any] = {"type": spec.type}
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
     if default not in (MISSING, "", []):
-        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f" (default: {shown})"
     if get_origin(spec.type) is list:
-        options = {"type": get_args(spec.type)[0], "nargs": spec.metadata["count"]}
+        (member_type,) = get_args(spec.type)
+        options = {"type": member_type, "nargs": spec.metadata["count"]}
     elif spec.type is bool:
         options = {"type": _boolean, "nargs": "?", "const": True}
     if spec.metadata.get("positional"):
-        nargs = options.get("nargs", None if default is MISSING else "?")
-        parser.add_argument(spec.name, help=text, **{**options, "nargs": nargs})
+        if default is not MISSING:
+            options.setdefault("nargs", "?")
+        parser.add_argument(spec.name, help=text, **options)
         return
     parser.add_argument(f"--{spec.name}", help=text, required=_is_required(spec), **options)
     if default is True:

@@ -47,13 +47,14 @@ def answer(
     batch: int,
 ) -> Responses:
     """The untouched model's greedy answers, in the prompts' order; prompts of like length are answered together."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    order = lengths.argsort(stable=True)
     parts = []
-    for rows in torch.split(torch.tensor(order), batch):
+    for rows in torch.split(order, batch):
         together = [prompts[row] for row in rows.tolist()]
         rollout = generate(loaded.model, together, max_new_tokens, loaded.eos_ids, keep_states=False)
         parts.append(rollout.stored())
-    return join(parts).take(torch.tensor(order).argsort())
+    return join(parts).take(order.argsort())
 
 
 def write_conversations(
