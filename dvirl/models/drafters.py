@@ -90,7 +90,7 @@ def load_drafter(
     Args:
         name_or_folder: a shipped name or a folder.
         loaded: a freshly loaded model, which is changed in place; the one it was made for if not given.
-        dtype, device: to load that one with, as in `load`.
+        dtype, device: with which that model is loaded, as in `load`.
 
     Raises:
         DvirlError: if there is no such drafter, or it is incomplete or was made for another model.
@@ -101,7 +101,7 @@ def load_drafter(
 def open_draft(name: str, dtype: str, device: str) -> LoadedDrafter:
     """What drafts under this name: a run with its newest checkpoint, or a drafter, shipped or in a folder.
 
-    A run's own verifier comes with it: lora_D where it was trained, and what the deep layers read.
+    A run brings its verifier: lora_D if it was trained, and what the deep layers read.
 
     Raises:
         DvirlError: if there is none.

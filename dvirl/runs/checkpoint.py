@@ -242,7 +242,7 @@ def go_on(
     config: Any = None,
     accept_changes: bool = False,
 ) -> Any:
-    """A trainer made by `make` from settings of a kind, as far as a run is; see `trainer.resume` for the others."""
+    """A trainer that `make` builds from settings of `kind` and that goes on with a run; see `trainer.resume`."""
     path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:

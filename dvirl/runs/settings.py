@@ -77,7 +77,7 @@ def several(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings: every field is checked for its type, range or choice when an object is made.
+    """Base of all settings. When an object is made, every field is checked for its type, range or choice.
 
     Raises:
         DvirlError: when made with a bad value; the message names field, value and range.
@@ -184,8 +184,8 @@ def parse_args(
 ) -> Config:
     """Settings from the command line, on top of a YAML file.
 
-    The file is that of `--config`, or that of the run which is to `--resume`. Flags are made from the fields; a field's
-    docstring is its help.
+    The file is the one that `--config` names, or the settings of the run that `--resume` names. Each field is a flag,
+    with its docstring as help.
 
     Raises:
         DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
@@ -209,7 +209,7 @@ def parse_args(
 
 @functools.cache
 def _parser(kind: type[Any], prog: str, description: str) -> ArgumentParser:
-    """A parser that returns only what was given: defaults are the settings class's own."""
+    """A parser that returns only the given arguments; the settings class knows the defaults."""
     parser = ArgumentParser(prog=prog, description=description, argument_default=SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     texts = field_docs(kind)
@@ -254,7 +254,7 @@ def _boolean(text: str) -> bool:
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, and its members of theirs; a whole number is a float too, a bool is no number."""
+    """Whether a value and its members have the types given; an int is a float too, and a bool is not a number."""
     if isinstance(kind, UnionType):
         return any(has_type(value, option) for option in get_args(kind))
     if type(value) is get_origin(kind):  # list[member] or dict[key, member]

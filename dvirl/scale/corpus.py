@@ -133,7 +133,7 @@ def read_shard(path: Path) -> Responses:
     """Read one shard.
 
     Raises:
-        DvirlError: if it is unreadable or not one.
+        DvirlError: if it is unreadable or not a shard.
     """
     try:
         responses = Responses(**load_file(path))
