@@ -87,7 +87,12 @@ class ReplayBuffer:
         """One field of all records, oldest first."""
         return self._fields[name]
 
-    def add(self, records: Records, rollout: Rollout, num_accepted: int | None = None) -> None:
+    def add(
+        self,
+        records: Records,
+        rollout: Rollout,
+        num_accepted: int | None = None,
+    ) -> None:
         """Append the records of a rollout, and drop the oldest records beyond capacity.
 
         Args:
@@ -106,10 +111,13 @@ class ReplayBuffer:
             tokens = rollout.tokens[row, : prompt_len + response_len].clone()
             hidden = rollout.verifier_hidden[row, :response_len].clone()
             self._responses[first_id + row] = Response(tokens, prompt_len, hidden)
+        # A record points to its response by an id that stays valid, not by the row of its rollout.
         added = {**vars(records), "response_id": records.row + first_id}
         for name in FIELDS:
-            joined = torch.cat((self._fields[name], added[name])) if name in self._fields else added[name]
-            self._fields[name] = joined[-self.capacity :]
+            values = added[name]
+            if name in self._fields:
+                values = torch.cat((self._fields[name], values))
+            self._fields[name] = values[-self.capacity :]
         self.num_fresh = min(self.num_fresh + len(records), len(self))
         # Responses go with the last record that points to them.
         needed = set(self._fields["response_id"].tolist())
@@ -134,14 +142,19 @@ class ReplayBuffer:
     def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""
         ids = self._fields["response_id"]
+        # The order is drawn on the CPU, so that it does not depend on the device.
         distinct = torch.unique(ids)
-        drawn = distinct[torch.randperm(len(distinct), generator=generator)[:count].to(ids.device)]
+        order = torch.randperm(len(distinct), generator=generator)
+        drawn = distinct[order[:count].to(ids.device)]
         return self.batch(torch.isin(ids, drawn).nonzero().squeeze(1))
 
     def batch(self, indices: Tensor) -> TrainingBatch:
         """The records at `indices [N]` with their responses."""
-        records = {name: values[indices.to(values.device)] for name, values in self._fields.items()}
+        records = {}
+        for name, values in self._fields.items():
+            records[name] = values[indices.to(values.device)]
         ids, rows = torch.unique(records.pop("response_id"), return_inverse=True)
+        # Each response stands in the batch once, however many records point to it.
         responses = [self._responses[key] for key in ids.tolist()]
         tokens = pad_sequence([response.tokens for response in responses], batch_first=True)
         hidden = pad_sequence([response.verifier_hidden for response in responses], batch_first=True)

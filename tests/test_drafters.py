@@ -197,8 +197,11 @@ def test_the_wheel_holds_every_package_and_the_data_that_they_read():
     }
     assert set(setup["packages"]) == tree | {"dvirl_weights"}
     assert setup["package-dir"] == {"dvirl_weights": "weights"} and (ROOT / "weights/README.md").exists()
-    for name, folder in (("dvirl", ROOT / "dvirl"), ("dvirl_weights", ROOT / "weights")):
-        packed = {path for pattern in setup["package-data"][name] for path in folder.glob(pattern)}
+    packed = set()
+    for name, patterns in setup["package-data"].items():
+        folder = ROOT / setup["package-dir"].get(name, name.replace(".", "/"))
+        packed |= {path for pattern in patterns for path in folder.glob(pattern)}
+    for folder in (ROOT / "dvirl", ROOT / "weights"):
         data = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
         assert data and data <= packed
 

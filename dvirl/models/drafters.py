@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -81,14 +80,17 @@ def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
 
 
 def load_drafter(
-    name_or_folder: str | Path, loaded: LoadedModel | None = None, dtype: str = "auto", device: str = "auto"
+    name_or_folder: str | Path,
+    loaded: LoadedModel | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> LoadedDrafter:
     """Load a drafter that `export` wrote, or that of a run's checkpoint, and its model.
 
     Args:
         name_or_folder: a shipped name or a folder.
         loaded: a freshly loaded model, which is changed in place; the one it was made for if not given.
-        dtype, device: to load that one with, as in `load`.
+        dtype, device: with which that model is loaded, as in `load`.
 
     Raises:
         DvirlError: if there is no such drafter, or it is incomplete or was made for another model.
@@ -99,24 +101,36 @@ def load_drafter(
 def open_draft(name: str, dtype: str, device: str) -> LoadedDrafter:
     """What drafts under this name: a run with its newest checkpoint, or a drafter, shipped or in a folder.
 
-    A run's own verifier comes with it: lora_D where it was trained, and what the deep layers read.
+    A run brings its verifier: lora_D if it was trained, and what the deep layers read.
 
     Raises:
         DvirlError: if there is none.
     """
-    shipped = Path(name) / "drafter"  # what a distillation leaves in its run's folder
-    if shipped.is_dir() or not (Path(name) / "checkpoints").is_dir():
-        return load_drafter(shipped if shipped.is_dir() else name, None, dtype, device)
+    shipped = Path(name) / "drafter"
+    if shipped.is_dir():  # a distillation exports its drafter into its run's folder
+        return load_drafter(shipped, None, dtype, device)
+    if not (Path(name) / "checkpoints").is_dir():
+        return load_drafter(name, None, dtype, device)
     folder = checkpoint.newest(name)
     adapters = [adapter for adapter in ("lora_S", "lora_D") if (folder / adapter).is_dir()]
     drafter = _load(folder, None, dtype, device, adapters)
-    return replace(drafter, target=run_folder.run_settings(name).get("target", drafter.target))
+    settings = run_folder.run_settings(name)
+    return replace(drafter, target=settings.get("target", drafter.target))
 
 
-def _load(folder: Path, loaded: LoadedModel | None, dtype: str, device: str, adapters: list[str]) -> LoadedDrafter:
+def _load(
+    folder: Path,
+    loaded: LoadedModel | None,
+    dtype: str,
+    device: str,
+    adapters: list[str],
+) -> LoadedDrafter:
     """Load drafter and adapters of a folder that ships a drafter, or of a checkpoint, whose settings are its run's."""
-    places = [folder / "config.yaml", *(run / "config.yaml" for run in folder.absolute().parents[1:2])]
-    settings, fingerprint = _drafter_settings(next(filter(Path.exists, places), places[0]))
+    path = folder / "config.yaml"
+    in_run = folder.absolute().parent.parent / "config.yaml"
+    if in_run.exists() and not path.exists():
+        path = in_run
+    settings, fingerprint = _drafter_settings(path)
     loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
     if loaded.fingerprint != fingerprint:
         raise DvirlError(f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}")
@@ -131,7 +145,12 @@ def _load(folder: Path, loaded: LoadedModel | None, dtype: str, device: str, ada
 
 
 def export(
-    folder: Path, peft_model: PeftModel, model: KangarooModel, config: DraftSettings, loaded: LoadedModel, **made: Any
+    folder: Path,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    config: DraftSettings,
+    loaded: LoadedModel,
+    **made: Any,
 ) -> None:
     """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
 
@@ -156,4 +175,5 @@ def export(
 
 def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Floating-point tensors in bfloat16, others as they are."""
-    return {key: value.to(torch.bfloat16) if value.is_floating_point() else value for key, value in tensors.items()}
+    floats = {name: tensor.bfloat16() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {**tensors, **floats}

@@ -61,8 +61,11 @@ def _score(folder: Path) -> float:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """The checksum of every file of a folder but the manifest, by its path inside."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    checksums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            checksums[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return checksums
 
 
 def verify(folder: Path) -> None:
@@ -96,10 +99,11 @@ def random_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "tensors": tensors,
-        "numbers": {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]},
+    numbers = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
     }
+    return {"tensors": tensors, "numbers": numbers}
 
 
 def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -118,7 +122,11 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: dict[str, Any] | None = None
+    run_dir: Path,
+    step: int,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    state: dict[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints/step-…`, whole or not at all.
 
@@ -141,7 +149,12 @@ def save(
     return folder
 
 
-def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: bool = False) -> dict[str, Any]:
+def load(
+    folder: Path,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    draft_only: bool = False,
+) -> dict[str, Any]:
     """Load the weights of a checkpoint in place, and return the trainer's state.
 
     With `draft_only`, only what drafts is loaded, lora_S and drafter, and no state is returned.
@@ -162,7 +175,12 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: 
     return {"tensors": tensors, "numbers": numbers}
 
 
-def load_weights(folder: Path, peft_model: PeftModel, model: KangarooModel, adapters: Sequence[str]) -> None:
+def load_weights(
+    folder: Path,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    adapters: Sequence[str],
+) -> None:
     """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
 
     Raises:
@@ -190,13 +208,13 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
 def _load_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
     state: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(peft_model, adapter_name=name)
-    if _layout(state) != _layout(expected) or any(tensor.is_complex() for tensor in state.values()):
+    if _layout(state) != _layout(expected):
         raise DvirlError(f"{folder}: the adapter does not fit this model, exit layer and rank")
     set_peft_model_state_dict(peft_model, state, adapter_name=name)
 
 
-def _layout(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: (tensor.shape, tensor.is_complex()) for name, tensor in state.items()}
 
 
 def save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
@@ -217,8 +235,14 @@ def newest(run_dir: str | Path) -> Path:
     return folders[-1]
 
 
-def go_on(make: Any, kind: Any, run_dir: str | Path, config: Any = None, accept_changes: bool = False) -> Any:
-    """A trainer made by `make` from settings of a kind, as far as a run is; see `trainer.resume` for the others."""
+def go_on(
+    make: Any,
+    kind: Any,
+    run_dir: str | Path,
+    config: Any = None,
+    accept_changes: bool = False,
+) -> Any:
+    """A trainer that `make` builds from settings of `kind` and that goes on with a run; see `trainer.resume`."""
     path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
