@@ -91,7 +91,7 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     lengths = responses.prompt_lens + responses.response_lens
     order = lengths.argsort()
     batches = torch.split(order, BATCH)
-    with model.base_model.folded():
+    with model.base_model.merged():
         parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
     confidence, agrees, covered = torch.cat(parts, dim=1)
     counts = (responses.response_lens[order] - 1).clamp(min=0)

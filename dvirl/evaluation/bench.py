@@ -83,7 +83,7 @@ def compare(
     """
     model = drafter.model
     run = decoders([GENERATE, *WAYS], ways(longest), drafter, limit)
-    with model.base_model.folded():
+    with model.base_model.merged():
         for prompt in next(iter(sets.values()))[:WARM_UP]:
             for decode in run.values():
                 decode(prompt)
@@ -151,7 +151,7 @@ def batched(
 
     names = (f"batch {rows} tok_per_s", "batch 1 tok_per_s", "over batch 1")
     figures: dict[str, dict[str, float]] = {}
-    with drafter.model.base_model.folded():
+    with drafter.model.base_model.merged():
         for way in BATCHED:
             how = ways(longest)[way]
             _batch_rate(drafter, groups[:1], limit, how)  # warms up
@@ -215,7 +215,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         _be_hostile(drafter, config.drafter)
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
-    with drafter.model.base_model.folded():
+    with drafter.model.base_model.merged():
         costs = drafter.model.step_costs(max(4, config.draft_len))
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
     print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")

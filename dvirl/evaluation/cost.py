@@ -204,7 +204,7 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
     prompts = spread([*chain(*sets.values())], config.num_questions)
     configs = {str(count): DecodeConfig(count) for count in (0, *lengths)}
     run = decoders([*configs], configs, drafter, config.max_new_tokens)
-    with model.base_model.folded():
+    with model.base_model.merged():
         costs = model.step_costs(max(lengths))
         answers = answer_in_turn(run, [prompts[0], *prompts], "checking")
 

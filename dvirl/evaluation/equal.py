@@ -188,7 +188,7 @@ def compare_decoders(
     dtype = model.head_model.weight.dtype
     plain = DecodeConfig(draft_len=0, target=how.target, deterministic=how.deterministic)
     comparisons = []
-    with model.base_model.folded():
+    with model.base_model.merged():
         for name, part in prompts.items():
             for index, prompt in enumerate(tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)):
                 reference = model.generate(prompt, limit, plain, eos_ids).tokens

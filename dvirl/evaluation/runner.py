@@ -203,7 +203,7 @@ def answer_all(
         _prepare(folder, kept)
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), how.repeats, kept)
-    with base.folded():
+    with base.merged():
         for decode in run.values() if left else ():
             answer_question(questions[0], decode, loaded, limit)  # warms up
         start = time.perf_counter()
