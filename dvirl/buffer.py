@@ -1,6 +1,6 @@
-"""The replay buffer: scored drafts, accepts and rejects, and the responses that they stood in."""
+"""The replay buffer: scored drafts, accepted and rejected, and the responses that they stood in."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.rollout import Records, Rollout
+from dvirl.runs.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -21,34 +22,52 @@ class Response:
 
 @dataclass(frozen=True)
 class TrainingBatch(Records):
-    """Records with the responses that they stood in, ready for one parallel pass; `hidden` is as old as the record.
+    """N records with the B responses that they stood in, ready for one parallel pass.
+
+    `hidden` was computed when the record was made, by the draft of that time.
 
     Attributes:
-        tokens: `[B, T]`, responses behind their prompts, padded on the right; `row` points to these.
-        prompt_lens: `[B]`.
-        verifier_hidden: `[N, D]`.
+        tokens: `[B, T]` int64, responses after their prompts, padded on the right; `row` points to these.
+        prompt_lens: `[B]` int64.
+        verifier_hidden: `[N, D]`, the verifier's last hidden states at the records' positions.
     """
 
     tokens: Tensor
     prompt_lens: Tensor
     verifier_hidden: Tensor
 
-    def every(self, count: int, first: int) -> "TrainingBatch":
-        """One response of every `count`, from the `first` on, and its records; there may be none."""
-        chosen = self.row % count == first
-        records = {spec.name: getattr(self, spec.name)[chosen] for spec in fields(Records)}
-        records |= {"row": records["row"] // count, "verifier_hidden": self.verifier_hidden[chosen]}
-        return replace(self, tokens=self.tokens[first::count], prompt_lens=self.prompt_lens[first::count], **records)
+    def share(self, processes: Processes) -> "TrainingBatch":
+        """The responses of this process, one of every `processes.count`, and their records; there may be none."""
+        if processes.count == 1:
+            return self
+        rows = slice(processes.rank, None, processes.count)
+        mine = self.row % processes.count == processes.rank
+        records = {spec.name: getattr(self, spec.name)[mine] for spec in fields(Records)}
+        records["row"] = records["row"] // processes.count  # rows are counted within the share
+        return TrainingBatch(
+            **records,
+            tokens=self.tokens[rows],
+            prompt_lens=self.prompt_lens[rows],
+            verifier_hidden=self.verifier_hidden[mine],
+        )
 
 
 FIELDS = ("hidden", "token", "reward", "verifier_confidence", "verifier_token", "response_id", "position")
+"""What the buffer keeps of a record; `response_id` takes the place of `row`, which is only valid in its rollout."""
 
 
 class ReplayBuffer:
-    """A first-in-first-out store of records, at most `capacity` of them, which is at least 1.
+    """A first-in-first-out store of records.
 
-    Fields a record: `hidden [D]`, `token`, `reward`, `verifier_confidence`, `verifier_token`, and where it stood:
-    `response_id` and `position`. Accepted drafts of the decoder count towards the trigger of the next fast update.
+    It keeps accepted and rejected drafts: with accepted ones alone every reward would be 1, and there would be nothing
+    to learn. Only accepted drafts count towards the trigger of the next fast update.
+
+    Args:
+        capacity: number of records at most; at least 1.
+
+    Attributes:
+        num_fresh: number of records since the last `take_fresh`.
+        accepted_since_update: number of accepted drafts since then.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -68,72 +87,88 @@ class ReplayBuffer:
         """One field of all records, oldest first."""
         return self._fields[name]
 
-    def add(self, records: Records, rollout: Rollout, num_accepted: int | None = None) -> None:
-        """Append the records of a rollout, dropping the oldest beyond capacity.
+    def add(
+        self,
+        records: Records,
+        rollout: Rollout,
+        num_accepted: int | None = None,
+    ) -> None:
+        """Append the records of a rollout, and drop the oldest records beyond capacity.
 
         Args:
-            records: with rows that point into `rollout`.
+            records: N of them, whose rows point into `rollout`.
             rollout: the responses.
             num_accepted: accepted drafts that count towards the trigger; by default the records' own.
         """
         self.accepted_since_update += records.num_accepted if num_accepted is None else num_accepted
         if not len(records):
             return
-        first = self._next_response
+        first_id = self._next_response
+        self._next_response += len(rollout)
         lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
         for row, (prompt_len, response_len) in enumerate(lengths):
+            # A clone keeps this response alone alive; a view would keep the whole rollout.
             tokens = rollout.tokens[row, : prompt_len + response_len].clone()
             hidden = rollout.verifier_hidden[row, :response_len].clone()
-            self._responses[first + row] = Response(tokens, prompt_len, hidden)
-        self._next_response += len(rollout)
+            self._responses[first_id + row] = Response(tokens, prompt_len, hidden)
+        # A record points to its response by an id that stays valid, not by the row of its rollout.
+        added = {**vars(records), "response_id": records.row + first_id}
         for name in FIELDS:
-            new = records.row + first if name == "response_id" else getattr(records, name)
-            joined = torch.cat((self._fields[name], new)) if name in self._fields else new
-            self._fields[name] = joined[-self.capacity :]
+            values = added[name]
+            if name in self._fields:
+                values = torch.cat((self._fields[name], values))
+            self._fields[name] = values[-self.capacity :]
         self.num_fresh = min(self.num_fresh + len(records), len(self))
-        pointed = set(self._fields["response_id"].tolist())
-        self._responses = {key: value for key, value in self._responses.items() if key in pointed}
+        # Responses go with the last record that points to them.
+        needed = set(self._fields["response_id"].tolist())
+        self._responses = {key: response for key, response in self._responses.items() if key in needed}
 
     def due(self, fast_batch: int) -> bool:
         """Whether `fast_batch` tokens have been accepted since the last update and there are records to learn from."""
         return self.accepted_since_update >= fast_batch and self.num_fresh > 0
 
     def take_fresh(self) -> TrainingBatch:
-        """The records since the last call, and start counting anew."""
+        """The records since the last call; the counts start again at 0."""
         batch = self.batch(torch.arange(len(self) - self.num_fresh, len(self)))
-        self.num_fresh = self.accepted_since_update = 0
+        self.num_fresh = 0
+        self.accepted_since_update = 0
         return batch
 
     def recent(self, num_responses: int) -> TrainingBatch:
         """The records of the most recent responses."""
-        ids = self._fields["response_id"]
-        wanted = ids >= max(int(ids[0]), self._next_response - num_responses)
-        return self.batch(wanted.nonzero().squeeze(1))
+        recent = self._fields["response_id"] >= self._next_response - num_responses
+        return self.batch(recent.nonzero().squeeze(1))
 
     def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""
-        ids = torch.unique(self._fields["response_id"])
-        chosen = ids[torch.randperm(len(ids), generator=generator)[:count].to(ids.device)]
-        return self.batch(torch.isin(self._fields["response_id"], chosen).nonzero().squeeze(1))
+        ids = self._fields["response_id"]
+        # The order is drawn on the CPU, so that it does not depend on the device.
+        distinct = torch.unique(ids)
+        order = torch.randperm(len(distinct), generator=generator)
+        drawn = distinct[order[:count].to(ids.device)]
+        return self.batch(torch.isin(ids, drawn).nonzero().squeeze(1))
 
     def batch(self, indices: Tensor) -> TrainingBatch:
         """The records at `indices [N]` with their responses."""
-        chosen = {name: value[indices.to(value.device)] for name, value in self._fields.items()}
-        ids, rows = torch.unique(chosen.pop("response_id"), return_inverse=True)
-        responses = [self._responses[int(key)] for key in ids]
+        records = {}
+        for name, values in self._fields.items():
+            records[name] = values[indices.to(values.device)]
+        ids, rows = torch.unique(records.pop("response_id"), return_inverse=True)
+        # Each response stands in the batch once, however many records point to it.
+        responses = [self._responses[key] for key in ids.tolist()]
         tokens = pad_sequence([response.tokens for response in responses], batch_first=True)
         hidden = pad_sequence([response.verifier_hidden for response in responses], batch_first=True)
         return TrainingBatch(
+            **records,
+            row=rows,
             tokens=tokens,
             prompt_lens=tokens.new_tensor([response.prompt_len for response in responses]),
-            row=rows,
-            verifier_hidden=hidden[rows, chosen["position"]],
-            **chosen,
+            verifier_hidden=hidden[rows, records["position"]],
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors under `tensors`, plain numbers under `numbers`; `load_state_dict` brings both back."""
-        tensors = {f"buffer.field.{name}": value for name, value in self._fields.items()}
+        """Tensors under `tensors`, plain numbers under `numbers`, from which `load_state_dict` restores the buffer."""
+        tensors = {f"buffer.field.{name}": values for name, values in self._fields.items()}
         for key, response in self._responses.items():
             tensors[f"buffer.response.{key}.tokens"] = response.tokens
             tensors[f"buffer.response.{key}.verifier_hidden"] = response.verifier_hidden
@@ -146,14 +181,16 @@ class ReplayBuffer:
         return {"tensors": tensors, "numbers": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; other tensors are passed over."""
-        tensors, numbers = state["tensors"], state["numbers"]
-        stored = {name.removeprefix("buffer."): value for name, value in tensors.items()}
-        self._fields = {name: stored[f"field.{name}"] for name in FIELDS if f"field.{name}" in stored}
-        self._responses = {
-            int(key): Response(stored[f"response.{key}.tokens"], length, stored[f"response.{key}.verifier_hidden"])
-            for key, length in numbers["prompt_lens"].items()
-        }
+        """Restore what `state_dict` gave; other tensors are ignored."""
+        tensors = state["tensors"]
+        numbers = state["numbers"]
+        names = [name for name in FIELDS if f"buffer.field.{name}" in tensors]  # none if the buffer was empty
+        self._fields = {name: tensors[f"buffer.field.{name}"] for name in names}
+        self._responses = {}
+        for key, prompt_len in numbers["prompt_lens"].items():
+            response = f"buffer.response.{key}."
+            tokens = tensors[f"{response}tokens"]
+            self._responses[int(key)] = Response(tokens, prompt_len, tensors[f"{response}verifier_hidden"])
         self._next_response = numbers["next_response"]
         self.num_fresh = numbers["num_fresh"]
         self.accepted_since_update = numbers["accepted_since_update"]

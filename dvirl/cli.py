@@ -41,26 +41,30 @@ COMMANDS = {
     ),
     "fetch": ("models.embedded", "fetch the default model into the cache, once, and print its folder"),
 }
-"""Module and help of each command: the module's `main`, behind its `parse_args` if it has one."""
+"""Module and help of each command; `main` of the module gets what its `parse_args`, if it has one, returns."""
 
 
 def _run(command: str, argv: Sequence[str]) -> None:
     """Run a command; its module is imported only now."""
-    entry = import_module(f"dvirl.{COMMANDS[command][0]}")
+    # Imported here and not above, so that `dvirl --help` is quick.
+    module, _ = COMMANDS[command]
+    entry = import_module(f"dvirl.{module}")
     entry.main(entry.parse_args(argv) if hasattr(entry, "parse_args") else argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; return the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        helps = "".join(f"  {name:16}  {text}\n" for name, (_, text) in COMMANDS.items())
-        print(f"usage: dvirl COMMAND [options]\n\ncommands:\n{helps}", end="")
-        return 0 if arguments else 2
-    if arguments[0] not in COMMANDS:
-        print(f"dvirl: unknown command {arguments[0]!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+    # Flags belong to the commands; only --help may stand before one.
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("", "-h", "--help"):
+        print("usage: dvirl COMMAND [options]\n\ncommands:")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:16}  {text}")
+        return 0 if command else 2
+    if command not in COMMANDS:
+        print(f"dvirl: unknown command {command!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return guarded(partial(_run, arguments[0]), arguments[1:])
+    return guarded(partial(_run, command), arguments)
 
 
 if __name__ == "__main__":

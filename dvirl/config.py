@@ -29,7 +29,7 @@ class ModelSettings(Settings):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: int = number(2, 1, 1024)
-    """CPU threads of torch; more than the free cores starve one another."""
+    """Number of torch's CPU threads; more threads than free cores slow each other down."""
     seed: int = number(0, 0, 2**63 - 1)
     """Of prompts, initial weights, and sampled drafts."""
     run_dir: str = "runs/train"
@@ -66,24 +66,24 @@ class DraftSettings(LoraSettings):
     drafter: str = choice("none", DRAFTERS)
     """Between exit state and exit head: none, adapter (Kangaroo's attention and norms), layer (a decoder layer)."""
     drafter_layers: int = number(1, 1, 64)
-    """How many such layers, the first started from a copy of base layer k, the next from k + 1, and so on."""
+    """Number of such layers; the first starts as a copy of base layer k, the next of k + 1, and so on."""
     adapter_window: int = number(64, 1)
-    """Positions back that the drafter's own attention sees."""
+    """Number of recent positions that the drafter's attention sees."""
     head: str = choice("full", HEADS)
     """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
     head_rank: int = number(64, 1, 4096)
     """head lora: its rank."""
     draft_vocab: int = number(8192, 0)
-    """Tokens that the exit head covers, the most frequent of some responses of the model; 0 for all."""
+    """Number of tokens that the exit head covers, the most frequent of some responses of the model; 0 for all."""
 
     def drafter_args(self, draft_vocab: Sequence[int] | None) -> Namespace:
-        """What `KangarooModel` wants to know of the drafter."""
+        """The arguments from which `KangarooModel` makes the drafter."""
         return Namespace(**{**vars(self), "draft_vocab": draft_vocab})
 
 
 @dataclass(frozen=True)
 class TrainSettings(DraftSettings):
-    """What every training has."""
+    """Settings that every training has."""
 
     on_bad_row: str = choice("refuse", ("refuse", "skip"))
     """A malformed row is an error (refuse) or is reported and left out (skip)."""
@@ -101,6 +101,8 @@ class TrainSettings(DraftSettings):
 class DVIConfig(TrainSettings):
     """Everything that a training run depends on."""
 
+    # Where it starts, and the prompts
+
     start_from: str = ""
     """Checkpoint or drafter folder whose lora_S and drafter the run starts from; with the same drafter settings."""
     prompts_source: str = choice("chatterbot", SOURCES)
@@ -108,16 +110,18 @@ class DVIConfig(TrainSettings):
     prompts_path: str = ""
     """File (JSON or JSONL) or hub id for the sources that need one; magpie: kinds of prompts, by commas, or all."""
     num_prompts: int = number(256, 1)
-    """Prompts to train on; the stream starts over, shuffled anew, if it has fewer."""
+    """Number of prompts to train on; if there are fewer, the stream starts over in another order."""
     held_out: int = number(64, 0)
-    """Prompts kept out of the stream, for evaluation."""
+    """Number of prompts that are kept for evaluation and not trained on."""
     max_prompt_tokens: int = number(512, 1)
     """Longer prompts are left out, and those that leave no room for a response in the model's context."""
     max_new_tokens: int = number(64, 2)
     """Length limit of a response."""
 
+    # How drafts are made, and which of them are learned from
+
     draft_len: int = number(2, 1, 64)
-    """Tokens drafted before a verification, at most."""
+    """Number of tokens drafted before a verification, at most."""
     threshold: float = number(0.0, 0, 1)
     """Confidence below which a draft is the last of its block, 0 to 1; 0 never stops early."""
     target: str = choice("base", TARGETS)
@@ -133,13 +137,15 @@ class DVIConfig(TrainSettings):
     """What a fast update reads: exit states recomputed with gradients, or, as an experiment, those in the records. A
     stored state is detached, so exit norm and head learn and lora_S does not; only without a drafter."""
 
+    # The objective of the fast update
+
     schedule: str = choice("kl_to_rl", SCHEDULES)
     """Fast objective, see `dvirl.losses`: by reward (reinforce, exact_pg, masked_ce), by imitation (ce, kl, tv), or
     kl_to_rl (distil first, then ramp to reward)."""
     kl_kind: str = choice("forward", ("forward", "reverse", "js"))
     """Divergence of kl, kl_to_rl and kl_weight: forward, from verifier to draft, reverse, or js (Jensen-Shannon)."""
     kl_top_k: int = number(0, 0)
-    """That divergence sees the verifier's K likeliest tokens, and the rest as one; 0 for all tokens of the draft."""
+    """That divergence takes the verifier's K likeliest tokens, and all others as one; 0 for all tokens of the draft."""
     kl_weight: float = number(0.0, 0, 1e6)
     """Weight of that divergence when added to any schedule; 0.2 keeps drafts trained by reward alone calibrated."""
     entropy_weight: float = number(0.0, 0, 1e6)
@@ -150,29 +156,34 @@ class DVIConfig(TrainSettings):
     """kl_to_rl: share of the run at which the reward has its full weight."""
     kl_floor: float = number(0.5, 0, 1)
     """kl_to_rl: weight that the KL keeps; without any, drafts lose their calibration."""
+
+    # When updates happen, and on how much
+
     rollout_batch: int = number(64, 1, 65536)
-    """Prompts answered by the verifier in one batch, by each process."""
+    """Number of prompts that the verifier answers in one batch, in each process."""
     judge_batch: int = number(2, 1, 65536)
-    """Responses drafted on at once, by the draft as it is then; so many for each process."""
+    """Number of responses that the current draft is judged on at once, in each process."""
     fast_batch: int = number(8, 1)
     """Accepted tokens that trigger a fast update, of all processes together."""
     replay: int = number(1, 0, 1000)
-    """Steps after each fast update on as many older responses, by the same loss (kl_to_rl: KL); none if that is
-    reinforce or masked_ce, which need fresh drafts."""
+    """Number of replay steps after each fast update, each on as many older responses and with the same loss (kl_to_rl:
+    KL). There are none with reinforce and masked_ce, which need fresh drafts."""
     slow_every: int = number(16, 0)
     """Fast updates between slow updates; 0 turns the slow update off."""
     slow_batch: int = number(2, 1, 65536)
-    """Most recent responses that a slow update looks at; so many for each process."""
+    """Number of most recent responses that a slow update uses, in each process."""
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
     drift_bound: float = number(0.05, 0, 1e6)
-    """Nats a token that the verifier may drift before a rising accept rate is called suspect; 0 never does."""
+    """Drift of the verifier, in nats a token, above which a rising accept rate is called suspect; 0 never warns."""
+    # Rewards and rates
+
     baseline: str = choice("ema", ("ema", "mean", "none"))
-    """What REINFORCE subtracts from the reward: its moving average, the mean of all before, or nothing."""
+    """What REINFORCE subtracts from the reward: its moving average (ema), the mean of all before, or nothing."""
     baseline_momentum: float = number(0.9, 0, 0.999999)
     """Of the ema baseline; 0 to below 1."""
     buffer_size: int = number(16384, 1)
-    """Records kept, first in, first out."""
+    """Number of records in the buffer; the oldest leave first."""
     lr_shallow: float = number(4e-3, 0, 10)
     """AdamW rate of lora_S, drafter and exit head."""
     lr_deep: float = number(5e-6, 0, 10)
@@ -192,13 +203,15 @@ class DVIConfig(TrainSettings):
 
     @property
     def decode(self) -> DecodeConfig:
-        """How the served decoder drafts: by argmax."""
+        """How the decoder drafts when it serves: by argmax."""
         return DecodeConfig(self.draft_len, self.threshold, self.target)
 
     @property
     def learn(self) -> DecodeConfig:
-        """How the drafts are made that are learned from."""
-        return replace(self.decode, draft_temperature=self.action_temperature if self.actions == "sampled" else 0.0)
+        """How the drafts to learn from are made."""
+        # A temperature of 0 is the argmax. Only sampled drafts give an unbiased policy gradient.
+        temperature = self.action_temperature if self.actions == "sampled" else 0.0
+        return replace(self.decode, draft_temperature=temperature)
 
     @property
     def policy_temperature(self) -> float:
@@ -211,7 +224,7 @@ class Resumable(Settings):
     """What a command that trains takes besides the settings of its run."""
 
     resume: str = ""
-    """Folder of a run to go on with, from its newest checkpoint, by its own settings."""
+    """Folder of a run to go on with, from its newest checkpoint and with its settings."""
     accept_changes: bool = False
     """Let a run go on with settings that other flags change."""
 

@@ -1,4 +1,4 @@
-"""LoRA and draft on a model, what an update may step of them, the guard between, optimizers, rates, steps."""
+"""LoRA and draft on a model, and which parameters each update may step."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,10 @@ from kangaroo.sgp_lora import inject_lora, lora_parameters
 
 
 def attach_draft(
-    base: EarlyExitLlamaForCausalLM, config: DraftSettings, tokens: Tensor | None = None, deep: bool = False
+    base: EarlyExitLlamaForCausalLM,
+    config: DraftSettings,
+    tokens: Tensor | None = None,
+    deep: bool = False,
 ) -> tuple[PeftModel, KangarooModel]:
     """Put lora_S (with `deep` also lora_D) and a fresh draft on a freshly loaded model, which is changed in place.
 
@@ -27,21 +30,28 @@ def attach_draft(
     Raises:
         DvirlError: for settings that do not fit the model.
     """
-    lora = config.lora_rank, config.lora_alpha, config.lora_targets.split(",")
-    counted = torch.empty(0) if tokens is None else tokens
-    draft_vocab = draft_vocabulary(counted, base.config.vocab_size, config.draft_vocab)
+    targets = config.lora_targets.split(",")
+    if tokens is None:
+        tokens = torch.empty(0)
+    draft_vocab = draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab)
     try:
-        peft_model = inject_lora(base, config.exit_layer, *lora, deep)
-        return peft_model, KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
+        peft_model = inject_lora(base, config.exit_layer, config.lora_rank, config.lora_alpha, targets, deep)
+        model = KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
     except ValueError as error:
         raise DvirlError(str(error)) from error
+    return peft_model, model
 
 
 def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[nn.Parameter]:
     """What the fast update steps: lora_S unless that is off, the drafter with its norm, the exit head if trained."""
-    heads = {"full": list(model.exit_proj.parameters()), "frozen": []}
-    head = [model.head_down, model.head_up] if model.head == "lora" else heads[model.head]
-    return [*(lora_parameters(model, ["lora_S"]) if lora_shallow else []), *model.adapter_model.parameters(), *head]
+    # A frozen head has nothing to step, and a low-rank one only its two factors.
+    parameters = lora_parameters(model, ["lora_S"]) if lora_shallow else []
+    parameters += model.adapter_model.parameters()
+    if model.head == "full":
+        parameters += model.exit_proj.parameters()
+    elif model.head == "lora":
+        parameters += [model.head_down, model.head_up]
+    return parameters
 
 
 def deep_parameters(model: KangarooModel) -> list[nn.Parameter]:
@@ -52,22 +62,24 @@ def deep_parameters(model: KangarooModel) -> list[nn.Parameter]:
 def train_only(model: nn.Module, wanted: Iterable[nn.Parameter]) -> None:
     """Let exactly the wanted parameters take gradients.
 
-    Called before each update, since PEFT's `set_adapter` and the end of its `disable_adapter()` make every active
+    Each update calls this first, because PEFT's `set_adapter` and the end of its `disable_adapter()` make every active
     adapter trainable again, whoever calls them.
     """
-    chosen = {id(parameter) for parameter in wanted}
+    wanted_ids = {id(parameter) for parameter in wanted}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
+        parameter.requires_grad_(id(parameter) in wanted_ids)
 
 
 def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> list[int] | None:
-    """The ids that an exit head of `size` rows covers, ascending; None for all.
+    """The token ids that an exit head of `size` rows covers, ascending; None for all.
 
-    They are the most frequent of the response tokens `[M]`. Tokens not seen follow in the vocabulary's order, which
-    for byte-level BPE is the order of its merges and so roughly that of frequency.
+    They are the most frequent of the response tokens `[M]`.
     """
     if size == 0 or size >= vocab_size:
         return None
     counts = torch.bincount(tokens.long().cpu(), minlength=vocab_size)
-    ids: list[int] = counts.argsort(descending=True, stable=True)[:size].sort().values.tolist()
+    # The sort is stable: tokens not seen follow in the vocabulary's order. For byte-level BPE this is the order of its
+    # merges, and so roughly that of frequency.
+    most_frequent = counts.argsort(descending=True, stable=True)[:size]
+    ids: list[int] = most_frequent.sort().values.tolist()
     return ids

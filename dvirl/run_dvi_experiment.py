@@ -10,8 +10,8 @@ import torch
 
 from dvirl import plots
 from dvirl.config import DVIConfig
-from dvirl.evaluation.acceptance import Draft
 from dvirl.experiments.experiment import DVIExperiment, Experiment
+from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
 from dvirl.runs.log import read_metrics
 from dvirl.trainer import DVITrainer

@@ -9,8 +9,8 @@ from typing import Any
 
 from dvirl import plots
 from dvirl.config import SGPConfig
-from dvirl.evaluation.acceptance import Draft
 from dvirl.experiments.experiment import Experiment, SGPExperiment
+from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
 from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer

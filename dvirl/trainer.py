@@ -163,7 +163,7 @@ class DVITrainer:
             together = config.rollout_batch * processes.count
             prompts = self.split.stream.take(min(together, config.num_prompts - self.counters.prompts))
             own = self.answer(list(processes.share(prompts)) or prompts[:1])  # one at least, for its tensors' shapes
-            rollout = processes.rollouts(own, len(prompts))
+            rollout = processes.gather_rows(own, len(prompts))
         for group in rollout.groups(config.judge_batch * processes.count):
             with self._timed("fast_s"):
                 self._judge(group)
@@ -219,7 +219,7 @@ class DVITrainer:
         reward = float(batch.reward.mean())
         baseline = self.baseline.update(reward, len(batch.reward))
         share = reward_weight(self.progress, config.ramp_start, config.ramp_end)
-        own, loss, seen = self.processes.share_of(batch), None, dict.fromkeys(("loss", *LOGGED), self._nothing)
+        own, loss, seen = batch.share(self.processes), None, dict.fromkeys(("loss", *LOGGED), self._nothing)
         if len(own):
             decisions = self.decisions(own, baseline, share, batch)
             loss = fast_loss(decisions)
@@ -269,7 +269,7 @@ class DVITrainer:
         policy; so a loss may look back if it asks the verifier alone.
         """
         lora.train_only(self.model, self.shallow)
-        own = self.processes.share_of(batch)
+        own = batch.share(self.processes)
         loss = fast_loss(self.decisions(own, batch=batch)) if len(own) else None
         self._apply(self.fast_optimizer, loss, self._fast_lr())
 
@@ -279,7 +279,7 @@ class DVITrainer:
         if not bool(accepted.any()):
             return None
         lora.train_only(self.model, self.deep)
-        own = self.processes.share_of(batch)
+        own = batch.share(self.processes)
         chosen = own.reward > 0
         loss, seen = None, dict.fromkeys(("loss_slow", "drift_kl", "drift_tokens"), self._nothing)
         if bool(chosen.any()):

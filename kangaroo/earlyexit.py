@@ -99,8 +99,6 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """Compute with the adapters merged into plain weights inside this context: for inference."""
         return nullcontext() if self.adapter_switch is None else self.adapter_switch.merged()
 
-    folded = merged
-
     def forward_shallow(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """layers[:k]: tokens `[B, T]` to exit states `[B, T, D]`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -56,6 +58,21 @@ def test_unknown_flags_and_help(capsys):
         cli.main(["train", "--help"])
     assert caught.value.code == 0 and "layers[:k] draft" in capsys.readouterr().out
     assert cli.main(["--help"]) == 0 and cli.main([]) == 2
+
+
+@pytest.mark.parametrize("code", ["import dvirl", "from dvirl import cli; cli.main(['--help'])"])
+def test_the_package_and_its_help_load_no_torch(code):
+    check = f"import sys; {code}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, capture_output=True)
+
+
+def test_public_names_are_imported_when_they_are_used():
+    code = (
+        "from dvirl import DVIConfig, DVITrainer, ReplayBuffer; assert ReplayBuffer(DVIConfig().buffer_size).capacity"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+    with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
+        from dvirl import Trainer  # noqa: F401
 
 
 @pytest.mark.real

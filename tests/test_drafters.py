@@ -11,25 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import EOS, random_prompts, scramble_lora, tiny_kangaroo, tiny_loaded
+from conftest import EOS, random_prompts, scramble_lora, tiny_kangaroo, tiny_loaded, tiny_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_corpus import ENDS
 from test_distill import question_file
 from test_models import save_tiny
+from test_trainer import tiny_settings
 
 from dvirl import cli
 from dvirl.evaluation.agreement import calibration_error, measure_agreement
 from dvirl.evaluation.questions import HELD_OUT, question_sets
 from dvirl.models import drafters, loading
-from dvirl.models.drafters import drafter_folder, load_drafter
+from dvirl.models.drafters import drafter_folder, export, load_drafter, open_draft
 from dvirl.rollout import Responses
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.scale.corpus import answer
 from dvirl.scale.distill import DistillConfig
+from dvirl.trainer import DVITrainer
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_lora
@@ -55,7 +57,7 @@ def trained(loaded, seed=0, **changes):
 def exported(folder, loaded=None, **changes) -> KangarooModel:
     loaded = loaded or tiny_loaded()
     model, peft_model, config = trained(loaded, **changes)
-    checkpoint.export(folder, peft_model, model, config, loaded, steps=7)
+    export(folder, peft_model, model, config, loaded, steps=7)
     return model
 
 
@@ -87,7 +89,7 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
     folder = tmp_path / "d"
     loaded = tiny_loaded()
     model, peft_model, config = trained(loaded)
-    checkpoint.export(folder, peft_model, model, config, loaded, steps=7, agreement=0.5)
+    export(folder, peft_model, model, config, loaded, steps=7, agreement=0.5)
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
         "config.yaml", "drafter.safetensors", "lora_S/adapter_config.json", "lora_S/adapter_model.safetensors"]  # fmt: skip
     for name in ("drafter.safetensors", "lora_S/adapter_model.safetensors"):
@@ -102,7 +104,7 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
 
     monkeypatch.setattr(run_folder, "write_config", full)
     with pytest.raises(DvirlError, match="could not be written .no space left.; what was there before is whole"):
-        checkpoint.export(tmp_path / "other", peft_model, model, config, loaded)
+        export(tmp_path / "other", peft_model, model, config, loaded)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
@@ -127,6 +129,24 @@ def test_the_model_that_a_drafter_was_made_for_is_loaded(tmp_path):
     assert {p.dtype for p in found.model.adapter_model.parameters()} == {torch.float32}
     logits = found.model(torch.tensor([[5, 6, 7]])).exit_logits
     torch.testing.assert_close(logits, model(torch.tensor([[5, 6, 7]])).exit_logits.detach(), atol=0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("target", ["base", "adapted"])
+def test_a_run_opens_as_its_newest_checkpoint_decodes(tmp_path, target):
+    run, source = tmp_path / "run", str(save_tiny(tmp_path / "model"))
+    config = tiny_settings(model_name=source, run_dir=str(run), target=target)
+    trainer = DVITrainer(config, loading.load(source, dtype="float32", device="cpu"), tiny_split())
+    run_folder.write_config(run, config, trainer.loaded)
+    for step in (1, 2):
+        scramble_lora(trainer.model, ["lora_S", "lora_D"], 0.1, step)
+        checkpoint.save(run, step, trainer.peft_model, trainer.model)
+    found = open_draft(str(run), "float32", "cpu")
+    assert found.target == target and not any(one.requires_grad for one in found.model.parameters())
+    for prompt in random_prompts(3):
+        expected, answer = (one.model.generate(prompt, 12, config.decode) for one in (trainer, found))
+        assert answer.tokens == expected.tokens and answer.blocks[1].num_accepted == expected.blocks[1].num_accepted
+    exported(run / "drafter", loading.load(source, dtype="float32", device="cpu"))
+    assert open_draft(str(run), "float32", "cpu").folder == run / "drafter"  # what a distillation ships comes first
 
 
 @pytest.mark.parametrize(
@@ -177,8 +197,11 @@ def test_the_wheel_holds_every_package_and_the_data_that_they_read():
     }
     assert set(setup["packages"]) == tree | {"dvirl_weights"}
     assert setup["package-dir"] == {"dvirl_weights": "weights"} and (ROOT / "weights/README.md").exists()
-    for name, folder in (("dvirl", ROOT / "dvirl"), ("dvirl_weights", ROOT / "weights")):
-        packed = {path for pattern in setup["package-data"][name] for path in folder.glob(pattern)}
+    packed = set()
+    for name, patterns in setup["package-data"].items():
+        folder = ROOT / setup["package-dir"].get(name, name.replace(".", "/"))
+        packed |= {path for pattern in patterns for path in folder.glob(pattern)}
+    for folder in (ROOT / "dvirl", ROOT / "weights"):
         data = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
         assert data and data <= packed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -14,6 +15,7 @@ from test_models import save_tiny
 
 from dvirl import cli, plots
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.metrics import StepMetrics
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 from kangaroo.decoding.blocks import DecodeConfig
@@ -75,5 +77,6 @@ def test_a_run_without_steps_is_said(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     empty = read_metrics(tmp_path / "metrics.jsonl")
     assert isinstance(empty, pd.DataFrame) and "accept_rate" in empty
+    assert list(empty) == [spec.name for spec in dataclasses.fields(StepMetrics)]
     with pytest.raises(DvirlError, match="made no fast update"):
         plots.learning_curve(empty)

@@ -16,10 +16,9 @@ from test_spec_bench import write_questions
 
 from dvirl import cli, run_dvi_experiment
 from dvirl.data.sources import chatterbot_prompts
-from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.runner import EvalConfig, evaluate
 from dvirl.experiments.experiment import DVIExperiment
-from dvirl.models.drafters import load_drafter
+from dvirl.models.drafters import load_drafter, open_draft
 from dvirl.runs.checkpoint import newest
 
 ASKED = ["--answer_tokens", "6", "--methods", "plain,fixed,dvi"]

@@ -501,7 +501,7 @@ def loads(path: Path) -> None:
     peft_model, model = Drafted.get()
     manifest = (folder / checkpoint.MANIFEST).read_bytes()
     good = json.loads(manifest)[str(path.relative_to(folder))]
-    now = checkpoint._sums(folder)
+    now = checkpoint._checksums(folder)
     try:
         if now[str(path.relative_to(folder))] != good:
             with pytest.raises(DvirlError, match="is not what was written"):

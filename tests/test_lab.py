@@ -230,7 +230,7 @@ def run_interrupted(notebook, cell) -> None:
     reply, messages = notebook.run(cell, interrupt)
     assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
     assert time.monotonic() - asked[0] < 10 and 0 < max(bar_at(messages)) < 40
-    assert any("stopping behind these prompts, with a checkpoint" in str(one["content"]) for one in messages)
+    assert any("stopping after these prompts, with a checkpoint" in str(one["content"]) for one in messages)
 
 
 def run_again(notebook, cell) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import papermill
 import pytest
 
-from dvirl.experiments.notebook import claims
+from dvirl.experiments.notebook import DECLARED, INJECTED, assigned_names, claims, fingerprint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 
@@ -34,16 +36,69 @@ def two_questions(tmp_path):
     return str(path)
 
 
-def test_claims_are_asserted_at_the_defaults_and_only_there():
-    declared = "# Parameters of this notebook\nexit_layer = 6\nrun_dir = ''"
-    for cells in ([declared], [declared, "# Parameters\nrun_dir = 'here'\nthreads = 1"]):
-        claim = claims({"In": cells})
-        assert claim(True, "") is True
+def code_cells(notebook):
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize(
+    ("edited", "injected", "asserted"),
+    [("", "", True),
+     ("", "run_dir = 'here'\nthreads = 1", True),
+     ("run_dir = 'here'", "", True),
+     ("", "exit_layer = 6", True),
+     ("", "exit_layer = 4", False),
+     ("", "rollout_batch = 8", False),
+     ("exit_layer = 4", "", False),
+     ("exit_layer = 4", "exit_layer = 6", True)],
+)  # fmt: skip
+def test_claims_are_asserted_at_the_defaults_and_only_there(edited, injected, asserted):
+    space, defaults = {"In": [""]}, fingerprint(dict(exit_layer=6, dtype="auto"))
+    declared = f"{DECLARED} (papermill)\nexit_layer = 6\nrun_dir = ''\ndtype = 'auto'\n{edited}"
+    for cell in (declared, f"{INJECTED}\n{injected}" if injected else "", "import this_is_no_parameter"):
+        space["In"].append(cell)
+        exec(cell if cell.startswith(INJECTED) else "", space)
+    claim = claims(space, defaults)
+    assert claim(True, "") is True
+    if asserted:
         with pytest.raises(AssertionError, match="accept rate 0.062 is under 0.28"):
             claim(False, "accept rate 0.062 is under 0.28")
-    assert claims({"In": [declared, "# Parameters\nexit_layer = 4"]})(False, "") is False
-    with pytest.raises(AssertionError):  # nbval keeps no cells, and changes no parameters
-        claims({})(False, "")
+    else:
+        assert claim(False, "accept rate 0.062 is under 0.28") is False
+
+
+def test_nbval_which_keeps_no_cells_asserts_claims():
+    with pytest.raises(AssertionError):
+        claims({"In": [""], "exit_layer": 6}, "12345678")(False, "")
+
+
+@pytest.mark.parametrize("notebook", [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))])
+def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
+    cells = code_cells(notebook)
+    space = {"In": cells[:1]}
+    exec(cells[0], space)
+    (defaults,) = re.findall(r'claim = claims\(globals\(\), "(\w+)"\)', "\n".join(cells))
+    parameters = {name: space[name] for name in assigned_names(cells[0])}
+    assert defaults == fingerprint(parameters), "the parameters have changed, so their claims are to be looked at again"
+    with pytest.raises(AssertionError):
+        claims(space, defaults)(False, "")
+
+
+@pytest.mark.parametrize("injected", ["# Parameters\nrun_dir = 'run'", "# Parameters\nnum_prompts = 16"])
+def test_an_accept_rate_under_the_floor_fails_the_default_run_of_03_alone(injected):
+    cells = code_cells("03_train")
+    (asserting,) = (line for cell in cells for line in cell.splitlines() if line.startswith("claim = claims("))
+    (judging,) = (cell for cell in cells if "is under 0.28" in cell)
+    step_by_step = SimpleNamespace(accept_rate=0.04, mat=1.04)
+    space = {"In": [cells[0], injected], "claims": claims, "config": SimpleNamespace(schedule="kl_to_rl"),
+             "rates": {"untrained": 0.037, "kl_to_rl": 0.062}, "before": step_by_step, "after": step_by_step}  # fmt: skip
+    for cell in (*space["In"], asserting):
+        exec(cell, space)
+    if "run_dir" in injected:
+        with pytest.raises(AssertionError, match="accept rate 0.062 is under 0.28"):
+            exec(judging, space)
+    else:
+        exec(judging, space)
 
 
 @pytest.mark.real
@@ -164,8 +219,7 @@ def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
 def test_bad_parameters_stop_the_others(tmp_path, monkeypatch, notebook, parameter, message):
     """Their cells are executed here, with the cell that papermill would put behind the first, to save a kernel each."""
     monkeypatch.chdir(tmp_path)
-    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    sources = code_cells(notebook)
     space = {"In": []}
     with pytest.raises(DvirlError, match=message):
         for source in (sources[0], f"# Parameters\n{parameter}", *sources[1:]):

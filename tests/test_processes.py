@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from test_models import save_tiny
 from test_trainer import tiny_settings
 
-from dvirl import trainer
 from dvirl.runs import checkpoint, errors
 from dvirl.runs import folder as run_folder
 from dvirl.runs.checkpoint import newest, verify
@@ -144,9 +143,9 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
     def work(rank):
         if rank:
             for owner, name in (
-                (checkpoint, "write_text"),
+                (checkpoint, "save_file"),
                 (checkpoint, "atomic_directory"),
-                (trainer, "held"),
+                (run_folder, "run_lock"),
                 (run_folder, "write_text"),
             ):
                 monkeypatch.setattr(owner, name, None)

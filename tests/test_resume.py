@@ -39,8 +39,8 @@ from dvirl.trainer import DVITrainer, resume
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (trainer, "cut_log"), (trainer, "log_line"), (DVITrainer, "_judge"), (DVITrainer, "step"),
-          (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
-          (run_folder, "_discard"), (checkpoint, "write_text"), (run_log, "write_text"), (os, "replace"),
+          (checkpoint, "save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
+          (run_folder, "discard"), (run_folder, "write_text"), (run_log, "write_text"), (os, "replace"),
           (sgp, "cut_log"), (sgp, "log_line"), (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 

@@ -20,7 +20,6 @@ from test_processes import in_processes
 
 from dvirl import cli
 from dvirl.evaluation import runner
-from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.equal import compare_files
 from dvirl.evaluation.measure import Answer
 from dvirl.evaluation.methods import METHODS
@@ -29,6 +28,7 @@ from dvirl.evaluation.rejections import read_trace
 from dvirl.evaluation.runner import EvalConfig, answer_question, refuse_longer
 from dvirl.evaluation.spec_bench import answer_row, answer_table, measures, resume_answers
 from dvirl.models import loading
+from dvirl.models.drafters import open_draft
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import log_line
 

@@ -79,7 +79,7 @@ def test_events_by_hand(tmp_path):
         block(10, (1,)),
         block(11, (2, 3, 4), [2, 3, 5, 6], [0.91239, 0.5, NAN, NAN], 2),  # the fourth draft is not scored
         block(14, (5,)),
-        block(15, (6, 7, 4), [6, 7], [0.25, 1.0], 2).end_at((7,)),
+        block(15, (6, 7, 4), [6, 7], [0.25, 1.0], 2).cut_at_end((7,)),
         block(17, (8,), [3], [0.125], 0),
     ]
     line = accept_events(blocks, WORDS.__getitem__, **ABOUT, turn=1)

@@ -1,4 +1,4 @@
-"""Prompts that the model writes itself: user turns sampled behind the chat template's header (arXiv 2406.08464)."""
+"""Prompts that the model writes itself: user turns sampled after the chat template's header (arXiv 2406.08464)."""
 
 import json
 import random
@@ -27,11 +27,11 @@ TOP_P = 0.95
 
 
 CANDIDATES = 512
-"""Likeliest tokens among which the nucleus is sought, so that a large batch need not be sorted whole."""
+"""Number of likeliest tokens in which the nucleus is looked for, so that not all logits of a large batch are sorted."""
 
 
 TURN_TOKENS = 96
-"""Length limit of a turn behind its opener; turns that reach it are left out."""
+"""Length limit of a turn after its opener; turns that reach it are left out."""
 
 
 SHORTEST = 4
@@ -43,11 +43,17 @@ def top_p_sampler(generator: torch.Generator, temperature: float, top_p: float) 
 
     def sample(logits: Tensor) -> Tensor:
         probabilities = (logits / temperature).softmax(dim=-1)
-        likeliest, order = probabilities.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
-        below = likeliest.cumsum(dim=-1)
-        kept = (likeliest * (below - likeliest <= top_p)).cumsum(dim=-1)
-        draw = torch.rand(len(kept), 1, generator=generator, device=generator.device).to(kept.device) * kept[:, -1:]
-        return order.gather(1, torch.searchsorted(kept, draw, right=True).clamp(max=order.shape[1] - 1)).squeeze(1)
+        candidates = min(CANDIDATES, logits.shape[-1])
+        likeliest, tokens = probabilities.topk(candidates, dim=-1)
+        # The nucleus: a token is in it if the likelier ones together have no more than top_p.
+        likelier = likeliest.cumsum(dim=-1) - likeliest
+        cumulative = (likeliest * (likelier <= top_p)).cumsum(dim=-1)
+        # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform draw.
+        uniform = torch.rand(len(logits), 1, generator=generator, device=generator.device)
+        threshold = uniform.to(logits.device) * cumulative[:, -1:]
+        index = torch.searchsorted(cumulative, threshold, right=True)
+        index = index.clamp(max=candidates - 1)
+        return tokens.gather(1, index).squeeze(1)
 
     return sample
 
@@ -63,8 +69,10 @@ class Openers:
     """
 
     def __init__(self, kinds: Sequence[str] | None = None) -> None:
-        table: dict[str, Any] = yaml.safe_load((resources.files("dvirl.data") / "openers.yaml").read_text("utf-8"))
-        self.names, self.topics = table.pop("names"), table.pop("topics")
+        text = (resources.files("dvirl.data") / "openers.yaml").read_text("utf-8")
+        table: dict[str, Any] = yaml.safe_load(text)
+        self.names = table.pop("names")
+        self.topics = table.pop("topics")
         unknown = set(kinds or ()) - set(table)
         if unknown:
             raise DvirlError(f"unknown kind of prompt {', '.join(sorted(unknown))}; known are {', '.join(table)}")
@@ -72,55 +80,70 @@ class Openers:
 
     def draw(self, rng: random.Random) -> str:
         """One beginning."""
-        kind = rng.choices(list(self.table), [entry["share"] for entry in self.table.values()])[0]
+        shares = [entry["share"] for entry in self.table.values()]
+        kinds = list(self.table)
+        (kind,) = rng.choices(kinds, shares)
         opener: str = rng.choice(self.table[kind]["openers"])
         name, other = rng.sample(self.names, 2)
-        filled = opener.format(name=name, other=other, n=rng.randint(2, 60), topic=rng.choice(self.topics))
+        filled = opener.format(
+            name=name,
+            other=other,
+            n=rng.randint(2, 60),
+            topic=rng.choice(self.topics),
+        )
         return filled.rstrip(" ")
 
 
 def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) -> list[tuple[int, ...]]:
-    """Let the model go on from each context to the end of the turn, sampled.
+    """Let the model sample the rest of a user's turn after each context.
 
     Returns:
-        Contexts with their turns and the header of the answer behind; without those whose turn did not end, is
-        shorter than `SHORTEST`, or holds a control token.
+        Each context with its turn and the header of the answer. A turn that does not end, is shorter than `SHORTEST`
+        or holds a control token is left out.
     """
     _, answer, _ = loaded.chat.frame()
     generator = torch.Generator(loaded.model.device).manual_seed(seed)
     sampler = top_p_sampler(generator, TEMPERATURE, TOP_P)
     rollout = generate(loaded.model, contexts, TURN_TOKENS, loaded.eos_ids, sampler=sampler, keep_states=False)
-    special, ends = set(loaded.tokenizer.all_special_ids), set(loaded.eos_ids)
-    return [
-        (*context, *tokens[:-1], *answer)
-        for context, tokens in zip(contexts, rollout.responses(), strict=True)
-        if len(tokens) > SHORTEST and tokens[-1] in ends and not special & set(tokens[:-1])
-    ]
+    special = set(loaded.tokenizer.all_special_ids)
+    turns = []
+    for context, tokens in zip(contexts, rollout.responses(), strict=True):
+        *turn, last = tokens
+        if last in loaded.eos_ids and len(turn) >= SHORTEST and special.isdisjoint(turn):
+            turns.append((*context, *turn, *answer))
+    return turns
 
 
 def write_prompts(
-    loaded: LoadedModel, count: int, seed: int, openers: Openers | None = None, batch: int = 0
+    loaded: LoadedModel,
+    count: int,
+    seed: int,
+    openers: Openers | None = None,
+    batch: int = 0,
 ) -> list[list[int]]:
-    """Prompts of one user turn each, encoded, without repeats.
+    """Prompts of one user turn each, as token ids, without repeats.
 
     Args:
-        loaded: writes them.
-        count: how many.
+        loaded: the model that writes them.
+        count: number of prompts.
         seed: of openers and samples.
-        openers: how they begin; all of the packaged ones if not given.
-        batch: turns sampled at once; 0 for 64 on a CPU and up to 1024 elsewhere.
+        openers: how the prompts begin; all packaged openers if not given.
+        batch: number of turns sampled at once; 0 for 64 on a CPU and up to 1024 elsewhere.
 
     Raises:
-        DvirlError: if the model's chat format has no user turns, or too few turns pass.
+        DvirlError: if the model's chat format has no user turns, or if too few turns are usable.
     """
     start, _, _ = loaded.chat.frame()
-    batch = batch or (64 if loaded.model.device.type == "cpu" else min(1024, count + 64))
-    openers, rng = openers or Openers(), random.Random(f"{seed}/openers")
+    if not batch:
+        on_cpu = loaded.model.device.type == "cpu"
+        batch = 64 if on_cpu else min(1024, count + 64)
+    openers = openers or Openers()
+    rng = random.Random(f"{seed}/openers")
     prompts: dict[tuple[int, ...], None] = {}
     with tqdm(total=count, desc="writing prompts", unit="prompt", leave=False) as bar:
-        for turn in range(4 + 8 * count // batch):
+        for attempt in range(4 + 8 * count // batch):
             contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(batch)]
-            for prompt in sample_turns(loaded, contexts, seed + turn):
+            for prompt in sample_turns(loaded, contexts, seed + attempt):
                 if len(prompts) < count:
                     prompts.setdefault(prompt)
             bar.update(len(prompts) - bar.n)
@@ -168,7 +191,10 @@ def main(config: PromptsConfig) -> Path:
     loaded = load(config.model_name, config.dtype, config.device)
     start, answer, _ = loaded.chat.frame()
     batch = min(64, 4 * config.each)
-    written = [write_prompts(loaded, config.each, config.seed, Openers([kind]), batch) for kind in kinds]
+    written = []
+    for kind in kinds:
+        prompts = write_prompts(loaded, config.each, config.seed, Openers([kind]), batch)
+        written.append(prompts)
     rows: list[str] = []
     for in_turn in zip(*written, strict=True):
         for kind, prompt in zip(kinds, in_turn, strict=True):

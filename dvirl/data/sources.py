@@ -1,4 +1,4 @@
-"""Prompts: readers for every source, and one stream whose position can be saved and restored."""
+"""Where prompts come from: readers of files, of hub data sets and of the packaged conversations."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text
+from dvirl.runs.settings import has_type
 
 Parsed = TypeVar("Parsed")
 
@@ -41,26 +42,27 @@ class Prompt:
     def key(self) -> str:
         """Equal for prompts that differ only in case, punctuation and white space."""
         text = " ".join(self.turns)
-        kept = "".join(one if one.isalnum() or category(one)[0] == "M" else " " for one in text.lower())
-        return " ".join(kept.split()) or text
+        letters = [letter if letter.isalnum() or category(letter)[0] == "M" else " " for letter in text.lower()]
+        return " ".join("".join(letters).split()) or text  # a text of punctuation alone is its own key
 
 
 def read_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON array, a JSONL file, or a hub data set, each with its place for messages.
+    """Rows of a JSON array, a JSONL file or a hub data set, each after its place, which messages name.
+
+    For a line that is not JSON, the row is the error.
 
     Raises:
-        DvirlError: if there is no such file or data set; a line that is no JSON is a row that holds the error.
+        DvirlError: if there is no such file or data set.
     """
-    path = Path(source)
-    if not os.path.exists(source):  # which says no, where Path's raises, of a name that is too long
+    if not os.path.exists(source):  # of a name that is too long it says no, where Path.exists raises
         yield from _read_hub(source)
         return
-    text = read_text(path)
+    text = read_text(source)
     if text.lstrip().startswith("["):
-        rows = parse_line(str(path), text)
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+        for number, row in enumerate(parse_line(source, text), start=1):
+            yield f"{source}: row {number}", row
         return
-    for where, line in numbered(path, text):
+    for where, line in numbered(source, text):
         try:
             yield where, parse_line(where, line)
         except DvirlError as error:
@@ -79,29 +81,36 @@ def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
         rows = load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(islice(rows, HUB_ROWS), start=1):
             yield f"{name}: row {number}", row
-    except Exception as error:  # datasets raises a dozen kinds for what is all one thing to the user
+    except Exception as error:  # datasets raises a dozen kinds of error that mean the same to the user
         reason = " ".join(str(error).split())
         raise DvirlError(f"{name!r}: no such file, and no readable data set on the hub ({reason})") from error
 
 
 def _text(row: Any, key: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
+    text = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
         raise DvirlError(f"expected an object with a non-empty string {key!r}")
-    return str(row[key])
+    return text
 
 
 def _texts(values: Any, what: str) -> tuple[str, ...]:
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+    if not has_type(values, list[str]) or not values or not all(text.strip() for text in values):
         raise DvirlError(f"expected {what!r} to be a list of non-empty strings")
     return tuple(values)
 
 
+def _category(row: dict[str, Any]) -> str:
+    category = row.get("category") or ""
+    if not isinstance(category, str):
+        raise DvirlError("expected 'category' to be a string")
+    return category
+
+
 def parse_sharegpt(row: Any) -> Prompt:
     """`{"conversations": [{"from": "human", "value": …}, …]}`: its first human turn."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list):
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise DvirlError("expected an object with a list 'conversations'")
-    for turn in turns:
+    for turn in row["conversations"]:
         if isinstance(turn, dict) and turn.get("from") in ("human", "user"):
             return Prompt((_text(turn, "value"),))
     raise DvirlError("expected a turn with from 'human'")
@@ -113,18 +122,17 @@ def parse_dolly(row: Any) -> Prompt:
     context = row.get("context") or row.get("input") or ""
     if not isinstance(context, str):
         raise DvirlError("expected 'context' to be a string")
-    category = row.get("category", "")
-    return Prompt((f"{instruction}\n\n{context}" if context.strip() else instruction,), str(category))
+    turn = f"{instruction}\n\n{context}" if context.strip() else instruction
+    return Prompt((turn,), str(row.get("category", "")))
 
 
 def parse_jsonl(row: Any) -> Prompt:
     """`{"prompt": …}`, or `{"turns": [user, assistant, user, …]}` that ends with the user."""
-    if isinstance(row, dict) and "turns" in row:
-        turns = _texts(row["turns"], "turns")
-        if len(turns) % 2 == 0:
-            raise DvirlError(f"'turns' has {len(turns)} entries; expected an odd number, the user's last")
-        return Prompt(turns, str(row.get("category", "")))
-    return Prompt((_text(row, "prompt"),), str(row.get("category", "")))
+    has_turns = isinstance(row, dict) and "turns" in row
+    turns = _texts(row["turns"], "turns") if has_turns else (_text(row, "prompt"),)
+    if len(turns) % 2 == 0:
+        raise DvirlError(f"'turns' has {len(turns)} entries; expected an odd number, the user's last")
+    return Prompt(turns, str(row.get("category", "")))
 
 
 def parse_spec_bench(row: Any) -> list[Prompt]:
@@ -134,9 +142,7 @@ def parse_spec_bench(row: Any) -> list[Prompt]:
     """
     if not isinstance(row, dict) or "question_id" not in row:
         raise DvirlError("expected an object with 'question_id', 'category' and 'turns'")
-    category = row.get("category") or ""
-    if not isinstance(category, str):
-        raise DvirlError("expected 'category' to be a string")
+    category = _category(row)
     return [Prompt((turn,), category) for turn in _texts(row.get("turns"), "turns")]
 
 
@@ -145,9 +151,13 @@ def parse_supervised(row: Any) -> list[Prompt]:
     if not isinstance(row, dict) or "instances" not in row:
         return [replace(parse_dolly(row), response=_text(row, "response"))]
     instances = row["instances"]
-    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
+    if not instances or not has_type(instances, list[dict[str, Any]]):
         raise DvirlError("expected 'instances' to be a list of objects with 'input' and 'output'")
-    return [replace(parse_dolly({**row, **one}), response=_text(one, "output")) for one in instances]
+    prompts = []
+    for instance in instances:
+        prompt = parse_dolly({**row, **instance})
+        prompts.append(replace(prompt, response=_text(instance, "output")))
+    return prompts
 
 
 PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
@@ -163,7 +173,7 @@ PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
 def parsed_rows(
     source: str, parse: Callable[[Any], Parsed], on_bad_row: str = "refuse"
 ) -> Iterator[tuple[str, Parsed]]:
-    """What `parse` makes of each row of a file or hub data set, with its place for messages.
+    """Each row of a file or hub data set, parsed, after its place, which messages name.
 
     Args:
         source: path or hub id.
@@ -198,8 +208,8 @@ def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Pro
         DvirlError: for a malformed row, with its file and line, or when no prompt is left.
     """
     prompts: dict[str, Prompt] = {}
-    for _, found in parsed_rows(source, PARSERS[kind], on_bad_row):
-        for prompt in found if isinstance(found, list) else [found]:
+    for _, parsed in parsed_rows(source, PARSERS[kind], on_bad_row):
+        for prompt in parsed if isinstance(parsed, list) else [parsed]:
             prompts.setdefault(prompt.key, prompt)
     if not prompts:
         raise DvirlError(f"{source}: no prompts found; expected {kind} rows")
@@ -211,7 +221,8 @@ def chatterbot_prompts() -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     folder = Path(str(resources.files("chatterbot_corpus"))) / "data" / "english"
     for file in sorted(folder.glob("*.yml")):
-        for opening, *_, reply in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+        conversations = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+        for opening, *_, reply in conversations:
             prompt = Prompt((str(opening),), file.stem, str(reply))
             prompts.setdefault(prompt.key, prompt)
     return list(prompts.values())

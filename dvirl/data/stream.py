@@ -15,10 +15,14 @@ from dvirl.runs.errors import DvirlError
 
 
 class PromptStream:
-    """Encoded prompts in seeded random order, without end: each pass over the prompts is shuffled anew.
+    """An endless stream of encoded prompts. Each pass over the prompts has another random order, which the seed fixes.
 
-    Without a seed they come in the order given. `position` counts the prompts taken so far; setting it moves the stream
-    there.
+    Args:
+        prompts: token ids of each.
+        seed: of the order; None keeps the order given.
+
+    Attributes:
+        position: number of prompts taken so far; setting it moves the stream there.
 
     Raises:
         DvirlError: if there are no prompts.
@@ -67,7 +71,7 @@ class PromptSplit:
 
 
 def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
-    """Read the configured source, encode it, and keep `held_out` prompts apart.
+    """Read the configured source, encode its prompts, and set `held_out` of them apart.
 
     Raises:
         DvirlError: for a malformed or empty source, or when nothing is left to train on.
@@ -75,13 +79,15 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     encoded = _encoded_prompts(config, loaded)
     most = min(config.max_prompt_tokens, loaded.model.config.max_position_embeddings - config.max_new_tokens)
     short = [ids for ids in encoded if 0 < len(ids) <= most]
-    if left_out := len(encoded) - len(short):
-        tqdm.write(f"left out {left_out} prompts over {most} tokens", file=sys.stderr)
+    if len(short) < len(encoded):
+        tqdm.write(f"left out {len(encoded) - len(short)} prompts over {most} tokens", file=sys.stderr)
     random.Random(config.seed).shuffle(short)
-    if len(short) <= config.held_out:
-        found = f"{config.prompts_source} has {len(short)} prompts"
-        raise DvirlError(f"{found}; held_out={config.held_out} leaves none for training")
-    return PromptSplit(PromptStream(short[config.held_out :], config.seed), short[: config.held_out])
+    held_out = short[: config.held_out]
+    training = short[config.held_out :]
+    if not training:
+        available = f"{config.prompts_source} has {len(short)} prompts"
+        raise DvirlError(f"{available}; held_out={config.held_out} leaves none for training")
+    return PromptSplit(PromptStream(training, config.seed), held_out)
 
 
 def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:

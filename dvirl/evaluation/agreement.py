@@ -59,7 +59,8 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
         right: `[N]`, 1.0 where the prediction was right, else 0.0.
     """
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS, device=confidence.device).index_add_(0, bins, confidence - right)
+    gaps = torch.zeros(BINS, device=confidence.device)  # summed, so that sizes are the weights
+    gaps.index_add_(0, bins, confidence - right)
     return float(gaps.abs().sum() / max(1, len(confidence)))
 
 
@@ -67,11 +68,12 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 def _judge_drafts(model: KangarooModel, responses: Responses) -> Tensor:
     """Confidence, agreement and coverage at each position, `[3, M]`."""
     device = model.head_model.weight.device
-    rows, positions = response_index(responses.prompt_lens, responses.response_lens)
-    verified = responses.tokens[rows, responses.prompt_lens[rows] + positions].long().to(device)
-    logits, _ = draft_logits_at(
-        model, responses.tokens.to(device), responses.prompt_lens.to(device), rows.to(device), positions.to(device)
-    )
+    tokens = responses.tokens.long().to(device)
+    prompt_lens = responses.prompt_lens.to(device)
+    rows, positions = response_index(prompt_lens, responses.response_lens.to(device))
+    verified = tokens[rows, prompt_lens[rows] + positions]
+    # Index 1 of a response is the first token that can be drafted: the prefill gives index 0.
+    logits, _ = draft_logits_at(model, tokens, prompt_lens, rows, positions)
     confidence, index = logits.softmax(dim=-1).max(dim=-1)
     agrees = model.token_ids(index) == verified
     covered = model.draft_index(verified) >= 0
@@ -86,19 +88,23 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         responses: the verifier's greedy answers (`corpus.answer`).
     """
     # Answers of similar length share a batch, so that little of it is padding.
-    order = (responses.prompt_lens + responses.response_lens).argsort()
-    with model.base_model.folded():
-        parts = [_judge_drafts(model, responses.take(rows)) for rows in torch.split(order, BATCH)]
+    lengths = responses.prompt_lens + responses.response_lens
+    order = lengths.argsort()
+    batches = torch.split(order, BATCH)
+    with model.base_model.merged():
+        parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
     confidence, agrees, covered = torch.cat(parts, dim=1)
     counts = (responses.response_lens[order] - 1).clamp(min=0)
-    rates = torch.stack([part.mean() for part in torch.split(agrees.cpu(), counts.tolist())])
+    by_answer = torch.split(agrees.cpu(), counts.tolist())
+    rates = torch.stack([part.mean() for part in by_answer])
+    in_order = rates[order.argsort().cpu()]
     return Agreement(
         rate=float(agrees.mean()),
         confidence=float(confidence.mean()),
         ece=calibration_error(confidence, agrees) if len(agrees) else math.nan,
         covered=float(covered.mean()),
         positions=len(agrees),
-        answers=tuple(rates[order.argsort().cpu()].tolist()),
+        answers=tuple(in_order.tolist()),
     )
 
 
@@ -123,15 +129,20 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
     tables = []
     for layer, state in enumerate(normed):
         logits = base.lm_head(state)
-        rank = 1 + (logits > logits.gather(1, token)).sum(dim=1).cpu()
-        columns = {"layer": layer, "question_id": rows.cpu(), "rank": rank, "accepted": (rank == 1).long()}
+        better = (logits > logits.gather(1, token)).sum(dim=1)
+        columns = {"layer": layer, "question_id": rows.cpu(), "rank": 1 + better.cpu()}
         tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+    lens = pd.concat(tables, ignore_index=True)
+    lens["accepted"] = (lens["rank"] == 1).astype(int)
+    return lens
 
 
 def _sha256(path: str) -> str | None:
     file = Path(path)
-    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" if file.exists() else None
+    if not file.exists():
+        return None
+    digest = hashlib.sha256(file.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -164,14 +175,21 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     config = replace(config, questions=asked_for(config, drafter))
     sets = question_sets(loaded, config.questions, config.own, config.seed)
     found: dict[str, Agreement] = {}
-    for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
-        found[name] = measure_agreement(drafter.model, answer(loaded, prompts, config.max_new_tokens, BATCH))
+    progress = tqdm(sets.items(), desc="answering", unit="set", leave=False)
+    for name, prompts in progress:
+        responses = answer(loaded, prompts, config.max_new_tokens, BATCH)
+        found[name] = measure_agreement(drafter.model, responses)
     figures = {name: asdict(agreement) for name, agreement in found.items()}
-    table = pd.DataFrame.from_dict(figures, orient="index").drop(columns="answers")
-    print(table.rename(columns={"rate": "agreement"}).to_string(float_format="{:.3f}".format))
+    table = pd.DataFrame.from_dict(figures, orient="index")
+    table = table.rename(columns={"rate": "agreement"}).drop(columns="answers")
+    print(table.to_string(float_format="{:.3f}".format))
     if config.out:
         paths = [from_here(drafter.folder / DRAFTER), *config.questions]
-        files = {path: _sha256(path) for path in paths}
-        content = {"arguments": asdict(config), "files": files, **provenance(loaded), "figures": figures}
+        content = {
+            "arguments": asdict(config),
+            "files": {path: _sha256(path) for path in paths},
+            **provenance(loaded),
+            "figures": figures,
+        }
         write_json(config.out, content)
     return found

@@ -8,6 +8,7 @@ counts; the time in which CUDA graphs are captured is reported apart.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from statistics import fmean, median
 from typing import Any
 
@@ -15,8 +16,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dvirl.evaluation.measure import Answer, in_turn, tally
-from dvirl.evaluation.methods import GENERATE, PLAIN, decode_configs, decoders
+from dvirl.evaluation.measure import Answer, tally
+from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_configs, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.models.drafters import LoadedDrafter, load_drafter
 from dvirl.runs import settings
@@ -67,7 +68,10 @@ class Speed:
 
 @torch.no_grad()
 def compare(
-    drafter: LoadedDrafter, sets: dict[str, list[list[int]]], limit: int, longest: int
+    drafter: LoadedDrafter,
+    sets: dict[str, list[list[int]]],
+    limit: int,
+    longest: int,
 ) -> Iterator[tuple[str, dict[str, Speed]]]:
     """Time every method on every set, and yield each set when it is done.
 
@@ -78,29 +82,25 @@ def compare(
         longest: most drafts of a block.
     """
     model = drafter.model
-    run = decoders([GENERATE, *WAYS], ways(longest), model, drafter.loaded, limit)
-    with model.base_model.folded():
-        first = next(iter(sets.values()))
-        for prompt in first[:WARM_UP]:
+    run = decoders([GENERATE, *WAYS], ways(longest), drafter, limit)
+    with model.base_model.merged():
+        for prompt in next(iter(sets.values()))[:WARM_UP]:
             for decode in run.values():
                 decode(prompt)
         for name, prompts in sets.items():
             costs = model.measure_costs(longest)
-            answers: dict[str, list[Answer]] = {way: [] for way in run}
-            for turn, prompt in enumerate(tqdm(prompts, desc=name, unit="question", leave=False)):
-                for way in in_turn(list(run), turn):
-                    answers[way].append(run[way](prompt))
-            yield name, {way: _speed(answers[way], answers[PLAIN], costs) for way in run}
-
-
-def _expected_s(answer: Answer, costs: StepCosts) -> float:
-    """Seconds that the blocks of an answer should take, without the prefill."""
-    return sum(costs.block(*drafts) for drafts in answer.drafts) / 1e3
+            answers = answer_in_turn(run, prompts, name)
+            speeds = {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
+            yield name, speeds
 
 
 def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts) -> Speed:
     counts = tally(answers)
-    ideals = [_expected_s(answer, costs) / answer.decoding_s for answer in answers if len(answer.blocks) > 1]
+    ideals = []
+    for answer in answers:
+        if len(answer.blocks) > 1:
+            expected_ms = sum(costs.block(*drafts) for drafts in answer.drafts)
+            ideals.append(expected_ms / 1e3 / answer.decoding_s)
     pairs = list(zip(answers, plain, strict=True))
     return Speed(
         tok_per_s=fmean(answer.tok_per_s for answer in answers),
@@ -113,9 +113,25 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
     )
 
 
+def _batch_rate(drafter: LoadedDrafter, batches: Sequence[list[list[int]]], limit: int, how: DecodeConfig) -> float:
+    """Tokens a second of some batches, one after the other; the time of capturing CUDA graphs is left out."""
+    model = drafter.model
+    captured_s = model.base_model.capture_s
+    start = model.now()
+    tokens = 0
+    for batch in batches:
+        decoded = model.generate_batch(batch, limit, how, drafter.loaded.eos_ids)
+        tokens += sum(len(answer.tokens) for answer in decoded)
+    return tokens / (model.now() - start - (model.base_model.capture_s - captured_s))
+
+
 @torch.no_grad()
 def batched(
-    drafter: LoadedDrafter, prompts: list[list[int]], limit: int, rows: int, longest: int
+    drafter: LoadedDrafter,
+    prompts: list[list[int]],
+    limit: int,
+    rows: int,
+    longest: int,
 ) -> dict[str, dict[str, float]]:
     """Tokens a second of `rows` texts at once, and of the same texts one after the other; medians over groups.
 
@@ -129,36 +145,22 @@ def batched(
     Raises:
         DvirlError: if there are fewer prompts than `rows`.
     """
-    model = drafter.model
-    base = model.base_model
-    groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
-    if not groups:
+    if rows > len(prompts):
         raise DvirlError(f"rows is {rows}; expected at most the {len(prompts)} questions")
+    groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
 
-    def rate(batches: Sequence[list[list[int]]], how: DecodeConfig) -> float:
-        captured_s = base.capture_s
-        start = model.now()
-        tokens = 0
-        for batch in batches:
-            decoded = model.generate_batch(batch, limit, how, drafter.loaded.eos_ids)
-            tokens += sum(len(answer.tokens) for answer in decoded)
-        return tokens / (model.now() - start - (base.capture_s - captured_s))
-
+    names = (f"batch {rows} tok_per_s", "batch 1 tok_per_s", "over batch 1")
     figures: dict[str, dict[str, float]] = {}
-    with base.folded():
+    with drafter.model.base_model.merged():
         for way in BATCHED:
             how = ways(longest)[way]
-            rate(groups[:1], how)  # warms up
-            together = []
-            alone = []
+            _batch_rate(drafter, groups[:1], limit, how)  # warms up
+            rates = []
             for group in tqdm(groups, way, leave=False):
-                together.append(rate([group], how))
-                alone.append(rate([[prompt] for prompt in group], how))
-            figures[way] = {
-                f"batch {rows} tok_per_s": median(together),
-                "batch 1 tok_per_s": median(alone),
-                "over batch 1": median(wide / single for wide, single in zip(together, alone, strict=True)),
-            }
+                together = _batch_rate(drafter, [group], limit, how)
+                alone = _batch_rate(drafter, [[prompt] for prompt in group], limit, how)
+                rates.append((together, alone, together / alone))
+            figures[way] = dict(zip(names, pd.DataFrame(rates).median(), strict=True))
     return figures
 
 
@@ -213,19 +215,25 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         _be_hostile(drafter, config.drafter)
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
-    with drafter.model.base_model.folded():
+    with drafter.model.base_model.merged():
         costs = drafter.model.step_costs(max(4, config.draft_len))
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
     print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
     print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
     figures: dict[str, dict[str, Any]] = {}
-    content = {"arguments": asdict(config), **provenance(drafter.loaded), "costs": asdict(costs), "figures": figures}
+    content = {
+        "arguments": asdict(config),
+        **provenance(drafter.loaded),
+        "costs": asdict(costs),
+        "figures": figures,
+    }
 
     def keep() -> None:
         content["capture_s"] = drafter.model.base_model.capture_s
         if config.out:
             write_json(config.out, content)
 
+    # Each set is on disk as soon as it is done: a long bench may be cut off.
     found: dict[str, dict[str, Speed]] = {}
     for name, speeds in compare(drafter, sets, config.max_new_tokens, config.draft_len):
         found[name] = speeds
@@ -233,7 +241,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         print(f"{name}\n{table(figures[name])}", flush=True)
         keep()
     if config.rows:
-        everything = [prompt for prompts in sets.values() for prompt in prompts]
+        everything = [*chain(*sets.values())]
         content["batched"] = batched(drafter, everything, config.max_new_tokens, config.rows, config.draft_len)
         print(table(content["batched"]))
         keep()

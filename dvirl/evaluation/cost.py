@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from dvirl import plots
-from dvirl.evaluation.measure import Answer, tally, timed
+from dvirl.evaluation.measure import tally
+from dvirl.evaluation.methods import answer_in_turn, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
@@ -87,19 +89,22 @@ def recommend(costs: StepCosts, acceptance: float) -> tuple[int, float]:
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyExitLlamaForCausalLM:
     """A model of the named shape with random weights, made in place."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = EarlyExitLlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
-    finally:
-        torch.set_default_dtype(before)
+    # Weights are made in their dtype on the device: float32 ones on the CPU first would take twice the memory.
+    with device:
+        model = EarlyExitLlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), torch_dtype=dtype)
+    assert isinstance(model, EarlyExitLlamaForCausalLM)
     model.requires_grad_(False).eval()
     return model
 
 
 @torch.no_grad()
-def costs_of(model: KangarooModel, longest: int, context: int, rows: int, acceptance: float) -> Cost:
+def costs_of(
+    model: KangarooModel,
+    longest: int,
+    context: int,
+    rows: int,
+    acceptance: float,
+) -> Cost:
     """Measure one exit layer.
 
     Args:
@@ -195,23 +200,23 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
     """Compare the cost model with the clock on a drafter's own questions, at some draft lengths."""
     drafter = load_drafter(config.check, dtype=config.dtype, device=config.device)
     model = drafter.model
-    eos_ids = drafter.loaded.eos_ids
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
-    prompts = spread([prompt for prompts in sets.values() for prompt in prompts], config.num_questions)
-    answers: dict[int, list[Answer]] = {count: [] for count in (0, *lengths)}
-    with model.base_model.folded():
+    prompts = spread([*chain(*sets.values())], config.num_questions)
+    configs = {str(count): DecodeConfig(count) for count in (0, *lengths)}
+    run = decoders([*configs], configs, drafter, config.max_new_tokens)
+    with model.base_model.merged():
         costs = model.step_costs(max(lengths))
-        for prompt in [prompts[0], *tqdm(prompts, desc="checking", unit="question", leave=False)]:
-            for count, given in answers.items():
-                given.append(timed(model, prompt, config.max_new_tokens, DecodeConfig(count), eos_ids))
-    speeds: dict[int, float] = {}
+        answers = answer_in_turn(run, [prompts[0], *prompts], "checking")
+
+    def speed(count: int) -> float:
+        counted = answers[str(count)][1:]  # the first one warmed up
+        tokens = sum(len(answer.tokens) - 1 for answer in counted)  # the prefill gives the first
+        return tokens / sum(answer.decoding_s for answer in counted)
+
     checked = []
-    for count, (_, *given) in answers.items():  # the first one warmed up
-        tokens = sum(len(answer.tokens) - 1 for answer in given)
-        speeds[count] = tokens / sum(answer.decoding_s for answer in given)
-        if count:
-            rate = tally(given).accept_rate
-            checked.append(Checked(count, rate, costs.speedup(rate, count), speeds[count] / speeds[0]))
+    for count in lengths:
+        rate = tally(answers[str(count)][1:]).accept_rate
+        checked.append(Checked(count, rate, costs.speedup(rate, count), speed(count) / speed(0)))
     return checked
 
 
@@ -225,7 +230,7 @@ def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
     """The costs of every exit layer and context, and what they depend on."""
     device = resolve_device(config.device)
     circumstances: dict[str, Any] = {}
-    if config.model_name in SHAPES:
+    if config.model_name in SHAPES:  # no file, and so no provenance
         base = random_model(config.model_name, resolve_dtype(config.dtype, device), device)
     else:
         loaded = load(config.model_name, config.dtype, config.device)

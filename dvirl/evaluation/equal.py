@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.data.sources import parsed_rows
-from dvirl.evaluation.acceptance import open_draft
 from dvirl.evaluation.questions import MeasureSettings, Question, prompts_of, question_sets, read_questions
 from dvirl.evaluation.spec_bench import parse_answer
+from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.runs import settings
@@ -60,6 +60,7 @@ class Difference:
 
 def resolution(dtype: torch.dtype, value: float) -> float:
     """The step from a number to the next one that the dtype can hold."""
+    # A dtype has the same number of steps between any two powers of 2.
     exponent = math.floor(math.log2(max(abs(value), torch.finfo(dtype).tiny)))
     return float(2.0**exponent * torch.finfo(dtype).eps)
 
@@ -98,6 +99,7 @@ def compare(
     else:
         logits = logits_after(shared)
         best = float(logits.max())
+        # Rounding can exchange tokens whose exact logits are closer than a step, and no others.
         gap = best - float(logits[[first, second]].min())
         step = resolution(dtype, best)
         if gap <= step:
@@ -108,7 +110,12 @@ def compare(
     return Difference(question, position, first, second, gap, step, verdict, reason)
 
 
-def _judge_end(shared: Sequence[int], shorter: str, limit: int, eos_ids: Sequence[int]) -> tuple[str, str]:
+def _judge_end(
+    shared: Sequence[int],
+    shorter: str,
+    limit: int,
+    eos_ids: Sequence[int],
+) -> tuple[str, str]:
     """Verdict and reason where one answer has ended and the other goes on."""
     if shared and shared[-1] in eos_ids:
         return "stop rule", "one goes on after the end-of-sequence token"
@@ -117,7 +124,12 @@ def _judge_end(shared: Sequence[int], shorter: str, limit: int, eos_ids: Sequenc
     return "error", f"the {shorter} is truncated"
 
 
-def _judge_tokens(first: int, second: int, best: int, eos_ids: Sequence[int]) -> tuple[str, str]:
+def _judge_tokens(
+    first: int,
+    second: int,
+    best: int,
+    eos_ids: Sequence[int],
+) -> tuple[str, str]:
     """Verdict and reason where two tokens differ and are no tie."""
     if best in eos_ids and best in (first, second):
         return "stop rule", "one goes on where the end of the sequence was due"
@@ -127,7 +139,12 @@ def _judge_tokens(first: int, second: int, best: int, eos_ids: Sequence[int]) ->
 
 
 @torch.no_grad()
-def last_logits(model: KangarooModel, prompt: Sequence[int], shared: Sequence[int], target: str = "base") -> Tensor:
+def last_logits(
+    model: KangarooModel,
+    prompt: Sequence[int],
+    shared: Sequence[int],
+    target: str = "base",
+) -> Tensor:
     """The verifier's logits `[V]` after a prompt and the answer so far, computed without a cache."""
     base = model.base_model
     ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
@@ -171,7 +188,7 @@ def compare_decoders(
     dtype = model.head_model.weight.dtype
     plain = DecodeConfig(draft_len=0, target=how.target, deterministic=how.deterministic)
     comparisons = []
-    with model.base_model.folded():
+    with model.base_model.merged():
         for name, part in prompts.items():
             for index, prompt in enumerate(tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)):
                 reference = model.generate(prompt, limit, plain, eos_ids).tokens
@@ -210,7 +227,12 @@ def _whole(question: str, reason: str) -> Difference:
 
 
 def compare_files(
-    reference: str, candidate: str, questions: Sequence[str], loaded: LoadedModel, dtype: torch.dtype, limit: int
+    reference: str,
+    candidate: str,
+    questions: Sequence[str],
+    loaded: LoadedModel,
+    dtype: torch.dtype,
+    limit: int,
 ) -> Report:
     """Compare two answer files turn by turn; after a difference later turns are left out.
 
@@ -227,53 +249,46 @@ def compare_files(
     theirs, repeated_theirs = read_answers(candidate)
     asked = {str(question.question_id): question for path in questions for question in read_questions(path, True)}
     model = KangarooModel(loaded.model, EARLY_STOP_LAYER=1)
-    judge = partial(compare, limit=limit, eos_ids=loaded.eos_ids, dtype=dtype)
     differences = [*repeated, *repeated_theirs]
     differences += [_whole(name, "missing") for name in own if name not in theirs]
     differences += [_whole(name, "extra, the reference has no such answer") for name in theirs if name not in own]
-    different = {difference.question for difference in differences}
     both = [name for name in own if name in theirs]
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
-        found = _first_difference(own[name], theirs[name], loaded, limit)
-        if found is None:
+        # 1) Answers of other lengths differ as a whole.
+        turns = own[name]["turns"]
+        if len(theirs[name]["turns"]) != len(turns):
+            differences.append(_whole(name, f"{len(theirs[name]['turns'])} turns, the reference has {len(turns)}"))
             continue
-        different.add(name)
-        if isinstance(found, str):
-            differences.append(_whole(name, found))
-            continue
-        turn, first, second = found
-        after = _logits_after(model, loaded, asked.get(name), own[name]["turns"][:turn])
-        difference = judge(f"{name}, turn {turn + 1}", first, second, logits_after=after)
-        differences += [difference] if difference else []
-    identical = [name for name in both if name not in different]
-    return Report(len(own | theirs), len(identical), differences)
+        # 2) The first turn that differs changes the prompts of those after it.
+        pairs = zip(*_turn_ids([own[name], theirs[name]], loaded, limit), strict=True)
+        for turn, (first, second) in enumerate(pairs):
+            after = _logits_after(model, loaded, asked.get(name), turns[:turn])
+            found = compare(f"{name}, turn {turn + 1}", first, second, limit, loaded.eos_ids, dtype, after)
+            if found:
+                differences.append(found)
+                break
+    different = {found.question.split(", turn ")[0] for found in differences}
+    return Report(len(own | theirs), len(set(both) - different), differences)
 
 
 def _logits_after(
     model: KangarooModel, loaded: LoadedModel, question: Question | None, answers: Sequence[str]
 ) -> LogitsAfter | None:
     """The model's logits in the turn after these answers; None if its question is not known."""
-    prompts = prompts_of(question, answers, loaded) if question else []
-    return partial(last_logits, model, prompts[-1]) if len(prompts) > len(answers) else None
+    if question is None or len(question.turns) <= len(answers):
+        return None
+    return partial(last_logits, model, prompts_of(question, answers, loaded)[-1])
 
 
-def _first_difference(
-    reference: dict[str, Any], candidate: dict[str, Any], loaded: LoadedModel, limit: int
-) -> tuple[int, list[int], list[int]] | str | None:
-    """The first turn with different token ids, and these ids; in words, if one answer has fewer turns."""
-    num_turns = len(reference["turns"])
-    if len(candidate["turns"]) != num_turns:
-        return f"{len(candidate['turns'])} turns, the reference has {num_turns}"
+def _turn_ids(answers: Sequence[dict[str, Any]], loaded: LoadedModel, limit: int) -> list[list[list[int]]]:
+    """The token ids of every turn of each answer."""
     # Texts only stand in for ids: different ids may decode to the same text.
-    exact = all(len(answer.get("tokens") or ()) == num_turns for answer in (reference, candidate))
-    for turn in range(num_turns):
-        first, second = (
-            answer["tokens"][turn] if exact else _encode(answer["turns"][turn], loaded, limit)
-            for answer in (reference, candidate)
-        )
-        if first != second:
-            return turn, first, second
-    return None
+    if all(len(answer.get("tokens") or ()) == len(answer["turns"]) for answer in answers):
+        return [answer["tokens"] for answer in answers]
+    ids = []
+    for answer in answers:
+        ids.append([_encode(text, loaded, limit) for text in answer["turns"]])
+    return ids
 
 
 def _encode(text: str, loaded: LoadedModel, limit: int) -> list[int]:

@@ -30,6 +30,12 @@ def generate_forward(model: LlamaForCausalLM, prompt: Sequence[int], limit: int,
     prompt_ids = torch.tensor([list(prompt)], device=model.device)
     ends = list(eos_ids)
     start = time.perf_counter()
-    output = model.generate(prompt_ids, max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    output = model.generate(
+        prompt_ids,
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
     tokens = output[0, len(prompt) :].tolist()  # waits for the device
     return Answer(tokens, time.perf_counter() - start)

@@ -71,7 +71,7 @@ def measure_acceptance(
         show_progress: draw a progress bar.
     """
     answers: list[Answer] = []
-    with model.base_model.folded():
+    with model.base_model.merged():
         for prompt in tqdm(prompts, desc="decoding", unit="prompt", disable=not show_progress, leave=False):
             answers.append(kangaroo_forward(model, prompt, max_new_tokens, settings, eos_ids))
     counts = tally(answers)

@@ -29,7 +29,7 @@ class Answer:
     @property
     def accept_lengths(self) -> list[int]:
         """Tokens that each verification committed, without the prefill; one each if there are no blocks."""
-        if self.blocks:
+        if self.blocks:  # the first one is the prefill
             return [block.block_len for block in self.blocks[1:]]
         return [1] * (len(self.tokens) - 1)
 
@@ -44,6 +44,7 @@ class Answer:
         """Negative log-likelihood of the tokens under the verifier, in nats; NaN without blocks."""
         if not self.blocks:
             return math.nan
+        # A verifier's confidence covers the whole block; what was rejected is not part of the answer.
         committed = [block.verifier_confidence[: block.block_len].tolist() for block in self.blocks]
         return -sum(math.log(chance) for chances in committed for chance in chances)
 

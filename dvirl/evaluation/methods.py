@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from tqdm import tqdm
+
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
-from dvirl.evaluation.measure import Answer, timed
-from dvirl.models.loading import LoadedModel
+from dvirl.evaluation.measure import Answer, in_turn, timed
+from dvirl.models.drafters import Draft
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.kangaroo_model import KangarooModel
 
 GENERATE = "generate"
 """Hugging Face's greedy decoding."""
@@ -40,31 +41,56 @@ def decode_configs(
         PLAIN: DecodeConfig(0, target=target),
         # Prompt lookup (Saxena 2023): drafts what followed the same n-gram earlier in the text.
         "pld": adaptive(source="lookup"),
+        # Kangaroo's second exit: a doubtful draft ends its block.
         "kangaroo": DecodeConfig(kangaroo_steps, kangaroo_threshold, target),
         "fixed": DecodeConfig(fixed_len, target=target),
         # The draft that DVI trained, in blocks as long as they pay.
         "dvi": adaptive(),
+        # Block by block, whichever of the two promises more.
         "hybrid": adaptive(source="hybrid"),
     }
 
 
 def decoders(
-    names: Sequence[str], configs: Mapping[str, DecodeConfig], model: KangarooModel, loaded: LoadedModel, limit: int
+    names: Sequence[str],
+    configs: Mapping[str, DecodeConfig],
+    draft: Draft,
+    limit: int,
 ) -> dict[str, Method]:
     """The methods as functions from a prompt to a timed answer.
 
     Args:
         names: which of them, in this order; GENERATE, or names of `configs`.
         configs: how our own methods draft.
-        model: drafts and verifies.
-        loaded: the same model with its tokenizer.
+        draft: drafts and verifies.
         limit: most tokens of an answer.
     """
+    eos_ids = draft.loaded.eos_ids
     methods: dict[str, Method] = {}
     for name in names:
         if name == GENERATE:
-            decode = partial(generate_forward, hugging_face(loaded), limit=limit, eos_ids=loaded.eos_ids)
+            decode = partial(generate_forward, hugging_face(draft.loaded), limit=limit, eos_ids=eos_ids)
         else:
-            decode = partial(timed, model, limit=limit, settings=configs[name], eos_ids=loaded.eos_ids)
+            decode = partial(timed, draft.model, limit=limit, settings=configs[name], eos_ids=eos_ids)
         methods[name] = decode
     return methods
+
+
+def answer_in_turn(
+    run: Mapping[str, Method], prompts: Sequence[Sequence[int]], progress: str
+) -> dict[str, list[Answer]]:
+    """Answer every prompt by every method, in a changing order.
+
+    Args:
+        run: the methods by name.
+        prompts: token ids.
+        progress: text of the progress bar.
+
+    Returns:
+        The answers of each method, in the order of the prompts.
+    """
+    answers: dict[str, list[Answer]] = {name: [] for name in run}
+    for turn, prompt in enumerate(tqdm(prompts, desc=progress, unit="question", leave=False)):
+        for name in in_turn(list(run), turn):
+            answers[name].append(run[name](prompt))
+    return answers

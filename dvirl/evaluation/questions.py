@@ -47,9 +47,10 @@ class MeasureSettings(Settings):
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
     """`count` of the items at equal distances; all of them if there are no more, or if `count` is 0."""
-    if not 0 < count < len(items):
+    total = len(items)
+    if not 0 < count < total:
         return list(items)
-    return [items[round(step * len(items) / count)] for step in range(count)]
+    return [items[round(step * total / count)] for step in range(count)]
 
 
 def asked_for(config: MeasureSettings, drafter: LoadedDrafter) -> list[str]:
@@ -63,7 +64,9 @@ def asked_for(config: MeasureSettings, drafter: LoadedDrafter) -> list[str]:
 def from_here(path: Path) -> str:
     """A path as the working folder sees it, if the path is inside."""
     here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    if path.is_relative_to(here):
+        path = path.relative_to(here)
+    return str(path)
 
 
 def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
@@ -82,9 +85,12 @@ def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int
         raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
     sets: dict[str, list[list[int]]] = {}
     for path in files:
-        sets[path] = [loaded.chat.encode(prompt.turns) for prompt in read_prompts("spec_bench", path)]
+        prompts = read_prompts("spec_bench", path)
+        sets[path] = [loaded.chat.encode(prompt.turns) for prompt in prompts]
+    # Kinds are measured apart: a draft that was distilled on one need not know another.
     for kind in Openers().table if own else ():
-        sets[f"own {kind}"] = write_prompts(loaded, own, seed, Openers([kind]), batch=min(64, 4 * own))
+        openers = Openers([kind])
+        sets[f"own {kind}"] = write_prompts(loaded, own, seed, openers, batch=min(64, 4 * own))
     return sets
 
 

@@ -64,15 +64,23 @@ def token_class(text: str, before: str = "") -> str:
     if not text.strip():
         return "space" if text else "control"
     if any(map(str.isalpha, text)):
-        joins = before[-1:].isalnum() and text.lstrip("'\u2019")[:1].isalnum()
+        first = text.lstrip("'\u2019")[:1]
+        joins = before[-1:].isalnum() and first.isalnum()
         return "word part" if joins else "word"
     if any(map(str.isnumeric, text)):
         return "number"
-    kinds = {unicodedata.category(letter) for letter in "".join(text.split())}
-    return "punctuation" if all(kind[0] == "P" or kind in ("Sc", "Sk", "Sm") for kind in kinds) else "other"
+    categories = {unicodedata.category(letter) for letter in text if not letter.isspace()}
+    symbols = ("P", "Sc", "Sk", "Sm")  # punctuation, currency, modifiers, mathematics
+    if all(category.startswith(symbols) for category in categories):
+        return "punctuation"
+    return "other"
 
 
-def accept_events(blocks: Sequence[Verification], words: Callable[[int], str], **about: Any) -> dict[str, Any]:
+def accept_events(
+    blocks: Sequence[Verification],
+    words: Callable[[int], str],
+    **about: Any,
+) -> dict[str, Any]:
     """The scored drafts of one answer, as a line for `log_line`.
 
     Args:
@@ -99,11 +107,18 @@ def accept_events(blocks: Sequence[Verification], words: Callable[[int], str], *
         confidence = block.draft.confidence.tolist()
         for position in range(block.num_drafted):
             index = block.start - blocks[0].start + position
-            accepted = int(position < block.num_accepted)
-            kind = token_class(texts[index], texts[index - 1])
-            sure = round(confidence[position], 4)
-            rows.append((position, index, accepted, sure, tokens[position], response[index], kind))
-    return dict(to_plain({**about, **pd.DataFrame(rows, columns=[*EVENT]).to_dict("list")}))
+            row = (
+                position,
+                index,
+                int(position < block.num_accepted),
+                round(confidence[position], 4),
+                tokens[position],
+                response[index],
+                token_class(texts[index], texts[index - 1]),
+            )
+            rows.append(row)
+    events = pd.DataFrame(rows, columns=[*EVENT]).to_dict("list")
+    return dict(to_plain({**about, **events}))
 
 
 def read_trace(path: str | Path) -> pd.DataFrame:
@@ -117,7 +132,8 @@ def read_trace(path: str | Path) -> pd.DataFrame:
     for where, line in numbered(path, read_text(path)):
         answer = parse_line(where, line, dict)
         typed = all(has_type(answer.get(name), kind) for name, kind in kinds.items())
-        if not typed or len({len(answer[name]) for name in EVENT}) > 1:
+        lengths = {len(answer[name]) for name in EVENT} if typed else set()
+        if len(lengths) != 1:
             expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
             raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
         answers.append(answer)
@@ -127,8 +143,10 @@ def read_trace(path: str | Path) -> pd.DataFrame:
 def events_table(answers: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row for each scored draft of the lines of `accept_events`; answers without drafts have none."""
     drafted = [answer for answer in answers if answer["at"]]
-    table = pd.DataFrame(drafted, columns=None if drafted else [*ANSWER, *EVENT])
-    return table.explode([*EVENT], ignore_index=True).infer_objects().astype({"confidence": float})
+    if not drafted:
+        return pd.DataFrame(columns=[*ANSWER, *EVENT]).astype({"confidence": float})
+    table = pd.DataFrame(drafted).explode([*EVENT], ignore_index=True)
+    return table.infer_objects().astype({"confidence": float})
 
 
 def judged_events(
@@ -150,24 +168,28 @@ def judged_events(
     drafts = draft_rollout(model, rollout)
     judgement = score_drafts(model, rollout, drafts, how)
     records = judgement.records
+    row = records.row
+    # Records have no confidence of the draft: it is looked up by row and response index.
     _, confidence = choose_tokens(drafts[0])
-    confidence_at = torch.zeros_like(rollout.tokens, dtype=torch.float32)  # [B, R], of all drafts
-    confidence_at[response_index(rollout.prompt_lens, rollout.response_lens)] = confidence
-    before = rollout.tokens[records.row, rollout.prompt_lens[records.row] + records.position - 1]
-    verified = records.verifier_token.tolist()
-    events = {
-        "position": [place for row in judgement.blocks for block in row for place in range(block.num_drafted)],
-        "at": records.position.tolist(),
-        "accepted": records.reward.int().tolist(),
-        "confidence": confidence_at[records.row, records.position].double().round(decimals=4).tolist(),
-        "drafted": records.token.tolist(),
-        "verified": verified,
-        "token_class": [
-            token_class(words(token), words(last)) for token, last in zip(verified, before.tolist(), strict=True)
-        ],
-    }
-    notes = pd.DataFrame(about).iloc[records.row.tolist()].reset_index(drop=True)
-    return notes.assign(**events)
+    confidence_at = torch.zeros_like(rollout.tokens, dtype=torch.float64)
+    confidence_at[response_index(rollout.prompt_lens, rollout.response_lens)] = confidence.double()
+    before = rollout.tokens[row, rollout.prompt_lens[row] + records.position - 1]
+    positions: list[int] = []
+    for blocks in judgement.blocks:
+        for block in blocks:
+            positions += range(block.num_drafted)
+    notes = pd.DataFrame(about)
+    events = notes.iloc[row.tolist()].reset_index(drop=True)
+    events["position"] = positions
+    events["at"] = records.position.tolist()
+    events["accepted"] = records.reward.long().tolist()
+    events["confidence"] = confidence_at[row, records.position].round(decimals=4).tolist()
+    events["drafted"] = records.token.tolist()
+    events["verified"] = records.verifier_token.tolist()
+    texts = map(words, events.verified)
+    texts_before = map(words, before.tolist())
+    events["token_class"] = list(map(token_class, texts, texts_before))
+    return events
 
 
 @dataclass(frozen=True)
@@ -198,17 +220,20 @@ def main(config: TraceConfig) -> dict[str, dict[str, Any]]:
     """
     events = read_trace(config.trace)
     known = list(events.method.unique())
-    if not known or set(config.method or known) - set(known):
-        raise DvirlError(f"{config.trace}: expected drafts of {config.method or 'a method'}; it has {known or 'none'}")
-    events = events[events.method.isin(config.method or known)]
+    methods = config.method or known
+    if not known or not set(methods) <= set(known):
+        expected = config.method or "a method"
+        raise DvirlError(f"{config.trace}: expected drafts of {expected}; it has {known or 'none'}")
+    events = events[events.method.isin(methods)]
     figures: dict[str, dict[str, Any]] = {}
     for name, drafts in events.groupby("method", sort=False):
         print(f"{name}: {drafts.accepted.mean():.3f} of {len(drafts)} scored drafts accepted")
-        figures[str(name)] = {}
+        tables = {}
         for facet in FACETS:
             rates = accept_rates(drafts, facet)
             print(rates.to_string(float_format="{:.3f}".format))
-            figures[str(name)][facet] = rates.reset_index().to_dict("records")
+            tables[facet] = rates.reset_index().to_dict("records")
+        figures[str(name)] = tables
     if config.out:
         write_json(config.out, {"arguments": asdict(config), "figures": figures})
     if config.figure:

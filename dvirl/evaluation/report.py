@@ -29,6 +29,7 @@ def _cell(value: Any) -> str:
         return str(value)
     if pd.isna(value):
         return ""
+    # Three significant digits, about.
     size = abs(value)
     digits = 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:.{digits}f}"
@@ -59,6 +60,7 @@ def recorded(name: str) -> dict[str, Any]:
     if not path.exists():
         raise DvirlError(f"{path}: no such result on record; expected a checkout of the repository that has it")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # Results from before `command` was kept are named after it, and have its arguments.
     words = ["dvirl", name.split("-")[0]]
     for flag, value in content.get("arguments", {}).items():
         if value not in ("", [], None):

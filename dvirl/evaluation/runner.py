@@ -6,7 +6,6 @@ run that was cut off goes on where it stopped.
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -20,7 +19,6 @@ from tqdm import tqdm
 
 from dvirl import plots
 from dvirl.data.examples import make_example
-from dvirl.evaluation.acceptance import Draft, open_draft
 from dvirl.evaluation.measure import Answer, in_turn
 from dvirl.evaluation.methods import GENERATE, METHODS, PLAIN, Method, decode_configs, decoders
 from dvirl.evaluation.questions import Question, prompts_of, read_questions, spread
@@ -28,6 +26,7 @@ from dvirl.evaluation.rejections import accept_events, token_texts
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import OVERALL, Row, answer_row, answer_table, measures, resume_answers
 from dvirl.metrics import verifier_figures, verifier_sums
+from dvirl.models.drafters import Draft, open_draft
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
@@ -38,6 +37,8 @@ from dvirl.runs.settings import Settings, choice, from_namespace, number
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
 """Answers by question id, by method and repeat."""
+Asked = tuple[str, int, Question]
+"""Method, repeat and question of an answer."""
 Line = tuple[str, dict[str, Any]]
 """A file in the folder of the evaluation, and a line to append to it."""
 TRACE = "trace.jsonl"
@@ -114,7 +115,12 @@ def refuse_longer(questions: Sequence[Question], loaded: LoadedModel, limit: int
         _refuse_longer(question, prompts_of(question, unanswered, loaded)[-1], loaded, limit)
 
 
-def _refuse_longer(question: Question, prompt: Sequence[int], loaded: LoadedModel, limit: int) -> None:
+def _refuse_longer(
+    question: Question,
+    prompt: Sequence[int],
+    loaded: LoadedModel,
+    limit: int,
+) -> None:
     context = loaded.model.config.max_position_embeddings
     if len(prompt) + limit > context:
         asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
@@ -140,6 +146,17 @@ def answer_question(
     return texts, answers
 
 
+def _prepare(folder: Path, answers: Answers) -> None:
+    """Drop the trace of answers that the answer files lack, which are given and traced again."""
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        key = (line["method"], line["repeat"])
+        return line["question_id"] in answers.get(key, ())
+
+    keep_lines(folder / TRACE, is_kept)
+    (folder / "answers").mkdir(exist_ok=True)
+
+
 def _read_answers(folder: Path, how: EvalSettings) -> Answers:
     answers: Answers = {}
     for repeat in range(how.repeats):
@@ -152,10 +169,8 @@ def _answer_file(name: str, repeat: int) -> str:
     return f"answers/{name}-{repeat + 1}.jsonl"
 
 
-def missing(
-    questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers
-) -> list[tuple[str, int, Question]]:
-    """Method, repeat and question of every answer that is missing, in the order in which they are to be given."""
+def missing(questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers) -> list[Asked]:
+    """Every answer that is missing, in the order in which they are to be given."""
     return [
         (name, repeat, question)
         for repeat in range(repeats)
@@ -166,7 +181,12 @@ def missing(
 
 
 @torch.no_grad()
-def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, folder: Path) -> tuple[Answers, float]:
+def answer_all(
+    draft: Draft,
+    questions: Sequence[Question],
+    how: EvalSettings,
+    folder: Path,
+) -> tuple[Answers, float]:
     """Answer the questions that the folder has no answers to; each answer is on disk as soon as it is given.
 
     Returns:
@@ -174,31 +194,27 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
     """
     loaded = draft.loaded
     base = draft.model.base_model
+    limit = how.answer_tokens
     configs = decode_configs(how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target)
-    run = decoders(how.methods.split(","), configs, draft.model, loaded, how.answer_tokens)
+    run = decoders(how.methods.split(","), configs, draft, limit)
     processes = Processes(loaded.model.device.type)
     kept = _read_answers(folder, how)
     if processes.first:
-        # An answer that the answer file lacks is given again, and traced again.
-        keep_lines(folder / TRACE, lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()))
-        (folder / "answers").mkdir(exist_ok=True)
+        _prepare(folder, kept)
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), how.repeats, kept)
-    with base.folded():
+    with base.merged():
         for decode in run.values() if left else ():
-            answer_question(questions[0], decode, loaded, how.answer_tokens)  # warms up
+            answer_question(questions[0], decode, loaded, limit)  # warms up
         start = time.perf_counter()
-        decoded_s = -base.capture_s
+        decoded_s = -base.capture_s  # capturing CUDA graphs is part of decoding, not of the overhead
         # Processes that have fewer answers to give still take part in every gathering.
         for index in tqdm(range(processes.largest(len(left))), desc="answering", unit="answer", leave=False):
             lines: list[Line] = []
             if index < len(left):
-                name, repeat, question = left[index]
-                texts, answers = answer_question(question, run[name], loaded, how.answer_tokens)
-                lines = _trace_lines(left[index], answers, words)
-                row = answer_row(question, f"{loaded.name}-{name}", texts, answers)
-                lines.append((_answer_file(name, repeat), row))
-                decoded_s += sum(answer.wall_s for answer in answers)
+                decode = run[left[index][0]]
+                lines, seconds = _answer_lines(left[index], decode, loaded, limit, words)
+                decoded_s += seconds
             for file, line in processes.gathered(lines):
                 if processes.first:
                     log_line(folder / file, line)
@@ -206,32 +222,54 @@ def answer_all(draft: Draft, questions: Sequence[Question], how: EvalSettings, f
     return _read_answers(folder, how), overhead if left else math.nan
 
 
-def _trace_lines(
-    asked: tuple[str, int, Question], answers: Sequence[Answer], words: Callable[[int], str]
-) -> list[Line]:
-    """The accept events of each turn."""
+def _answer_lines(
+    asked: Asked,
+    decode: Method,
+    loaded: LoadedModel,
+    limit: int,
+    words: Callable[[int], str],
+) -> tuple[list[Line], float]:
+    """Answer a question; return what to write of it, the answer after its trace, and the seconds of decoding."""
     method, repeat, question = asked
-    about = {"method": method, "question_id": question.question_id, "category": question.category, "repeat": repeat}
-    return [(TRACE, accept_events(answer.blocks, words, **about, turn=turn)) for turn, answer in enumerate(answers)]
+    texts, answers = answer_question(question, decode, loaded, limit)
+    lines = []
+    for turn, answer in enumerate(answers):
+        events = accept_events(
+            answer.blocks,
+            words,
+            method=method,
+            question_id=question.question_id,
+            category=question.category,
+            turn=turn,
+            repeat=repeat,
+        )
+        lines.append((TRACE, events))
+    row = answer_row(question, f"{loaded.name}-{method}", texts, answers)
+    lines.append((_answer_file(method, repeat), row))
+    return lines, sum(answer.wall_s for answer in answers)
 
 
 # Judging
 
 
-def drifted(draft: Draft, questions: Sequence[Question], answers: dict[int | str, Row]) -> pd.DataFrame:
+def drifted(
+    draft: Draft,
+    questions: Sequence[Question],
+    answers: dict[int | str, Row],
+) -> pd.DataFrame:
     """How far the verifier is from the untouched model on given answers, pooled by task and overall.
 
     Returns:
         `drift_kl` and `drift_tokens` of `metrics.verifier_figures`, by task.
     """
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
+    sums: dict[str, Tensor] = {}
     for question in questions:
         choice = answers[question.question_id]["choices"][0]
         prompts = prompts_of(question, choice["turns"], draft.loaded)
-        for prompt, tokens in zip(prompts, choice["tokens"], strict=True):
-            found = verifier_sums(draft.loaded.model, [make_example(prompt, tokens)], draft.target)
-            sums[question.task] += found
-            sums[OVERALL] += found
+        for turn in zip(prompts, choice["tokens"], strict=True):
+            found = verifier_sums(draft.loaded.model, [make_example(*turn)], draft.target)
+            for task in (question.task, OVERALL):
+                sums[task] = sums.get(task, 0) + found
     rows = [{"task": task, **verifier_figures(total)} for task, total in sums.items()]
     return pd.DataFrame(rows)[["task", "drift_kl", "drift_tokens"]]
 
@@ -260,6 +298,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     if not first:
         return pd.DataFrame()
     figures = measures(answer_table(answers), config.reference, config.seed)
+    # All methods share one verifier: its drift is measured once, on the reference's answers.
     figures = figures.merge(drifted(draft, questions, answers[config.reference, 0]))
     content = {
         "arguments": asdict(config),
@@ -270,10 +309,17 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         "figures": figures.to_dict("records"),
     }
     write_json(folder / "results.json", content)
+    _report(folder, config, content, figures)
+    return figures
+
+
+def _report(folder: Path, config: EvalConfig, content: dict[str, Any], figures: pd.DataFrame) -> None:
+    """Write report.md, report.html and the figure."""
     plots.speedups(figures, config.reference, folder / "speedup.png")
     by_task = figures.pivot(index="method", columns="task", values="speedup")
     by_task = by_task.loc[config.methods.split(","), list(figures.task.unique())]
-    overall = figures[figures.task == figures.task.iloc[-1]].drop(columns="task")
+    last = figures.task.iloc[-1]  # all tasks, or the only one
+    overall = figures[figures.task == last].drop(columns="task")
     parts = [
         describe(content),
         markdown_table(overall.set_index("method")),
@@ -282,7 +328,6 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         "![Speed-up by task and method](speedup.png)",
     ]
     write_report(folder / "report", f"{config.draft} on {config.questions}", parts)
-    return figures
 
 
 parse_args = partial(settings.parse_args, EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures.")

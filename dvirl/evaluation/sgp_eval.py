@@ -76,8 +76,8 @@ def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Accepta
         DvirlError: if the folder holds no run, or nothing was held out.
     """
     checkpoint = newest(run_dir)
-    trainer = DVITrainer(from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml"))
-    config = trainer.config
+    config = from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml")
+    trainer = DVITrainer(config)
     prompts = trainer.split.held_out[: num_prompts or None]
     if not prompts:
         raise DvirlError(f"{run_dir}: the run held out no prompts; expected held_out of at least 1")
@@ -85,27 +85,33 @@ def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Accepta
     def measure(how: DecodeConfig) -> Acceptance:
         return measure_acceptance(trainer.model, prompts, config.max_new_tokens, how, trainer.loaded.eos_ids)
 
+    # 1) The draft before its first step, 2) the newest checkpoint, with drafts and without.
     untrained = measure(config.decode)
     trainer.load_checkpoint(checkpoint)
-    plain = measure(replace(config.decode, draft_len=0))
-    return {"plain": plain, "untrained": untrained, "trained": measure(config.decode)}
+    return {
+        "plain": measure(replace(config.decode, draft_len=0)),
+        "untrained": untrained,
+        "trained": measure(config.decode),
+    }
 
 
 def _compare_run(config: SGPEvalConfig) -> dict[str, Any]:
     """Print and return what a run's held-out prompts show."""
     found = evaluate_run(config.ckpt_dir, config.n_samples)
     figures = {name: {**asdict(acceptance), "responses": None} for name, acceptance in found.items()}
-    shown = ["accept_rate", "mat", "tok_per_s", "num_drafted", "num_tokens"]
-    print(pd.DataFrame.from_dict(figures, orient="index")[shown].to_string(float_format="{:.3f}".format))
+    table = pd.DataFrame.from_dict(figures, orient="index")
+    print(table.drop(columns="responses").to_string(float_format="{:.3f}".format))
     plain = found["plain"].responses
-    equal = sum(first == second for first, second in zip(plain, found["trained"].responses, strict=True))
+    trained = found["trained"].responses
+    equal = sum(first == second for first, second in zip(plain, trained, strict=True))
     print(f"{equal} of {len(plain)} responses equal those of the same verifier without drafts")
     return {"figures": figures, "equal_responses": equal}
 
 
 def _load(config: SGPEvalConfig) -> LoadedDrafter:
-    is_run = (Path(config.ckpt_dir) / "checkpoints").is_dir()
-    folder = newest(config.ckpt_dir) if is_run else config.ckpt_dir
+    folder = Path(config.ckpt_dir)
+    if (folder / "checkpoints").is_dir():
+        folder = newest(folder)
     model = load(config.model_name, config.dtype, config.device) if config.model_name else None
     drafter = load_drafter(folder, model, config.dtype, config.device)
     exit_layer = drafter.loaded.model.exit_layer
@@ -130,7 +136,12 @@ def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:
     for prompt, sample in zip(prompts, samples, strict=True):
         example = make_example(prompt, loaded.chat.encode_response(sample.response))
         sums += verifier_sums(loaded.model, [example], "adapted")
-    figures = {name: getattr(speed, name) for name in ("accept_rate", "mat", "tok_per_s")} | verifier_figures(sums)
+    figures = {
+        "accept_rate": speed.accept_rate,
+        "mat": speed.mat,
+        "tok_per_s": speed.tok_per_s,
+        **verifier_figures(sums),
+    }
     for name, value in figures.items():
         print(f"{name:14} {value:.4g}")
     return {**provenance(loaded), "figures": figures}

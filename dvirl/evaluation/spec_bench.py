@@ -41,7 +41,12 @@ Row = dict[str, Any]
 """The answer to one question, as a line of an answer file has it."""
 
 
-def answer_row(question: Question, model_id: str, texts: Sequence[str], answers: Sequence[Answer]) -> Row:
+def answer_row(
+    question: Question,
+    model_id: str,
+    texts: Sequence[str],
+    answers: Sequence[Answer],
+) -> Row:
     """The answer to all turns of a question, in Spec-Bench's layout and with token ids and counts of drafts."""
     tallies = [tally([answer]) for answer in answers]
     choice: dict[str, Any] = {
@@ -81,8 +86,8 @@ def parse_answer(row: Any) -> Row:
         tokens = choice.get("tokens")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
-    kinds = ((question_id, int | str), (turns, list[str]), (tokens, list[list[int]] | None))
-    if not all(has_type(value, kind) for value, kind in kinds):
+    typed = has_type(question_id, int | str) and has_type(turns, list[str])
+    if not typed or not has_type(tokens, list[list[int]] | None):
         raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
     return dict(row)
 
@@ -93,7 +98,8 @@ def _parse_own_answer(row: Any) -> Row:
         values = choice.get(name)
         if not has_type(values, kind) or len(values) != len(choice["turns"]):
             raise DvirlError(f"choices[0].{name} is {values!r:.60}; expected a list, an entry a turn")
-    if not has_type(choice.get("accept_lengths"), list[int]) or not has_type(row.get("category"), str):
+    named = has_type(row.get("category"), str)
+    if not named or not has_type(choice.get("accept_lengths"), list[int]):
         raise DvirlError("expected a text 'category' and choices[0].accept_lengths, a list of numbers")
     return dict(row)
 
@@ -107,7 +113,7 @@ def resume_answers(path: Path) -> dict[int | str, Row]:
     if not path.exists():
         return {}
     text = read_text(path)
-    if text and not text.endswith("\n"):
+    if text and not text.endswith("\n"):  # the process died while it wrote
         write_text(path, text[: text.rfind("\n") + 1])
     answers: dict[int | str, Row] = {}
     for where, row in parsed_rows(str(path), _parse_own_answer):
@@ -128,6 +134,8 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
     for (method, repeat), answers in files.items():
         for question_id, row in answers.items():
             choice = row["choices"][0]
+            # Other decoders give no likelihoods; a missing one leaves the sum undefined.
+            nll = math.nan if None in choice["nll"] else sum(choice["nll"])
             rows.append(
                 {
                     "method": method,
@@ -138,7 +146,7 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
                     **{name: sum(choice[name]) for name in SUMMED},
                     "committed": sum(choice["accept_lengths"]),
                     "blocks": len(choice["accept_lengths"]),
-                    "nll": math.nan if None in choice["nll"] else sum(choice["nll"]),
+                    "nll": nll,
                     "tokens": str(choice["tokens"]),
                 }
             )
@@ -161,40 +169,40 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
         perplexity of the answers under the verifier that gave them. `identical` counts the answers that are the
         reference's in the same repeat, token for token.
     """
-    parts = list(table.groupby("task", sort=False))
-    if len(parts) > 1:
-        parts.append((OVERALL, table))
-    rows = [row for task, part in parts for row in _task_measures(str(task), part, reference, seed)]
-    return pd.DataFrame(rows)
+    figures = {}
+    for task, part in table.groupby("task", sort=False):
+        figures[str(task)] = _measures_of(part, reference, seed)
+    if len(figures) > 1:
+        figures[OVERALL] = _measures_of(table, reference, seed)
+    return pd.concat(figures, names=["task", "method"]).reset_index()
 
 
-def _task_measures(task: str, table: pd.DataFrame, reference: str, seed: int) -> list[dict[str, Any]]:
-    rates = table.pivot(index="question_id", columns=["method", "repeat"], values="tok_per_s")
-    tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
-    base = rates[reference].to_numpy()  # [questions, repeats]
+def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame:
+    """The figures of every method, by method."""
+    groups = table.groupby("method", sort=False)
+    counts = groups[[*COUNTS]].sum()
+    tallies = [Tally(*row) for row in counts.to_numpy()]
+    rates = groups.tok_per_s.mean()
+    by_repeat = table.pivot_table("tok_per_s", "repeat", "method")  # means
+    by_question = table.pivot_table("tok_per_s", "question_id", "method")
     # The same samples for both sides of a ratio: a question that is slow is slow for every method.
-    samples = np.random.default_rng(seed).integers(len(rates), size=(DRAWS, len(rates)))
-    base_samples = base.mean(axis=1)[samples].mean(axis=1)
-    rows = []
-    for method, answers in table.groupby("method", sort=False):
-        rate = rates[method].to_numpy()
-        speedup_samples = rate.mean(axis=1)[samples].mean(axis=1) / base_samples
-        speedup_by_repeat = rate.mean(axis=0) / base.mean(axis=0)
-        counts = Tally(*answers[[*COUNTS]].sum())
-        rows.append(
-            {
-                "task": task,
-                "method": method,
-                "questions": len(rates),
-                "mat": counts.mat,
-                "accept_rate": counts.accept_rate,
-                "tok_per_s": rate.mean(),
-                "speedup": rate.mean() / base.mean(),
-                "low": np.quantile(speedup_samples, 0.025),
-                "high": np.quantile(speedup_samples, 0.975),
-                "speedup_std": speedup_by_repeat.std(ddof=1) if len(speedup_by_repeat) > 1 else np.nan,
-                "ppl": np.exp(answers.nll.sum(skipna=False) / answers.new_tokens.sum()),
-                "identical": tokens[method].eq(tokens[reference]).sum(),
-            }
-        )
-    return rows
+    size = len(by_question)
+    samples = np.random.default_rng(seed).integers(size, size=(DRAWS, size))
+    sampled = by_question.to_numpy()[samples].mean(axis=1)  # [DRAWS, methods]
+    speedups = pd.DataFrame(sampled, columns=by_question.columns)
+    speedups = speedups.div(speedups[reference], axis=0)
+    tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
+    figures = pd.DataFrame({"questions": size}, index=rates.index)
+    figures["mat"] = [group.mat for group in tallies]
+    figures["accept_rate"] = [group.accept_rate for group in tallies]
+    figures["tok_per_s"] = rates
+    figures["speedup"] = rates / rates[reference]
+    figures["low"] = speedups.quantile(0.025)
+    figures["high"] = speedups.quantile(0.975)
+    by_repeat = by_repeat.div(by_repeat[reference], axis=0)
+    figures["speedup_std"] = by_repeat.std()
+    nll = groups.nll.sum(skipna=False)
+    figures["ppl"] = np.exp(nll / groups.new_tokens.sum())
+    same = tokens.eq(tokens[reference], axis=0)
+    figures["identical"] = same.sum()
+    return figures

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from dvirl.config import DVIConfig, ModelSettings, SGPConfig
-from dvirl.evaluation.acceptance import Draft
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.runner import EvalConfig, EvalSettings, evaluate
+from dvirl.models.drafters import Draft
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from IPython.display import HTML
 
@@ -58,23 +59,31 @@ def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConf
     return from_mapping(kind, {**given, **fixed}, "notebook parameters")
 
 
-NOT_FIGURES = ("run_dir", "threads", "device", "tracker")
+NOT_FIGURES = {"run_dir", "threads", "device", "tracker"}
 """Parameters that change where a notebook runs and writes, but none of its figures."""
 
 
-def claims(namespace: Mapping[str, Any]) -> Callable[[bool, str], bool]:
+def fingerprint(parameters: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that tell these parameters from others, whatever their order."""
+    kept = sorted((name, value) for name, value in parameters.items() if name not in NOT_FIGURES)
+    return f"{crc32(repr(kept).encode()):08x}"
+
+
+def claims(namespace: Mapping[str, Any], defaults: str) -> Callable[[bool, str], bool]:
     """A notebook's claims: asserted for its default run, while other parameters show their own numbers.
 
     Args:
-        namespace: the notebook's `globals()`.
+        namespace: the notebook's `globals()`, with the parameters given by `-p` or edited in its first cell.
+        defaults: `fingerprint` of its default parameters.
 
     Returns:
         `claim(holds, message)`, which returns whether the claim holds. At the default parameters a claim that does not
         hold is an AssertionError with the message.
     """
-    cells = [cell for cell in namespace.get("In", ()) if cell.startswith(INJECTED)]  # nbval keeps no `In`
-    changed = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
-    at_defaults = not set(changed) - set(NOT_FIGURES)
+    executed = [cell for cell in namespace.get("In", ()) if cell]
+    names = {name for cell in executed if cell.startswith(INJECTED) for name in assigned_names(cell)}
+    # nbval keeps no history of cells, and changes no parameters.
+    at_defaults = not executed or fingerprint({name: namespace[name] for name in names}) == defaults
 
     def claim(holds: bool, message: str) -> bool:
         assert holds or not at_defaults, message

@@ -1,4 +1,4 @@
-"""Chat formats: a conversation to token ids, so that a user's text can never spell a control token."""
+"""Chat formats: conversations become token ids, and a user's text never becomes a control token."""
 
 import json
 from collections.abc import Sequence
@@ -56,8 +56,9 @@ def _llama2(turns: Sequence[str]) -> list[Segment]:
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
         if index % 2 == 0:
-            if found := [tag for tag in LLAMA2_TAGS if tag in turn]:
-                raise DvirlError(f"the prompt {turn!r:.60} spells {found[0]}, which opens or closes a turn of llama-2")
+            for tag in LLAMA2_TAGS:
+                if tag in turn:
+                    raise DvirlError(f"the prompt {turn!r:.60} spells {tag}, which opens or closes a turn of llama-2")
             segments += [Control("<s>"), f"[INST] {turn.strip()} [/INST]"]
         else:
             segments[-1] = f"{segments[-1]} {turn.strip()} "
@@ -91,8 +92,8 @@ def detect_format(tokenizer: Any, name: str) -> str:
 class ChatEncoder:
     """Turns conversations into token ids in one chat format.
 
-    Control tokens that the format puts are looked up by id; all other text goes through a copy of the tokenizer
-    that knows no control tokens, so `<|im_start|>system` in a user's text stays text.
+    The format's control tokens are looked up by id. All other text goes through a copy of the tokenizer that knows no
+    control tokens, so `<|im_start|>system` in a user's text stays text.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -135,7 +136,7 @@ class ChatEncoder:
         return ids
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of the assistant's answer behind what `encode` gives, without an end-of-sequence token."""
+        """Token ids of the assistant's answer, to follow those of `encode`, without an end-of-sequence token."""
         return self.plain(f"\n{text}" if self.chat_format == "none" else text)
 
     def frame(self) -> tuple[list[int], list[int], list[int]]:
@@ -147,8 +148,9 @@ class ChatEncoder:
         if self.chat_format == "none":
             raise DvirlError("self-written prompts need a chat format; this model has none (set chat_format)")
         mark = "\x00"
-        ids, inside = self.encode([mark, mark, mark]), self.plain(mark)[-1]
-        first, second, third = (index for index, token in enumerate(ids) if token == inside)
+        ids = self.encode([mark, mark, mark])
+        mark_id = self.plain(mark)[-1]
+        first, second, third = (index for index, token in enumerate(ids) if token == mark_id)
         return ids[:first], ids[third + 1 :], ids[second + 1 : third]
 
     def plain(self, text: str) -> list[int]:

@@ -1,14 +1,19 @@
-"""Drafters by name: those that ship, and those in folders."""
+"""Drafters by name: those that ship, those in folders, and those of runs; and how one is written to ship."""
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dvirl.config import DraftSettings
 from dvirl.lora import attach_draft
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs import checkpoint
+from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
@@ -18,18 +23,29 @@ WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_
 
 
 @dataclass(frozen=True)
-class LoadedDrafter:
-    """A model with its trained draft, nothing of which takes gradients.
+class Draft:
+    """A draft to judge.
 
     Attributes:
         model: drafts and verifies.
-        loaded: the model that it drafts for, the same weights.
-        peft_model: PEFT's view of them, which holds lora_S.
-        folder: where the drafter was read.
+        loaded: the same weights, with their tokenizer.
+        target: what the verifier's deep layers read, base or adapted.
     """
 
     model: KangarooModel
     loaded: LoadedModel
+    target: str = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedDrafter(Draft):
+    """A trained draft that was read from a folder; nothing of it takes gradients.
+
+    Attributes:
+        peft_model: PEFT's view of the model, which holds lora_S.
+        folder: where it was read.
+    """
+
     peft_model: PeftModel
     folder: Path
 
@@ -40,8 +56,7 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
     Raises:
         DvirlError: if there is none; the message lists the names.
     """
-    found = (path for path in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)))
-    for folder in found:
+    for folder in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)):
         if (folder / checkpoint.DRAFTER).exists():
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
@@ -50,7 +65,7 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
 
 
 def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
-    """What drafts by a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
+    """The settings in a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
     content = read_yaml(path)
     try:
         values = {spec.name: content["config"][spec.name] for spec in fields(DraftSettings)}
@@ -65,28 +80,100 @@ def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
 
 
 def load_drafter(
-    name_or_folder: str | Path, loaded: LoadedModel | None = None, dtype: str = "auto", device: str = "auto"
+    name_or_folder: str | Path,
+    loaded: LoadedModel | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> LoadedDrafter:
-    """Load a drafter that `checkpoint.export` wrote, or that of a run's checkpoint, and its model.
+    """Load a drafter that `export` wrote, or that of a run's checkpoint, and its model.
 
     Args:
         name_or_folder: a shipped name or a folder.
         loaded: a freshly loaded model, which is changed in place; the one it was made for if not given.
-        dtype, device: to load that one with, as in `load`.
+        dtype, device: with which that model is loaded, as in `load`.
 
     Raises:
         DvirlError: if there is no such drafter, or it is incomplete or was made for another model.
     """
-    folder = drafter_folder(name_or_folder)
-    about = (path / "config.yaml" for path in (folder, *folder.absolute().parents[1:2]))  # a checkpoint's is its run's
-    settings, made_for = _drafter_settings(next(filter(Path.exists, about), folder / "config.yaml"))
+    return _load(drafter_folder(name_or_folder), loaded, dtype, device, ["lora_S"])
+
+
+def open_draft(name: str, dtype: str, device: str) -> LoadedDrafter:
+    """What drafts under this name: a run with its newest checkpoint, or a drafter, shipped or in a folder.
+
+    A run brings its verifier: lora_D if it was trained, and what the deep layers read.
+
+    Raises:
+        DvirlError: if there is none.
+    """
+    shipped = Path(name) / "drafter"
+    if shipped.is_dir():  # a distillation exports its drafter into its run's folder
+        return load_drafter(shipped, None, dtype, device)
+    if not (Path(name) / "checkpoints").is_dir():
+        return load_drafter(name, None, dtype, device)
+    folder = checkpoint.newest(name)
+    adapters = [adapter for adapter in ("lora_S", "lora_D") if (folder / adapter).is_dir()]
+    drafter = _load(folder, None, dtype, device, adapters)
+    settings = run_folder.run_settings(name)
+    return replace(drafter, target=settings.get("target", drafter.target))
+
+
+def _load(
+    folder: Path,
+    loaded: LoadedModel | None,
+    dtype: str,
+    device: str,
+    adapters: list[str],
+) -> LoadedDrafter:
+    """Load drafter and adapters of a folder that ships a drafter, or of a checkpoint, whose settings are its run's."""
+    path = folder / "config.yaml"
+    in_run = folder.absolute().parent.parent / "config.yaml"
+    if in_run.exists() and not path.exists():
+        path = in_run
+    settings, fingerprint = _drafter_settings(path)
     loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
-    if loaded.fingerprint != made_for:
-        raise DvirlError(f"{folder}: made for the model {made_for}, but {loaded.name!r} is {loaded.fingerprint}")
+    if loaded.fingerprint != fingerprint:
+        raise DvirlError(f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}")
     try:
-        peft_model, model = attach_draft(loaded.model, settings)  # not yet with the drafter's own vocabulary
+        # The draft starts with any vocabulary of the right size; its own is read with its weights.
+        peft_model, model = attach_draft(loaded.model, settings, deep="lora_D" in adapters)
     except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
-    checkpoint.load(folder, peft_model, model, draft_only=True)
+    checkpoint.load_weights(folder, peft_model, model, adapters)
     model.requires_grad_(False)
-    return LoadedDrafter(model, loaded, peft_model, folder)
+    return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder)
+
+
+def export(
+    folder: Path,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    config: DraftSettings,
+    loaded: LoadedModel,
+    **made: Any,
+) -> None:
+    """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
+
+    Args:
+        folder: where; `load_drafter` reads it.
+        peft_model, model: hold lora_S and the drafter.
+        config: of the run that made it.
+        loaded: the model that it drafts for.
+        made: how it was made and what it reached, plain numbers and text.
+    """
+    with run_folder.atomic_directory(folder) as scratch:
+        checkpoint.save_adapters(peft_model, scratch, ["lora_S"])
+        weights = scratch / "lora_S/adapter_model.safetensors"
+        save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
+        adapter_config = scratch / "lora_S/adapter_config.json"
+        values = json.loads(adapter_config.read_text())
+        values["base_model_name_or_path"] = loaded.name  # PEFT writes a path of this machine
+        adapter_config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        save_file(_halved(model.drafter_state()), scratch / checkpoint.DRAFTER)
+        run_folder.write_config(scratch, config, loaded, made=made)
+
+
+def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors in bfloat16, others as they are."""
+    floats = {name: tensor.bfloat16() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {**tensors, **floats}

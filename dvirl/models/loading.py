@@ -1,4 +1,4 @@
-"""Models by name: the embedded default, a local folder, or a hub id of any Llama; and drafters that ship for them."""
+"""Models by name: the embedded default, a local folder, or the hub id of any Llama."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 TEXTS = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
-"""What a model's `tokenizer_config.json` may say of its tokenizer."""
+"""Entries that are taken from a model's `tokenizer_config.json`."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,18 @@ class LoadedModel:
     name: str
     fingerprint: str
 
+    def description(self) -> dict[str, str]:
+        """What results say of it: fingerprint, dtype, device and chat format."""
+        return {
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "chat_format": self.chat.chat_format,
+        }
+
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one.
+    """`auto` is CUDA if there is a device.
 
     Raises:
         DvirlError: for a device that is not there.
@@ -65,7 +74,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes it fast, else float32.
+    """`auto` is bfloat16 if the hardware computes it fast, else float32.
 
     Raises:
         DvirlError: for an unknown name.
@@ -81,7 +90,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def source(name_or_path: str) -> str:
-    """What Hugging Face's loaders find a model by: its name, or the folder that an embedded one is converted to."""
+    """The name by which Hugging Face's loaders find a model: its own, or the folder of an embedded one."""
     return str(ensure_embedded(name_or_path)) if name_or_path in EMBEDDED else name_or_path
 
 
@@ -105,16 +114,19 @@ def load(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
         try:
-            config, tokenizer = _config(path), _tokenizer(path)
+            config = _config(path)
+            tokenizer = _tokenizer(path)
             model = EarlyExitLlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=torch_dtype)
         except DvirlError as error:
             raise DvirlError(f"{name_or_path}: {error}") from error
-        except Exception as error:  # transformers raises a dozen kinds for what is all one thing to the user
+        except Exception as error:  # transformers raises a dozen kinds of error that mean the same to the user
             raise DvirlError(f"could not load the model {name_or_path!r}: {' '.join(str(error).split())}") from error
     model = model.to(where).requires_grad_(False).eval()
     if where.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew for every new shape, 30 ms each
-    chat = ChatEncoder(tokenizer, detect_format(tokenizer, name_or_path) if chat_format == "auto" else chat_format)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape
+    if chat_format == "auto":
+        chat_format = detect_format(tokenizer, name_or_path)
+    chat = ChatEncoder(tokenizer, chat_format)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     eos_ids = tuple(int(token) for token in ends if token is not None)
     return LoadedModel(model, tokenizer, chat, eos_ids, name_or_path, _fingerprint(path, config))
@@ -130,39 +142,44 @@ def _config(path: str) -> LlamaConfig:
     values = json.loads(Path(file).read_text(encoding="utf-8"))
     if values.get("model_type") != "llama":
         raise DvirlError(f"architecture is {values.get('model_type')!r}, expected 'llama'")
-    if _if_there(path, "adapter_config.json"):
+    if _cached(path, "adapter_config.json"):
         raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
     config: LlamaConfig = LlamaConfig.from_dict({**values, "_commit_hash": extract_commit_hash(file, None)})
     return config
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of `tokenizer.json`; of `tokenizer_config.json` some texts are taken, and no class that it names.
+    """The tokenizer of `tokenizer.json`, with some texts of `tokenizer_config.json`; no class that it names is run.
 
     Raises:
         DvirlError: if there is no `tokenizer.json`.
     """
-    file, about = _if_there(path, "tokenizer.json"), _if_there(path, "tokenizer_config.json")
+    file = _cached(path, "tokenizer.json")
     if not file:
         raise DvirlError("no tokenizer.json; expected a model with a fast tokenizer")
-    said = json.loads(Path(about).read_text(encoding="utf-8")) if about else {}
-    contents = {name: said[name].get("content") if isinstance(said[name], dict) else said[name] for name in said}
-    texts = {name: text for name, text in contents.items() if name in TEXTS and isinstance(text, str)}
+    config_file = _cached(path, "tokenizer_config.json")
+    entries = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
+    texts = {}
+    for name in TEXTS:
+        entry = entries.get(name)
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str):
+            texts[name] = text
     return PreTrainedTokenizerFast(tokenizer_file=file, clean_up_tokenization_spaces=False, **texts)
 
 
-def _if_there(path: str, name: str) -> str | None:
-    """A file of a model, if it has it."""
+def _cached(path: str, name: str) -> str | None:
+    """The path of a file of a model, None if the model does not have it."""
     file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return file
 
 
-def _fingerprint(where: str, config: Any) -> str:
-    folder = Path(where)
+def _fingerprint(path: str, config: Any) -> str:
+    folder = Path(path)
     if not folder.is_dir():
         return f"commit:{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
+    for weights in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with weights.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return f"sha256:{digest.hexdigest()}"

@@ -1,12 +1,13 @@
-"""A run on disk: config.yaml once, and checkpoints that appear whole or not at all."""
+"""Checkpoints of a run, which appear whole or not at all: adapters, drafter, and the trainer's state."""
 
 import hashlib
 import json
 import math
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,70 +16,74 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.config import ModelSettings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import _discard, atomic_directory, refuse_other_settings, run_settings, write_config
+from dvirl.runs.folder import atomic_directory, discard, refuse_other_settings, run_settings
 from dvirl.runs.log import parse_line, read_text
 from dvirl.runs.settings import from_mapping, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
-if TYPE_CHECKING:
-    from dvirl.models.loading import LoadedModel
-
 DRAFTER = "drafter.safetensors"
+"""Weights of the drafter and the exit head, and the draft vocabulary."""
 
 
 STATE = ("trainer.safetensors", "trainer.json")
+"""Tensors and numbers of the trainer's state."""
 
 
 MANIFEST = "manifest.json"
+"""The checksum of every other file of a checkpoint."""
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove all checkpoints of a run but the newest `keep` and the one of the best `score`."""
+    """Remove all checkpoints of a run but the newest `keep` and the one with the best `score`."""
     folders = _checkpoints(run_dir)
     best = max(folders, key=_score)
     for folder in folders[:-keep]:
         if folder != best:
-            _discard(folder)
+            discard(folder)
 
 
 def _checkpoints(run_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, the newest last."""
-    found = Path(run_dir, "checkpoints").glob("step-[0-9]*[0-9]")
-    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
+    folders = Path(run_dir, "checkpoints").glob("step-[0-9]*[0-9]")
+    return sorted(folders, key=lambda folder: (len(folder.name), folder.name))
 
 
 def _score(folder: Path) -> float:
-    """What a checkpoint says of its run; a damaged one is the worst."""
+    """The score that a trainer noted in its checkpoint; a damaged checkpoint has the worst one."""
     try:
-        return max(-math.inf, float(parse_line("", read_text(folder / "trainer.json"))["score"]))  # not NaN
+        score = float(parse_line("", read_text(folder / "trainer.json"))["score"])
     except (ValueError, TypeError, KeyError, ArithmeticError):
         return -math.inf
+    return -math.inf if math.isnan(score) else score
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """The checksum of every file of a folder, by its path inside."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def _checksums(folder: Path) -> dict[str, str]:
+    """The checksum of every file of a folder but the manifest, by its path inside."""
+    checksums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            checksums[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return checksums
 
 
 def verify(folder: Path) -> None:
-    """See that a checkpoint holds what was written.
+    """Check that the files of a checkpoint are those that were written.
 
     Raises:
         DvirlError: for a file that is missing, truncated or changed; the message names it.
     """
     try:
         manifest = {DRAFTER: "", **parse_line(MANIFEST, read_text(folder / MANIFEST), dict)}
-        now = _sums(folder)
+        checksums = _checksums(folder)
     except (OSError, ValueError) as error:
         raise DvirlError(f"{folder}: no readable {MANIFEST} ({error}); not a complete checkpoint") from error
     for name, checksum in manifest.items():
-        if now.get(name) != checksum:
-            wrong = "is missing" if name not in now else "is not what was written, cut off or changed"
-            raise DvirlError(f"{folder / ' '.join(name.split())} {wrong}; remove {folder} to go on from the one before")
+        if checksums.get(name) != checksum:
+            wrong = "is not what was written, cut off or changed" if name in checksums else "is missing"
+            file = folder / " ".join(name.split())
+            raise DvirlError(f"{file} {wrong}; remove {folder} to go on from the one before")
 
 
 def seed_all(seed: int) -> None:
@@ -89,15 +94,16 @@ def seed_all(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random generator: tensors under `tensors`, plain numbers under `numbers`."""
+    """The state of every global random generator: tensors under `tensors`, other values under `numbers`."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "tensors": tensors,
-        "numbers": {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]},
+    numbers = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
     }
+    return {"tensors": tensors, "numbers": numbers}
 
 
 def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -116,7 +122,11 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: dict[str, Any] | None = None
+    run_dir: Path,
+    step: int,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    state: dict[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints/step-…`, whole or not at all.
 
@@ -129,86 +139,88 @@ def save(
     """
     folder = step_folder(run_dir, step)
     with atomic_directory(folder) as scratch:
-        _save_adapters(peft_model, scratch)
+        save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)
         if state is not None:
             tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
             save_file(tensors, scratch / "trainer.safetensors")
             (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
-        (scratch / MANIFEST).write_text(json.dumps(_sums(scratch), indent=1) + "\n")
+        (scratch / MANIFEST).write_text(json.dumps(_checksums(scratch), indent=1) + "\n")
     return folder
 
 
-def load(folder: Path, peft_model: PeftModel, model: KangarooModel, draft_only: bool = False) -> dict[str, Any]:
+def load(
+    folder: Path,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    draft_only: bool = False,
+) -> dict[str, Any]:
     """Load the weights of a checkpoint in place, and return the trainer's state.
 
-    With `draft_only`, what drafts is loaded, lora_S and drafter, from any checkpoint, and no state is returned.
+    With `draft_only`, only what drafts is loaded, lora_S and drafter, and no state is returned.
 
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    adapters = ["lora_S"] if draft_only else list(peft_model.peft_config)
-    missing = [name for name in (*adapters, DRAFTER, *(() if draft_only else STATE)) if not (folder / name).exists()]
-    if missing:
-        raise DvirlError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
-    if not draft_only or (folder / MANIFEST).exists():
+    if draft_only:
+        load_weights(folder, peft_model, model, ["lora_S"])
+        return {}
+    _refuse_missing(folder, [*STATE, MANIFEST])
+    load_weights(folder, peft_model, model, list(peft_model.peft_config))
+    try:
+        tensors = load_file(folder / "trainer.safetensors", device=str(model.head_model.weight.device))
+    except (SafetensorError, OSError) as error:
+        raise DvirlError(f"{folder}: unreadable checkpoint ({error!s:.300})") from error
+    numbers = parse_line(str(folder / "trainer.json"), read_text(folder / "trainer.json"), dict)
+    return {"tensors": tensors, "numbers": numbers}
+
+
+def load_weights(
+    folder: Path,
+    peft_model: PeftModel,
+    model: KangarooModel,
+    adapters: Sequence[str],
+) -> None:
+    """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
+
+    Raises:
+        DvirlError: if a part is missing, unreadable, or does not fit the model.
+    """
+    _refuse_missing(folder, [*adapters, DRAFTER])
+    if (folder / MANIFEST).exists():  # what ships has none
         verify(folder)
-    device = model.head_model.weight.device
     try:
         for name in adapters:
             _load_adapter(folder / name, peft_model, name)
         model.load_drafter(folder)
-        if draft_only:
-            return {}
-        tensors = load_file(folder / "trainer.safetensors", device=str(device))
-        numbers = parse_line(str(folder / "trainer.json"), read_text(folder / "trainer.json"), dict)
     except (SafetensorError, OSError, IndexError, RuntimeError) as error:
         raise DvirlError(f"{folder}: unreadable checkpoint ({error!s:.300})") from error
     except ValueError as error:
         raise DvirlError(str(error)) from error
-    return {"tensors": tensors, "numbers": numbers}
 
 
-def export(
-    folder: Path, peft_model: PeftModel, model: KangarooModel, config: ModelSettings, loaded: "LoadedModel", **made: Any
-) -> None:
-    """Write a drafter to ship, in bfloat16, whole or not at all: `lora_S/`, `drafter.safetensors`, `config.yaml`.
-
-    Args:
-        folder: where; `models.load_drafter` reads it.
-        peft_model, model: hold lora_S and the drafter.
-        config: of the run that made it.
-        loaded: the model that it drafts for.
-        made: how it was made and what it reached, plain numbers and text.
-    """
-    with atomic_directory(folder) as scratch:
-        _save_adapters(peft_model, scratch, ["lora_S"])
-        weights, about = (scratch / "lora_S" / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
-        save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
-        described = {**json.loads(about.read_text()), "base_model_name_or_path": loaded.name}  # not a path of here
-        about.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        save_file(_halved(model.drafter_state()), scratch / DRAFTER)
-        write_config(scratch, config, loaded, made=made)
-
-
-def _save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
-    """Write all or some adapters as plain PEFT folders, without PEFT's empty model card."""
-    how = {"selected_adapters": names, "safe_serialization": True, "save_embedding_layers": False}
-    peft_model.save_pretrained(folder, **how)
-    (folder / "README.md").unlink(missing_ok=True)
-
-
-def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point tensors in bfloat16, others as they are."""
-    return {key: value.to(torch.bfloat16) if value.is_floating_point() else value for key, value in tensors.items()}
+def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise DvirlError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
 
 
 def _load_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
     state: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
-    own = get_peft_model_state_dict(peft_model, adapter_name=name)
-    if {k: (v.shape, v.is_complex()) for k, v in state.items()} != {k: (v.shape, False) for k, v in own.items()}:
+    expected = get_peft_model_state_dict(peft_model, adapter_name=name)
+    if _layout(state) != _layout(expected):
         raise DvirlError(f"{folder}: the adapter does not fit this model, exit layer and rank")
     set_peft_model_state_dict(peft_model, state, adapter_name=name)
+
+
+def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: (tensor.shape, tensor.is_complex()) for name, tensor in state.items()}
+
+
+def save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
+    """Write all or some adapters as plain PEFT folders."""
+    peft_model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
 def newest(run_dir: str | Path) -> Path:
@@ -217,13 +229,20 @@ def newest(run_dir: str | Path) -> Path:
     Raises:
         DvirlError: if there is none.
     """
-    if not (folders := _checkpoints(run_dir)):
+    folders = _checkpoints(run_dir)
+    if not folders:
         raise DvirlError(f"{run_dir}: no checkpoint there; expected checkpoints/step-…")
     return folders[-1]
 
 
-def go_on(make: Any, kind: Any, run_dir: str | Path, config: Any = None, accept_changes: bool = False) -> Any:
-    """A trainer made by `make` from settings of a kind, as far as a run is; see `trainer.resume` for the others."""
+def go_on(
+    make: Any,
+    kind: Any,
+    run_dir: str | Path,
+    config: Any = None,
+    accept_changes: bool = False,
+) -> Any:
+    """A trainer that `make` builds from settings of `kind` and that goes on with a run; see `trainer.resume`."""
     path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:

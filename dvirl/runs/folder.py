@@ -3,65 +3,59 @@
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from dvirl.config import ModelSettings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import write_text
 from dvirl.runs.settings import Settings, read_yaml
 
-if TYPE_CHECKING:
-    from dvirl.models.loading import LoadedModel
+PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+"""Packages whose versions a result depends on."""
+
+
+class Describable(Protocol):
+    """A model that says what it is: a `dvirl.models.loading.LoadedModel`."""
+
+    def description(self) -> dict[str, str]:
+        """Its fingerprint, and how it was loaded."""
 
 
 def environment() -> dict[str, Any]:
     """What a result depends on besides its settings: versions and machine."""
-    packages = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
     machine: dict[str, Any] = {"platform": platform.platform(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         machine["accelerator"] = torch.cuda.get_device_name()
-    return {
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
-        "machine": machine,
-    }
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"versions": versions, "machine": machine}
 
 
-def provenance(loaded: "LoadedModel") -> dict[str, Any]:
-    """What else a result depends on: the model's hash and how it was loaded, the versions, the machine."""
-    return {
-        "model": {
-            "fingerprint": loaded.fingerprint,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": str(loaded.model.device),
-            "chat_format": loaded.chat.chat_format,
-        },
-        **environment(),
-    }
+def provenance(loaded: Describable) -> dict[str, Any]:
+    """What a result depends on besides its settings: the model, the versions and the machine."""
+    return {"model": loaded.description(), **environment()}
 
 
-def write_config(folder: Path, config: Settings, loaded: "LoadedModel", **more: Any) -> None:
-    """Write `config.yaml`: every setting, the versions, the model's hash, what it runs on, and what else is given."""
+def write_config(folder: Path, config: Settings, loaded: Describable, **more: Any) -> None:
+    """Write `config.yaml`: every setting, the provenance, and `more`."""
     content = {"config": asdict(config), **provenance(loaded), **more}
     write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
-def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: bool = True) -> Path:
-    """Write the `config.yaml` of a run, and return its `metrics.jsonl`, which is there from now on.
+def start_log(run_dir: Path, config: Settings, loaded: Describable, new: bool = True) -> Path:
+    """Write the `config.yaml` of a run, create its `metrics.jsonl` if there is none, and return the latter's path.
 
     Raises:
-        DvirlError: if the run is a new one and another has been logged in this folder.
+        DvirlError: if the run is new and the folder holds the log of another one.
     """
     log = run_dir / "metrics.jsonl"
     if new and log.exists():
@@ -73,13 +67,14 @@ def start_log(run_dir: Path, config: ModelSettings, loaded: "LoadedModel", new: 
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, and clear away what a killed one left half-written.
+    """Keep other processes out of a run's folder, and remove what a killed process left half-written.
 
     Raises:
-        DvirlError: if another process is at it; the message says which.
+        DvirlError: if another process holds the lock; the message says which.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(run_dir / ".lock", timeout=0), run_dir / ".holder"
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    holder = run_dir / ".holder"
     try:
         lock.acquire()
     except Timeout as error:
@@ -95,7 +90,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the place of `folder` at the end, or is gone if anything fails.
+    """A temporary folder to fill. At the end it replaces `folder` in one step; if anything fails, it is removed.
 
     Raises:
         DvirlError: if it cannot be written.
@@ -110,28 +105,28 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
                 _flush(path)
         except (OSError, SafetensorError) as error:
             raise DvirlError(f"{folder}: could not be written ({error}); what was there before is whole") from error
-        _discard(folder)
+        discard(folder)
         os.replace(filled, folder)
         _flush(folder.parent)
 
 
 def _flush(path: Path) -> None:
-    """Have a file or folder on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
-def _discard(folder: Path) -> None:
-    """Remove a folder if it is there, never leaving a part of it under its name."""
+def discard(folder: Path) -> None:
+    """Remove a folder if it exists. It is renamed first, so that no part of it is ever left under its name."""
     if folder.exists():
-        gone = folder.with_name(f".gone-{folder.name}")
-        os.replace(folder, gone)
-        shutil.rmtree(gone)
+        doomed = folder.with_name(f".gone-{folder.name}")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
 
 
-def claim(run_dir: Path, config: Settings, loaded: "LoadedModel") -> None:
-    """Write `config.yaml` into a new run folder, or see that a run that is to go on has the same settings.
+def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:
+    """Write `config.yaml` into a run folder; if a run is there already, it must have the same settings.
 
     Raises:
         DvirlError: if the settings of the run there differ; the message names them.
@@ -158,10 +153,16 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
 def refuse_other_settings(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], instead: str = "choose another folder"
 ) -> None:
-    """See that settings kept in a file are those of now; `instead` is what else to do.
+    """Refuse to go on if the settings `before`, kept in a file, are not those of `now`.
+
+    Args:
+        path: the file, for the message.
+        before, now: names and values.
+        instead: what the user can do about it, for the message.
 
     Raises:
         DvirlError: if they differ; the message names them.
     """
-    if differ := [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]:
+    differ = [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]
+    if differ:
         raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; {instead}")

@@ -1,4 +1,4 @@
-"""Stopping a run in good order: Ctrl-C, Jupyter's interrupt and SIGTERM ask it to end behind what it is doing."""
+"""Stopping a run in good order: after Ctrl-C, Jupyter's interrupt or SIGTERM it ends what it is doing first."""
 
 import signal
 import sys
@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 @dataclass
 class Stop:
-    """The signal that asked to stop; 0 if none has."""
+    """The signal that asked to stop; 0 as long as none has."""
 
     signal: int = 0
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Inside, a first SIGINT or SIGTERM is only noted, and carried out at the end; a second one stops at once.
+    """Note a first SIGINT or SIGTERM, and act on it at the end; a second one stops at once.
 
-    Outside the main thread, which alone gets signals, nothing changes.
+    Only the main thread gets signals; in others nothing changes.
 
     Raises:
         KeyboardInterrupt: at the end, if SIGINT asked.
@@ -34,14 +34,15 @@ def stoppable() -> Iterator[Stop]:
         if stop.signal:
             raise KeyboardInterrupt
         stop.signal = number
-        tqdm.write("stopping behind these prompts, with a checkpoint; ask again to stop at once", file=sys.stderr)
+        tqdm.write("stopping after these prompts, with a checkpoint; ask again to stop at once", file=sys.stderr)
 
-    there = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)} if there else {}
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt

@@ -3,26 +3,51 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from dvirl.metrics import StepMetrics
 from dvirl.runs.errors import DvirlError
 
-if TYPE_CHECKING:
-    pass
+COLUMNS = [
+    "loss_slow",
+    "drift_kl",
+    "drift_tokens",
+    "step",
+    "prompts",
+    "tokens",
+    "skipped",
+    "drift_flag",
+    "rollout_s",
+    "fast_s",
+    "slow_s",
+    "wall_s",
+    "phase",
+    "loss",
+    "loss_rl",
+    "loss_kl",
+    "loss_ce",
+    "accept_rate",
+    "mat",
+    "reward",
+    "baseline",
+    "ppl_sample",
+    "tok_per_s",
+    "grad_norm",
+    "lr",
+    "buffer_size",
+]
+"""Columns of the table of a log without a line: the figures of a step, see `dvirl.metrics.StepMetrics`."""
 
 
 def to_plain(values: Any) -> Any:
-    """The same for JSON: numbers that it cannot spell become None."""
+    """The same value as JSON has it: numbers that JSON cannot spell, such as NaN, become None."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, its folder too if there is none: whole or not at all, and on the disk when this returns.
+    """Write a file, and its folder if there is none. The file appears whole or not at all, and is then on the disk.
 
     Raises:
         DvirlError: if it cannot be written.
@@ -42,18 +67,19 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Write a JSON file as `write_text` does; what is not a number is null."""
+    """Write a JSON file as `write_text` does; numbers that JSON cannot spell become null."""
     write_text(path, json.dumps(to_plain(values), indent=1) + "\n")
 
 
 def log_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one line to a JSONL file, complete on disk at once; numbers that JSON cannot spell become null.
+    """Append one line to a JSONL file and write it at once; numbers that JSON cannot spell become null.
 
     Raises:
-        DvirlError: if it cannot be written; no part of it is.
+        DvirlError: if it cannot be written; then no part of it is.
     """
+    line = json.dumps(to_plain(values)).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
-        line, before = json.dumps(to_plain(values)).encode() + b"\n", file.tell()
+        before = file.tell()
         try:
             while line:
                 line = line[file.write(line) :]
@@ -63,39 +89,41 @@ def log_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of a log that are not to be kept, and a torn last one.
+    """Keep the lines of a log for which `keep` says so; a last line without an end is dropped.
 
     Raises:
-        DvirlError: for another line that is no JSON object.
+        DvirlError: for another line that is not a JSON object.
     """
-    if path.exists():
-        lines = numbered(path, read_text(path).rpartition("\n")[0])
-        try:
-            write_text(path, "".join(f"{line}\n" for where, line in lines if keep(parse_line(where, line, dict))))
-        except (KeyError, TypeError) as error:
-            raise DvirlError(f"{path}: a line of another kind of log ({error!r})") from error
+    if not path.exists():
+        return
+    lines = numbered(path, read_text(path).rpartition("\n")[0])
+    try:
+        kept = [f"{line}\n" for where, line in lines if keep(parse_line(where, line, dict))]
+    except (KeyError, TypeError) as error:
+        raise DvirlError(f"{path}: a line of another kind of log ({error!r})") from error
+    write_text(path, "".join(kept))
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop lines of later steps and a torn last one, which a run that goes on from that checkpoint writes anew."""
+    """Drop the lines of steps after `step`: a run that goes on from that step's checkpoint writes them again."""
     keep_lines(path, lambda line: line.get("step", 0) <= step)
 
 
 def parse_line(where: str, text: str, kind: type = object) -> Any:
-    """What a JSON text holds; `kind` is dict where it has to be an object.
+    """The value of a JSON text; `kind` is dict if it must be an object.
 
     Raises:
-        DvirlError: if it is none, or spells half a character; the message begins with `where`.
+        DvirlError: if it is not JSON, or holds half a character; the message begins with `where`.
     """
     try:
-        found = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(found, ensure_ascii=False).encode()
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair cannot be encoded again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DvirlError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(found, kind):
+    if not isinstance(value, kind):
         raise DvirlError(f"{where}: expected a JSON object")
-    return found
+    return value
 
 
 def read_text(path: str | Path) -> str:
@@ -106,12 +134,14 @@ def read_text(path: str | Path) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DvirlError(f"{path}: {getattr(error, 'strerror', 0) or f'not readable as UTF-8 ({error})'}") from error
+    except OSError as error:
+        raise DvirlError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DvirlError(f"{path}: not readable as UTF-8 ({error})") from error
 
 
 def numbered(path: str | Path, text: str) -> Iterator[tuple[str, str]]:
-    """The lines of a JSONL file's text that are not blank, each with its place for messages.
+    """The lines of a JSONL file that are not blank, each after its place, which messages name.
 
     Only line feeds end lines: JSON strings may hold other separators, such as U+2028, as they are.
     """
@@ -124,5 +154,5 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
     Raises:
         DvirlError: if there is no such file or a line is no JSON object.
     """
-    rows = [parse_line(*line, dict) for line in numbered(path, read_text(path))]
-    return pd.DataFrame(rows, columns=None if rows else [spec.name for spec in fields(StepMetrics)])
+    rows = [parse_line(where, line, dict) for where, line in numbered(path, read_text(path))]
+    return pd.DataFrame(rows, columns=None if rows else COLUMNS)

@@ -1,6 +1,7 @@
 """Optimizers, learning rates and the clipped step."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -13,25 +14,30 @@ COSINE_FLOOR = 0.1
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
-    """AdamW without weight decay: the weights start as a good model and must not shrink towards zero."""
+    """AdamW without weight decay: the weights start as those of a good model and must not shrink towards zero."""
     return AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
 def optimizer_tensors(**optimizers: Optimizer) -> dict[str, Tensor]:
     """The optimizers' state as tensors, `NAME.PARAMETER.FIELD`, for safetensors."""
-    states = {f"{name}.{at}": s for name, one in optimizers.items() for at, s in one.state_dict()["state"].items()}
-    return {f"{at}.{key}": torch.as_tensor(value) for at, state in states.items() for key, value in state.items()}
+    tensors = {}
+    for name, optimizer in optimizers.items():
+        for parameter, state in optimizer.state_dict()["state"].items():
+            for field, value in state.items():
+                tensors[f"{name}.{parameter}.{field}"] = torch.as_tensor(value)
+    return tensors
 
 
 def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> None:
-    """Restore what `optimizer_tensors` gave; other names are passed over."""
+    """Restore what `optimizer_tensors` gave; other names are ignored."""
     for name, optimizer in optimizers.items():
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key in tensors:
+        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
             if key.startswith(f"{name}."):
-                _, index, field = key.split(".")
-                entries.setdefault(int(index), {})[field] = tensors[key]
-        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+                _, parameter, field = key.split(".")
+                state[int(parameter)][field] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
 class Optimizers:
@@ -48,12 +54,17 @@ class Optimizers:
         lr: AdamW's rate in the last step.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], muon: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        muon: float,
+    ) -> None:
         self.lr = 0.0
-        chosen = {id(parameter) for parameter in matrices}
-        rest = [parameter for parameter in parameters if id(parameter) not in chosen]
-        adamw = AdamW(rest, weight_decay=0.0, fused=all(parameter.is_cuda for parameter in rest))
-        self._parts: dict[str, Optimizer] = {"fast": adamw}
+        for_muon = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in parameters if id(parameter) not in for_muon]
+        on_cuda = all(parameter.is_cuda for parameter in rest)
+        self._parts: dict[str, Optimizer] = {"fast": AdamW(rest, weight_decay=0.0, fused=on_cuda)}
         self._muon = muon
         if matrices:
             self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -79,10 +90,28 @@ class Optimizers:
         load_optimizers(tensors, **self._parts)
 
 
-def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floor: float = COSINE_FLOOR) -> float:
-    """The rate of step 1, 2, …: linear warm-up to `peak`, and a cosine down to the share `floor` at `progress` 1."""
-    rate = peak * min(1.0, step / max(1, warmup_steps))
-    return rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+def cosine_rate(
+    peak: float,
+    step: int,
+    warmup_steps: int,
+    progress: float,
+    floor: float = COSINE_FLOOR,
+) -> float:
+    """The learning rate of a step.
+
+    Args:
+        peak: the highest rate.
+        step: number of the step, from 1.
+        warmup_steps: steps over which the rate grows linearly from 0.
+        progress: share of the run that is done, 0 to 1.
+        floor: share of the peak rate at `progress` 1.
+
+    Returns:
+        `peak * warm-up * (floor + (1 - floor) * (1 + cos(pi * progress)) / 2)`.
+    """
+    warmup = min(1.0, step / max(1, warmup_steps))
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return peak * warmup * (floor + (1 - floor) * cosine)
 
 
 def clipped_step(
@@ -92,14 +121,23 @@ def clipped_step(
     grad_clip: float,
     add_gradients: Callable[[Sequence[nn.Parameter]], None] = lambda _: None,
 ) -> float:
-    """Step, unless loss or gradient is not finite, and return the gradient's norm before clipping, then not finite too.
+    """Compute gradients, clip them and step; nothing is stepped if the loss or the gradient is not finite.
 
-    With several processes (`Processes.add_gradients`) it is that of all together, and one may have no loss of its own.
+    Args:
+        optimizer: of one parameter group.
+        loss: a scalar; None in a process that has no share of the batch.
+        lr: the learning rate of this step.
+        grad_clip: norm to which the gradient is clipped.
+        add_gradients: adds up the gradients of several processes (`Processes.add_gradients`).
+
+    Returns:
+        The norm of the gradient of all processes together, before clipping; not finite if nothing was stepped.
     """
     optimizer.zero_grad(set_to_none=True)
     (group,) = optimizer.param_groups
     if loss is not None:
-        loss.backward(1 + 0 * loss.detach())  # type: ignore[no-untyped-call]  # 0 * inf is NaN, in all processes
+        # The gradient is scaled by 1, or by 0 * inf = NaN: a loss that is not finite then stops all processes.
+        loss.backward(1 + 0 * loss.detach())  # type: ignore[no-untyped-call]
     add_gradients(group["params"])
     grad_norm = float(clip_grad_norm_(group["params"], grad_clip))
     if math.isfinite(grad_norm):

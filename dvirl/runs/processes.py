@@ -1,120 +1,123 @@
 """Several processes on one run, started by `accelerate launch` or torchrun; one alone is the plain case.
 
-All processes hold the same weights, buffer, counters and random generators, and so come to the same decisions. What
-takes time is shared out: each answers its share of the prompts, and takes the gradient of its share of a batch.
+All processes hold the same weights, buffer, counters and random generators, so they make the same decisions. The slow
+work is shared out: each answers its share of the prompts, and computes the gradient of its share of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather, gather_object, pad_across_processes, reduce
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dvirl.buffer import TrainingBatch
-from dvirl.rollout import Rollout
 from dvirl.runs.errors import DvirlError
 
-Made = TypeVar("Made")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Item = TypeVar("Item")
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 class Processes:
-    """The processes of this run. What one of them calls all must call, in the same order.
+    """The processes of this run. A method that one of them calls must be called by all, in the same order.
 
     Args:
-        device: "cpu" keeps them off an accelerator that is there.
+        device: "cpu" keeps them off an accelerator.
 
     Attributes:
         rank: which one this is, from 0.
-        count: how many there are.
-        first: whether this is the first, which alone writes files and speaks.
+        count: number of processes.
+        first: whether this is the first, which alone writes files and prints.
 
     Raises:
-        DvirlError: from any call by which they meet, if one of them has ended.
+        DvirlError: from any method in which they meet, if one of them has ended.
     """
 
     def __init__(self, device: str = "auto") -> None:
         state = PartialState(cpu=device == "cpu")
-        self.rank, self.count, self.first = state.process_index, state.num_processes, state.process_index == 0
+        self.rank = state.process_index
+        self.count = state.num_processes
+        self.first = self.rank == 0
         self._device = state.device
 
-    def share(self, items: Sequence[Made]) -> Sequence[Made]:
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's share of a sequence: one of every `count`."""
         return items[self.rank :: self.count]
 
-    def share_of(self, batch: TrainingBatch) -> TrainingBatch:
-        """This process's share of a batch's responses, with their records; there may be none."""
-        return batch if self.count == 1 else batch.every(self.count, self.rank)
-
     @contextmanager
     def _meeting(self) -> Iterator[None]:
-        """Say it in one sentence if the others are not there any more."""
+        """Say it in one sentence if another process has ended."""
         try:
             yield
         except RuntimeError as error:
             lost = f"process {self.rank} of {self.count} has lost another ({' '.join(str(error).split())[:200]})"
             raise DvirlError(f"{lost}; what was saved last is whole, go on from there") from error
 
-    def once(self, make: Callable[[], Made]) -> Made:
+    def once(self, make: Callable[[], Item]) -> Item:
         """What the first process makes, for all."""
-        made = [make() if self.first else None]
+        items = [make() if self.first else None]
         with self._meeting():
-            found: list[Made] = broadcast_object_list(made)
-        return found[0]
+            received: list[Item] = broadcast_object_list(items)
+        return received[0]
 
-    def gathered(self, items: list[Made]) -> list[Made]:
-        """The items of all."""
+    def gathered(self, items: list[Item]) -> list[Item]:
+        """The items of all processes."""
         with self._meeting():
-            found: list[Made] = gather_object(items)
-        return found
+            everything: list[Item] = gather_object(items)
+        return everything
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
-        return number if self.count == 1 else int(self._all(torch.tensor([number], device=self._device)).max())
-
-    def sum(self, own: Tensor) -> Tensor:
-        """The sum of all processes' tensors, which are of one shape."""
+        if self.count == 1:
+            return number
         with self._meeting():
-            total: Tensor = reduce(own, "sum") if self.count > 1 else own
+            numbers: Tensor = gather(torch.tensor([number], device=self._device))
+        return int(numbers.max())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, which have one shape."""
+        if self.count == 1:
+            return tensor
+        with self._meeting():
+            total: Tensor = reduce(tensor, "sum")
         return total
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give each parameter the sum of its gradients in all processes; one that has none counts as zero."""
         if self.count == 1:
             return
-        own = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        vector_to_parameters(self.sum(parameters_to_vector(own)), own)
-        for parameter, gradient in zip(parameters, own, strict=True):
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
-    def rollouts(self, own: Rollout, count: int) -> Rollout:
-        """All `count` responses, in the prompts' order, of which each process has its share's."""
+    def gather_rows(self, record: Record, count: int) -> Record:
+        """Put the rows together of which `share` gave each process its part.
+
+        Args:
+            record: a dataclass whose tensors `[R, …]` have this process's rows, at least one; other fields are equal in
+                all processes. Shorter tensors are padded with zeros.
+            count: number of rows of all processes together.
+
+        Returns:
+            The record with tensors `[count, …]`, in the order of the sequence that was shared out.
+        """
         if self.count == 1:
-            return own
-        wide = torch.tensor([own.tokens.shape[1], own.verifier_hidden.shape[1]], device=self._device)
-        width, reach = self._all(wide).view(-1, 2).amax(dim=0).tolist()
-        shapes = {
-            "tokens": [width],
-            "prompt_lens": [],
-            "response_lens": [],
-            "verifier_hidden": [reach, own.verifier_hidden.shape[2]],
-            "verifier_confidence": [reach],
-        }
-        rows = {name: self._rows(getattr(own, name), count, shape) for name, shape in shapes.items()}
-        return Rollout(**rows, max_new_tokens=own.max_new_tokens)
-
-    def _rows(self, own: Tensor, count: int, shape: list[int]) -> Tensor:
-        """`[count, *shape]` in the prompts' order, of rows of which each process has its share's, padded with zeros."""
-        most = -(-count // self.count)
-        padded = own.new_zeros(most, *shape)
-        padded[tuple(map(slice, own.shape))] = own
-        return self._all(padded).view(self.count, most, *shape).transpose(0, 1).flatten(0, 1)[:count]
-
-    def _all(self, own: Tensor) -> Tensor:
-        """All processes' tensors, which are of one shape, along the first dimension."""
+            return record
+        values = {spec.name: getattr(record, spec.name) for spec in fields(record)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         with self._meeting():
-            found: Tensor = gather(own)
-        return found
+            for dim in range(max(tensor.ndim for tensor in tensors.values())):
+                tensors = pad_across_processes(tensors, dim)
+            tensors = gather(tensors)
+        # One process's rows stand after another's, [P * R, …]; row i of the whole is row i // P of process i % P.
+        for name, tensor in tensors.items():
+            by_process = tensor.unflatten(0, (self.count, -1))
+            tensors[name] = by_process.transpose(0, 1).flatten(0, 1)[:count]
+        return replace(record, **tensors)

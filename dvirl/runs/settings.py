@@ -25,8 +25,9 @@ MOST_BITS = 999
 """Longer integers are refused first: Python may refuse to print them, and no float can hold them."""
 
 
-BOOLEANS = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(("false", "no", "f", "n", "0"), False)
-"""How the command line spells a value that is true or false."""
+TRUE = ("true", "yes", "t", "y", "1")
+FALSE = ("false", "no", "f", "n", "0")
+"""How the command line spells a value that is on or off."""
 
 
 Config = TypeVar("Config")
@@ -53,7 +54,10 @@ def positional(default: Any = MISSING) -> Any:
 
 
 def several(
-    *default: Any, count: int | str = "+", limits: tuple[float, float] | None = None, positional: bool = False
+    *default: Any,
+    count: int | str = "+",
+    limits: tuple[float, float] | None = None,
+    positional: bool = False,
 ) -> Any:
     """A list field: several values after one flag, `--name A B`.
 
@@ -63,13 +67,17 @@ def several(
         limits: range of each member, both ends included, if they are numbers.
         positional: the command line takes them by their position, without a flag.
     """
-    metadata = {"count": count, "range": limits, "positional": positional}
+    metadata = {
+        "count": count,
+        "range": limits,
+        "positional": positional,
+    }
     return field(default_factory=lambda: list(default), metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings: every field is checked for its type, range or choice when an object is made.
+    """Base of all settings. When an object is made, every field is checked for its type, range or choice.
 
     Raises:
         DvirlError: when made with a bad value; the message names field, value and range.
@@ -91,7 +99,8 @@ def _check(spec: "dataclasses.Field[Any]", value: Any) -> None:
     expected = ""
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         raise DvirlError(f"{spec.name} is a number of {value.bit_length()} bits; expected a smaller one")
-    if isinstance(value, str) and not (value.isprintable() and (value.strip() or not spec.default)):
+    blank = isinstance(value, str) and not value.strip() and spec.default
+    if blank or (isinstance(value, str) and not value.isprintable()):
         expected = "a name in printable letters"
     elif allowed and value not in allowed:
         expected = f"one of {', '.join(allowed)}"
@@ -107,8 +116,9 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
     Raises:
         DvirlError: for an unknown name, one that is missing and has no default, or a value out of range.
     """
-    known = sorted(spec.name for spec in dataclasses.fields(kind))  # type: ignore[arg-type]
-    unknown = sorted(map(str, set(values) - set(known)))
+    specs = dataclasses.fields(kind)  # type: ignore[arg-type]
+    known = sorted(spec.name for spec in specs)
+    unknown = sorted(str(name) for name in values if name not in known)
     try:
         if unknown:
             raise DvirlError(f"unknown setting {', '.join(unknown)[:200]}; known are {', '.join(known)}")
@@ -119,12 +129,16 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> C
 
 def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     """A settings object from argparse's namespace; a settings object passes through."""
-    return from_mapping(kind, vars(args), "arguments") if isinstance(args, Namespace) else args
+    if isinstance(args, Namespace):
+        return from_mapping(kind, vars(args), "arguments")
+    return args
 
 
 def narrowed(kind: type[Config], settings: Any) -> Config:
     """A settings object of a class that the class of `settings` extends, with the same values."""
-    return kind(**{spec.name: getattr(settings, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    specs = dataclasses.fields(kind)  # type: ignore[arg-type]
+    values = {spec.name: getattr(settings, spec.name) for spec in specs}
+    return kind(**values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -136,8 +150,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         yaml.compose(text)  # ends early where nesting is too deep, which the next line would take long over
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise yaml.YAMLError("an alias, written *name, is not read here")
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError("an alias, written *name, is not read here")
         values = yaml.safe_load(text)
     except Exception as error:  # for a bad tag, date or number PyYAML raises what its own code runs into
         raise DvirlError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
@@ -150,25 +165,33 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
     """The docstring under each field, those of base classes included."""
     texts: dict[str, str] = {}
     for owner in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        source = textwrap.dedent(inspect.getsource(owner))
+        tree = ast.parse(source).body[0]
         assert isinstance(tree, ast.ClassDef)
         for statement, following in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                assert isinstance(statement.target, ast.Name) and isinstance(following.value, ast.Constant)
+                assert isinstance(statement.target, ast.Name)
+                assert isinstance(following.value, ast.Constant)
                 texts[statement.target.id] = str(following.value.value)
     return texts
 
 
-def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
+def parse_args(
+    kind: type[Config],
+    prog: str,
+    description: str,
+    argv: Sequence[str],
+) -> Config:
     """Settings from the command line, on top of a YAML file.
 
-    The file is that of `--config`, or that of the run which is to `--resume`. Flags are made from the fields; a field's
-    docstring is its help.
+    The file is the one that `--config` names, or the settings of the run that `--resume` names. Each field is a flag,
+    with its docstring as help.
 
     Raises:
         DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
     """
-    arguments = vars(_parser(kind, prog, description).parse_args(list(argv)))  # type: ignore[arg-type]
+    parser = _parser(kind, prog, description)  # type: ignore[arg-type]
+    arguments = vars(parser.parse_args(list(argv)))
     path = arguments.pop("config", "")
     if not path and arguments.get("resume"):
         path = f"{arguments['resume']}/config.yaml"
@@ -177,15 +200,16 @@ def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[s
         in_file = read_yaml(path)
         if isinstance(in_file.get("config"), dict):  # a run's file also has its versions and its model
             in_file = in_file["config"]
-        # The file is checked by itself, so that a message names it; what has no default comes from the command line.
-        needed = [spec.name for spec in dataclasses.fields(kind) if _is_required(spec)]  # type: ignore[arg-type]
-        from_mapping(kind, {**{name: arguments[name] for name in needed}, **in_file}, path)
+        # The file is checked by itself, so that messages name it; fields without a default come from the command line.
+        specs = dataclasses.fields(kind)  # type: ignore[arg-type]
+        needed = {spec.name: arguments[spec.name] for spec in specs if _is_required(spec)}
+        from_mapping(kind, {**needed, **in_file}, path)
     return from_mapping(kind, {**in_file, **arguments}, "arguments")
 
 
 @functools.cache
 def _parser(kind: type[Any], prog: str, description: str) -> ArgumentParser:
-    """A parser that returns only what was given: defaults are the settings class's own."""
+    """A parser that returns only the given arguments; the settings class knows the defaults."""
     parser = ArgumentParser(prog=prog, description=description, argument_default=SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     texts = field_docs(kind)
@@ -199,14 +223,17 @@ def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: 
     options: dict[str, Any] = {"type": spec.type}
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
     if default not in (MISSING, "", []):
-        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f" (default: {shown})"
     if get_origin(spec.type) is list:
-        options = {"type": get_args(spec.type)[0], "nargs": spec.metadata["count"]}
+        (member_type,) = get_args(spec.type)
+        options = {"type": member_type, "nargs": spec.metadata["count"]}
     elif spec.type is bool:
         options = {"type": _boolean, "nargs": "?", "const": True}
     if spec.metadata.get("positional"):
-        nargs = options.get("nargs", None if default is MISSING else "?")
-        parser.add_argument(spec.name, help=text, **{**options, "nargs": nargs})
+        if default is not MISSING:
+            options.setdefault("nargs", "?")
+        parser.add_argument(spec.name, help=text, **options)
         return
     parser.add_argument(f"--{spec.name}", help=text, required=_is_required(spec), **options)
     if default is True:
@@ -221,21 +248,19 @@ def _is_required(spec: "dataclasses.Field[Any]") -> bool:
 
 def _boolean(text: str) -> bool:
     """The value of a flag that is true or false."""
-    if text.lower() not in BOOLEANS:
+    if text.lower() not in TRUE + FALSE:
         raise ArgumentTypeError(f"{text!r} is neither true nor false")
-    return BOOLEANS[text.lower()]
+    return text.lower() in TRUE
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, and its members of theirs; a whole number is a float too, a bool is no number."""
+    """Whether a value and its members have the types given; an int is a float too, and a bool is not a number."""
     if isinstance(kind, UnionType):
         return any(has_type(value, option) for option in get_args(kind))
-    if get_origin(kind) is list:
-        (member_kind,) = get_args(kind)
-        return type(value) is list and all(has_type(member, member_kind) for member in value)
-    if get_origin(kind) is dict:
-        key_kind, value_kind = get_args(kind)
-        return type(value) is dict and all(
-            has_type(key, key_kind) and has_type(member, value_kind) for key, member in value.items()
-        )
-    return kind in (Any, object) or type(value) in ((int, float) if kind is float else (kind,))
+    if type(value) is get_origin(kind):  # list[member] or dict[key, member]
+        member_kinds = get_args(kind)
+        members = zip(*[value] if isinstance(value, list) else [value, value.values()], strict=True)
+        return all(all(map(has_type, member, member_kinds)) for member in members)
+    if kind is float:
+        return type(value) in (int, float)
+    return kind in (Any, object) or type(value) is kind

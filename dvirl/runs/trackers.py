@@ -11,38 +11,44 @@ from accelerate.utils import LoggerType
 from dvirl.runs.errors import DvirlError
 
 TRACKERS = ("auto", "none", *LoggerType.list())
-"""auto is TensorBoard if it is installed; all is every one that is."""
+"""Names to choose from: auto is TensorBoard if it is installed, all is every installed tracker."""
 
 
 Track = Callable[[Mapping[str, Any]], None]
-"""Takes one step's figures, `step` among them; what is no number is passed over."""
+"""Takes the figures of one step, `step` among them; values that are not numbers are ignored."""
 
 
 def installed_trackers(name: str) -> list[str]:
-    """The trackers that a name of `TRACKERS` stands for.
+    """The installed trackers that a name of `TRACKERS` stands for.
 
     Raises:
         DvirlError: for one that is not installed.
     """
-    there = [str(one.value) for one in get_available_trackers()]
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    if name == "none":
+        return []
+    if name == "all":
+        return installed
     if name == "auto":
-        return [one for one in there if one == "tensorboard"]
-    if name not in ("none", "all", *there):
-        raise DvirlError(f"tracker is {name!r}, which is not installed; installed are {', '.join(there) or 'none'}")
-    return {"none": [], "all": there}.get(name, [name])
+        return [tracker for tracker in installed if tracker == "tensorboard"]
+    if name not in installed:
+        raise DvirlError(f"tracker is {name!r}, which is not installed; installed are {', '.join(installed) or 'none'}")
+    return [name]
 
 
 @contextmanager
 def tracking(name: str, run_dir: Path, settings: Mapping[str, Any]) -> Iterator[Track]:
-    """Inside, what is given to the trackers of a name reaches them; those that write files do so in `run_dir/dvirl`.
+    """Start the trackers of a name, and finish them at the end; those that write files do so in `run_dir/dvirl`.
 
     Raises:
         DvirlError: for one that is not installed.
     """
     trackers = []
-    for kind in map(LOGGER_TYPE_TO_CLASS.get, installed_trackers(name)):
-        trackers.append(kind("dvirl", *([str(run_dir)] if kind.requires_logging_directory else [])))
-        trackers[-1].store_init_configuration(dict(settings))
+    for installed in installed_trackers(name):
+        kind = LOGGER_TYPE_TO_CLASS[installed]
+        tracker = kind("dvirl", str(run_dir)) if kind.requires_logging_directory else kind("dvirl")
+        tracker.store_init_configuration(dict(settings))
+        trackers.append(tracker)
 
     def track(figures: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}

@@ -19,24 +19,33 @@ from dvirl.runs.folder import atomic_directory
 from dvirl.runs.log import parse_line, read_text
 from dvirl.runs.settings import MANY, Settings, positional, several
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
-PARTS = (*(f"{place}{name}" for place in ("", "lora_S/", "lora_D/") for name in (CONFIG, WEIGHTS)), DRAFTER)
-"""Files that are averaged where the folders have them: an adapter folder's own, or a checkpoint's."""
+ADAPTER = (CONFIG, WEIGHTS)
+"""Files of an adapter folder."""
 
 
-CLIENTS_OWN = ("base_model_name_or_path", "revision")
-"""What an adapter's configuration may say differently: where the client found the base model."""
+CHECKPOINT = (f"lora_S/{CONFIG}", f"lora_S/{WEIGHTS}", DRAFTER)
+"""Files that a checkpoint has at least."""
+
+
+FILES = (*ADAPTER, *CHECKPOINT, f"lora_D/{CONFIG}", f"lora_D/{WEIGHTS}")
+"""Files that are averaged if the folders have them."""
+
+
+MAY_DIFFER = ("base_model_name_or_path", "revision")
+"""Where each client found the base model: the only entries of an adapter's configuration that may differ."""
 
 
 def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | None, out: str | Path) -> Path:
     """Average adapters factor by factor, in float32: FedAvg (arXiv 1602.05629) on A and on B.
 
     An adapter's update is B A, and the mean of the factors is not the mean of the products: mean(B) mean(A) differs
-    from mean(B A) by how B and A vary together across clients. Where all clients start a round from the same factors,
-    that is of second order in what the round changes, so short rounds average well. Factors of separate beginnings
-    mean nothing together, since a product determines its factors only up to an invertible r x r matrix.
+    from mean(B A) by how B and A vary together across clients. If all clients start a round from the same factors, the
+    difference is of second order in what the round changes, so short rounds average well. Factors that started apart
+    cannot be averaged, because a product determines its factors only up to an invertible r x r matrix.
 
     Args:
         folders: PEFT adapter folders, or checkpoints, of which all adapters and `drafter.safetensors` are averaged and
@@ -50,46 +59,55 @@ def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | N
     Raises:
         DvirlError: for adapters that differ in configuration, tensors or draft vocabulary, or unreadable ones.
     """
-    paths, target = [Path(folder) for folder in folders], Path(out)
+    paths = [Path(folder) for folder in folders]
+    target = Path(out)
     values = [1.0] * len(paths) if weights is None else list(weights)
     if not paths or len(values) != len(paths) or not all(0 < value < math.inf for value in values):
         raise DvirlError(f"the weights are {values}; expected a number above 0 for each of {len(paths)} folders")
     if target.exists():
         raise DvirlError(f"{target} exists already; choose another name, or remove it")
-    parts = _common_parts(paths)
+    shares = [value / sum(values) for value in values]
+    names = _common_files(paths)
     with atomic_directory(target) as scratch:
-        for part in parts:
-            (scratch / part).parent.mkdir(exist_ok=True)
-            mean = _mean([path / part for path in paths], [value / sum(values) for value in values])
-            if part.endswith(".json"):
-                (scratch / part).write_text(json.dumps(mean, indent=2) + "\n")
+        for name in names:
+            file = scratch / name
+            file.parent.mkdir(exist_ok=True)
+            mean = _mean([path / name for path in paths], shares)
+            if name.endswith(".json"):
+                file.write_text(json.dumps(mean, indent=2) + "\n")
             else:
-                save_file(mean, scratch / part, metadata={"format": "pt"})
+                save_file(mean, file, metadata={"format": "pt"})
     return target
 
 
-def _common_parts(paths: Sequence[Path]) -> list[str]:
+def _common_files(paths: Sequence[Path]) -> list[str]:
     """The files to average, which are the same in all folders."""
-    held = [[part for part in PARTS if (path / part).exists()] for path in paths]
-    if not ({CONFIG, WEIGHTS} <= {*held[0]} or {f"lora_S/{CONFIG}", f"lora_S/{WEIGHTS}", DRAFTER} <= {*held[0]}):
+    first = _files(paths[0])
+    if not set(first).issuperset(ADAPTER) and not set(first).issuperset(CHECKPOINT):
         raise DvirlError(f"{paths[0]}: expected {CONFIG} and {WEIGHTS}, or a checkpoint with lora_S/ and {DRAFTER}")
-    for path, own in zip(paths, held, strict=True):
-        if own != held[0]:
-            there = ", ".join(own) or "none"
-            raise DvirlError(f"{path}: holds {there}; expected {', '.join(held[0])} as in {paths[0]}")
-    return held[0]
+    for path in paths:
+        names = _files(path)
+        if names != first:
+            there = ", ".join(names) or "none"
+            raise DvirlError(f"{path}: holds {there}; expected {', '.join(first)} as in {paths[0]}")
+    return first
+
+
+def _files(folder: Path) -> list[str]:
+    return [name for name in FILES if (folder / name).exists()]
 
 
 def _mean(files: Sequence[Path], shares: Sequence[float]) -> dict[str, Any]:
-    """The weighted mean of the files' float tensors; all else must be equal. One client's are in memory at a time."""
+    """The weighted mean of the files' float tensors; all else must be equal. One file is in memory at a time."""
     mean: dict[str, Any] = {}
-    layout: dict[str, Any] = {}
+    first: dict[str, Any] = {}
     for file, share in zip(files, shares, strict=True):
         content = _read(file)
-        own = {key: _comparable(value) for key, value in content.items() if key not in CLIENTS_OWN}
-        layout = layout or own
-        for key in sorted({*own, *layout}):
-            value, expected = (side.get(key, "missing") for side in (own, layout))
+        layout = {key: _comparable(value) for key, value in content.items() if key not in MAY_DIFFER}
+        first = first or layout
+        for key in sorted({*layout, *first}):
+            value = layout.get(key, "missing")
+            expected = first.get(key, "missing")
             if value != expected:
                 raise DvirlError(f"{file}: {key} is {str(value)[:80]}; expected {str(expected)[:80]} as in {files[0]}")
         for key, value in content.items():
@@ -101,7 +119,7 @@ def _mean(files: Sequence[Path], shares: Sequence[float]) -> dict[str, Any]:
 
 
 def _comparable(value: Any) -> Any:
-    """What must be equal: a float tensor's type and shape, another's values, a list's members in any order."""
+    """What must be equal: type and shape of a float tensor, values of another one, members of a list in any order."""
     if _is_float(value):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, Tensor):
@@ -114,7 +132,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A configuration, or tensors, whose floats must be finite."""
+    """The entries of a configuration, or tensors by name, whose floats must be finite."""
     try:
         content = parse_line(file.name, read_text(file), dict) if file.suffix == ".json" else load_file(file)
     except (OSError, ValueError, TypeError, SafetensorError) as error:

@@ -2,10 +2,12 @@
 
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,34 +18,52 @@ from dvirl.rollout import Responses, generate
 from dvirl.runs.errors import DvirlError
 
 NGRAM = 13
-"""Tokens in a row that training data may not share with a question (GPT-3's decontamination counts 13 words)."""
+"""Training data may not share so many tokens in a row with a question; GPT-3's decontamination counts 13 words."""
+
+
+MULTIPLIER = 6364136223846793005
+"""Of Knuth's linear congruential generator MMIX."""
 
 
 SCANNED = 16384
-"""Rows hashed at once."""
+"""Number of rows hashed at once."""
 
 
 def join(parts: Sequence[Responses]) -> Responses:
-    """All parts' rows, in order."""
+    """The rows of all parts, in order, padded to one width."""
     width = max(part.tokens.shape[1] for part in parts)
-    tokens = [torch.nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
-    lengths = zip(*((part.prompt_lens, part.response_lens) for part in parts), strict=True)
-    return Responses(torch.cat(tokens), *map(torch.cat, lengths))
+    padded = [F.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
+    return Responses(
+        tokens=torch.cat(padded),
+        prompt_lens=torch.cat([part.prompt_lens for part in parts]),
+        response_lens=torch.cat([part.response_lens for part in parts]),
+    )
 
 
-def answer(loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch: int) -> Responses:
-    """The untouched model's greedy answers, prompts of like length answered together."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+def answer(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch: int,
+) -> Responses:
+    """The untouched model's greedy answers, in the prompts' order; prompts of like length are answered together."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    order = lengths.argsort(stable=True)
     parts = []
-    for start in range(0, len(order), batch):
-        together = [prompts[row] for row in order[start : start + batch]]
+    for rows in torch.split(order, batch):
+        together = [prompts[row] for row in rows.tolist()]
         rollout = generate(loaded.model, together, max_new_tokens, loaded.eos_ids, keep_states=False)
         parts.append(rollout.stored())
-    return join(parts).take(torch.tensor(order).argsort())
+    return join(parts).take(order.argsort())
 
 
 def write_conversations(
-    loaded: LoadedModel, count: int, seed: int, max_new_tokens: int, follow_up: float, batch: int
+    loaded: LoadedModel,
+    count: int,
+    seed: int,
+    max_new_tokens: int,
+    follow_up: float,
+    batch: int,
 ) -> Responses:
     """Conversations that the model holds with itself: a turn, its answer, for some a second turn and its answer.
 
@@ -59,35 +79,46 @@ def write_conversations(
         DvirlError: if the model's chat format has no user turns, or no turn ends.
     """
     start, _, again = loaded.chat.frame()
-    openers, rng = Openers(), random.Random(f"{seed}/conversations")
+    openers = Openers()
+    rng = random.Random(f"{seed}/conversations")
     contexts = [start + loaded.chat.plain(openers.draw(rng)) for _ in range(count)]
-
-    def turns(contexts: list[list[int]]) -> list[list[int]]:
-        prompts: dict[tuple[int, ...], None] = {}
-        for at in range(0, len(contexts), batch):
-            prompts |= dict.fromkeys(sample_turns(loaded, contexts[at : at + batch], rng.getrandbits(63)))
-        return [list(prompt) for prompt in prompts]
-
-    opening = turns(contexts)
+    opening = _sampled(loaded, contexts, rng, batch)
     if not opening:
         raise DvirlError(f"the model wrote no usable turn of {count}; another model or chat_format may")
     first = answer(loaded, opening, max_new_tokens, batch)
     longer = []
-    for row in range(len(first)):
-        stop = int(first.prompt_lens[row] + first.response_lens[row])
-        if rng.random() < follow_up and int(first.tokens[row, stop - 1]) in loaded.eos_ids:
-            longer.append([*first.tokens[row, : stop - 1].tolist(), *again])
-    second = turns(longer)
-    return join([first, answer(loaded, second, max_new_tokens, batch)]) if second else first
+    for tokens, length in zip(first.tokens, first.prompt_lens + first.response_lens, strict=True):
+        *conversation, last = tokens[:length].tolist()
+        if rng.random() < follow_up and last in loaded.eos_ids:
+            longer.append([*conversation, *again])
+    second = _sampled(loaded, longer, rng, batch)
+    if not second:
+        return first
+    return join([first, answer(loaded, second, max_new_tokens, batch)])
+
+
+def _sampled(
+    loaded: LoadedModel,
+    contexts: list[list[int]],
+    rng: random.Random,
+    batch: int,
+) -> list[list[int]]:
+    """The contexts with a sampled turn after each, without repeats."""
+    prompts: dict[tuple[int, ...], None] = {}
+    for start in range(0, len(contexts), batch):
+        seed = rng.getrandbits(63)
+        turns = sample_turns(loaded, contexts[start : start + batch], seed)
+        prompts |= dict.fromkeys(turns)
+    return [list(prompt) for prompt in prompts]
 
 
 def without_repeats(responses: Responses) -> Responses:
-    """The first row of every prompt."""
-    seen: dict[bytes, int] = {}
+    """The first row of each prompt."""
+    first_rows: dict[bytes, int] = {}
     tokens = responses.tokens.numpy()
     for row, length in enumerate(responses.prompt_lens.tolist()):
-        seen.setdefault(tokens[row, :length].tobytes(), row)
-    return responses.take(torch.tensor(list(seen.values())))
+        first_rows.setdefault(tokens[row, :length].tobytes(), row)
+    return responses.take(torch.tensor(list(first_rows.values())))
 
 
 def write_shard(path: Path, responses: Responses) -> None:
@@ -102,37 +133,51 @@ def read_shard(path: Path) -> Responses:
     """Read one shard.
 
     Raises:
-        DvirlError: if it is unreadable or not one.
+        DvirlError: if it is unreadable or not a shard.
     """
     try:
-        found = Responses(**load_file(path))
-        (_, width), lens = found.tokens.shape, torch.stack([found.prompt_lens, found.response_lens])  # [2, N]
-        whole = (found.tokens.dtype, lens.dtype, lens.shape[1:]) == (torch.int32, torch.int64, found.tokens.shape[:1])
-        if not whole or (lens < 0).any() or (lens[0] > width - lens[1]).any() or (found.tokens < 0).any():
+        responses = Responses(**load_file(path))
+        if not _fits_together(responses):
             raise TypeError("its tensors do not fit together")
-        return found
     except (SafetensorError, TypeError, ValueError, RuntimeError, OSError) as error:
-        said = f"not a readable shard of responses ({error})"
-        raise DvirlError(f"{path}: {said}; remove it to have it made anew") from error
+        reason = f"not a readable shard of responses ({error})"
+        raise DvirlError(f"{path}: {reason}; remove it to have it written again") from error
+    return responses
+
+
+def _fits_together(responses: Responses) -> bool:
+    """Whether tensors from a file can be responses: types, shapes, and lengths within the rows."""
+    rows, width = responses.tokens.shape
+    lengths = torch.stack([responses.prompt_lens, responses.response_lens])  # [2, N]
+    if (responses.tokens.dtype, lengths.dtype) != (torch.int32, torch.int64) or lengths.shape[1] != rows:
+        return False
+    # A sum of two lengths could overflow; their difference to the width cannot.
+    too_long = lengths[0] > width - lengths[1]
+    return not bool(too_long.any() or (lengths < 0).any() or (responses.tokens < 0).any())
 
 
 def _hashes(tokens: Tensor, longest: int) -> Iterator[tuple[int, Tensor]]:
     """For each n up to `longest`: n, and a 64-bit hash of every run of n tokens, `[…, W]` to `[…, W - n + 1]`."""
     tokens = tokens.long() + 1
-    total = torch.zeros_like(tokens)
-    for n in range(1, min(longest, tokens.shape[-1]) + 1):
-        total = total[..., : tokens.shape[-1] - n + 1]
-        total = (total * 6364136223846793005 + tokens[..., n - 1 :]) ^ (total >> 29)
-        yield n, total
+    hashes = torch.zeros_like(tokens)
+    width = tokens.shape[-1]
+    for n in range(1, min(longest, width) + 1):
+        hashes = hashes[..., : width - n + 1]
+        # A polynomial hash modulo 2**64 (Knuth's multiplier); the shift mixes high bits into low ones.
+        hashes = (hashes * MULTIPLIER + tokens[..., n - 1 :]) ^ (hashes >> 29)
+        yield n, hashes
 
 
 def overlapping(
-    responses: Responses, questions: Sequence[Sequence[int]], n: int = NGRAM, device: torch.device | None = None
+    responses: Responses,
+    questions: Sequence[Sequence[int]],
+    n: int = NGRAM,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Which rows share a run of `n` tokens with a question; shorter questions are compared whole.
 
     Args:
-        responses: N rows; what stands behind their ends is zero.
+        responses: N rows; the tokens after their ends are zero.
         questions: token ids of the questions' texts, without chat template.
         n: length of the runs.
         device: where to compare; the CPU if not given.
@@ -140,17 +185,22 @@ def overlapping(
     Returns:
         Boolean `[N]`.
     """
-    wanted: dict[int, list[Tensor]] = {}
-    for question in questions:
-        for length, hashes in _hashes(torch.tensor(list(question)), n):
-            if length == min(n, len(question)):
-                wanted.setdefault(length, []).append(hashes)
-    sought = {length: torch.cat(parts).sort().values.to(device) for length, parts in wanted.items()}
-    found = torch.zeros(len(responses), dtype=torch.bool)
+    hashes_by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for question in filter(len, questions):
+        *_, (length, hashes) = _hashes(torch.tensor(question), n)  # the longest runs
+        hashes_by_length[length].append(hashes)
+    sought = {}
+    for length, parts in hashes_by_length.items():
+        sought[length] = torch.cat(parts).sort().values.to(device)
+    overlaps = torch.zeros(len(responses), dtype=torch.bool)
     for start in range(0, len(responses), SCANNED):
         rows = slice(start, start + SCANNED)
-        for length, own in _hashes(responses.tokens[rows].to(device), n):
-            if length in sought:
-                at = torch.searchsorted(sought[length], own).clamp(max=len(sought[length]) - 1)
-                found[rows] |= (sought[length][at] == own).any(dim=1).cpu()
-    return found
+        for length, hashes in _hashes(responses.tokens[rows].to(device), n):
+            if length not in sought:
+                continue
+            # Binary search: the first sought hash that is not smaller, or the last one.
+            index = torch.searchsorted(sought[length], hashes)
+            index = index.clamp(max=len(sought[length]) - 1)
+            equal = sought[length][index] == hashes
+            overlaps[rows] |= equal.any(dim=1).cpu()
+    return overlaps

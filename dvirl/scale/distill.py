@@ -26,6 +26,7 @@ from dvirl.config import DraftSettings
 from dvirl.data.sources import read_prompts
 from dvirl.lora import attach_draft, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
+from dvirl.models.drafters import export
 from dvirl.models.loading import LoadedModel, load
 from dvirl.rollout import Responses, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
@@ -294,7 +295,7 @@ class Distiller:
             drafter=str(drafter),
         )
         made = {**asdict(result), **self.left_out}
-        checkpoint.export(drafter, self.peft_model, self.model, self.config, self.loaded, **made)
+        export(drafter, self.peft_model, self.model, self.config, self.loaded, **made)
         return result
 
     def _memory_gb(self) -> float:
