@@ -10,10 +10,9 @@ import torch
 
 from dvirl import plots
 from dvirl.config import DVIConfig
-from dvirl.experiments.experiment import DVIExperiment, Experiment
+from dvirl.experiments.experiment import DVIExperiment, refuse_existing, run_experiment
 from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
-from dvirl.runs.log import read_metrics
 from dvirl.trainer import DVITrainer
 
 parse_args = partial(
@@ -33,16 +32,15 @@ def main(args: Namespace | DVIExperiment) -> Path:
     """
     config = settings.from_namespace(DVIExperiment, args)
     torch.set_num_threads(config.threads)
-    experiment, trainer = Experiment(config), DVITrainer(settings.narrowed(DVIConfig, config))
+    refuse_existing(config)
+    trainer = DVITrainer(settings.narrowed(DVIConfig, config))
+    draft = Draft(trainer.model, trainer.loaded, config.target)
 
     def train() -> dict[str, Any]:
         trainer.train()
         return {"counters": vars(trainer.counters)}
 
-    def draw(path: Path) -> None:
-        plots.learning_curve(read_metrics(Path(config.run_dir) / "metrics.jsonl"), save=path)
-
-    return experiment.run(Draft(trainer.model, trainer.loaded, config.target), train, draw)
+    return run_experiment(config, draft, train, plots.learning_curve)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ from typing import Any
 
 from dvirl import plots
 from dvirl.config import SGPConfig
-from dvirl.experiments.experiment import Experiment, SGPExperiment
+from dvirl.experiments.experiment import SGPExperiment, refuse_existing, run_experiment
 from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
-from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer
 
 parse_args = partial(
@@ -24,15 +23,14 @@ parse_args = partial(
 def main(args: Namespace | SGPExperiment) -> Path:
     """Run it, and return `results/<name of run_dir>.json`; arguments and errors as in `run_dvi_experiment.main`."""
     config = settings.from_namespace(SGPExperiment, args)
-    experiment, trainer = Experiment(config), SGPTrainer(settings.narrowed(SGPConfig, config))
+    refuse_existing(config)
+    trainer = SGPTrainer(settings.narrowed(SGPConfig, config))
+    draft = Draft(trainer.model, trainer.loaded)
 
     def train() -> dict[str, Any]:
         return {"held_out": asdict(trainer.train())}
 
-    def draw(path: Path) -> None:
-        plots.losses(read_metrics(Path(config.run_dir) / "metrics.jsonl"), path)
-
-    return experiment.run(Draft(trainer.model, trainer.loaded), train, draw)
+    return run_experiment(config, draft, train, plots.losses)
 
 
 if __name__ == "__main__":

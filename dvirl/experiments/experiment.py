@@ -2,20 +2,20 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dvirl.config import DVIConfig, ModelSettings, SGPConfig
+from dvirl.config import DVIConfig, SGPConfig
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.runner import EvalConfig, EvalSettings, evaluate
+from dvirl.evaluation.spec_bench import OVERALL
 from dvirl.models.drafters import Draft
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
-from dvirl.runs.log import write_json
-from dvirl.runs.settings import narrowed
+from dvirl.runs.log import read_metrics, write_json
 
 COMPARED = {
     "accept_rate": "fixed",
@@ -25,7 +25,7 @@ COMPARED = {
     "ppl": "dvi",
     "drift_kl": "dvi",
 }
-"""Figures on all questions that a result names before and after, and the method whose they are."""
+"""Figures that are compared before and after training, over all questions, and the method that each is taken from."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ExperimentSettings(EvalSettings):
     """How an experiment evaluates, and where its results go."""
 
     methods: str = "plain,pld,fixed,dvi"
-    """By commas, with fixed and dvi among them; see `dvirl evaluate --help`."""
+    """Separated by commas, with fixed and dvi among them; see `dvirl evaluate --help`."""
     results: str = "results"
     """Folder of <name of run_dir>.json, of the report with that name, and of a folder with all answers."""
 
@@ -56,68 +56,80 @@ class SGPExperiment(ExperimentSettings, SGPConfig):
     """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
 
 
-class Experiment:
-    """Evaluates a draft before and after training.
-
-    Args:
-        config: settings of an experiment.
+def refuse_existing(config: DVIExperiment | SGPExperiment) -> None:
+    """See that nothing is overwritten.
 
     Raises:
         DvirlError: if there are results of this name already, or a run.
     """
-
-    def __init__(self, config: Any) -> None:
-        assert isinstance(config, ExperimentSettings) and isinstance(config, ModelSettings)
-        self.config: Any = config
-        self.name = Path(config.run_dir).name
-        self.folder = Path(config.results) / self.name
-        if self.folder.exists() or (Path(config.run_dir) / "metrics.jsonl").exists():
-            raise DvirlError(f"{self.folder} or {config.run_dir} already holds a run; choose another run_dir")
-
-    def run(self, draft: Draft, train: Callable[[], Mapping[str, Any]], draw: Callable[[Path], None]) -> Path:
-        """Evaluate, train, evaluate; write results and report.
-
-        Args:
-            draft: freshly injected; trained in place.
-            train: trains it, and returns what else is worth keeping.
-            draw: draws how training went into a file.
-
-        Returns:
-            `results/<name>.json`.
-        """
-        before = self._evaluate(draft, "before")
-        trained = train()
-        after = self._evaluate(draft, "after")
-        compared = pd.DataFrame({"before": _overall(before), "after": _overall(after)})
-        content = {
-            "settings": asdict(self.config),
-            **provenance(draft.loaded),
-            "date": time.strftime("%Y-%m-%d"),
-            "figures": {f"{name}_{when}": value for name, row in compared.iterrows() for when, value in row.items()},
-            "before": before.to_dict("records"),
-            "after": after.to_dict("records"),
-            **trained,
-        }
-        path = Path(f"{self.folder}.json")
-        draw(self.folder / "training.png")
-        write_json(path, content)
-        tables = [f"{when}:\n\n{markdown_table(found.set_index('task'))}" for when, found in
-                  (("Before", before), ("After", after))]  # fmt: skip
-        figures = [f"![]({self.name}/{name})" for name in ("training.png", "before/speedup.png", "after/speedup.png")]
-        changed = f"What the draft does on {self.config.questions}, before and after training:"
-        parts = [describe(content), changed, markdown_table(compared), *figures, *tables]
-        write_report(self.folder, f"Experiment {self.name}", parts)
-        print(f"{changed}\n{markdown_table(compared)}\nresults: {path}\nreport: {self.folder}.html")
-        return path
-
-    def _evaluate(self, draft: Draft, when: str) -> pd.DataFrame:
-        config = self.config
-        own = {name: getattr(config, name) for name in ("dtype", "device", "threads", "seed")}
-        own |= {"draft": config.run_dir, "run_dir": str(self.folder / when)}
-        return evaluate(draft, EvalConfig(**vars(narrowed(EvalSettings, config)), **own))
+    folder = _folder(config)
+    if folder.exists() or (Path(config.run_dir) / "metrics.jsonl").exists():
+        raise DvirlError(f"{folder} or {config.run_dir} already holds a run; choose another run_dir")
 
 
-def _overall(found: pd.DataFrame) -> pd.Series:
-    """The figures that are compared."""
-    rows = found[found.task == found.task.iloc[-1]].set_index("method")
-    return pd.Series({name: float(rows.loc[method, name]) for name, method in COMPARED.items()})
+def run_experiment(
+    config: DVIExperiment | SGPExperiment,
+    draft: Draft,
+    train: Callable[[], Mapping[str, Any]],
+    draw: Callable[..., None],
+) -> Path:
+    """Evaluate a draft, train it, evaluate it again; write results and report.
+
+    Args:
+        config: settings of the experiment.
+        draft: freshly injected; trained in place.
+        train: trains it, and returns what else is worth keeping.
+        draw: draws the run's log, as `read_metrics` gives it, into the file `save`.
+
+    Returns:
+        `results/<name>.json`.
+    """
+    folder = _folder(config)
+    before = _evaluate(config, draft, "before")
+    trained = train()
+    after = _evaluate(config, draft, "after")
+    compared = pd.DataFrame({"before": _overall(before), "after": _overall(after)})
+    figures: dict[str, float] = {}
+    for name, values in compared.iterrows():
+        figures |= {f"{name}_before": values.before, f"{name}_after": values.after}
+    content = {
+        "settings": asdict(config),
+        **provenance(draft.loaded),
+        "date": time.strftime("%Y-%m-%d"),
+        "figures": figures,
+        "before": before.to_dict("records"),
+        "after": after.to_dict("records"),
+        **trained,
+    }
+    draw(read_metrics(Path(config.run_dir) / "metrics.jsonl"), save=folder / "training.png")
+    path = Path(f"{folder}.json")
+    write_json(path, content)
+    # The report shows the comparison first, then both evaluations in full.
+    changed = f"What the draft does on {config.questions}, before and after training:\n\n{markdown_table(compared)}"
+    parts = [describe(content), changed]
+    for image in ("training.png", "before/speedup.png", "after/speedup.png"):
+        parts.append(f"![]({folder.name}/{image})")
+    parts += ["Before:", markdown_table(before.set_index("task"))]
+    parts += ["After:", markdown_table(after.set_index("task"))]
+    write_report(folder, f"Experiment {folder.name}", parts)
+    print(f"{changed}\nresults: {path}\nreport: {folder}.html")
+    return path
+
+
+def _folder(config: DVIExperiment | SGPExperiment) -> Path:
+    """Where both evaluations go; the results and the report have its name."""
+    return Path(config.results) / Path(config.run_dir).name
+
+
+def _evaluate(config: DVIExperiment | SGPExperiment, draft: Draft, when: str) -> pd.DataFrame:
+    """`evaluate` with the experiment's settings, into a folder of its own."""
+    shared = {spec.name for spec in fields(EvalConfig)} - {"draft", "run_dir"}
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    folder = _folder(config) / when
+    return evaluate(draft, EvalConfig(**values, draft=config.run_dir, run_dir=str(folder)))
+
+
+def _overall(figures: pd.DataFrame) -> pd.Series:
+    """The compared figures on all questions, each of its method."""
+    overall = figures[figures.task == OVERALL].set_index("method")
+    return pd.Series({name: float(overall[name][method]) for name, method in COMPARED.items()})
