@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from test_models import save_tiny
 from test_trainer import tiny_settings
 
-from dvirl import trainer
 from dvirl.runs import checkpoint, errors
 from dvirl.runs import folder as run_folder
 from dvirl.runs.checkpoint import newest, verify
 from dvirl.runs.log import read_metrics
 from dvirl.runs.processes import Processes
-from dvirl.trainer import DVITrainer, resume
+from dvirl.train_dvi import resume
+from dvirl.trainer import DVITrainer
 
 
 def free_port() -> int:
@@ -146,7 +146,7 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
             for owner, name in (
                 (checkpoint, "write_text"),
                 (checkpoint, "atomic_directory"),
-                (trainer, "held"),
+                (run_folder, "run_lock"),
                 (run_folder, "write_text"),
             ):
                 monkeypatch.setattr(owner, name, None)

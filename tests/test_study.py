@@ -37,6 +37,7 @@ from dvirl.experiments.study import summary as summarise
 from dvirl.runs import checkpoint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
+from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("study-*.yaml"))
@@ -56,9 +57,9 @@ def tiny(monkeypatch):
         return PromptSplit(PromptStream(made, config.seed), made[-config.held_out :])
 
     replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
-    monkeypatch.setattr("dvirl.trainer.load", lambda *_: tiny_loaded(deep_scale=0.6))
-    monkeypatch.setattr("dvirl.sgp.load", lambda *_: tiny_loaded(deep_scale=0.6))
-    monkeypatch.setattr("dvirl.trainer.load_prompts", prompts)
+    monkeypatch.setattr("dvirl.train_dvi.load", lambda *_: tiny_loaded(deep_scale=0.6))
+    monkeypatch.setattr("dvirl.train_sgp.load", lambda *_: tiny_loaded(deep_scale=0.6))
+    monkeypatch.setattr("dvirl.train_dvi.load_prompts", prompts)
     monkeypatch.setattr(study_module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
     monkeypatch.setattr(study_module, "load_prompts", prompts)
     monkeypatch.setattr(study_module, "chatterbot_prompts", lambda: replies)
@@ -227,15 +228,14 @@ def test_the_cost_of_a_draft_is_the_weights_that_it_reads(tmp_path):
 def test_fresh_records_give_an_unbiased_gradient_and_old_ones_do_not(tmp_path):
     trainer = a_trainer(tmp_path, schedule="kl", num_prompts=48, buffer_size=10000, draft_vocab=0, max_new_tokens=16)
     trainer.answer = trainer._generate
-    for _ in trainer.collect():
-        pass
+    for group in trainer.collect():
+        trainer.judge(group)
     now = stale_gradients(trainer, trainer.buffer.recent(8), 64)
     assert now["hidden_error"] < 1e-5 and now["cos_many"] > 0.9
     trainer.buffer.take_fresh()
     before = trainer.buffer.recent(8)
     for _ in range(4):
-        for _ in trainer.advance():
-            pass
+        trainer.advance()
     old = stale_gradients(trainer, before, 64)
     assert old["hidden_error"] > 0.01 and old["reward_now"] > old["reward_stored"]
     assert old["cos_many"] > 0.9 > old["cos_stale"]
@@ -519,7 +519,7 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
         events.append(sum(model() is not None for model in models))
 
     monkeypatch.setattr(torch.cuda, "empty_cache", freed)
-    for place in ("dvirl.trainer.load", "dvirl.experiments.study.load"):
+    for place in ("dvirl.train_dvi.load", "dvirl.experiments.study.load"):
         monkeypatch.setattr(place, loading)
     monkeypatch.setattr(study_module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
     monkeypatch.setattr(study_module, "_keep", lambda *a: events.append("row") or keep(*a))
@@ -546,6 +546,6 @@ def test_a_start_that_does_not_fit_is_said(tmp_path):
     trainer = a_trainer(tmp_path)
     folder = checkpoint.save(tmp_path / "other", 0, trainer.peft_model, trainer.model)
     with pytest.raises(DvirlError, match="does not fit this model"):
-        DVITrainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
+        make_trainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
     with pytest.raises(DvirlError, match="lora_S, drafter.safetensors missing"):
-        DVITrainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))
+        make_trainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))

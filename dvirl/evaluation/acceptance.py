@@ -9,6 +9,7 @@ from dvirl.models.loading import LoadedModel
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.folder import run_settings
 from dvirl.runs.settings import from_mapping
+from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -24,7 +25,7 @@ def open_run(run_dir: str | Path, **changes: object) -> tuple[DVITrainer, Path]:
         DvirlError: if the folder holds no run.
     """
     checkpoint, settings = newest(run_dir), {**run_settings(run_dir), **changes}
-    return DVITrainer(from_mapping(DVIConfig, settings, f"{run_dir}/config.yaml")), checkpoint
+    return make_trainer(from_mapping(DVIConfig, settings, f"{run_dir}/config.yaml")), checkpoint
 
 
 @dataclass(frozen=True)

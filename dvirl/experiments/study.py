@@ -37,7 +37,7 @@ from dvirl.evaluation.agreement import measure_agreement
 from dvirl.experiments.tape import Tape
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
-from dvirl.metrics import Served, verifier_figures, verifier_sums
+from dvirl.metrics import STEP_COLUMNS, Served, verifier_figures, verifier_sums
 from dvirl.models.loading import LoadedModel, load
 from dvirl.rollout import Responses, Rollout, draft_logits_at, judge
 from dvirl.runs import checkpoint
@@ -48,6 +48,7 @@ from dvirl.runs.settings import Settings, from_mapping, read_yaml
 from dvirl.scale.averaging import average_adapters
 from dvirl.scale.corpus import answer
 from dvirl.sgp import SGPTrainer
+from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -217,7 +218,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
 
 def thinned(run_dir: Path) -> dict[str, list[float | None]]:
     """A run's curve: accept rate, reward, KL and drift over response tokens, in a few dozen means."""
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl", STEP_COLUMNS)
     bins = metrics.index * CURVE_POINTS // max(1, len(metrics))
     columns = ["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]
     means = metrics[columns].astype(float).groupby(bins).mean()
@@ -230,7 +231,7 @@ def learn(config: DVIConfig, split: PromptSplit, tape: Tape) -> Row:
     Returns:
         `figures` and `curve`. An empty tape is recorded.
     """
-    trainer = DVITrainer(config, None, split)
+    trainer = make_trainer(config, split=split)
     changes = config.slow_every > 0 or config.target == "adapted"
     answers = trainer.answer(split.held_out)
     before = judge_answers(trainer, answers)
@@ -289,7 +290,7 @@ def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptS
     if settings is None:
         return {}, 0
     if not settings.get("sgp"):
-        first = DVITrainer(config, None, split)
+        first = make_trainer(config, split=split)
         first.train(show_progress=False)
         return {"start_from": str(checkpoint.newest(config.run_dir))}, first.counters.tokens
     shared = {spec.name: getattr(config, spec.name) for spec in fields(DraftSettings)}
@@ -326,7 +327,7 @@ def staleness(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _by_age(config: DVIConfig, ages: int, records: int, draws: int) -> Iterator[Row]:
-    trainer = DVITrainer(config)
+    trainer = make_trainer(config)
     trainer.train(show_progress=False)
     ids = trainer.buffer.field("response_id")
     last = int(ids.max()) + 1
@@ -368,20 +369,19 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
 
 
 def _gradient(trainer: DVITrainer, loss: Tensor) -> Tensor:
-    found = torch.autograd.grad(loss, trainer.shallow, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss.mean(), trainer.shallow, retain_graph=True, allow_unused=True)
     return torch.cat([part.flatten().float() for part in found if part is not None])
 
 
 def _on(config: DVIConfig, prompts: Prompts) -> DVITrainer:
     """A trainer on these prompts, in this order."""
-    return DVITrainer(config, None, PromptSplit(PromptStream(prompts, None), []))
+    return make_trainer(config, split=PromptSplit(PromptStream(prompts, None), []))
 
 
 def _advance(trainer: DVITrainer, goal: float) -> None:
     """Train until so many prompts are done."""
     while trainer.counters.prompts < goal:
-        for _ in trainer.advance():
-            pass
+        trainer.advance()
 
 
 def _domains(task: Task, sources: Mapping[str, Mapping[str, Any]], count: int) -> tuple[list[Prompts], Probes]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import random
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from dvirl.config import ModelSettings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import _discard, atomic_directory, refuse_other_settings, run_settings, write_config
+from dvirl.runs.folder import _discard, atomic_directory, write_config
 from dvirl.runs.log import parse_line, read_text
-from dvirl.runs.settings import from_mapping, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
@@ -220,19 +218,3 @@ def newest(run_dir: str | Path) -> Path:
     if not (folders := _checkpoints(run_dir)):
         raise DvirlError(f"{run_dir}: no checkpoint there; expected checkpoints/step-…")
     return folders[-1]
-
-
-def go_on(make: Any, kind: Any, run_dir: str | Path, config: Any = None, accept_changes: bool = False) -> Any:
-    """A trainer made by `make` from settings of a kind, as far as a run is; see `trainer.resume` for the others."""
-    path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
-    config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
-    if not accept_changes:
-        refuse_other_settings(path, before, asdict(config), "give --accept_changes true to go on with these")
-    trainer = make(config)
-    made_for = read_yaml(path).get("model", {}).get("fingerprint")
-    if made_for != trainer.loaded.fingerprint:
-        raise DvirlError(f"{path}: the run is of the model {made_for}, and this one is {trainer.loaded.fingerprint}")
-    trainer.resumed = True
-    if any((Path(run_dir) / "checkpoints").glob("step-*")):
-        trainer.load_checkpoint(newest(run_dir))
-    return trainer

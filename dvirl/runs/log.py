@@ -2,18 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from dvirl.metrics import StepMetrics
 from dvirl.runs.errors import DvirlError
-
-if TYPE_CHECKING:
-    pass
 
 
 def to_plain(values: Any) -> Any:
@@ -118,11 +113,11 @@ def numbered(path: str | Path, text: str) -> Iterator[tuple[str, str]]:
     return ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def read_metrics(path: str | Path) -> pd.DataFrame:
-    """The table of a `metrics.jsonl`, one row a step.
+def read_metrics(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """The table of a `metrics.jsonl`, one row a line; a log without lines has the `columns` that are given.
 
     Raises:
         DvirlError: if there is no such file or a line is no JSON object.
     """
     rows = [parse_line(*line, dict) for line in numbered(path, read_text(path))]
-    return pd.DataFrame(rows, columns=None if rows else [spec.name for spec in fields(StepMetrics)])
+    return pd.DataFrame(rows, columns=None if rows else list(columns))
