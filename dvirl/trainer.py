@@ -65,6 +65,7 @@ class DVITrainer(TrainingLoop):
         config: all settings.
         loaded: a freshly loaded model, which is changed in place.
         split: prompts.
+        seeded: whether the random generators have been seeded already, by who loaded the model.
 
     Attributes:
         buffer, baseline: the changing state besides the model and the optimizers; `counters`, `served`, `rates` and
@@ -80,9 +81,10 @@ class DVITrainer(TrainingLoop):
     counters: Counters
     unit = "prompt"
 
-    def __init__(self, config: DVIConfig, loaded: LoadedModel, split: PromptSplit) -> None:
+    def __init__(self, config: DVIConfig, loaded: LoadedModel, split: PromptSplit, seeded: bool = False) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints, config.tracker)
-        checkpoint.seed_all(config.seed)
+        if not seeded:
+            checkpoint.seed_all(config.seed)
         self.split = split
         self.length = config.num_prompts
         try:

@@ -144,7 +144,6 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
     def work(rank):
         if rank:
             for owner, name in (
-                (checkpoint, "write_text"),
                 (checkpoint, "atomic_directory"),
                 (run_folder, "run_lock"),
                 (run_folder, "write_text"),

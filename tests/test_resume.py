@@ -41,7 +41,7 @@ POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (loop, "cut_log"), (loop, "log_line"), (DVITrainer, "judge"), (DVITrainer, "step"),
           (checkpoint, "_save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
-          (run_folder, "_discard"), (checkpoint, "write_text"), (run_log, "write_text"), (os, "replace"),
+          (run_folder, "_discard"), (run_folder, "write_text"), (run_log, "write_text"), (os, "replace"),
           (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 
