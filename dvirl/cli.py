@@ -28,7 +28,7 @@ COMMANDS = {
         "figures of a checkpoint, or of a run before and after training",
     ),
     "study": (
-        "experiments.study",
+        "experiments.runner",
         "run an experiment of several variants and seeds from a YAML file (configs/study-*.yaml)",
     ),
     "average-adapters": (

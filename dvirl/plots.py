@@ -15,8 +15,12 @@ from dvirl.metrics import FACETS, accept_rates
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.costs import StepCosts
 
-PALETTE = BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
-"""From Okabe and Ito's."""
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
 LABEL_PIXELS = 16
 """Between labels at the ends of lines, at least."""
 
@@ -100,10 +104,9 @@ def learning_curve(
 def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: str | Path | None = None) -> None:
     """The served draft's accept rate over response tokens, of several runs: metrics by the name at each curve."""
     with _figure(save, figsize=(7.5, 3.8)) as axes:
-        ends = [
-            _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
-            for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False)
-        ]
+        ends = []
+        for (name, metrics), colour in zip(runs.items(), PALETTE, strict=False):
+            ends.append(_trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour))
         axes.set(xlabel="response tokens (thousands)", ylabel="accept rate", ylim=(0, None), title=title)
         _label_ends(axes, ends)
 
@@ -111,7 +114,8 @@ def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: str | Path 
 def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
     """Where the wall time of a run went, `seconds` by part, as one bar."""
     with _figure(save, figsize=(7.5, 1.3)) as axes:
-        left, total = 0.0, sum(seconds.values())
+        left = 0.0
+        total = sum(seconds.values())
         for (name, value), colour in zip(seconds.items(), PALETTE, strict=False):
             axes.barh([0], [value], left=left, color=colour)
             axes.text(left + value / 2, 0.52, f"{name}\n{value / total:.0%}", ha="center", va="bottom", color=colour)
@@ -171,13 +175,10 @@ def speedups(found: pd.DataFrame, reference: str, save: str | Path | None = None
 def losses(metrics: pd.DataFrame, save: str | Path | None = None) -> None:
     """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
     with _figure(save, figsize=(7.5, 3.4)) as axes:
-        lines = {"loss_exit": "exit head", "loss_main": "last layer"}.items()
-        ends = [
-            _trend(axes, metrics.step, metrics[name], text, colour)
-            for (name, text), colour in zip(lines, PALETTE, strict=False)
-        ]
+        exit_head = _trend(axes, metrics.step, metrics.loss_exit, "exit head", BLUE)
+        last_layer = _trend(axes, metrics.step, metrics.loss_main, "last layer", ORANGE)
         axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", ylim=(0, None))
-        _label_ends(axes, ends)
+        _label_ends(axes, [exit_head, last_layer])
         axes.set_title("What both heads make of human replies")
 
 
@@ -198,7 +199,8 @@ def rejections(events: pd.DataFrame, save: str | Path | None = None) -> None:
         raise DvirlError(f"{len(methods)} methods; a figure shows 1 to {len(PALETTE)}, chosen by --method")
     groups = [events.groupby(by).accepted.mean().sort_values(ascending=False).index for by in FACETS]
     groups[0] = groups[0].sort_values()
-    sizes, thick = [len(group) + 0.5 for group in groups], 0.7 / len(methods)
+    sizes = [len(group) + 0.5 for group in groups]
+    thick = 0.7 / len(methods)
     how: Any = dict(ncols=2, height_ratios=sizes, width_ratios=(3, 2), sharex="col", sharey="row", layout="constrained")
     with _figure(save, 3, figsize=(7.5, 1.8 + 0.23 * sum(sizes)), **how) as axes:
         for (left, right), (by, title), group in zip(axes, FACETS.items(), groups, strict=True):
@@ -273,12 +275,13 @@ def scatter(
 def step_shares(found: pd.DataFrame, save: str | Path | None = None) -> None:
     """Where the time of a block goes: a bar a row, its index the name, its columns the parts in milliseconds."""
     with _figure(save, figsize=(7.5, 1.2 + 0.5 * len(found)), layout="constrained") as axes:
-        shares, ends = found.div(found.sum(axis=1), axis=0), found.cumsum(axis=1)
+        shares = found.div(found.sum(axis=1), axis=0)
+        ends = found.cumsum(axis=1)
         for part, colour in zip(found, PALETTE, strict=False):
             bars = axes.barh(found.index, found[part], 0.6, ends[part] - found[part], color=colour, label=part)
-            wide = found[part] > 0.05 * found.sum(axis=1).max()
-            axes.bar_label(bars, [f"{one:.0%}" if fits else "" for one, fits in zip(shares[part], wide, strict=True)],
-                           label_type="center")  # fmt: skip
+            has_room = found[part] > 0.05 * found.sum(axis=1).max()  # for its label
+            labels = shares[part].map("{:.0%}".format).where(has_room, "")
+            axes.bar_label(bars, labels.tolist(), label_type="center")
         axes.set(xlabel="milliseconds a block")
         axes.invert_yaxis()
         axes.grid(False, axis="y")

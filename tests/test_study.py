@@ -19,25 +19,23 @@ from conftest import EOS, VOCAB, random_prompts, scramble_lora, tiny_loaded, tin
 from safetensors.torch import load_file
 from test_lossless import as_hugging_face
 
+from dvirl import train_dvi
 from dvirl.cli import main as cli
 from dvirl.config import SGPConfig
 from dvirl.data.sources import Prompt
 from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.experiments import figures as figures_module
+from dvirl.experiments import grid, runner, streams
 from dvirl.experiments import study as study_module
-from dvirl.experiments.study import (
-    Study,
-    adaptation_figures,
-    draft_cost,
-    judge_answers,
-    judge_verifier,
-    stale_gradients,
-)
-from dvirl.experiments.study import summary as summarise
+from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier
+from dvirl.experiments.runner import summary as summarise
+from dvirl.experiments.staleness import stale_gradients
+from dvirl.experiments.streams import adaptation_figures
+from dvirl.experiments.study import Study, new_trainer, row_name
 from dvirl.runs import checkpoint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
-from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("study-*.yaml"))
@@ -57,12 +55,12 @@ def tiny(monkeypatch):
         return PromptSplit(PromptStream(made, config.seed), made[-config.held_out :])
 
     replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
-    monkeypatch.setattr("dvirl.train_dvi.load", lambda *_: tiny_loaded(deep_scale=0.6))
-    monkeypatch.setattr("dvirl.train_sgp.load", lambda *_: tiny_loaded(deep_scale=0.6))
-    monkeypatch.setattr("dvirl.train_dvi.load_prompts", prompts)
-    monkeypatch.setattr(study_module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
-    monkeypatch.setattr(study_module, "load_prompts", prompts)
-    monkeypatch.setattr(study_module, "chatterbot_prompts", lambda: replies)
+    for module in (study_module, train_dvi):
+        monkeypatch.setattr(module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
+    for module in (train_dvi, grid, streams):
+        monkeypatch.setattr(module, "load_prompts", prompts)
+    for module in (figures_module, grid):
+        monkeypatch.setattr(module, "chatterbot_prompts", lambda: replies)
 
 
 def a_study(kind="grid", **changes) -> Study:
@@ -72,7 +70,7 @@ def a_study(kind="grid", **changes) -> Study:
 
 def run(study, workers=1) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        return list(study_module.run(study, Path(folder) / "x.rows.jsonl", workers).values())
+        return list(runner.run(study, Path(folder) / "x.rows.jsonl", workers).values())
 
 
 def timeless(rows) -> list[dict]:
@@ -81,7 +79,7 @@ def timeless(rows) -> list[dict]:
 
 def stop_after(monkeypatch, count):
     """The command is killed when so many variants have been kept; the list grows with what is kept."""
-    original, kept = study_module._keep, []
+    original, kept = runner.keep, []
 
     def keep(path, rows):
         original(path, rows)
@@ -89,7 +87,7 @@ def stop_after(monkeypatch, count):
         if len(kept) == count:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(study_module, "_keep", keep)
+    monkeypatch.setattr(runner, "keep", keep)
     return kept
 
 
@@ -176,8 +174,8 @@ def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"slow_every": 1}, {"target": "adapted"}])
 def test_held_out_prompts_are_answered_anew_where_the_verifier_changes(monkeypatch, changes):
-    seen, judge_own = [], study_module.judge_answers
-    monkeypatch.setattr(study_module, "judge_answers", lambda *given: seen.append(given[1]) or judge_own(*given))
+    seen, judge_own = [], grid.judge_answers
+    monkeypatch.setattr(grid, "judge_answers", lambda *given: seen.append(given[1]) or judge_own(*given))
     run(a_study(variants={"kl": {"schedule": "kl", "num_prompts": 8, "lr_deep": 0.1, **changes}}))
     before, after = seen
     assert (before is after) == (not changes) and before.prompts() == after.prompts()
@@ -201,7 +199,7 @@ def test_perplexity_and_drift_equal_hugging_faces(monkeypatch, tmp_path):
         base, chat = trainer.loaded.model, trainer.loaded.chat
         own, untouched = as_hugging_face(base, *off), as_hugging_face(base, "lora_S", "lora_D")
         nll, drift, changed, count = 0.0, 0.0, 0, 0
-        for prompt in study_module.chatterbot_prompts():
+        for prompt in figures_module.chatterbot_prompts():
             context, reply = chat.encode(prompt.turns), chat.encode_response(prompt.response)
             with torch.no_grad():
                 p, q = (m(torch.tensor([context + reply])).logits[0].log_softmax(-1) for m in (untouched, own))
@@ -213,8 +211,8 @@ def test_perplexity_and_drift_equal_hugging_faces(monkeypatch, tmp_path):
         assert found["ppl"] == pytest.approx(math.exp(nll / count), rel=1e-3)
         assert found["drift_kl"] == pytest.approx(drift / count, rel=1e-3) and found["drift_kl"] > 1e-3
         assert found["drift_tokens"] == pytest.approx(changed / count)
-    few, first = judge_verifier(trainer, replies=3), study_module.chatterbot_prompts()[:3]
-    monkeypatch.setattr(study_module, "chatterbot_prompts", lambda: first)
+    few, first = judge_verifier(trainer, replies=3), figures_module.chatterbot_prompts()[:3]
+    monkeypatch.setattr(figures_module, "chatterbot_prompts", lambda: first)
     assert few == judge_verifier(trainer) and few["ppl"] != pytest.approx(found["ppl"])
 
 
@@ -265,7 +263,7 @@ def test_adaptation_probes_both_domains_and_says_what_was_forgotten():
 
 def test_federated_clients_are_averaged_by_tokens(monkeypatch, tmp_path):
     seen = []
-    original = study_module.average_adapters
+    original = streams.average_adapters
 
     def spy(folders, tokens, out):
         mean = original(folders, tokens, out)
@@ -274,7 +272,7 @@ def test_federated_clients_are_averaged_by_tokens(monkeypatch, tmp_path):
         )
         return mean
 
-    monkeypatch.setattr(study_module, "average_adapters", spy)
+    monkeypatch.setattr(streams, "average_adapters", spy)
     variants = {mode: {"mode": mode} for mode in ("averaged", "apart", "pooled")}
     extra = {"clients": {"a": {"seed": 1}, "b": {"seed": 2}}, "rounds": 2, "prompts": 8}
     rows = run(a_study("federated", variants=variants, extra=extra))
@@ -333,7 +331,7 @@ class Pool:
 
 
 def test_workers_spread_seeds_and_starts(monkeypatch):
-    monkeypatch.setattr(study_module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
     study = a_study(seeds=[0, 1])
     assert timeless(run(study, 1)) == timeless(run(study, 3))
 
@@ -361,41 +359,41 @@ def test_an_interrupted_study_goes_on_with_equal_rows(kind, monkeypatch, tmp_pat
         with monkeypatch.context() as patch:
             stop_after(patch, 1)
             with pytest.raises(KeyboardInterrupt):
-                study_module.run(study, kept)
+                runner.run(study, kept)
         lines = [json.loads(line) for line in kept.read_text().splitlines()]
         assert lines[0]["base"] == study.base and len(lines) == 1 + stop * ages
     again = stop_after(monkeypatch, 0)
-    rows = study_module.run(study, kept)
+    rows = runner.run(study, kept)
     assert timeless(rows.values()) == whole and list(rows) == study.row_names()
     assert len(again) == len(whole) // ages - 2
 
 
 def test_a_start_is_trained_again_only_if_variants_are_missing(monkeypatch, tmp_path):
     study, kept, begun = a_study(**RESUMED["grid"]), tmp_path / "x.rows.jsonl", []
-    original = study_module._begin
+    original = grid._begin
     monkeypatch.setattr(
-        study_module,
+        grid,
         "_begin",
         lambda config, settings, split: begun.append(settings) or original(config, settings, split),
     )
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            study_module.run(study, kept)
+            runner.run(study, kept)
     assert begun == [None]
-    study_module.run(study, kept)
+    runner.run(study, kept)
     assert begun == [None, study.starts["kl"]]
-    study_module.run(study, kept)
+    runner.run(study, kept)
     assert len(begun) == 2
 
 
 def test_torn_lines_are_dropped_and_half_written_variants_run_again(monkeypatch, tmp_path):
     study, kept = a_study("staleness", **RESUMED["staleness"]), tmp_path / "x.rows.jsonl"
-    whole = timeless(study_module.run(study, kept).values())
+    whole = timeless(runner.run(study, kept).values())
     lines = kept.read_text().splitlines(keepends=True)
     kept.write_text("".join(lines[:4]) + lines[4][:30])  # settings, both ages of kl, one of rl, and half a line
     again = stop_after(monkeypatch, 0)
-    assert timeless(study_module.run(study, kept).values()) == whole and [row["variant"] for row in again] == [
+    assert timeless(runner.run(study, kept).values()) == whole and [row["variant"] for row in again] == [
         "rl, age 1 of 2"
     ]
     assert all(isinstance(json.loads(line), dict) for line in kept.read_text().splitlines())
@@ -404,10 +402,10 @@ def test_torn_lines_are_dropped_and_half_written_variants_run_again(monkeypatch,
 def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tmp_path):
     kept = tmp_path / "x.rows.jsonl"
     study = a_study(base={**SHORT, "num_prompts": 8})
-    study_module.run(study, kept)
+    runner.run(study, kept)
     more = replace(study, seeds=[1, 0], variants={**TWO, **study.variants})
     again = stop_after(monkeypatch, 0)
-    rows = study_module.run(more, kept)
+    rows = runner.run(more, kept)
     assert list(rows) == ["untrained/kl/1", "untrained/rl/1", "untrained/kl/0", "untrained/rl/0"] and len(again) == 3
     before = kept.read_text()
     for changes, said in (
@@ -419,17 +417,17 @@ def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tm
         ({"variants": {"kl": TWO["kl"]}}, "variant rl"),
     ):
         with pytest.raises(DvirlError, match=rf"x\.rows\.jsonl is of another study \({said}\); remove it, or"):
-            study_module.run(replace(more, **changes), kept)
+            runner.run(replace(more, **changes), kept)
         assert kept.read_text() == before
     kept.write_text(before.splitlines(keepends=True)[0])  # settings without rows bind nobody
-    assert study_module.run(replace(more, seeds=[0], variants={"kl": TWO["kl"]}), kept)
+    assert runner.run(replace(more, seeds=[0], variants={"kl": TWO["kl"]}), kept)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(study_module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
     study, kept = a_study(**{**RESUMED["grid"], "variants": TWO, "seeds": [0, 1]}), tmp_path / "x.rows.jsonl"
-    original = study_module.learn
+    original = grid.learn
 
     def failing(config, split, tape):
         if config.seed == 0 and config.start_from:
@@ -437,14 +435,14 @@ def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_pa
         return original(config, split, tape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "learn", failing)
+        patch.setattr(grid, "learn", failing)
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught:
-            study_module.run(study, kept, workers)
+            runner.run(study, kept, workers)
     assert str(kept) in caught.value.__notes__[0] and "in failing" in capsys.readouterr().err
-    names = [study_module.row_name(json.loads(line)) for line in kept.read_text().splitlines()[1:]]
+    names = [row_name(json.loads(line)) for line in kept.read_text().splitlines()[1:]]
     assert names == [name for name in study.row_names() if name not in ("kl/kl/0", "kl/rl/0")]
     again = stop_after(monkeypatch, 0)
-    assert list(study_module.run(study, kept, workers)) == study.row_names() and len(again) == 2
+    assert list(runner.run(study, kept, workers)) == study.row_names() and len(again) == 2
 
 
 def written(tmp_path, **changes) -> list[str]:
@@ -465,16 +463,17 @@ def test_a_bad_task_is_one_sentence_and_the_others_rows_stay(tmp_path, capsys):
 
 
 def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp_path, capsys):
-    command, clock, original = written(tmp_path, seeds=[0, 1]), [0.0], study_module._keep
-    prompts, begun = study_module._prompts, []
+    command, clock, original = written(tmp_path, seeds=[0, 1]), [0.0], runner.keep
+    prompts, begun = grid._prompts, []
 
     def keep(*arguments):
         original(*arguments)
         clock[0] += 90
 
-    monkeypatch.setattr(study_module, "time", SimpleNamespace(time=lambda: clock[0], strftime=time.strftime))
-    monkeypatch.setattr(study_module, "_keep", keep)
-    monkeypatch.setattr(study_module, "_prompts", lambda task: begun.append(task.seed) or prompts(task))
+    for module in (runner, study_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock[0], strftime=time.strftime))
+    monkeypatch.setattr(runner, "keep", keep)
+    monkeypatch.setattr(grid, "_prompts", lambda task: begun.append(task.seed) or prompts(task))
     assert cli([*command, "--minutes", "1"]) == 0 and begun == [0]
     first, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     assert first["complete"] is False and first["missing"] == ["untrained/rl/0", "untrained/kl/1", "untrained/rl/1"]
@@ -493,13 +492,13 @@ def test_a_whole_study_is_complete_and_leaves_no_rows_file(tmp_path, capsys):
 
 
 def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
-    original, seeds = study_module.load_prompts, []
+    original, seeds = grid.load_prompts, []
 
     def counting(config, loaded):
         seeds.append((config.seed, torch.get_num_threads()))
         return original(config, loaded)
 
-    monkeypatch.setattr(study_module, "load_prompts", counting)
+    monkeypatch.setattr(grid, "load_prompts", counting)
     torch.set_num_threads(2)
     run(a_study(**{**RESUMED["grid"], "variants": {"kl": {"schedule": "kl"}}, "seeds": [0, 1]}))
     assert seeds == [(0, 1), (1, 1)]
@@ -508,7 +507,7 @@ def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
 @pytest.mark.parametrize("kind", RESUMED)
 def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeypatch, tmp_path):
     events, models = [], []
-    load, load_prompts, keep = study_module.load, study_module.load_prompts, study_module._keep
+    load, load_prompts, keep = study_module.load, grid.load_prompts, runner.keep
 
     def loading(*_):
         loaded = load()
@@ -519,12 +518,13 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
         events.append(sum(model() is not None for model in models))
 
     monkeypatch.setattr(torch.cuda, "empty_cache", freed)
-    for place in ("dvirl.train_dvi.load", "dvirl.experiments.study.load"):
-        monkeypatch.setattr(place, loading)
-    monkeypatch.setattr(study_module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
-    monkeypatch.setattr(study_module, "_keep", lambda *a: events.append("row") or keep(*a))
+    for module in (study_module, train_dvi):
+        monkeypatch.setattr(module, "load", loading)
+    for module in (grid, streams):
+        monkeypatch.setattr(module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
+    monkeypatch.setattr(runner, "keep", lambda *a: events.append("row") or keep(*a))
     study = a_study(kind, **RESUMED[kind])
-    study_module.run(replace(study, starts={"untrained": None}), tmp_path / "x.rows.jsonl")
+    runner.run(replace(study, starts={"untrained": None}), tmp_path / "x.rows.jsonl")
     written = {
         "grid": ["prompts", 0],
         "staleness": [],
@@ -536,9 +536,9 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
 
 def test_a_failed_task_leaves_no_model_behind(monkeypatch, tmp_path):
     models = []
-    monkeypatch.setattr(study_module, "judge_answers", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0)
+    monkeypatch.setattr(grid, "judge_answers", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        study_module.run(a_study(seeds=[0, 1]), tmp_path / "x.rows.jsonl")
+        runner.run(a_study(seeds=[0, 1]), tmp_path / "x.rows.jsonl")
     assert len(models) == 2 and not any(model() for model in models)
 
 
@@ -546,6 +546,6 @@ def test_a_start_that_does_not_fit_is_said(tmp_path):
     trainer = a_trainer(tmp_path)
     folder = checkpoint.save(tmp_path / "other", 0, trainer.peft_model, trainer.model)
     with pytest.raises(DvirlError, match="does not fit this model"):
-        make_trainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
+        new_trainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
     with pytest.raises(DvirlError, match="lora_S, drafter.safetensors missing"):
-        make_trainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))
+        new_trainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))

@@ -3,16 +3,17 @@
 A cell is a notebook under papermill or a dvirl command. The same command again runs only the cells that are missing.
 """
 
-import argparse
 import json
 import os
 import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice, product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from threading import Event
@@ -21,14 +22,26 @@ from urllib.parse import urlencode
 import pandas as pd
 from tqdm import tqdm
 
-from dvirl import config
-from dvirl.runs import folder as run_folder
-from dvirl.runs import log as run_log
+from dvirl.config import DVIConfig, SGPConfig
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import environment, refuse_other_settings, run_lock
+from dvirl.runs.log import read_metrics, to_plain, write_json
+from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml
 
-RUNS = {"train": config.DVIConfig, "sgp": config.SGPConfig, "experiment": None, "sgp-experiment": None}
+COMMANDS: dict[str, type[Settings] | None] = {
+    "train": DVIConfig,
+    "sgp": SGPConfig,
+    "experiment": None,
+    "sgp-experiment": None,
+}
 """Commands that can be swept, and what checks all cells before any of them runs; the last two check their own."""
+MOST_CELLS = 10_000
+SET_BY_SWEEP = {"run_dir", "threads", "results"}
+"""Settings that the sweep gives every cell."""
+
+Cell = dict[str, object]
+"""The settings of one run."""
 
 
 @dataclass(frozen=True)
@@ -49,118 +62,182 @@ class Sweep:
     """What the progress bar calls it."""
 
     def __post_init__(self) -> None:
-        if [*map(type, (self.run, self.name, self.grid, self.base))] != [str, str, dict, dict] or not self.grid:
+        kinds = [type(value) for value in (self.run, self.name, self.grid, self.base)]
+        if kinds != [str, str, dict, dict] or not self.grid:
             raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {self!s:.99}")
-        if self.run not in RUNS and not (self.run.endswith(".ipynb") and os.path.isfile(self.run)):
-            raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {', '.join(RUNS)}")
-        if bad := [k for k, v in self.grid.items() if not isinstance(v, list) or not 0 < len(v) == len({*map(str, v)})]:
-            raise DvirlError(f"grid has {bad[0]!s:.80}: {self.grid[bad[0]]!r:.80}; expected a list of different values")
-        if any(islice(product(*self.grid.values()), 10_000, None)):
-            raise DvirlError("grid makes more than 10,000 cells")
-        if taken := ({"run_dir", "threads", "results"} | {*self.base} & {*self.grid}) & {*self.base, *self.grid}:
-            raise DvirlError(f"{', '.join(sorted(taken))}: set by base and grid both, or for each cell by the sweep")
-        for cell in self.cells("", 1):
-            if kind := RUNS.get(self.run):
-                settings.from_mapping(kind, cell, self.run)
+        is_notebook = self.run.endswith(".ipynb") and os.path.isfile(self.run)
+        if self.run not in COMMANDS and not is_notebook:
+            known = ", ".join(COMMANDS)
+            raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {known}")
+        for name, values in self.grid.items():
+            different = {str(value) for value in values} if isinstance(values, list) else set()
+            if not different or len(different) < len(values):
+                raise DvirlError(f"grid has {name!s:.80}: {values!r:.80}; expected a list of different values")
+        if any(islice(product(*self.grid.values()), MOST_CELLS, None)):
+            raise DvirlError(f"grid makes more than {MOST_CELLS:,} cells")
+        names = {*self.base, *self.grid}
+        taken = (SET_BY_SWEEP & names) | (set(self.base) & set(self.grid))
+        if taken:
+            taken_names = ", ".join(sorted(taken))
+            raise DvirlError(f"{taken_names}: set by base and grid both, or for each cell by the sweep")
+        kind = COMMANDS.get(self.run)
+        if kind is not None:
+            for cell in self.cells("", 1):
+                from_mapping(kind, cell, self.run)
 
-    def cells(self, out: str, threads: int) -> list[dict[str, object]]:
+    def cells(self, out: str, threads: int) -> list[Cell]:
         """All cells in the grid's order, with folders in `out`, which ends in a slash."""
-        points = (dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values()))
-        return [{**self.base, **p, "threads": threads, "run_dir": out + urlencode(p).replace("&", ",")} for p in points]
+        cells = []
+        for values in product(*self.grid.values()):
+            point = dict(zip(self.grid, values, strict=True))
+            folder = out + urlencode(point).replace("&", ",")
+            cells.append({**self.base, **point, "threads": threads, "run_dir": folder})
+        return cells
 
-    def command(self, cell: dict[str, object]) -> list[str]:
+    def command(self, cell: Cell) -> list[str]:
         """What runs a cell, for a shell too."""
-        given = {**cell, **({"results": cell["run_dir"]} if self.run.endswith("experiment") else {})}
-        flags = ((f"--{k}={v}",) if self.run in RUNS else ("-p", k, str(v)) for k, v in given.items())
-        notebook = ["papermill", self.run, f"{cell['run_dir']}/{Path(self.run).name}", "--kernel", "python3"]
-        program = ["dvirl.cli", self.run] if self.run in RUNS else notebook
-        return ["env", f"OMP_NUM_THREADS={cell['threads']}", sys.executable, "-m", *program, *chain(*flags)]
+        program = ["env", f"OMP_NUM_THREADS={cell['threads']}", sys.executable, "-m"]
+        if self.run not in COMMANDS:
+            executed = f"{cell['run_dir']}/{Path(self.run).name}"
+            program += ["papermill", self.run, executed, "--kernel", "python3"]
+            for name, value in cell.items():
+                program += ["-p", name, str(value)]
+            return program
+        arguments = dict(cell)
+        if self.run.endswith("experiment"):
+            arguments["results"] = cell["run_dir"]
+        return [*program, "dvirl.cli", self.run, *(f"--{name}={value}" for name, value in arguments.items())]
 
 
-def run_cell(sweep: Sweep, cell: dict[str, object], stop: Event) -> None:
+def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
     """Run a cell in an emptied folder until it ends or is told to stop; `cell.json` appears, whole, if it succeeds."""
-    folder, command, began = Path(str(cell["run_dir"])), sweep.command(cell), pd.Timestamp.now()
+    folder = Path(str(cell["run_dir"]))
+    command = sweep.command(cell)
+    began = pd.Timestamp.now()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / "log.txt").open("wb") as log, Popen(command, stdin=DEVNULL, stdout=log, stderr=log) as process:
         while process.poll() is None and not stop.wait(0.1):
             pass
-        process.terminate()  # which does nothing to one that has ended
+        process.terminate()  # does nothing to a process that has ended
     if process.returncode == 0:
-        made = {"command": shlex.join(command), "seconds": (pd.Timestamp.now() - began).total_seconds()}
-        run_log.write_json(folder / "cell.json", {"settings": cell, **made, "figures": read_figures(folder)})
+        seconds = (pd.Timestamp.now() - began).total_seconds()
+        about = {"settings": cell, "command": shlex.join(command), "seconds": seconds}
+        write_json(folder / "cell.json", {**about, "figures": read_figures(folder)})
 
 
 def read_figures(folder: Path) -> dict[str, float]:
     """`figures` of an experiment's results; or of a run's log, means over the last tenth of its steps, and totals."""
-    if (results := folder / f"{folder.name}.json").exists():
-        return {k: v for k, v in json.loads(results.read_text())["figures"].items() if type(v) in (int, float)}
-    metrics = run_log.read_metrics(log) if (log := folder / "metrics.jsonl").exists() else pd.DataFrame()
+    results = folder / f"{folder.name}.json"
+    if results.exists():
+        figures = json.loads(results.read_text())["figures"]
+        return {name: value for name, value in figures.items() if type(value) in (int, float)}
+    log = folder / "metrics.jsonl"
+    if not log.exists():
+        return {}
+    metrics = read_metrics(log)
     last = metrics.tail(max(1, len(metrics) // 10)).filter(["accept_rate", "mat", "agreement"]).astype(float)
-    return {**pd.concat([last.mean(), metrics.filter(["tokens", "wall_s"]).max()]).dropna()}
+    totals = metrics.filter(["tokens", "wall_s"]).max()
+    return dict(pd.concat([last.mean(), totals]).dropna())
 
 
-def kept(cell: dict[str, object]) -> dict[str, float] | None:
-    """The figures of a cell that is done, with the same settings, as `main` has seen to."""
-    return dict(json.loads(p.read_text())["figures"]) if (p := Path(f"{cell['run_dir']}/cell.json")).exists() else None
+def kept_figures(cell: Cell) -> dict[str, float] | None:
+    """The figures of a cell that is done; `main` has seen to it that its settings are the same."""
+    path = Path(f"{cell['run_dir']}/cell.json")
+    return dict(json.loads(path.read_text())["figures"]) if path.exists() else None
 
 
-def run_cells(sweep: Sweep, cells: list[dict[str, object]], at_once: int) -> None:
-    """Run the cells that are missing. Whatever ends this early, like Ctrl-C and SIGTERM, ends them too."""
-    missing, pool, stop = [cell for cell in cells if kept(cell) is None], ThreadPoolExecutor(at_once), Event()
+def missing_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that are not done."""
+    return [cell for cell in cells if kept_figures(cell) is None]
+
+
+def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
+    """Run the cells that are missing. Whatever ends this early, such as Ctrl-C or SIGTERM, ends their processes."""
+    missing = missing_cells(cells)
+    stop = Event()
+    pool = ThreadPoolExecutor(at_once)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        list(tqdm(pool.map(lambda cell: run_cell(sweep, cell, stop), missing), sweep.name, len(missing), unit="cell"))
+        results = pool.map(lambda cell: run_cell(sweep, cell, stop), missing)
+        list(tqdm(results, sweep.name, len(missing), unit="cell"))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, before)
 
 
-def make_table(sweep: Sweep, cells: list[dict[str, object]]) -> pd.DataFrame:
-    """A row a cell, what the grid sets and its figures; printed, and with means ± deviations over seeds."""
-    table = pd.DataFrame([{**{name: cell[name] for name in sweep.grid}, **(kept(cell) or {})} for cell in cells])
+def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:
+    """A row for each cell: what the grid sets and its figures; printed, also with means ± deviations over seeds."""
+    rows = [{**{name: cell[name] for name in sweep.grid}, **(kept_figures(cell) or {})} for cell in cells]
+    table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="{:.6g}".format, na_rep="-"))
     if "seed" in sweep.grid:
-        others = [urlencode({name: cell[name] for name in sweep.grid if name != "seed"}) for cell in cells]
-        by = table.drop(columns=[*sweep.grid]).groupby(others, sort=False)
-        print("\nover seeds:\n" + (by.mean().map("{:.6g}".format) + by.std().map(" ± {:.2g}".format)).to_string())
+        names = [name for name in sweep.grid if name != "seed"]
+        points = [urlencode({name: cell[name] for name in names}) for cell in cells]
+        over_seeds = table.drop(columns=[*sweep.grid]).groupby(points, sort=False)
+        spread = over_seeds.mean().map("{:.6g}".format) + over_seeds.std().map(" ± {:.2g}".format)
+        print("\nover seeds:\n" + spread.to_string())
     return table
 
 
-def main(argv: list[str]) -> None:
+def last_words(cell: Cell) -> str:
+    """The last line that a failed cell said, and where the rest is."""
+    log = Path(f"{cell['run_dir']}/log.txt")
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"{log} ends with: {lines[-1] if lines else ''}"
+
+
+@dataclass(frozen=True)
+class SweepCommand(Settings):
+    """Settings of `dvirl sweep`."""
+
+    file: str = positional()
+    """YAML file of a sweep, see configs/sweep-exit-layers.yaml."""
+    cores: int = number(os.cpu_count() or 1, 1, 4096)
+    """Cores to use."""
+    threads: int = number(1, 1, 4096)
+    """Threads of each process; cores // threads run at once."""
+    out: str = ""
+    """Folder of the sweep; runs/FILE by default."""
+    dry_run: bool = False
+    """Print the commands that are missing, and run nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads > self.cores:
+            raise DvirlError(f"threads is {self.threads}; expected 1 to the {self.cores} cores")
+
+
+parse_command = partial(settings.parse_args, SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once.")
+"""Settings from flags; see `settings.parse_args`."""
+
+
+def main(argv: Sequence[str]) -> None:
     """Run a sweep, print its table, and write it into `table.csv` and `table.json`.
 
     Raises:
         DvirlError: for a bad file, a folder of another sweep or in use, or, at the end, cells that failed.
     """
-    parser = argparse.ArgumentParser(prog="dvirl sweep", description=__doc__)
-    parser.add_argument("file", help="YAML file of a sweep, see configs/sweep-exit-layers.yaml")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores to use; by default all there are")
-    parser.add_argument("--threads", type=int, default=1, help="of each process; cores // threads run at once")
-    parser.add_argument("--out", default="", help="folder of the sweep; runs/FILE by default")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands that are missing, and run nothing")
-    args = parser.parse_args(argv)
-    sweep = settings.from_mapping(Sweep, settings.read_yaml(args.file), args.file)
-    if not 1 <= args.threads <= args.cores:
-        raise DvirlError(f"threads is {args.threads}; expected 1 to the {args.cores} cores")
-    out = Path(args.out or f"runs/{Path(args.file).stem}")
-    cells = sweep.cells(f"{out}/cells/", args.threads)
-    now = {"run": sweep.run, "base": sweep.base, "grid": sorted(sweep.grid), "threads": args.threads}
-    if (path := out / "sweep.json").exists():
-        run_folder.refuse_other_settings(path, json.loads(path.read_text()), run_log.to_plain(now))
-    if args.dry_run:
-        print("\n".join(shlex.join(sweep.command(cell)) for cell in cells if kept(cell) is None))
+    command = parse_command(argv)
+    sweep = from_mapping(Sweep, read_yaml(command.file), command.file)
+    out = Path(command.out or f"runs/{Path(command.file).stem}")
+    cells = sweep.cells(f"{out}/cells/", command.threads)
+    now = {"run": sweep.run, "base": sweep.base, "grid": sorted(sweep.grid), "threads": command.threads}
+    path = out / "sweep.json"
+    if path.exists():
+        refuse_other_settings(path, json.loads(path.read_text()), to_plain(now))
+    if command.dry_run:
+        print("\n".join(shlex.join(sweep.command(cell)) for cell in missing_cells(cells)))
         return
-    with run_folder.run_lock(out):
-        run_log.write_json(path, now)
-        run_cells(sweep, cells, args.cores // args.threads)
+    with run_lock(out):
+        write_json(path, now)
+        run_cells(sweep, cells, command.cores // command.threads)
     table = make_table(sweep, cells)
     table.to_csv(out / "table.csv", index=False)
-    logs = [Path(f"{cell['run_dir']}/log.txt") for cell in cells if kept(cell) is None]
-    failed = [f"{log} ends with: {''.join(log.read_text(errors='replace').strip().splitlines()[-1:])}" for log in logs]
+    failed = [last_words(cell) for cell in missing_cells(cells)]
     about = {"command": shlex.join(["dvirl", "sweep", *argv]), "date": str(pd.Timestamp.now().date()), "failed": failed}
-    run_log.write_json(out / "table.json", {**about, **run_folder.environment(), "rows": table.to_dict("records")})
+    write_json(out / "table.json", {**about, **environment(), "rows": table.to_dict("records")})
     print(f"written: {out}/table.csv, {out}/table.json")
     if failed:
         raise DvirlError("\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed]))

@@ -1,0 +1,251 @@
+"""Runs studies, several tasks at once: `dvirl study FILE`.
+
+Rows are kept in OUT.rows.jsonl as they come, and the same command goes on where it stopped.
+"""
+
+import json
+import math
+import multiprocessing
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from dvirl.data.sources import read_rows
+from dvirl.experiments.grid import grid
+from dvirl.experiments.staleness import staleness
+from dvirl.experiments.streams import adaptation, federated
+from dvirl.experiments.study import Row, Study, Task, free_memory, row_name
+from dvirl.runs import settings
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import environment
+from dvirl.runs.log import to_plain, write_json, write_text
+from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml, several
+
+RUNNERS: dict[str, Callable[[Task, Path], Iterator[tuple[str, list[Row]]]]] = {
+    "grid": grid,
+    "staleness": staleness,
+    "adaptation": adaptation,
+    "federated": federated,
+}
+"""What runs the due variants of a task, by the study's kind: yields each variant's name and rows."""
+SHOWN = ("accept_rate", "agreement", "ece", "ppl", "drift_kl", "first_end", "then_end", "forgotten", "own", "all",
+         "cos_stale", "cos_redrawn", "hidden_error")  # fmt: skip
+"""Figures that the printed table shows, where a study has them."""
+SAME = ("kind", "base", "starts", "extra")
+"""Settings that must not change while a file of rows grows; seeds and variants may be added."""
+
+Summary = dict[str, dict[str, dict[str, float]]]
+"""Mean, standard deviation and number of seeds by start and variant, and by figure."""
+
+
+def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -> dict[str, Row]:
+    """All rows by name, in order; or those that exist when the time is over.
+
+    Args:
+        study: what to run.
+        kept: the file that rows are appended to as they come; what it holds already is not run again.
+        workers: processes at once, which share seeds and starts; with several accelerators they take turns.
+        minutes: after which no further row is begun.
+
+    Raises:
+        DvirlError: for a bad setting, or rows of other settings in the file.
+        Exception: what went wrong first, after all other tasks are done.
+    """
+    done = set(resume(study, kept))
+    deadline = time.time() + 60 * minutes
+    with tempfile.TemporaryDirectory(prefix="dvirl-study-") as shared:
+        tasks = []
+        for seed in study.seeds:
+            tasks += [Task(study, seed, start, done, kept, deadline, Path(shared)) for start in study.starts]
+        tasks = [task for task in tasks if any(task.due())]
+        errors = [error for error in _run_all(tasks, workers) if error]
+    if errors:
+        errors[0].add_note(f"the rows so far are kept in {kept}; the same command goes on")
+        raise errors[0]
+    rows = resume(study, kept)
+    return {name: rows[name] for name in study.row_names() if name in rows}
+
+
+def resume(study: Study, kept: Path) -> dict[str, Row]:
+    """Begin a file of rows, or go on with it: the study's settings in the first line, then one row a line.
+
+    A torn line is dropped. Seeds and variants may have been added since, if all else is the same.
+
+    Returns:
+        The rows that exist, by name.
+
+    Raises:
+        DvirlError: if the file holds rows of other settings.
+    """
+    now = to_plain(asdict(study))
+    lines = []
+    if kept.exists():
+        lines = [line for _, line in read_rows(str(kept)) if isinstance(line, dict)]
+    before, *rows = lines or [now]
+    variants = before.get("variants", {})
+    changed = [name for name in SAME if before.get(name) != now[name]]
+    changed += [f"variant {name}" for name in variants if variants[name] != now["variants"].get(name)]
+    changed += [f"seed {seed}" for seed in before.get("seeds", []) if seed not in now["seeds"]]
+    if rows and changed:
+        raise DvirlError(f"{kept} is of another study ({', '.join(changed)}); remove it, or give another --out")
+    write_text(kept, "".join(json.dumps(line) + "\n" for line in [now, *rows]))
+    return {row_name(row): row for row in rows}
+
+
+def _run_all(tasks: Sequence[Task], workers: int) -> list[Exception | None]:
+    """Run tasks, some at once; what went wrong in each, if anything did."""
+    turns = range(len(tasks))
+    if workers == 1:
+        return list(map(_run_task, tasks, turns))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_run_task, tasks, turns))
+
+
+def _run_task(task: Task, turn: int) -> Exception | None:
+    """Run a task on the accelerator of its turn, each row on disk at once; what went wrong, if anything did."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(turn % torch.cuda.device_count())
+    try:
+        with tempfile.TemporaryDirectory(dir=task.shared) as folder:
+            # By now the time may be over, and then even preparing would take long.
+            for variant, contents in RUNNERS[task.study.kind](task, Path(folder)) if any(task.due()) else ():
+                blank = task.study.blank_rows(task.seed, task.start, variant)
+                keep(task.kept, [{**row, **content} for row, content in zip(blank, contents, strict=True)])
+    except Exception as error:
+        if not isinstance(error, DvirlError):
+            traceback.print_exc()
+        return error.with_traceback(None)  # its frames would hold the model
+    finally:
+        free_memory()
+    return None
+
+
+def keep(kept: Path, rows: Sequence[Row]) -> None:
+    """Append rows in a single write, which no other process can interrupt, and print them."""
+    with kept.open("ab", buffering=0) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    free_memory()
+    for row in rows:
+        figures = [f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)]
+        print(f"{row_name(row)}: {', '.join(figures[:9])}", file=sys.stderr, flush=True)
+
+
+def summary(rows: Sequence[Row]) -> Summary:
+    """Mean and standard deviation over seeds of every figure, by start and variant."""
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for figure, value in row["figures"].items():
+            groups[row_name(row, keys=("start", "variant"))][figure].append(float(value))
+    table: Summary = {}
+    for name, figures in groups.items():
+        table[name] = {figure: _over_seeds(values) for figure, values in figures.items()}
+    return table
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Over the seeds that have a value: a verifier that says nothing any more has no agreement."""
+    known = [value for value in values if not math.isnan(value)]
+    mean = fmean(known) if known else math.nan
+    return {"mean": mean, "std": stdev(known) if len(known) > 1 else 0.0, "n": len(known)}
+
+
+def summary_table(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The first figures of every variant as text, mean ± standard deviation over seeds."""
+    cells: dict[str, dict[str, str]] = {}
+    for variant, figures in table.items():
+        shown = [name for name in SHOWN if name in figures]
+        cells[variant] = {name: f"{figures[name]['mean']:.3f} ± {figures[name]['std']:.3f}" for name in shown}
+    frame = pd.DataFrame.from_dict(cells, orient="index")
+    return frame.reindex(columns=[name for name in SHOWN if name in frame]).to_string(na_rep="")
+
+
+@dataclass(frozen=True)
+class StudyCommand(Settings):
+    """Settings of `dvirl study`."""
+
+    file: str = positional()
+    """YAML file of a study, see configs/study-*.yaml."""
+    quick: bool = False
+    """Run the laptop-size version."""
+    seeds: list[int] = several(limits=(0, 2**63 - 1))
+    """Seeds to use instead of the file's."""
+    workers: int = number(1, 1, 1024)
+    """Processes at once; each takes a seed and a start."""
+    minutes: float = number(math.inf, 0, math.inf)
+    """Begin no row later than this, and write what exists."""
+    set: list[str] = several(count="*")
+    """Settings of all runs, as NAME=VALUE."""
+    out: str = ""
+    """JSON file to write; results/STUDY.json by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any("=" not in pair for pair in self.set):
+            raise DvirlError(f"--set has {' '.join(self.set)}; expected NAME=VALUE")
+
+    def study(self) -> Study:
+        """The study of the file, in the size and with the changes asked for."""
+        study = from_mapping(Study, read_yaml(self.file), self.file)
+        if self.quick:
+            study = study.small()
+        changes: dict[str, Any] = {}
+        for pair in self.set:
+            name, value = pair.split("=", 1)
+            changes[name] = yaml.safe_load(value)
+        return replace(study, seeds=self.seeds or study.seeds, base=study.base | changes)
+
+
+parse_command = partial(
+    settings.parse_args, StudyCommand, "dvirl study", "Run a study: variants and seeds that answer one question."
+)
+"""Settings from flags; see `settings.parse_args`."""
+
+
+def main(argv: Sequence[str]) -> Path:
+    """Run a study, print its table, and write its JSON.
+
+    Raises:
+        DvirlError: for a bad file or bad settings.
+    """
+    command = parse_command(argv)
+    study = command.study()
+    out = Path(command.out or f"results/{Path(command.file).stem}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = out.with_suffix(".rows.jsonl")
+    began = time.time()
+    rows = run(study, kept, command.workers, command.minutes)
+    missing = [name for name in study.row_names() if name not in rows]
+    content = {
+        "question": study.question,
+        "command": shlex.join(["dvirl", "study", *argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.time() - began),
+        **environment(),
+        "settings": asdict(study),
+        "complete": not missing,
+        "missing": missing,
+        "summary": summary(list(rows.values())),
+        "rows": list(rows.values()),
+    }
+    write_json(out, content)
+    print(summary_table(content["summary"]))
+    print(f"written: {out}")
+    if missing:
+        print(f"{len(missing)} rows are missing, {'; '.join(missing)}; the same command goes on with them")
+    else:
+        kept.unlink()
+    return out
