@@ -14,7 +14,7 @@ from dvirl.experiments.experiment import DVIExperiment, Experiment
 from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
 from dvirl.runs.log import read_metrics
-from dvirl.trainer import DVITrainer
+from dvirl.train_dvi import make_trainer
 
 parse_args = partial(
     settings.parse_args, DVIExperiment, "dvirl experiment", "Train a draft, and evaluate it on both ends."
@@ -33,7 +33,7 @@ def main(args: Namespace | DVIExperiment) -> Path:
     """
     config = settings.from_namespace(DVIExperiment, args)
     torch.set_num_threads(config.threads)
-    experiment, trainer = Experiment(config), DVITrainer(settings.narrowed(DVIConfig, config))
+    experiment, trainer = Experiment(config), make_trainer(settings.narrowed(DVIConfig, config))
 
     def train() -> dict[str, Any]:
         trainer.train()

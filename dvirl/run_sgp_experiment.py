@@ -13,7 +13,7 @@ from dvirl.experiments.experiment import Experiment, SGPExperiment
 from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
 from dvirl.runs.log import read_metrics
-from dvirl.sgp import SGPTrainer
+from dvirl.train_sgp import make_trainer
 
 parse_args = partial(
     settings.parse_args, SGPExperiment, "dvirl sgp-experiment", "Fine-tune, and evaluate on both ends."
@@ -24,7 +24,7 @@ parse_args = partial(
 def main(args: Namespace | SGPExperiment) -> Path:
     """Run it, and return `results/<name of run_dir>.json`; arguments and errors as in `run_dvi_experiment.main`."""
     config = settings.from_namespace(SGPExperiment, args)
-    experiment, trainer = Experiment(config), SGPTrainer(settings.narrowed(SGPConfig, config))
+    experiment, trainer = Experiment(config), make_trainer(settings.narrowed(SGPConfig, config))
 
     def train() -> dict[str, Any]:
         return {"held_out": asdict(trainer.train())}
