@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from dvirl.config import DVIConfig, ModelSettings, SGPConfig
+from dvirl.config import DVIConfig, SGPConfig
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.runner import EvalConfig, EvalSettings, evaluate
 from dvirl.models.drafters import Draft
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
-from dvirl.runs.settings import narrowed
+from dvirl.runs.settings import ModelSettings, narrowed
 
 COMPARED = {
     "accept_rate": "fixed",

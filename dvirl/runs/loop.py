@@ -13,15 +13,13 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from dvirl.config import ModelSettings
-from dvirl.models.loading import LoadedModel
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import cut_log, log_line
 from dvirl.runs.processes import Processes
-from dvirl.runs.settings import from_mapping, read_yaml
+from dvirl.runs.settings import ModelSettings, from_mapping, read_yaml
 from dvirl.runs.trackers import Track, installed_trackers, tracking
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -72,7 +70,7 @@ class TrainingLoop(ABC):
     def __init__(
         self,
         config: ModelSettings,
-        loaded: LoadedModel,
+        loaded: run_folder.Describable,
         checkpoint_every: int,
         keep_checkpoints: int = 0,
         tracker: str = "none",
@@ -80,7 +78,7 @@ class TrainingLoop(ABC):
         installed_trackers(tracker)
         torch.set_num_threads(config.threads)
         self.config = config
-        self.loaded = loaded
+        self.loaded: Any = loaded
         self.processes = Processes(config.device)
         self.resumed = False
         self._checkpoint_every = checkpoint_every
