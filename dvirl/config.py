@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import MANY, Settings, choice, number
+from dvirl.runs.settings import MANY, ModelSettings, Settings, choice, number
 from dvirl.runs.trackers import TRACKERS
 from kangaroo.adapter import DRAFTERS
 from kangaroo.decoding.blocks import TARGETS, DecodeConfig
@@ -14,26 +14,6 @@ from kangaroo.sgp_lora import LORA_TARGETS
 
 SOURCES = ("chatterbot", "magpie", "sharegpt", "dolly", "jsonl", "spec_bench")
 SCHEDULES = ("reinforce", "exact_pg", "ce", "masked_ce", "kl", "tv", "kl_to_rl")
-
-
-@dataclass(frozen=True)
-class ModelSettings(Settings):
-    """Which model, on what, where its run is written."""
-
-    model_name: str = "smollm2-135m"
-    """Embedded name, local folder or hub id of a Llama-architecture model."""
-    chat_format: str = "auto"
-    """auto, chatml, vicuna, llama-2 or none."""
-    dtype: str = "auto"
-    """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    threads: int = number(2, 1, 1024)
-    """Number of torch's CPU threads; more threads than free cores slow each other down."""
-    seed: int = number(0, 0, 2**63 - 1)
-    """Of prompts, initial weights, and sampled drafts."""
-    run_dir: str = "runs/train"
-    """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Figures of a run: counters, the baseline, what was served, and drift."""
+"""Figures of a run: counters, the baseline, what the served decoder did, and drift."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -11,41 +12,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dvirl.data.examples import collate
-from dvirl.rollout import verifier_states
+from dvirl.losses import kl_divergence
+from dvirl.rollout import Judgement, Rollout, verifier_states
+from dvirl.runs import loop
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.sgp_lora import lora_parameters
 
-if TYPE_CHECKING:
-    pass
-from statistics import fmean
 
-from dvirl.rollout import Judgement, Rollout
+def drift(log_probs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a verifier is from a reference at N positions.
+
+    Args:
+        log_probs: `[N, V]`, the verifier's.
+        reference: `[N, V]`, the reference's.
+
+    Returns:
+        `KL(verifier || reference)` summed over positions, in nats, and the number of positions at which the most likely
+        token differs; 0-d each.
+    """
+    return kl_divergence(log_probs, reference).sum(), changed_tokens(log_probs, reference)
+
+
+def changed_tokens(logits: Tensor, reference: Tensor) -> Tensor:
+    """The number of positions at which the most likely token differs, 0-d; both are `[N, V]`."""
+    return (logits.argmax(dim=-1) != reference.argmax(dim=-1)).float().sum()
 
 
 @torch.no_grad()
 def verifier_sums(base: EarlyExitLlamaForCausalLM, examples: Sequence[Tensor], target: str = "base") -> Tensor:
-    """Sums over response tokens, `[5]`; those of several batches add up. What they mean says `verifier_figures`.
+    """Sums over response tokens, `[5]`; those of several batches add up. `verifier_figures` says what they mean.
 
     Args:
         base: the model, with its adapters.
-        examples: `sgp.make_example` of prompts and responses.
+        examples: `data.examples.make_example` of prompts and responses.
         target: what the verifier's deep layers read, base or adapted.
     """
-    tokens, targets = (one.to(base.device) for one in collate(examples))
-    said = targets >= 0
+    tokens, targets = (padded.to(base.device) for padded in collate(examples))
+    in_response = targets >= 0
 
-    def log_probs(off: Sequence[str]) -> Tensor:
-        logits: Tensor = base.lm_head(verifier_states(base, tokens, off)[said])
+    def log_probs(left_out: Sequence[str]) -> Tensor:
+        logits: Tensor = base.lm_head(verifier_states(base, tokens, left_out)[in_response])
         return logits.float().log_softmax(dim=-1)
 
-    there = [name for name in ("lora_S", "lora_D") if lora_parameters(base, [name])]
-    served = [name for name in there if name == "lora_S" and target == "base"]
-    own = log_probs(served)
-    untouched = own if served == there else log_probs(there)
-    losses = [F.nll_loss(one, targets[said], reduction="sum") for one in (own, untouched)]
-    divergence = F.kl_div(untouched, own, log_target=True, reduction="sum")
-    changed = (own.argmax(dim=-1) != untouched.argmax(dim=-1)).sum()
-    return torch.tensor([float(one) for one in (*losses, divergence, changed, said.sum())], dtype=torch.float64)
+    adapters = [name for name in ("lora_S", "lora_D") if lora_parameters(base, [name])]
+    left_out = [name for name in adapters if name == "lora_S" and target == "base"]
+    verifier = log_probs(left_out)
+    # With all adapters left out, the verifier is the untouched model: one pass does for both.
+    untouched = verifier if left_out == adapters else log_probs(adapters)
+    sums = [
+        F.nll_loss(verifier, targets[in_response], reduction="sum"),
+        F.nll_loss(untouched, targets[in_response], reduction="sum"),
+        *drift(verifier, untouched),
+        in_response.sum(),
+    ]
+    return torch.tensor([float(value) for value in sums], dtype=torch.float64)
 
 
 def verifier_figures(sums: Tensor) -> dict[str, float]:
@@ -56,28 +76,29 @@ def verifier_figures(sums: Tensor) -> dict[str, float]:
         of the verifier to the untouched model in nats a token; `drift_tokens`, the share of greedy tokens that differ.
     """
     means = sums[:4] / sums[4]
-    figures = [*means[:2].exp().tolist(), *means[2:].tolist()]
-    return dict(zip(("ppl", "ppl_untouched", "drift_kl", "drift_tokens"), figures, strict=True))
+    return {
+        "ppl": float(means[0].exp()),
+        "ppl_untouched": float(means[1].exp()),
+        "drift_kl": float(means[2]),
+        "drift_tokens": float(means[3]),
+    }
 
 
 @dataclass(kw_only=True)
-class Counters:
-    """How far a run is, see `StepMetrics`; all of it is in every checkpoint."""
+class Counters(loop.Counters):
+    """How far a run of DVI is, see `StepMetrics`; all of it is in every checkpoint."""
 
-    step: int = 0
     prompts: int = 0
     tokens: int = 0
-    skipped: int = 0
     drift_flag: bool = False
     rollout_s: float = 0.0
     fast_s: float = 0.0
     slow_s: float = 0.0
-    wall_s: float = 0.0
 
 
 @dataclass(kw_only=True)
 class SlowResult:
-    """What a slow update, or a measurement in its place, says of the verifier, see `StepMetrics`."""
+    """What a slow update, or a measurement in its place, shows of the verifier, see `StepMetrics`."""
 
     loss_slow: float | None = None
     drift_kl: float | None = None
@@ -130,26 +151,31 @@ class StepMetrics(Counters, SlowResult):
     buffer_size: int
 
 
+STEP_COLUMNS = tuple(spec.name for spec in fields(StepMetrics))
+"""What a line of the log has."""
+
+
 DRIFT_WINDOW = 8
 """Steps at either end of a run whose accept rates the drift guard compares."""
 
 
 class Baseline:
-    """What REINFORCE subtracts from the rewards. It knows the past alone, so that it adds no bias.
+    """What REINFORCE subtracts from the rewards. It knows only the past, so that it adds no bias.
 
     Args:
-        kind: ema, exponential moving average of the batches' means, the first (the exception) its own past; mean, of
+        kind: ema, the exponential moving average of the batches' means, the first of which is its own past; mean, of
             all rewards before, 0 before the first; or none, 0.
         momentum: of the ema, 0 to below 1; the weight of the past.
     """
 
     def __init__(self, kind: str = "ema", momentum: float = 0.9) -> None:
-        self.kind, self.momentum = kind, momentum
+        self.kind = kind
+        self.momentum = momentum
         self.value: float | None = None if kind == "ema" else 0.0
         self.count = 0
 
     def update(self, reward: float, count: int = 1) -> float:
-        """Take in the mean of `count` rewards; return the average of the past before it, which is what to subtract."""
+        """Add the mean of `count` rewards; return the average of the past before it, which is what to subtract."""
         before = reward if self.value is None else self.value
         self.count += count
         if self.kind == "ema":
@@ -161,7 +187,14 @@ class Baseline:
 
 @dataclass
 class Served:
-    """What the served decoder did on the responses since the last step, pooled; in every checkpoint too."""
+    """What the served decoder did on the responses since the last step, pooled; in every checkpoint too.
+
+    Attributes:
+        drafted, accepted: scored drafts, and accepted ones.
+        committed, blocks: tokens of the blocks, and their number.
+        tokens, nll: response tokens, and their negative log-likelihood under the verifier, in nats.
+        wall_s: the run's seconds when this account began.
+    """
 
     drafted: int = 0
     accepted: int = 0
@@ -172,25 +205,43 @@ class Served:
     wall_s: float = 0.0
 
     def add(self, rollout: Rollout, judgement: Judgement) -> None:
-        """Take in a group of responses, whose first tokens are the prefill's and no block's."""
+        """Add a group of responses; a response's first token comes from the prefill and is in no block."""
         self.drafted += len(judgement.records)
         self.accepted += judgement.records.num_accepted
         self.committed += rollout.num_tokens - len(rollout)
         self.blocks += sum(map(len, judgement.blocks))
-        reach = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
-        inside = reach < rollout.response_lens[:, None]
+        positions = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
+        inside = positions < rollout.response_lens[:, None]  # [B, R]
         self.nll -= float(rollout.verifier_confidence[inside].log().sum())
         self.tokens += rollout.num_tokens
+
+    @property
+    def accept_rate(self) -> float:
+        """Accepted drafts over scored ones; NaN if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else math.nan
+
+    @property
+    def mat(self) -> float:
+        """Mean block length; NaN if there was no block."""
+        return self.committed / self.blocks if self.blocks else math.nan
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity of the responses under the verifier that wrote them."""
+        return math.exp(self.nll / max(1, self.tokens))
 
 
 def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bool:
     """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
 
-    `rates` are those of the first and of the last `DRIFT_WINDOW` steps, before which there is no suspicion. `drift_kl`
-    may be up to `bound`, in nats a token; 0 for anything.
+    Args:
+        rates: accept rates of the first and of the last `DRIFT_WINDOW` steps; with fewer there is no suspicion.
+        drift_kl: nats a token.
+        bound: what `drift_kl` may be at most; 0 for anything.
     """
-    full = len(rates) == 2 * DRIFT_WINDOW
-    return full and fmean(rates[DRIFT_WINDOW:]) > fmean(rates[:DRIFT_WINDOW]) and 0 < bound < drift_kl
+    first = rates[:DRIFT_WINDOW]
+    last = rates[DRIFT_WINDOW:]
+    return len(rates) == 2 * DRIFT_WINDOW and fmean(last) > fmean(first) and 0 < bound < drift_kl
 
 
 FACETS = {"position": "position in block", "token_class": "token class", "category": "category"}

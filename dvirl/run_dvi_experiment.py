@@ -13,7 +13,7 @@ from dvirl.config import DVIConfig
 from dvirl.experiments.experiment import DVIExperiment, refuse_existing, run_experiment
 from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
-from dvirl.trainer import DVITrainer
+from dvirl.train_dvi import make_trainer
 
 parse_args = partial(
     settings.parse_args, DVIExperiment, "dvirl experiment", "Train a draft, and evaluate it on both ends."
@@ -33,7 +33,7 @@ def main(args: Namespace | DVIExperiment) -> Path:
     config = settings.from_namespace(DVIExperiment, args)
     torch.set_num_threads(config.threads)
     refuse_existing(config)
-    trainer = DVITrainer(settings.narrowed(DVIConfig, config))
+    trainer = make_trainer(settings.narrowed(DVIConfig, config))
     draft = Draft(trainer.model, trainer.loaded, config.target)
 
     def train() -> dict[str, Any]:

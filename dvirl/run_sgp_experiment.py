@@ -12,7 +12,7 @@ from dvirl.config import SGPConfig
 from dvirl.experiments.experiment import SGPExperiment, refuse_existing, run_experiment
 from dvirl.models.drafters import Draft
 from dvirl.runs import errors, settings
-from dvirl.sgp import SGPTrainer
+from dvirl.train_sgp import make_trainer
 
 parse_args = partial(
     settings.parse_args, SGPExperiment, "dvirl sgp-experiment", "Fine-tune, and evaluate on both ends."
@@ -24,7 +24,7 @@ def main(args: Namespace | SGPExperiment) -> Path:
     """Run it, and return `results/<name of run_dir>.json`; arguments and errors as in `run_dvi_experiment.main`."""
     config = settings.from_namespace(SGPExperiment, args)
     refuse_existing(config)
-    trainer = SGPTrainer(settings.narrowed(SGPConfig, config))
+    trainer = make_trainer(settings.narrowed(SGPConfig, config))
     draft = Draft(trainer.model, trainer.loaded)
 
     def train() -> dict[str, Any]:

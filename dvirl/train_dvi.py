@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from dvirl.config import DVIConfig, Resumable
-from dvirl.runs import errors, settings
-from dvirl.runs.checkpoint import step_folder
+from dvirl.data.stream import PromptSplit, load_prompts
+from dvirl.models.loading import LoadedModel, load
+from dvirl.runs import errors, loop, settings
+from dvirl.runs.checkpoint import seed_all, step_folder
 from dvirl.runs.log import read_metrics
-from dvirl.trainer import DVITrainer, resume
+from dvirl.runs.processes import Processes
+from dvirl.trainer import DVITrainer
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,37 @@ class TrainConfig(Resumable, DVIConfig):
 
 parse_args = partial(settings.parse_args, TrainConfig, "dvirl train", "Train a draft while it generates.")
 """Settings from flags; see `settings.parse_args`."""
+
+
+def make_trainer(config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> DVITrainer:
+    """A trainer with the model and the prompts that its settings name.
+
+    Args:
+        config: all settings.
+        loaded: a freshly loaded model, which is changed in place; by default `config.model_name`.
+        split: prompts; by default read from `config.prompts_source`.
+
+    Raises:
+        DvirlError: for settings that do not fit the model or the prompts, or a bad source.
+    """
+    torch.set_num_threads(config.threads)
+    seed_all(config.seed)  # loading a model draws random numbers, and the draft's first weights come after them
+    processes = Processes(config.device)  # before the model, since they say which accelerator is whose
+    loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+    split = split or processes.once(lambda: load_prompts(config, loaded))
+    return DVITrainer(config, loaded, split, seeded=True)
+
+
+def resume(
+    run_dir: str | Path,
+    config: DVIConfig | None = None,
+    loaded: LoadedModel | None = None,
+    split: PromptSplit | None = None,
+    accept_changes: bool = False,
+) -> DVITrainer:
+    """A trainer that goes on with a run: `loop.resume` with the model and prompts of `make_trainer`."""
+    make = partial(make_trainer, loaded=loaded, split=split)
+    return loop.resume(make, DVIConfig, run_dir, config, accept_changes)
 
 
 def main(args: Namespace | DVIConfig) -> DVITrainer:
@@ -39,9 +75,9 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
     if isinstance(config, TrainConfig) and config.resume:
         trainer = resume(config.resume, run, accept_changes=config.accept_changes)
     else:
-        trainer = DVITrainer(run)
+        trainer = make_trainer(run)
     if trainer.resumed and trainer.processes.first:
-        print(f"{trainer.config.run_dir}: {trainer.counters.prompts} of {run.num_prompts} prompts are done")
+        print(f"{trainer.config.run_dir}: {trainer.position} of {trainer.length} prompts are done")
     trainer.train()
     if trainer.processes.first:
         _report(trainer)
@@ -49,18 +85,18 @@ def main(args: Namespace | DVIConfig) -> DVITrainer:
 
 
 def _report(trainer: DVITrainer) -> None:
-    """Print what a run came to, and where it is."""
-    run_dir = Path(trainer.config.run_dir)
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    """Print what a run reached, and where it is."""
+    metrics = read_metrics(trainer.log)
     if len(metrics):
         tenth = max(1, len(metrics) // 10)
-        first, last = (part.accept_rate.mean() for part in (metrics.head(tenth), metrics.tail(tenth)))
+        first = metrics.accept_rate.head(tenth).mean()
+        last = metrics.accept_rate.tail(tenth).mean()
         print(f"accept rate: {first:.3f} over the first {tenth} steps, {last:.3f} over the last {tenth}")
     counters = trainer.counters
     updates = f"{counters.fast_s:.0f} s drafting and fast updates, {counters.slow_s:.0f} s slow updates"
     print(f"time: {counters.rollout_s:.0f} s generation, {updates}")
-    print(f"log: {run_dir / 'metrics.jsonl'}")
-    print(f"checkpoint: {step_folder(run_dir, counters.step)}")
+    print(f"log: {trainer.log}")
+    print(f"checkpoint: {step_folder(trainer.run_dir, counters.step)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from test_models import save_tiny
 
 from dvirl import cli, plots
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
-from dvirl.metrics import StepMetrics
+from dvirl.metrics import STEP_COLUMNS, StepMetrics
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 from kangaroo.decoding.blocks import DecodeConfig
@@ -75,7 +75,7 @@ def test_figures_are_drawn(run_dir, tmp_path):
 
 def test_a_run_without_steps_is_said(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    empty = read_metrics(tmp_path / "metrics.jsonl")
+    empty = read_metrics(tmp_path / "metrics.jsonl", STEP_COLUMNS)
     assert isinstance(empty, pd.DataFrame) and "accept_rate" in empty
     assert list(empty) == [spec.name for spec in dataclasses.fields(StepMetrics)]
     with pytest.raises(DvirlError, match="made no fast update"):

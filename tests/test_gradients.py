@@ -20,8 +20,8 @@ def collected(**changes) -> DVITrainer:
     """A trainer with one batch of records in its buffer and adapters that matter."""
     trainer = DVITrainer(tiny_settings(**changes), tiny_loaded(), tiny_split())
     scramble_lora(trainer.model, ["lora_S", "lora_D"], 0.1)
-    for _ in trainer.collect():
-        pass
+    for group in trainer.collect():
+        trainer.judge(group)
     trainer.counters.step = 5
     return trainer
 

@@ -27,7 +27,7 @@ from dvirl.config import DVIConfig
 from dvirl.runs.checkpoint import newest, verify
 from dvirl.runs.folder import run_settings
 from dvirl.runs.settings import from_mapping
-from dvirl.trainer import DVITrainer
+from dvirl.train_dvi import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # jupyter's own
 ROOT = Path(__file__).parents[1]
@@ -251,7 +251,7 @@ def test_a_cell_is_interrupted_and_run_again(notebook, training, tmp_path):
     verify(newest(run_dir))
     run_again(notebook, cell)
     settings = from_mapping(DVIConfig, run_settings(run_dir), "the run")
-    DVITrainer(replace(settings, run_dir=str(tmp_path / "whole"))).train(show_progress=False)
+    make_trainer(replace(settings, run_dir=str(tmp_path / "whole"))).train(show_progress=False)
     assert logged(run_dir) == logged(tmp_path / "whole")
     traps = next(one for one in notebook.cells if "tape.playing()" in one.source)  # these learn from the answers so far
     run_interrupted(notebook, traps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,17 +16,27 @@ from dvirl.losses import (
     OBJECTIVES,
     REPLAYING,
     Decisions,
+    count,
+    entropy,
     exact_pg_loss,
     fast_loss,
-    kl_loss,
+    kl_losses,
     log_prob_of,
-    masked_ce_loss,
-    mean_entropy,
+    overlap,
     reinforce_loss,
     reward_weight,
     slow_loss,
-    tv_loss,
 )
+
+
+def kl_loss(draft, verifier, kind="forward", top_k=0):
+    """The mean divergence."""
+    return torch.stack([part.sum(-1).mean() for part in kl_losses(draft, verifier, kind, top_k)]).mean()
+
+
+def tv_loss(draft, verifier):
+    """The mean total variation distance."""
+    return 1 - overlap(draft, verifier).mean()
 
 
 def random_logits(rows, columns, seed):
@@ -35,7 +46,7 @@ def random_logits(rows, columns, seed):
 def test_reinforce_against_a_plain_loop():
     log_probs, rewards = random_logits(5, 1, 0)[:, 0], torch.tensor([1.0, 0, 0, 1, 1])
     expected = sum(-(float(r) - 0.3) * float(lp) for r, lp in zip(rewards, log_probs, strict=True)) / 5
-    assert math.isclose(float(reinforce_loss(log_probs, rewards, 0.3)), expected, rel_tol=1e-6)
+    assert math.isclose(float(reinforce_loss(log_probs, rewards, 0.3).mean()), expected, rel_tol=1e-6)
 
 
 def test_reinforce_on_a_bandit_has_the_analytic_gradient():
@@ -52,7 +63,7 @@ def test_reinforce_on_a_bandit_has_the_analytic_gradient():
         for action in range(4):
             loss = reinforce_loss(
                 log_prob_of(logits[None], torch.tensor([action])), reward_of[action : action + 1], baseline
-            )
+            ).mean()
             total += probabilities[action] * torch.autograd.grad(loss, logits)[0]
         torch.testing.assert_close(-total, analytic)
 
@@ -69,10 +80,10 @@ def test_the_exact_gradient_is_reinforces_over_all_actions(baseline, temperature
             reward = torch.tensor([0.0] * 3, dtype=torch.float64)
             reward[n] = float(action == wanted[n])
             log_probs = log_prob_of(logits, actions, temperature)
-            gradient = torch.autograd.grad(reinforce_loss(log_probs, reward, baseline), logits)[0]
+            gradient = torch.autograd.grad(reinforce_loss(log_probs, reward, baseline).mean(), logits)[0]
             expected[n] += (logits[n].detach() / temperature).softmax(-1)[action] * gradient[n]
     log_probs = log_prob_of(logits, wanted.clamp(min=0), temperature)
-    found = torch.autograd.grad(exact_pg_loss(log_probs, (wanted >= 0).double()), logits)[0]
+    found = torch.autograd.grad(exact_pg_loss(log_probs, (wanted >= 0).double()).mean(), logits)[0]
     torch.testing.assert_close(found, expected)
     assert found[:2].abs().min() > 1e-5 and not found[2].any()
 
@@ -82,7 +93,7 @@ def test_sampled_reinforce_agrees_with_the_exact_gradient_and_argmax_does_not(ba
     logits, wanted = torch.tensor([0.3, -0.7, 1.1, 0.0], dtype=torch.float64, requires_grad=True), 1
     probabilities = logits.softmax(-1).detach()
     exact = torch.autograd.grad(
-        exact_pg_loss(log_prob_of(logits[None], torch.tensor([wanted])), torch.ones(1)), logits
+        exact_pg_loss(log_prob_of(logits[None], torch.tensor([wanted])), torch.ones(1)).mean(), logits
     )[0]
     by_hand = -probabilities[wanted] * (torch.eye(4, dtype=torch.float64)[wanted] - probabilities)
     torch.testing.assert_close(exact, by_hand)
@@ -90,7 +101,7 @@ def test_sampled_reinforce_agrees_with_the_exact_gradient_and_argmax_does_not(ba
 
     def gradient(chosen):
         log_probs = log_prob_of(logits.expand(len(chosen), 4), chosen)
-        return torch.autograd.grad(reinforce_loss(log_probs, (chosen == wanted).double(), baseline), logits)[0]
+        return torch.autograd.grad(reinforce_loss(log_probs, (chosen == wanted).double(), baseline).mean(), logits)[0]
 
     torch.testing.assert_close(gradient(actions), exact, atol=5e-3, rtol=0)
     assert (gradient(torch.full((100,), 2)) - exact).abs().max() > 0.05
@@ -98,7 +109,8 @@ def test_sampled_reinforce_agrees_with_the_exact_gradient_and_argmax_does_not(ba
 
 def test_cross_entropy_leaves_out_what_the_head_has_not():
     logits, wanted = random_logits(4, 6, 7).requires_grad_(), torch.tensor([2, -1, 5, 0])
-    found = masked_ce_loss(log_prob_of(logits, wanted.clamp(min=0)), (wanted >= 0).double())
+    on = replace(decisions(schedule="ce", actions="argmax"), logits=logits, verified=wanted)
+    found = fast_loss(on)
     expected = F.cross_entropy(logits, wanted, ignore_index=-1)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
@@ -110,7 +122,7 @@ def test_exact_pg_against_a_plain_loop():
     for row, token in zip((logits / 0.7).tolist(), wanted, strict=True):
         expected -= math.exp(row[token]) / sum(math.exp(x) for x in row) / 4 if token >= 0 else 0.0
     index = torch.tensor(wanted)
-    found = exact_pg_loss(log_prob_of(logits, index.clamp(min=0), 0.7), (index >= 0).double())
+    found = exact_pg_loss(log_prob_of(logits, index.clamp(min=0), 0.7), (index >= 0).double()).mean()
     assert float(found) == pytest.approx(expected)
 
 
@@ -182,7 +194,7 @@ LOSSES = {
     "js top": lambda draft, verifier: kl_loss(draft, verifier, "js", 3),
     "top": lambda draft, verifier: kl_loss(draft, verifier, top_k=2),
     "tv": tv_loss,
-    "entropy": lambda draft, verifier: mean_entropy(draft, 0.7),
+    "entropy": lambda draft, verifier: entropy(draft, 0.7).mean(),
 }
 
 
@@ -205,14 +217,19 @@ def test_total_variation_is_the_rejection_rate_of_speculative_sampling():
 
 def test_entropy_against_torchs_distributions():
     logits = random_logits(4, 6, 10)
-    torch.testing.assert_close(mean_entropy(logits, 0.7), Categorical(logits=logits / 0.7).entropy().mean())
-    assert float(mean_entropy(torch.zeros(2, 8))) == pytest.approx(math.log(8))
+    torch.testing.assert_close(entropy(logits, 0.7), Categorical(logits=logits / 0.7).entropy())
+    assert float(entropy(torch.zeros(2, 8)).mean()) == pytest.approx(math.log(8))
 
 
 def test_masked_ce_counts_accepted_tokens_only():
     log_probs = torch.tensor([-1.0, -2.0, -4.0])
-    assert float(masked_ce_loss(log_probs, torch.tensor([1.0, 0.0, 1.0]))) == pytest.approx(2.5)
-    assert float(masked_ce_loss(log_probs, torch.zeros(3))) == 0.0
+
+    def masked_ce(rewards):
+        on = replace(decisions(), rewards=torch.tensor(rewards), verified=torch.zeros(3))
+        return float(on.mean(-log_probs, over="accepted"))
+
+    assert masked_ce([1.0, 0.0, 1.0]) == pytest.approx(2.5)
+    assert masked_ce([0.0, 0.0, 0.0]) == 0.0
 
 
 def test_slow_loss_against_plain_sums():
@@ -220,9 +237,9 @@ def test_slow_loss_against_plain_sums():
     p, q = own.softmax(-1), frozen.softmax(-1)
     divergence = (p * (p / q).log()).sum(-1).mean()
     expected = -p.log()[torch.arange(5), tokens].mean() + 0.3 * divergence
-    loss, drift = slow_loss(own, tokens, frozen, 0.3)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(drift, divergence)
+    cross_entropy, drift = slow_loss(own, tokens, frozen)
+    torch.testing.assert_close(cross_entropy.mean() + 0.3 * drift.sum(-1).mean(), expected)
+    torch.testing.assert_close(drift.sum(-1).mean(), divergence)
 
 
 def test_log_prob_at_a_temperature():
@@ -274,6 +291,17 @@ def test_every_schedule_is_what_it_says_and_takes_regularisers(schedule):
     entropy = float(Categorical(logits=on.logits / 0.7).entropy().mean())
     regularised = decisions(schedule=schedule, kl_weight=0.2, entropy_weight=0.05)
     assert float(fast_loss(regularised)) == pytest.approx(parts[schedule] + 0.2 * parts["kl"] - 0.05 * entropy)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_losses_of_several_processes_add_up_to_that_of_one(schedule):
+    on = decisions(schedule=schedule, kl_weight=0.2, entropy_weight=0.05)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        values = {name: getattr(on, name)[rows] for name in ("logits", "drafted", "verified", "rewards")}
+        verifier = partial(lambda rows: on.verifier()[rows], rows)
+        parts.append(fast_loss(replace(on, **values, verifier=verifier, totals=count(on.rewards, on.verified))))
+    assert float(sum(parts)) == pytest.approx(float(fast_loss(on)))
 
 
 def test_argmax_actions_come_from_the_policy_at_temperature_one():

@@ -72,7 +72,16 @@ def test_nbval_which_keeps_no_cells_asserts_claims():
         claims({"In": [""], "exit_layer": 6}, "12345678")(False, "")
 
 
-@pytest.mark.parametrize("notebook", [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))])
+ALL = [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("notebook", ALL)
+def test_what_a_notebook_imports_is_there(notebook):
+    lines = [line for cell in code_cells(notebook) for line in cell.splitlines()]
+    exec("\n".join(line for line in lines if re.match(r"(from|import) ", line)), {})
+
+
+@pytest.mark.parametrize("notebook", ALL)
 def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
     cells = code_cells(notebook)
     space = {"In": cells[:1]}

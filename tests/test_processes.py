@@ -23,7 +23,8 @@ from dvirl.runs import folder as run_folder
 from dvirl.runs.checkpoint import newest, verify
 from dvirl.runs.log import read_metrics
 from dvirl.runs.processes import Processes
-from dvirl.trainer import DVITrainer, resume
+from dvirl.train_dvi import resume
+from dvirl.trainer import DVITrainer
 
 
 def free_port() -> int:

@@ -22,10 +22,10 @@ from test_sgp import flags as sgp_flags
 from test_sgp import pairs, sgp_settings, write_rows
 from test_trainer import tiny_settings
 
-from dvirl import cli, sgp, trainer
+from dvirl import cli, trainer
 from dvirl.config import SGPConfig
 from dvirl.evaluation.questions import spread
-from dvirl.runs import checkpoint, errors
+from dvirl.runs import checkpoint, errors, loop
 from dvirl.runs import folder as run_folder
 from dvirl.runs import log as run_log
 from dvirl.runs.checkpoint import newest, prune, verify
@@ -34,14 +34,15 @@ from dvirl.runs.folder import run_lock
 from dvirl.runs.interrupt import stoppable
 from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer
-from dvirl.trainer import DVITrainer, resume
+from dvirl.train_dvi import resume
+from dvirl.trainer import DVITrainer
 
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
-EVENTS = [(trainer, "generate"), (trainer, "cut_log"), (trainer, "log_line"), (DVITrainer, "_judge"), (DVITrainer, "step"),
+EVENTS = [(trainer, "generate"), (loop, "cut_log"), (loop, "log_line"), (DVITrainer, "judge"), (DVITrainer, "step"),
           (checkpoint, "save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
           (run_folder, "discard"), (run_folder, "write_text"), (run_log, "write_text"), (os, "replace"),
-          (sgp, "cut_log"), (sgp, "log_line"), (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
+          (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 
 
@@ -60,7 +61,7 @@ def supervised(folder: Path) -> SGPTrainer:
     """A new run of `dvirl sgp`, or one that goes on."""
     make = partial(SGPTrainer, loaded=tiny_loaded(), records=pairs())
     if (folder / "config.yaml").exists():
-        return checkpoint.go_on(make, SGPConfig, folder)
+        return loop.resume(make, SGPConfig, folder)
     return make(sgp_settings(run_dir=str(folder), epochs=2, checkpoint_every=2, keep_checkpoints=1))
 
 
@@ -185,7 +186,7 @@ def test_fine_tuning_that_is_asked_to_stop_goes_on_later(whole_sgp, tmp_path, mo
     assert newest(tmp_path / "run").name == "step-000003"
     run = supervised(tmp_path / "run")
     result = run.train(show_progress=False)
-    assert same(tmp_path / "run", whole_sgp[0]) and run.done == run.num_steps == result.steps
+    assert same(tmp_path / "run", whole_sgp[0]) and run.counters.step == run.num_steps == result.steps
     assert result.before and result.before == json.loads((newest(whole_sgp[0]) / "trainer.json").read_text())["before"]
     assert supervised(tmp_path / "run").train(show_progress=False) == result
     assert same(tmp_path / "run", whole_sgp[0])

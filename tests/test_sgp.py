@@ -27,6 +27,7 @@ from dvirl.runs import checkpoint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 from dvirl.sgp import SGPTrainer, gradient_norms, head_sums
+from dvirl.train_sgp import make_trainer
 from dvirl.trainer import DVITrainer
 from kangaroo.sgp_lora import inject_lora, lora_parameters
 
@@ -291,7 +292,7 @@ def test_both_schemas_are_read(tmp_path):
 def test_a_bad_row_is_named(tmp_path, row, message, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "response": "b"}, row])
     with pytest.raises(DvirlError, match=message) as caught:
-        SGPTrainer(sgp_settings(records_path=str(path)), tiny_loaded())
+        make_trainer(sgp_settings(records_path=str(path)), tiny_loaded())
     assert str(caught.value).startswith(f"{path}:2: ")
     assert len(read_prompts("supervised", str(path), "skip")) == 1 and f"skipped {path}:2" in capsys.readouterr().err
 
@@ -322,7 +323,7 @@ def test_long_records_are_cut_or_left_out(capsys):
 )
 def test_what_cannot_be_trained_is_said(changes, records, message):
     with pytest.raises(DvirlError, match=message):
-        SGPTrainer(sgp_settings(**changes), tiny_loaded(), records and pairs(records))
+        make_trainer(sgp_settings(**changes), tiny_loaded(), records and pairs(records))
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Watched(DVITrainer):
     def finished(self) -> bool:
         return self.counters.step >= self.updates
 
-    def _judge(self, group):
+    def judge(self, group):
         first, before = self.buffer._next_response, self.buffer.add
 
         def add(records, rollout, num_accepted):
@@ -86,7 +86,7 @@ class Watched(DVITrainer):
             self.queue.extend((first + row, position, token) for row, position, token in rows)
 
         self.buffer.add = add
-        super()._judge(group)
+        super().judge(group)
         del self.buffer.add
 
     def step(self):
@@ -131,14 +131,14 @@ def point(run_dir: str, prompt_tokens: int, **changes) -> dict:
     trainer = DVITrainer(config, loaded, PromptSplit(PromptStream(prompts, 0), []))
     buffer, added = trainer.buffer, []
     buffer.add = lambda *given: added.append(given)
-    next(trainer.collect())
+    trainer.judge(trainer.collect()[0])
     del buffer.add
     while len(buffer) < config.buffer_size:
         buffer.add(*added[0])
     buffer.num_fresh = buffer.accepted_since_update = 0
     start, fast_s = dataclasses.replace(trainer.counters), []
     while len(fast_s) <= STEPS:
-        fast_s += [metrics.fast_s for metrics in trainer.advance()]
+        fast_s += [line["fast_s"] for line in trainer.advance()]
     done = trainer.counters
     return {
         "memory_mib": peak() - before,

@@ -19,6 +19,7 @@ from conftest import EOS, VOCAB, random_prompts, scramble_lora, tiny_loaded, tin
 from safetensors.torch import load_file
 from test_lossless import as_hugging_face
 
+from dvirl import train_dvi
 from dvirl.cli import main as cli
 from dvirl.config import SGPConfig
 from dvirl.data.sources import Prompt
@@ -55,8 +56,9 @@ def tiny(monkeypatch):
         return PromptSplit(PromptStream(made, config.seed), made[-config.held_out :])
 
     replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
-    monkeypatch.setattr(study_module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
-    for module in (study_module, grid, streams):
+    for module in (study_module, train_dvi):
+        monkeypatch.setattr(module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
+    for module in (train_dvi, grid, streams):
         monkeypatch.setattr(module, "load_prompts", prompts)
     for module in (figures_module, grid):
         monkeypatch.setattr(module, "chatterbot_prompts", lambda: replies)
@@ -225,15 +227,14 @@ def test_the_cost_of_a_draft_is_the_weights_that_it_reads(tmp_path):
 def test_fresh_records_give_an_unbiased_gradient_and_old_ones_do_not(tmp_path):
     trainer = a_trainer(tmp_path, schedule="kl", num_prompts=48, buffer_size=10000, draft_vocab=0, max_new_tokens=16)
     trainer.answer = trainer._generate
-    for _ in trainer.collect():
-        pass
+    for group in trainer.collect():
+        trainer.judge(group)
     now = stale_gradients(trainer, trainer.buffer.recent(8), 64)
     assert now["hidden_error"] < 1e-5 and now["cos_many"] > 0.9
     trainer.buffer.take_fresh()
     before = trainer.buffer.recent(8)
     for _ in range(4):
-        for _ in trainer.advance():
-            pass
+        trainer.advance()
     old = stale_gradients(trainer, before, 64)
     assert old["hidden_error"] > 0.01 and old["reward_now"] > old["reward_stored"]
     assert old["cos_many"] > 0.9 > old["cos_stale"]
@@ -521,7 +522,8 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
         events.append(sum(model() is not None for model in models))
 
     monkeypatch.setattr(torch.cuda, "empty_cache", freed)
-    monkeypatch.setattr(study_module, "load", loading)
+    for module in (study_module, train_dvi):
+        monkeypatch.setattr(module, "load", loading)
     for module in (grid, streams):
         monkeypatch.setattr(module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
     monkeypatch.setattr(runner, "keep", lambda *a: events.append("row") or keep(*a))

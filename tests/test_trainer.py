@@ -104,7 +104,7 @@ def test_logged_acceptance_is_the_served_decoders(tmp_path):
     trainer = DVITrainer(tiny_settings(run_dir=str(tmp_path), fast_batch=1, judge_batch=8), tiny_loaded(), tiny_split())
     prompts = trainer.split.stream.peek(8)
     blocks = [b for p in prompts for b in trainer.model.generate(p, 16, trainer.config.decode, (2,)).blocks[1:]]
-    next(trainer.collect())
+    trainer.judge(trainer.collect()[0])
     metrics = trainer.step()
     assert metrics.accept_rate == sum(b.num_accepted for b in blocks) / sum(b.num_drafted for b in blocks)
     assert metrics.mat == sum(b.block_len for b in blocks) / len(blocks)
@@ -135,7 +135,8 @@ def test_a_loaded_run_goes_on_as_the_first_would_have(tmp_path):
     whole = DVITrainer(tiny_settings(run_dir=str(tmp_path / "whole")), tiny_loaded(), tiny_split())
     losses = {}
     for part in range(2):
-        for _ in whole.collect():
+        for group in whole.collect():
+            whole.judge(group)
             if whole.buffer.due(3):
                 metrics = whole.step()
                 losses[metrics.step] = (metrics.loss, metrics.accept_rate, metrics.baseline)
@@ -143,7 +144,8 @@ def test_a_loaded_run_goes_on_as_the_first_would_have(tmp_path):
             folder, reached = whole.save_checkpoint(), whole.counters.step
     again = DVITrainer(tiny_settings(run_dir=str(tmp_path / "again")), tiny_loaded(), tiny_split())
     again.load_checkpoint(folder)
-    for _ in again.collect():
+    for group in again.collect():
+        again.judge(group)
         if again.buffer.due(3):
             metrics = again.step()
             assert (metrics.loss, metrics.accept_rate, metrics.baseline) == losses[metrics.step]

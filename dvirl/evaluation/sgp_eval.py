@@ -22,7 +22,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance, run_settings
 from dvirl.runs.log import write_json
 from dvirl.runs.settings import Settings, from_mapping, number, required
-from dvirl.trainer import DVITrainer
+from dvirl.train_dvi import make_trainer
 from kangaroo.decoding.blocks import DecodeConfig
 
 
@@ -76,8 +76,8 @@ def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Accepta
         DvirlError: if the folder holds no run, or nothing was held out.
     """
     checkpoint = newest(run_dir)
-    config = from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml")
-    trainer = DVITrainer(config)
+    trainer = make_trainer(from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml"))
+    config = trainer.config
     prompts = trainer.split.held_out[: num_prompts or None]
     if not prompts:
         raise DvirlError(f"{run_dir}: the run held out no prompts; expected held_out of at least 1")

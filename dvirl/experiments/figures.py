@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.metrics import Served, verifier_figures, verifier_sums
+from dvirl.metrics import STEP_COLUMNS, Served, verifier_figures, verifier_sums
 from dvirl.rollout import Rollout, judge
 from dvirl.runs.log import read_metrics
 from dvirl.trainer import DVITrainer
@@ -42,8 +41,8 @@ def judge_answers(trainer: DVITrainer, rollout: Rollout) -> dict[str, float]:
     served.add(rollout, judge(trainer.model, rollout, trainer.config.decode))
     agreement = asdict(measure_agreement(trainer.model, rollout.stored()))
     return {
-        "accept_rate": served.accepted / served.drafted if served.drafted else math.nan,
-        "mat": served.committed / served.blocks if served.blocks else math.nan,
+        "accept_rate": served.accept_rate,
+        "mat": served.mat,
         "agreement": agreement["rate"],
         **{name: agreement[name] for name in ("confidence", "ece", "covered")},
     }
@@ -66,7 +65,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
 
 def thinned_curve(run_dir: Path) -> dict[str, list[float | None]]:
     """A run's curve: accept rate, reward, KL and drift over response tokens, in a few dozen means."""
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl", STEP_COLUMNS)
     bins = metrics.index * CURVE_POINTS // max(1, len(metrics))
     columns = ["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]
     means = metrics[columns].astype(float).groupby(bins).mean().round(5)

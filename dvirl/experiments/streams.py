@@ -66,8 +66,7 @@ def _domains(task: Task, sources: Mapping[str, Mapping[str, Any]], count: int) -
 def _advance(trainer: DVITrainer, goal: float) -> None:
     """Train until this many prompts are done."""
     while trainer.counters.prompts < goal:
-        for _ in trainer.advance():
-            pass
+        trainer.advance()
 
 
 def _probed(config: DVIConfig, prompts: Prompts, probes: Probes, every: int) -> dict[str, list[float]]:

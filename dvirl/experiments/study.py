@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from dvirl.config import DVIConfig
-from dvirl.data.stream import PromptSplit, PromptStream, load_prompts
+from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.experiments.summary import Row, row_name
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import Settings, from_mapping
+from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 KINDS = ("grid", "staleness", "adaptation", "federated")
@@ -143,8 +144,7 @@ def load_model(config: DVIConfig) -> LoadedModel:
 
 def new_trainer(config: DVIConfig, split: PromptSplit | None = None) -> DVITrainer:
     """A trainer with a model of its own; on the configured prompts if none are given."""
-    loaded = load_model(config)
-    return DVITrainer(config, loaded, split or load_prompts(config, loaded))
+    return make_trainer(config, split=split)
 
 
 def trainer_on(config: DVIConfig, prompts: Prompts) -> DVITrainer:

@@ -5,7 +5,6 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory, discard, refuse_other_settings, run_settings
+from dvirl.runs.folder import atomic_directory, discard
 from dvirl.runs.log import parse_line, read_text
-from dvirl.runs.settings import from_mapping, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
@@ -233,25 +231,3 @@ def newest(run_dir: str | Path) -> Path:
     if not folders:
         raise DvirlError(f"{run_dir}: no checkpoint there; expected checkpoints/step-…")
     return folders[-1]
-
-
-def go_on(
-    make: Any,
-    kind: Any,
-    run_dir: str | Path,
-    config: Any = None,
-    accept_changes: bool = False,
-) -> Any:
-    """A trainer that `make` builds from settings of `kind` and that goes on with a run; see `trainer.resume`."""
-    path, before = Path(run_dir) / "config.yaml", {**run_settings(run_dir), "run_dir": str(run_dir)}
-    config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
-    if not accept_changes:
-        refuse_other_settings(path, before, asdict(config), "give --accept_changes true to go on with these")
-    trainer = make(config)
-    made_for = read_yaml(path).get("model", {}).get("fingerprint")
-    if made_for != trainer.loaded.fingerprint:
-        raise DvirlError(f"{path}: the run is of the model {made_for}, and this one is {trainer.loaded.fingerprint}")
-    trainer.resumed = True
-    if any((Path(run_dir) / "checkpoints").glob("step-*")):
-        trainer.load_checkpoint(newest(run_dir))
-    return trainer

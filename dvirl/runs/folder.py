@@ -27,6 +27,10 @@ PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors
 class Describable(Protocol):
     """A model that says what it is: a `dvirl.models.loading.LoadedModel`."""
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from every other model."""
+
     def description(self) -> dict[str, str]:
         """Its fingerprint, and how it was loaded."""
 

@@ -2,43 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dvirl.runs.errors import DvirlError
-
-COLUMNS = [
-    "loss_slow",
-    "drift_kl",
-    "drift_tokens",
-    "step",
-    "prompts",
-    "tokens",
-    "skipped",
-    "drift_flag",
-    "rollout_s",
-    "fast_s",
-    "slow_s",
-    "wall_s",
-    "phase",
-    "loss",
-    "loss_rl",
-    "loss_kl",
-    "loss_ce",
-    "accept_rate",
-    "mat",
-    "reward",
-    "baseline",
-    "ppl_sample",
-    "tok_per_s",
-    "grad_norm",
-    "lr",
-    "buffer_size",
-]
-"""Columns of the table of a log without a line: the figures of a step, see `dvirl.metrics.StepMetrics`."""
 
 
 def to_plain(values: Any) -> Any:
@@ -148,11 +118,11 @@ def numbered(path: str | Path, text: str) -> Iterator[tuple[str, str]]:
     return ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def read_metrics(path: str | Path) -> pd.DataFrame:
-    """The table of a `metrics.jsonl`, one row a step.
+def read_metrics(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """The table of a `metrics.jsonl`, one row a line; a log without lines has the `columns` that are given.
 
     Raises:
         DvirlError: if there is no such file or a line is no JSON object.
     """
     rows = [parse_line(where, line, dict) for where, line in numbered(path, read_text(path))]
-    return pd.DataFrame(rows, columns=None if rows else COLUMNS)
+    return pd.DataFrame(rows, columns=None if rows else list(columns))

@@ -92,6 +92,26 @@ class Settings:
                 raise DvirlError(f"{spec.name} is {value!r:.80}; expected {inspect.formatannotation(spec.type)}")
 
 
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which model, on what, where its run is written."""
+
+    model_name: str = "smollm2-135m"
+    """Embedded name, local folder or hub id of a Llama-architecture model."""
+    chat_format: str = "auto"
+    """auto, chatml, vicuna, llama-2 or none."""
+    dtype: str = "auto"
+    """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = number(2, 1, 1024)
+    """Number of torch's CPU threads; more threads than free cores slow each other down."""
+    seed: int = number(0, 0, 2**63 - 1)
+    """Of prompts, initial weights, and sampled drafts."""
+    run_dir: str = "runs/train"
+    """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
+
+
 def _check(spec: "dataclasses.Field[Any]", value: Any) -> None:
     """Check a field's value, or a member of it, for everything but its type."""
     allowed = spec.metadata.get("allowed")

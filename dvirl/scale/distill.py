@@ -7,10 +7,9 @@ two parallel passes; nothing is decoded twice, and one cached response serves an
 import math
 import random
 import resource
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,8 @@ from dvirl.rollout import Responses, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import cut_log, log_line, read_metrics
+from dvirl.runs.log import log_line, read_metrics
+from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
 from dvirl.scale.corpus import join, overlapping, read_shard, without_repeats, write_conversations, write_shard
@@ -137,210 +137,286 @@ class DistillResult:
     drafter: str
 
 
+@dataclass(kw_only=True)
+class DistillCounters(Counters):
+    """How far a distillation is; `tokens` are response tokens learned from."""
+
+    tokens: int = 0
+
+
 class _Objective(nn.Module):
     """Loss and agreement as a function of tensors alone, in fixed shapes."""
 
     def __init__(self, model: KangarooModel, config: DistillConfig) -> None:
         super().__init__()
-        self.model, self.temperature, self.ce_weight = model, config.temperature, config.ce_weight
+        self.model = model
+        self.temperature = config.temperature
+        self.ce_weight = config.ce_weight
 
     def forward(
-        self, tokens: Tensor, at: Tensor, index: Tensor, verifier_hidden: Tensor, weight: Tensor
+        self, tokens: Tensor, positions: Tensor, index: Tensor, verifier_hidden: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draft behind the chosen positions.
+        """Draft after the chosen positions.
 
         Args:
             tokens: `[B, T]`.
-            at: `[N]`, positions to draft behind, counted through all rows.
+            positions: `[N]`, where to draft the next token, counted through all rows.
             index: `[N]`, the verifier's tokens there, as rows of the exit head.
             verifier_hidden: `[N, D]`, the states that it chose them from.
             weight: `[N]`, 0 at padding.
+
+        Returns:
+            The mean loss in nats, and the share of positions where the draft's argmax is the verifier's token; 0-d.
         """
         half = verifier_hidden.dtype == torch.bfloat16
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             states = self.model.drafter_states(self.model.base_model.forward_shallow(tokens))
-            logits = self.model.head_logits(states.flatten(0, 1)[at])
+            logits = self.model.head_logits(states.flatten(0, 1)[positions])
         target = self.model.verifier_logits(verifier_hidden) / self.temperature
-        agrees = (logits.detach().argmax(dim=-1) == index) * weight
-        return distillation_loss(logits, target, index, weight, self.ce_weight), agrees.sum() / weight.sum()
+        losses = distillation_loss(logits, target, index, self.ce_weight)
+        agrees = logits.detach().argmax(dim=-1) == index
+        count = weight.sum()
+        return (losses * weight).sum() / count, (agrees * weight).sum() / count
 
 
-class Distiller:
-    """One distillation: its responses, its draft, its optimizer.
+class Distiller(TrainingLoop):
+    """One distillation: its responses, its draft, its optimizer. A run folder that is not finished goes on.
 
     Args:
         config: all settings.
-        loaded: a freshly loaded model, which is changed in place; loaded by `config` if not given.
+        loaded: a freshly loaded model, which is changed in place.
 
     Attributes:
         responses: what is learned from.
-        left_out: rows that are not, by reason.
-        model, peft_model: the model with its draft, and PEFT's view of it, which holds lora_S.
-        step, tokens, skipped, wall_s: how far the run is; all of it is in every checkpoint.
+        left_out: number of rows that are not, by reason.
+        num_steps: updates of the whole run, if the clock does not end it before.
 
     Raises:
         DvirlError: for settings that do not fit the model, or a run folder with other settings.
     """
 
-    def __init__(self, config: DistillConfig, loaded: LoadedModel | None = None) -> None:
-        torch.set_num_threads(config.threads)
-        self.config = config
-        self.loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
-        self.run_dir = Path(config.run_dir)
-        self.log = self.run_dir / "metrics.jsonl"
-        run_folder.claim(self.run_dir, config, self.loaded)
+    config: DistillConfig
+    counters: DistillCounters
+    unit = "update"
+
+    def __init__(self, config: DistillConfig, loaded: LoadedModel) -> None:
+        super().__init__(config, loaded, config.checkpoint_every)
+        run_folder.claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
-        torch.manual_seed(config.seed)
         self.longest = int(self.responses.response_lens.max())
-        self.peft_model, self.model = attach_draft(self.loaded.model, config, self.responses.response_tokens())
+        self.num_steps = config.passes * math.ceil(len(self.responses) / config.batch)
+        self.length = self.num_steps
+        torch.manual_seed(config.seed)
+        self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
-        self.optimizers = Optimizers(self.parameters, matrices if config.muon else [], config.muon)
-        self.step, self.tokens, self.skipped, self.wall_s = 0, 0, 0, 0.0
+        matrices = []
+        if config.muon:
+            matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
+        self.optimizers = Optimizers(self.parameters, matrices, config.muon)
+        self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
-        if (self.run_dir / "checkpoints").is_dir():
-            self.load_checkpoint(checkpoint.newest(self.run_dir))
+        self._batches = self.batches()
+        self.load_newest()
+
+    # Responses
 
     def _ready_responses(self) -> Responses:
-        """The run's responses, written as far as they are not on disk yet."""
+        """The run's responses; those that are not on disk yet are written."""
         config = self.config
         if config.responses_from:
             paths = sorted(Path(config.responses_from).glob("shard-*.safetensors"))
             if not paths:
-                given = config.responses_from
-                raise DvirlError(f"responses_from is {given!r}; expected a folder of shard-*.safetensors")
+                raise DvirlError(
+                    f"responses_from is {config.responses_from!r}; expected a folder of shard-*.safetensors"
+                )
             return join([read_shard(path) for path in paths])
         parts: list[Responses] = []
+        num_tokens = 0
         with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
-            while (done := sum(part.num_tokens for part in parts)) < config.num_tokens:
+            while num_tokens < config.num_tokens:
                 path = self.run_dir / "responses" / f"shard-{len(parts):05d}.safetensors"
                 if not path.exists():
-                    self._write_shard(path, len(parts), config.num_tokens - done)
+                    self._write_shard(path, len(parts), config.num_tokens - num_tokens)
                 parts.append(read_shard(path))
+                num_tokens += parts[-1].num_tokens
                 bar.update(parts[-1].num_tokens)
         return join(parts)
 
     def _write_shard(self, path: Path, index: int, wanted: int) -> None:
-        """Write shard `index`: fewer conversations than usual where `wanted` tokens are few."""
-        config, began = self.config, time.perf_counter()
+        """Write shard `index`: fewer conversations than usual if few tokens are `wanted`."""
+        config = self.config
+        began = time.perf_counter()
         count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
-        how = config.answer_tokens, config.follow_up, config.write_batch
-        shard = write_conversations(self.loaded, count, config.seed * 1_000_003 + index, *how)
+        seed = config.seed * 1_000_003 + index
+        shard = write_conversations(
+            self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch
+        )
         write_shard(path, shard)
-        figures = {"tokens": shard.num_tokens, "memory_gb": self._memory_gb(), "wall_s": time.perf_counter() - began}
-        log_line(self.log, {"phase": "write", "shard": index, **figures})
+        figures = {
+            "phase": "write",
+            "shard": index,
+            "tokens": shard.num_tokens,
+            "memory_gb": self._memory_gb(),
+            "wall_s": time.perf_counter() - began,
+        }
+        log_line(self.log, figures)
 
     def _chosen(self, responses: Responses) -> tuple[Responses, dict[str, int]]:
         """The responses to learn from, and how many others there are: repeats, too short ones, excluded ones."""
-        chosen = without_repeats(responses)
-        left_out = {"repeats": len(responses) - len(chosen)}
+        distinct = without_repeats(responses)
         files = [path for path in self.config.exclude.split(",") if path]
-        turns = [turn for path in files for prompt in read_prompts("spec_bench_turns", path) for turn in prompt.turns]
-        questions = [self.loaded.chat.plain(turn) for turn in turns]
-        overlaps = overlapping(chosen, questions, device=self.loaded.model.device)
-        short = ~overlaps & (chosen.response_lens < 2)
-        left_out |= {"too_short": int(short.sum()), "excluded": int(overlaps.sum())}
+        questions = []
+        for path in files:
+            for prompt in read_prompts("spec_bench_turns", path):
+                questions += [self.loaded.chat.plain(turn) for turn in prompt.turns]
+        overlaps = overlapping(distinct, questions, device=self.loaded.model.device)
+        short = ~overlaps & (distinct.response_lens < 2)
+        left_out = {
+            "repeats": len(responses) - len(distinct),
+            "too_short": int(short.sum()),
+            "excluded": int(overlaps.sum()),
+        }
         if files:
-            tqdm.write(f"left out {left_out['excluded']} responses that overlap {', '.join(files)}", file=sys.stderr)
-        chosen = chosen.take((~overlaps & ~short).nonzero()[:, 0])
+            self.say(f"left out {left_out['excluded']} responses that overlap {', '.join(files)}")
+        chosen = distinct.take((~overlaps & ~short).nonzero()[:, 0])
         if not len(chosen):
             raise DvirlError(f"none of {len(responses)} responses is left to learn from ({left_out})")
         return chosen, left_out
 
     # The loop
 
-    def train(self) -> DistillResult:
-        """Learn from all responses `passes` times or until `max_minutes` are over; log, and write what was learned.
+    def train(self, show_progress: bool = True) -> DistillResult:
+        """Learn from all responses `passes` times or until `max_minutes` are over; write the drafter.
 
-        An update whose loss or gradient is not finite is left out, said with its step, and counted.
+        See `TrainingLoop.train`.
         """
-        config, saved = self.config, self.step
-        train_only(self.model, self.parameters)
-        cut_log(self.log, self.step)
-        counts = {"rows": len(self.responses), "tokens": self.responses.num_tokens, **self.left_out}
-        log_line(self.log, {"phase": "start", "step": self.step, **counts})
-        began, mark = time.perf_counter() - self.wall_s, (self.tokens, self.wall_s)
-        window: list[tuple[Tensor, Tensor, Tensor]] = []
-        batches = self.batches()
-        with tqdm(total=self.num_steps, initial=self.step, unit="update") as bar:
-            while self.progress < 1.0:
-                window.append(self.update(*next(batches)))
-                self.wall_s = time.perf_counter() - began
-                bar.update()
-                if self.step % config.log_every and self.progress < 1.0:
-                    continue
-                metrics = self._metrics(window, mark, began)
-                log_line(self.log, metrics)
-                bar.set_postfix_str(f"agreement {metrics['agreement']:.3f}, {metrics['tok_per_s']:,.0f} tok/s")
-                window, mark = [], (self.tokens, self.wall_s)
-                if self.step - saved >= config.checkpoint_every:
-                    self.save_checkpoint()
-                    saved = self.step
-        return self._finish()
-
-    def _finish(self) -> DistillResult:
-        """Write the last checkpoint and the drafter; sum up the log."""
-        folder, drafter = self.save_checkpoint(), self.run_dir / "drafter"
+        super().train(show_progress)
         table = read_metrics(self.log)
         written = table[table.phase == "write"]
+        drafter = self.run_dir / "drafter"
         result = DistillResult(
             written=int(written.tokens.sum()),
             write_s=float(written.wall_s.sum()) if len(written) else 0.0,
-            learned=self.tokens,
-            train_s=self.wall_s,
-            steps=self.step,
+            learned=self.counters.tokens,
+            train_s=self.counters.wall_s,
+            steps=self.counters.step,
             agreement=float(table[table.phase == "train"].agreement.iloc[-1]),
             memory_gb=float(table.memory_gb.max()),
-            checkpoint=str(folder),
+            checkpoint=str(checkpoint.newest(self.run_dir)),
             drafter=str(drafter),
         )
-        made = {**asdict(result), **self.left_out}
-        export(drafter, self.peft_model, self.model, self.config, self.loaded, **made)
+        export(drafter, self.peft_model, self.model, self.config, self.loaded, **asdict(result), **self.left_out)
         return result
 
-    def _memory_gb(self) -> float:
-        """Highest memory use so far, of the accelerator if there is one."""
-        cuda = self.loaded.model.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e9
-
-    @property
-    def num_steps(self) -> int:
-        """Updates of the whole run, if the clock does not end it before."""
-        return self.config.passes * math.ceil(len(self.responses) / self.config.batch)
+    def start(self) -> list[dict[str, Any]]:
+        """Begin with the next batch; say what is learned from."""
+        train_only(self.model, self.parameters)
+        self._batches = self.batches()
+        rows = {"rows": len(self.responses), "tokens": self.responses.num_tokens, **self.left_out}
+        return [{"phase": "start", "step": self.counters.step, **rows}]
 
     @property
     def progress(self) -> float:
         """Share of the run that is done, by updates or by the clock."""
-        by_clock = self.wall_s / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
-        return min(1.0, max(self.step / self.num_steps, by_clock))
+        minutes = self.config.max_minutes
+        by_clock = self.counters.wall_s / (60 * minutes) if minutes else 0.0
+        return min(1.0, max(self.counters.step / self.num_steps, by_clock))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all responses have been learned from or the time is over."""
+        return self.progress >= 1.0
+
+    def advance(self) -> list[dict[str, Any]]:
+        """The updates up to the next line of the log.
+
+        Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
+        (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
+
+        Returns:
+            phase: "train".
+            step: updates so far.
+            tokens: response tokens learned from so far.
+            loss: what was minimised, nats a token, mean over the line's updates that were not left out.
+            agreement: share of positions where the draft's argmax was the verifier's token, before the update, mean.
+            lr, grad_norm: of the last update, the norm before clipping.
+            skipped: updates left out so far because a loss or gradient was not finite.
+            tok_per_s: response tokens learned from over wall seconds, since the line before.
+            memory_gb: highest memory use so far, of the accelerator if there is one.
+            wall_s: seconds of training so far.
+        """
+        counters = self.counters
+        tokens_before = counters.tokens
+        wall_before = counters.wall_s
+        updates = []
+        while not self.finished:
+            updates.append(self.update(*next(self._batches)))
+            self.clock()
+            if counters.step % self.config.log_every == 0:
+                break
+        loss, agreement, norm = (torch.stack(values) for values in zip(*updates, strict=True))
+        kept = (loss + norm).isfinite()
+        mean_loss = float(loss[kept].mean())  # waits for the device, so that the time is that of all updates
+        self.clock()
+        line = {
+            "phase": "train",
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "loss": mean_loss,
+            "agreement": float(agreement.mean()),
+            "lr": self.optimizers.lr,
+            "grad_norm": float(norm[-1]),
+            "skipped": counters.skipped,
+            "tok_per_s": (counters.tokens - tokens_before) / (counters.wall_s - wall_before),
+            "memory_gb": self._memory_gb(),
+            "wall_s": counters.wall_s,
+        }
+        return [line]
+
+    def describe(self, line: Mapping[str, Any]) -> str:
+        """What the progress bar says of an update."""
+        return f"agreement {line['agreement']:.3f}, {line['tok_per_s']:,.0f} tok/s"
+
+    def _memory_gb(self) -> float:
+        """Highest memory use so far, of the accelerator if there is one."""
+        if self.loaded.model.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+    # Batches
 
     def batches(self) -> Iterator[tuple[Responses, Tensor]]:
         """From the next update on: responses, tokens on the device, and the verifier's states `[B, T, D]` on them."""
-        config, size = self.config, self.config.batch
+        size = self.config.batch
         per_pass = math.ceil(len(self.responses) / size)
-        for number_ in range(self.step // per_pass, config.passes):
-            groups = torch.split(self._order(number_), TEACHER_BATCHES * size)
-            passed, begun = divmod(self.step - number_ * per_pass, TEACHER_BATCHES)
-            for rows in groups[passed:]:
-                group = self.responses.take(rows)
+        first_pass = self.counters.step // per_pass
+        done = self.counters.step % per_pass  # updates of that pass that are done
+        for pass_index in range(first_pass, self.config.passes):
+            groups = torch.split(self._order(pass_index), TEACHER_BATCHES * size)
+            for group_index in range(done // TEACHER_BATCHES, len(groups)):
+                group = self.responses.take(groups[group_index])
                 tokens = group.tokens.to(self.loaded.model.device)
                 states = verifier_states(self.loaded.model, tokens, ["lora_S"])
-                for start in range(begun * size, len(rows), size):
-                    part = slice(start, start + size)
-                    yield Responses(tokens[part], group.prompt_lens[part], group.response_lens[part]), states[part]
-                begun = 0
+                for start in range(done % TEACHER_BATCHES * size, len(group), size):
+                    rows = slice(start, start + size)
+                    yield Responses(tokens[rows], group.prompt_lens[rows], group.response_lens[rows]), states[rows]
+                done = 0
 
-    def _order(self, number_: int) -> Tensor:
+    def _order(self, pass_index: int) -> Tensor:
         """All rows in the random order of a pass, sorted by length within every few updates."""
-        seed = random.Random(f"{self.config.seed}/{number_}").getrandbits(63)
+        seed = random.Random(f"{self.config.seed}/{pass_index}").getrandbits(63)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.responses), generator=generator)
         lengths = self.responses.prompt_lens + self.responses.response_lens
         parts = [part[lengths[part].argsort()] for part in torch.split(order, SORTED_TOGETHER * self.config.batch)]
-        groups = [group for part in parts[:-1] for group in torch.split(part, TEACHER_BATCHES * self.config.batch)]
+        groups: list[Tensor] = []
+        for part in parts[:-1]:
+            groups += torch.split(part, TEACHER_BATCHES * self.config.batch)
         shuffle = torch.randperm(len(groups), generator=generator).tolist()
+        # The last part may be short, and stays last, so that only the last update is.
         return torch.cat([*(groups[i] for i in shuffle), *parts[-1:]])
+
+    # Updates
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses, left out if it is not finite; its loss, agreement and gradient norm."""
@@ -348,32 +424,37 @@ class Distiller:
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.parameters, self.config.grad_clip)
+        lr = self.lr
+        self.counters.step += 1
+        self.counters.tokens += int((batch.response_lens - 1).sum())
         if bool((loss + norm).isfinite()):
-            self.optimizers.step(self.lr)
+            self.optimizers.step(lr)
         else:
-            self.skipped += 1
-            tqdm.write(f"step {self.step + 1}: loss or gradient is not finite; the update is left out", file=sys.stderr)
-        self.step += 1
-        self.tokens += int((batch.response_lens - 1).sum())
+            self.skip_update(self.counters.step)
         return loss.detach(), agreement, norm
 
     def _positions(self, batch: Responses, states: Tensor, padded: bool) -> tuple[Tensor, ...]:
-        """What the objective asks for; for CUDA padded to one of a few shapes, so that each is captured once."""
+        """The inputs of `_Objective`; for CUDA padded to one of a few shapes, so that each is captured once."""
         rows, positions = response_index(batch.prompt_lens, batch.response_lens)
         before = batch.prompt_lens[rows] + positions - 1
-        tokens, count = batch.tokens, len(rows)
+        tokens = batch.tokens
+        count = len(rows)
         if padded:
             count = self.config.batch * (self.longest - 1)
-            missing, ragged = self.config.batch - len(tokens), -tokens.shape[1] % WIDTH_STEP
-            tokens, states = F.pad(tokens, (0, ragged, 0, missing)), F.pad(states, (0, 0, 0, ragged, 0, missing))
-        at, weight = torch.zeros(count, dtype=torch.long), torch.zeros(count)
-        at[: len(rows)], weight[: len(rows)] = rows * tokens.shape[1] + before, 1.0
-        at, weight = at.to(tokens.device), weight.to(tokens.device)
-        index = self.model.draft_index(tokens.flatten()[at + 1].long())
-        return tokens, at, index, states.flatten(0, 1)[at], weight
+            missing = self.config.batch - len(tokens)
+            ragged = -tokens.shape[1] % WIDTH_STEP
+            tokens = F.pad(tokens, (0, ragged, 0, missing))
+            states = F.pad(states, (0, 0, 0, ragged, 0, missing))
+        chosen = torch.zeros(count, dtype=torch.long)
+        chosen[: len(rows)] = rows * tokens.shape[1] + before
+        chosen = chosen.to(tokens.device)
+        weight = torch.zeros(count)
+        weight[: len(rows)] = 1.0
+        index = self.model.draft_index(tokens.flatten()[chosen + 1].long())
+        return tokens, chosen, index, states.flatten(0, 1)[chosen], weight.to(tokens.device)
 
     def objective(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """`_Objective` of these inputs, replayed from a CUDA graph of their shape where there is CUDA."""
+        """`_Objective` of these inputs; with CUDA, replayed from a CUDA graph of their shape."""
         width = inputs[0].shape[1]
         if width not in self._captured:
             objective: Any = _Objective(self.model, self.config)
@@ -386,62 +467,19 @@ class Distiller:
     @property
     def lr(self) -> float:
         """The rate of the next update."""
-        return cosine_rate(self.config.lr, self.step + 1, self.config.warmup_steps, self.progress, floor=0.0)
-
-    def _metrics(
-        self, window: list[tuple[Tensor, Tensor, Tensor]], mark: tuple[int, float], began: float
-    ) -> dict[str, Any]:
-        """The log line of the updates in `window`, since the tokens and seconds in `mark`; the device is waited for.
-
-        Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
-        (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
-
-        Returns:
-            phase: "train".
-            step: updates so far.
-            tokens: response tokens learned from so far.
-            loss: what was minimised, nats a token, mean over the window, of updates that were not left out.
-            agreement: share of positions where the draft's argmax was the verifier's token, before the update, mean.
-            lr, grad_norm: of the last update, the norm before clipping.
-            skipped: updates left out so far because a loss or gradient was not finite.
-            tok_per_s: response tokens learned from over wall seconds, in the window.
-            memory_gb: highest memory use so far, of the accelerator if there is one.
-            wall_s: seconds of training so far.
-        """
-        loss, agreement, norm = (torch.stack(values) for values in zip(*window, strict=True))
-        self.wall_s = time.perf_counter() - began
-        return {
-            "phase": "train",
-            "step": self.step,
-            "tokens": self.tokens,
-            "loss": float(loss[(loss + norm).isfinite()].mean()),
-            "agreement": float(agreement.mean()),
-            "lr": self.optimizers.lr,
-            "grad_norm": float(norm[-1]),
-            "skipped": self.skipped,
-            "tok_per_s": (self.tokens - mark[0]) / (self.wall_s - mark[1]),
-            "memory_gb": self._memory_gb(),
-            "wall_s": self.wall_s,
-        }
+        step = self.counters.step + 1
+        return cosine_rate(self.config.lr, step, self.config.warmup_steps, self.progress, floor=0.0)
 
     # State
 
-    def save_checkpoint(self) -> Path:
-        """Write a checkpoint of the run as it stands; return its folder."""
-        numbers: dict[str, Any] = {name: getattr(self, name) for name in ("step", "tokens", "skipped", "wall_s")}
-        state = {"tensors": self.optimizers.tensors(), "numbers": numbers}
-        return checkpoint.save(self.run_dir, self.step, self.peft_model, self.model, state)
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights; the order of the responses follows from the step."""
+        return {"tensors": self.optimizers.tensors(), "numbers": asdict(self.counters)}
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Continue from a checkpoint of this run.
-
-        Raises:
-            DvirlError: if it is incomplete or belongs to another model or settings.
-        """
-        state = checkpoint.load(folder, self.peft_model, self.model)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
         self.optimizers.load(state["tensors"])
-        for name, value in state["numbers"].items():
-            setattr(self, name, value)
+        self.counters = DistillCounters(**state["numbers"])
 
 
 parse_args = partial(
@@ -457,9 +495,11 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
         DvirlError: as `Distiller` does.
     """
     config = settings.from_namespace(DistillConfig, args)
-    result = Distiller(config).train()
-    done = {"written": (result.written, result.write_s), "learned from": (result.learned, result.train_s)}
-    for verb, (tokens, seconds) in done.items():
+    torch.set_num_threads(config.threads)
+    loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
+    result = Distiller(config, loaded).train()
+    work = [("written", result.written, result.write_s), ("learned from", result.learned, result.train_s)]
+    for verb, tokens, seconds in work:
         if tokens:
             print(f"{verb}: {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} tokens/s")
     print(f"agreement: {result.agreement:.3f} over the last {config.log_every} of {result.steps} updates")
