@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.agreement import measure_agreement
 from dvirl.metrics import STEP_COLUMNS, Served, verifier_figures, verifier_sums
 from dvirl.rollout import Rollout, judge
-from dvirl.runs.log import read_metrics
+from dvirl.runs.log import read_metrics, to_plain
 from dvirl.trainer import DVITrainer
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -27,7 +27,8 @@ def draft_cost(model: KangarooModel) -> float:
     base = model.base_model
 
     def count(*modules: torch.nn.Module) -> int:
-        named = [item for module in modules for item in module.named_parameters()]
+        named = torch.nn.ModuleList(modules).named_parameters()
+        # LoRA is merged for serving, and costs nothing then.
         return sum(parameter.numel() for name, parameter in named if "lora_" not in name)
 
     draft = count(*base.model.layers[: base.exit_layer], model.adapter_model) + model.exit_proj.weight.numel()
@@ -39,12 +40,14 @@ def judge_answers(trainer: DVITrainer, rollout: Rollout) -> dict[str, float]:
     """The draft as it is now, on the verifier's answers."""
     served = Served()
     served.add(rollout, judge(trainer.model, rollout, trainer.config.decode))
-    agreement = asdict(measure_agreement(trainer.model, rollout.stored()))
+    agreement = measure_agreement(trainer.model, rollout.stored())
     return {
         "accept_rate": served.accept_rate,
         "mat": served.mat,
-        "agreement": agreement["rate"],
-        **{name: agreement[name] for name in ("confidence", "ece", "covered")},
+        "agreement": agreement.rate,
+        "confidence": agreement.confidence,
+        "ece": agreement.ece,
+        "covered": agreement.covered,
     }
 
 
@@ -55,18 +58,23 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
         `metrics.verifier_figures` of the first `replies` conversations of chatterbot-corpus, in the chat format.
     """
     chat = trainer.loaded.chat
-    examples = []
+    examples: list[Tensor] = []
     for prompt in chatterbot_prompts()[:replies]:
-        examples.append(make_example(chat.encode(prompt.turns), chat.encode_response(prompt.response)))
-    groups = (examples[start : start + batch] for start in range(0, len(examples), batch))
-    sums = [verifier_sums(trainer.loaded.model, group, trainer.config.target) for group in groups]
-    return verifier_figures(torch.stack(sums).sum(dim=0))
+        tokens = chat.encode(prompt.turns)
+        examples.append(make_example(tokens, chat.encode_response(prompt.response)))
+    # Sums add up over groups, and means are taken once, at the end.
+    sums = torch.zeros(5, dtype=torch.float64)
+    for start in range(0, len(examples), batch):
+        group = examples[start : start + batch]
+        sums += verifier_sums(trainer.loaded.model, group, trainer.config.target)
+    return verifier_figures(sums)
 
 
 def thinned_curve(run_dir: Path) -> dict[str, list[float | None]]:
     """A run's curve: accept rate, reward, KL and drift over response tokens, in a few dozen means."""
     metrics = read_metrics(run_dir / "metrics.jsonl", STEP_COLUMNS)
     bins = metrics.index * CURVE_POINTS // max(1, len(metrics))
-    columns = ["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]
-    means = metrics[columns].astype(float).groupby(bins).mean().round(5)
-    return {name: means[name].astype(object).where(means[name].notna(), None).tolist() for name in columns}
+    shown = metrics[["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]].astype(float)
+    means = shown.groupby(bins).mean().round(5)
+    curve: dict[str, list[float | None]] = to_plain(means.to_dict("list"))
+    return curve

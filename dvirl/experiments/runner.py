@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from dvirl.data.sources import read_rows
 from dvirl.experiments.grid import grid
 from dvirl.experiments.staleness import staleness
 from dvirl.experiments.streams import adaptation, federated
-from dvirl.experiments.study import Study, Task, free_memory
+from dvirl.experiments.study import Study, Task, VariantRows, free_memory
 from dvirl.experiments.summary import Row, command_record, row_name, summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
@@ -32,7 +32,7 @@ from dvirl.runs.folder import refuse_other_settings
 from dvirl.runs.log import to_plain, write_json, write_text
 from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml, several
 
-RUNNERS: dict[str, Callable[[Task, Path], Iterator[tuple[str, list[Row]]]]] = {
+RUNNERS: dict[str, Callable[[Task, Path], VariantRows]] = {
     "grid": grid,
     "staleness": staleness,
     "adaptation": adaptation,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dvirl.buffer import TrainingBatch
 from dvirl.config import DVIConfig
-from dvirl.experiments.study import Task, new_trainer
+from dvirl.experiments.study import Task, VariantRows, new_trainer
 from dvirl.experiments.summary import Row
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
@@ -20,7 +19,7 @@ from dvirl.rollout import draft_logits_at
 from dvirl.trainer import DVITrainer
 
 
-def staleness(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
+def staleness(task: Task, folder: Path) -> VariantRows:
     """How wrong a gradient is that old records give: by age, against the exact gradient at the same positions.
 
     One run keeps every record. At its end, records of each age give the REINFORCE gradient with the tokens that the
@@ -28,7 +27,7 @@ def staleness(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
     reward. `extra`: `ages`, `records` of each, `draws` a position.
     """
     for name, variant in task.due():
-        config = task.study.config(task.seed, folder / name, variant)
+        config = task.config(folder / name, variant)
         yield name, _rows_by_age(config, **task.study.extra)
 
 
@@ -38,11 +37,12 @@ def _rows_by_age(config: DVIConfig, ages: int, records: int, draws: int) -> list
     trainer.train(show_progress=False)
     ids = trainer.buffer.field("response_id")
     count = int(ids.max()) + 1
-    rows = []
+    rows: list[Row] = []
     for age in range(ages):
         first = count * (ages - age - 1) // ages
         stop = count * (ages - age) // ages
-        chosen = ((ids >= first) & (ids < stop)).nonzero().squeeze(1)[:records]
+        is_of_age = (ids >= first) & (ids < stop)
+        chosen = is_of_age.nonzero().squeeze(1)[:records]
         figures = stale_gradients(trainer, trainer.buffer.batch(chosen), draws)
         mean_id = float(ids[chosen].float().mean())
         rows.append({"figures": {**figures, "age_responses": count - 1 - mean_id}})
@@ -59,9 +59,12 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
     decisions = trainer.decisions(batch)
     baseline = float(batch.reward.mean())
     policy = (decisions.logits.detach() / trainer.config.policy_temperature).softmax(dim=-1)
-    fresh = torch.multinomial(policy.cpu(), draws, replacement=True, generator=trainer.generator).to(policy.device)
+    # Drawn on the CPU, where the trainer's generator is: fresh is [records, draws].
+    fresh = torch.multinomial(policy.cpu(), draws, replacement=True, generator=trainer.generator)
+    fresh = fresh.to(policy.device)
     redrawn = []  # REINFORCE's loss with tokens that today's policy draws
     for drawn in fresh.T:
+        # The reward is 1 where the drawn token is the verifier's, as in decoding.
         rewards = (drawn == decisions.verified).float()
         log_probs = replace(decisions, drafted=drawn).on_drafted()
         redrawn.append(reinforce_loss(log_probs, rewards, baseline).mean())
@@ -74,15 +77,16 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
     }
     with torch.no_grad():
         _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
-    figures = {f"cos_{name}": float(F.cosine_similarity(one, exact, dim=0)) for name, one in gradients.items()}
+    figures: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        figures[f"cos_{name}"] = F.cosine_similarity(gradient, exact, dim=0)
+    # <g, exact> / <exact, exact>: the length of g's projection, in units of the exact gradient.
     for name in ("stale", "redrawn"):
-        figures[f"along_{name}"] = float(gradients[name] @ exact / exact.square().sum())
-    return {
-        **figures,
-        "hidden_error": float((batch.hidden - hidden).float().norm() / hidden.float().norm()),
-        "reward_stored": float(batch.reward.mean()),
-        "reward_now": float((fresh == decisions.verified[:, None]).float().mean()),
-    }
+        figures[f"along_{name}"] = gradients[name] @ exact / exact.square().sum()
+    figures["hidden_error"] = (batch.hidden - hidden).float().norm() / hidden.float().norm()
+    figures["reward_stored"] = batch.reward.mean()
+    figures["reward_now"] = (fresh == decisions.verified[:, None]).float().mean()
+    return {name: float(figure) for name, figure in figures.items()}
 
 
 def _gradient(trainer: DVITrainer, loss: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ KINDS = ("grid", "staleness", "adaptation", "federated")
 UNTRAINED: dict[str, dict[str, Any] | None] = {"untrained": None}
 """The start of a study that names none."""
 Prompts = list[list[int]]
+VariantRows = Iterator[tuple[str, list[Row]]]
+"""What running a task yields: the name of each due variant, and its rows."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ class Task:
     kept: Path
     deadline: float
     shared: Path
+
+    def config(self, run_dir: Path, *changes: Mapping[str, Any]) -> DVIConfig:
+        """`Study.config` with the task's seed."""
+        return self.study.config(self.seed, run_dir, *changes)
 
     def due(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The variants with missing rows and their settings, as long as there is time to begin them."""
