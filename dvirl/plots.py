@@ -56,6 +56,7 @@ def _figure(save: str | Path | None, rows: int = 1, **how: Any) -> Iterator[Any]
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names at the ends of lines, (y, x, name, colour) each, moved up where two would stand on one another."""
     axes.autoscale_view()
+    # From the lowest name up, each at least LABEL_PIXELS above the one before.
     lowest = -math.inf
     for y, x, name, colour in sorted(ends):
         place = axes.transData.transform((x, y))
@@ -66,6 +67,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 def _trend(axes: Axes, x: pd.Series, y: pd.Series, text: str, colour: str) -> tuple[float, float, str, str]:
     """Faint points a step, the centred mean over a tenth of the run as a line; its end, for `_label_ends`."""
     axes.plot(x, y, ".", color=colour, alpha=0.2, markersize=4)
+    # A tenth of the run is wide enough to see a trend and narrow enough to see it turn.
     smooth = y.rolling(max(3, len(y) // 10), center=True, min_periods=1).mean()
     axes.plot(x, smooth, color=colour)
     return float(smooth.iloc[-1]), float(x.iloc[-1]), text, colour
@@ -92,13 +94,19 @@ def learning_curve(
         above.plot(tokens, metrics.baseline, color=ORANGE)
         _label_end(above, tokens.iloc[-1], metrics.baseline.iloc[-1], "baseline\n(sampled draft)", ORANGE)
         if held_out is not None:
-            above.plot([0, tokens.iloc[-1]], held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
-            above.text(0.01, 0.93, "\u25c6 unseen prompts, before and after", color=GREEN, transform=above.transAxes)
+            above.plot(
+                [0, tokens.iloc[-1]], held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3
+            )
+            above.text(
+                0.01, 0.93, "\u25c6 unseen prompts, before and after", color=GREEN, transform=above.transAxes
+            )
         above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
         _label_ends(above, [served])
         divergence = _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
         _label_ends(below, [divergence])
-        below.set(xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None))
+        below.set(
+            xlabel="response tokens (thousands)", ylabel="KL to the verifier\n(nats a token)", ylim=(0, None)
+        )
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: str | Path | None = None) -> None:
@@ -114,11 +122,14 @@ def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: str | Path 
 def time_shares(seconds: Mapping[str, float], save: str | Path | None = None) -> None:
     """Where the wall time of a run went, `seconds` by part, as one bar."""
     with _figure(save, figsize=(7.5, 1.3)) as axes:
+        # One bar of stacked parts, each named above itself.
         left = 0.0
         total = sum(seconds.values())
         for (name, value), colour in zip(seconds.items(), PALETTE, strict=False):
             axes.barh([0], [value], left=left, color=colour)
-            axes.text(left + value / 2, 0.52, f"{name}\n{value / total:.0%}", ha="center", va="bottom", color=colour)
+            axes.text(
+                left + value / 2, 0.52, f"{name}\n{value / total:.0%}", ha="center", va="bottom", color=colour
+            )
             left += value
         axes.set(yticks=[], xlabel="seconds", ylim=(-0.4, 0.5))
         axes.grid(False)
@@ -155,7 +166,9 @@ def speedups(found: pd.DataFrame, reference: str, save: str | Path | None = None
     tasks = list(dict.fromkeys(found.task))
     names = [name for name in dict.fromkeys(found.method) if name != reference]
     size = (1.2 + 1.25 * len(tasks), 1.1 + 0.4 * len(names))
-    how: Any = dict(ncols=len(tasks), sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained")
+    how: Any = dict(
+        ncols=len(tasks), sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained"
+    )
     with _figure(save, **how) as (row,):
         for axes, task in zip(row, tasks, strict=True):
             own = found[found.task == task].set_index("method").loc[names]
@@ -194,6 +207,7 @@ def rejections(events: pd.DataFrame, save: str | Path | None = None) -> None:
     Raises:
         DvirlError: for no method, or more than there are colours.
     """
+    # Methods share a row of bars, so there can be no more of them than colours.
     methods = list(events.method.unique())
     if not 0 < len(methods) <= len(PALETTE):
         raise DvirlError(f"{len(methods)} methods; a figure shows 1 to {len(PALETTE)}, chosen by --method")
@@ -201,7 +215,9 @@ def rejections(events: pd.DataFrame, save: str | Path | None = None) -> None:
     groups[0] = groups[0].sort_values()
     sizes = [len(group) + 0.5 for group in groups]
     thick = 0.7 / len(methods)
-    how: Any = dict(ncols=2, height_ratios=sizes, width_ratios=(3, 2), sharex="col", sharey="row", layout="constrained")
+    how: Any = dict(
+        ncols=2, height_ratios=sizes, width_ratios=(3, 2), sharex="col", sharey="row", layout="constrained"
+    )
     with _figure(save, 3, figsize=(7.5, 1.8 + 0.23 * sum(sizes)), **how) as axes:
         for (left, right), (by, title), group in zip(axes, FACETS.items(), groups, strict=True):
             for place, (name, colour) in enumerate(zip(methods, PALETTE, strict=False)):
@@ -235,7 +251,9 @@ def curves(
         axes.plot(*zip(*guide, strict=True) if guide else ((), ()), "--", color="grey", linewidth=1)
         ends = []
         for (name, own), colour in zip(found.groupby("name", sort=False), PALETTE, strict=False):
-            axes.plot(own.x, own.y, "o-" if len(own) > 1 else "D", color=colour, markersize=4 if len(own) > 1 else 7)
+            axes.plot(
+                own.x, own.y, "o-" if len(own) > 1 else "D", color=colour, markersize=4 if len(own) > 1 else 7
+            )
             if "low" in own:
                 axes.vlines(own.x, own.low, own.high, color=colour, alpha=0.6)
             ends.append((float(own.y.iloc[-1]), float(own.x.iloc[-1]), str(name), colour))
@@ -263,12 +281,23 @@ def scatter(
             if set(ends.split()) <= set(found):
                 draw(*(found[end] for end in ends.split()), color=found.colour, alpha=0.7)
         if axes.get_xscale() == "log":
-            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+            axes.xaxis.set(
+                major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=""
+            )
+        # Names go to the side with more room, and up until they overlap no other.
         axes.autoscale_view()
-        for name, x, y, colour in found.sort_values("y")[["name", "x", "y", "colour"]].itertuples(index=False):
-            side = "right" if axes.transData.transform((x, y))[0] > axes.bbox.x0 + axes.bbox.width / 2 else "left"
+        for name, x, y, colour in found.sort_values("y")[["name", "x", "y", "colour"]].itertuples(
+            index=False
+        ):
+            side = (
+                "right"
+                if axes.transData.transform((x, y))[0] > axes.bbox.x0 + axes.bbox.width / 2
+                else "left"
+            )
             label = axes.annotate(f" {name} ", (x, y), (0, 4), "data", "offset points", color=colour, ha=side)
-            while any(label.get_window_extent().overlaps(other.get_window_extent()) for other in axes.texts[:-1]):
+            while any(
+                label.get_window_extent().overlaps(other.get_window_extent()) for other in axes.texts[:-1]
+            ):
                 label.set_position((0, label.get_position()[1] + 1))
 
 
@@ -278,7 +307,9 @@ def step_shares(found: pd.DataFrame, save: str | Path | None = None) -> None:
         shares = found.div(found.sum(axis=1), axis=0)
         ends = found.cumsum(axis=1)
         for part, colour in zip(found, PALETTE, strict=False):
-            bars = axes.barh(found.index, found[part], 0.6, ends[part] - found[part], color=colour, label=part)
+            bars = axes.barh(
+                found.index, found[part], 0.6, ends[part] - found[part], color=colour, label=part
+            )
             has_room = found[part] > 0.05 * found.sum(axis=1).max()  # for its label
             labels = shares[part].map("{:.0%}".format).where(has_room, "")
             axes.bar_label(bars, labels.tolist(), label_type="center")

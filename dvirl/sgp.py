@@ -134,7 +134,9 @@ class SGPTrainer(TrainingLoop):
 
     config: SGPConfig
 
-    def __init__(self, config: SGPConfig, loaded: LoadedModel, records: Sequence[Prompt], seeded: bool = False) -> None:
+    def __init__(
+        self, config: SGPConfig, loaded: LoadedModel, records: Sequence[Prompt], seeded: bool = False
+    ) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints)
         if not seeded:
             checkpoint.seed_all(config.seed)
@@ -162,11 +164,15 @@ class SGPTrainer(TrainingLoop):
                 examples.append(make_example(prompt, response[: config.max_tokens - len(prompt)]))
         left_out = len(records) - len(examples)
         if left_out:
-            tqdm.write(f"left out {left_out} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr)
+            tqdm.write(
+                f"left out {left_out} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr
+            )
         random.Random(config.seed).shuffle(examples)
         count = math.ceil(config.held_out_share * len(examples))
         if len(examples) <= count:
-            raise DvirlError(f"{len(examples)} records fit max_tokens, {count} are held out; none is left for training")
+            raise DvirlError(
+                f"{len(examples)} records fit max_tokens, {count} are held out; none is left for training"
+            )
         return examples[count:], examples[:count]
 
     def train(self, show_progress: bool = True) -> SGPResult:

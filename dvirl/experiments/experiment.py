@@ -93,7 +93,9 @@ class Experiment:
             "settings": asdict(self.config),
             **provenance(draft.loaded),
             "date": time.strftime("%Y-%m-%d"),
-            "figures": {f"{name}_{when}": value for name, row in compared.iterrows() for when, value in row.items()},
+            "figures": {
+                f"{name}_{when}": value for name, row in compared.iterrows() for when, value in row.items()
+            },
             "before": before.to_dict("records"),
             "after": after.to_dict("records"),
             **trained,
@@ -103,7 +105,9 @@ class Experiment:
         write_json(path, content)
         tables = [f"{when}:\n\n{markdown_table(found.set_index('task'))}" for when, found in
                   (("Before", before), ("After", after))]  # fmt: skip
-        figures = [f"![]({self.name}/{name})" for name in ("training.png", "before/speedup.png", "after/speedup.png")]
+        figures = [
+            f"![]({self.name}/{name})" for name in ("training.png", "before/speedup.png", "after/speedup.png")
+        ]
         changed = f"What the draft does on {self.config.questions}, before and after training:"
         parts = [describe(content), changed, markdown_table(compared), *figures, *tables]
         write_report(self.folder, f"Experiment {self.name}", parts)

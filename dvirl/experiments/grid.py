@@ -79,16 +79,22 @@ def _prompts(task: Task) -> list[Prompts]:
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
             config = study.config(task.seed, kept)
-            split = load_prompts(replace(config, num_prompts=config.num_prompts + reserved), load_model(config))
+            split = load_prompts(
+                replace(config, num_prompts=config.num_prompts + reserved), load_model(config)
+            )
             kept.write_text(json.dumps([split.stream.prompts, split.held_out]))
     free_memory()
     prompts, held_out = json.loads(kept.read_text())
     if len(prompts) <= reserved:
-        raise DvirlError(f"the source has {len(prompts)} prompts, and the starts take {reserved}; none is left")
+        raise DvirlError(
+            f"the source has {len(prompts)} prompts, and the starts take {reserved}; none is left"
+        )
     return [prompts[:reserved], prompts[reserved:], held_out]
 
 
-def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptSplit) -> tuple[dict[str, Any], int]:
+def _begin(
+    config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptSplit
+) -> tuple[dict[str, Any], int]:
     """Train what the variants start from; the setting that names it, and the response tokens that it learned from."""
     if settings is None:
         return {}, 0
@@ -99,11 +105,15 @@ def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptS
     return {"start_from": str(newest(config.run_dir))}, trainer.counters.tokens
 
 
-def _begin_by_sgp(config: DVIConfig, settings: Mapping[str, Any], split: PromptSplit) -> tuple[dict[str, Any], int]:
+def _begin_by_sgp(
+    config: DVIConfig, settings: Mapping[str, Any], split: PromptSplit
+) -> tuple[dict[str, Any], int]:
     """The same by shallow-gradient fine-tuning on chatterbot-corpus' human replies, held-out openings left out."""
     shared = {spec.name: getattr(config, spec.name) for spec in fields(DraftSettings)}
     loaded = load_model(config)
-    records = [prompt for prompt in chatterbot_prompts() if loaded.chat.encode(prompt.turns) not in split.held_out]
+    records = [
+        prompt for prompt in chatterbot_prompts() if loaded.chat.encode(prompt.turns) not in split.held_out
+    ]
     trainer = SGPTrainer(from_mapping(SGPConfig, {**shared, **settings}, "study"), loaded, records)
     passes = trainer.num_steps * trainer.config.batch_size / len(trainer.train_set)
     targets = sum(int((example[:, 1] >= 0).sum()) for example in trainer.train_set)

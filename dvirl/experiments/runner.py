@@ -101,7 +101,9 @@ def resume(study: Study, kept: Path) -> dict[str, Row]:
     changed += [f"variant {name}" for name in variants if variants[name] != now["variants"].get(name)]
     changed += [f"seed {seed}" for seed in before.get("seeds", []) if seed not in now["seeds"]]
     if rows and changed:
-        raise DvirlError(f"{kept} is of another study ({', '.join(changed)}); remove it, or give another --out")
+        raise DvirlError(
+            f"{kept} is of another study ({', '.join(changed)}); remove it, or give another --out"
+        )
     write_text(kept, "".join(json.dumps(line) + "\n" for line in [now, *rows]))
     return {row_name(row): row for row in rows}
 
@@ -140,7 +142,9 @@ def keep(kept: Path, rows: Sequence[Row]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     free_memory()
     for row in rows:
-        figures = [f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)]
+        figures = [
+            f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)
+        ]
         print(f"{row_name(row)}: {', '.join(figures[:9])}", file=sys.stderr, flush=True)
 
 
@@ -210,7 +214,10 @@ class StudyCommand(Settings):
 
 
 parse_command = partial(
-    settings.parse_args, StudyCommand, "dvirl study", "Run a study: variants and seeds that answer one question."
+    settings.parse_args,
+    StudyCommand,
+    "dvirl study",
+    "Run a study: variants and seeds that answer one question.",
 )
 """Settings from flags; see `settings.parse_args`."""
 

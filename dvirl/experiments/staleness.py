@@ -58,7 +58,9 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
     decisions = trainer.decisions(batch)
     baseline = float(batch.reward.mean())
     policy = (decisions.logits.detach() / trainer.config.policy_temperature).softmax(dim=-1)
-    fresh = torch.multinomial(policy.cpu(), draws, replacement=True, generator=trainer.generator).to(policy.device)
+    fresh = torch.multinomial(policy.cpu(), draws, replacement=True, generator=trainer.generator).to(
+        policy.device
+    )
     redrawn = []  # REINFORCE's loss with tokens that today's policy draws
     for drawn in fresh.T:
         rewards = (drawn == decisions.verified).float()
@@ -73,7 +75,9 @@ def stale_gradients(trainer: DVITrainer, batch: TrainingBatch, draws: int) -> di
     }
     with torch.no_grad():
         _, hidden = draft_logits_at(trainer.model, batch.tokens, batch.prompt_lens, batch.row, batch.position)
-    figures = {f"cos_{name}": float(F.cosine_similarity(one, exact, dim=0)) for name, one in gradients.items()}
+    figures = {
+        f"cos_{name}": float(F.cosine_similarity(one, exact, dim=0)) for name, one in gradients.items()
+    }
     for name in ("stale", "redrawn"):
         figures[f"along_{name}"] = float(gradients[name] @ exact / exact.square().sum())
     return {

@@ -64,7 +64,9 @@ class Sweep:
     def __post_init__(self) -> None:
         kinds = [type(value) for value in (self.run, self.name, self.grid, self.base)]
         if kinds != [str, str, dict, dict] or not self.grid:
-            raise DvirlError(f"a sweep needs run (text) and grid (settings); base is settings, name text: {self!s:.99}")
+            raise DvirlError(
+                f"a sweep needs run (text) and grid (settings); base is settings, name text: {self!s:.99}"
+            )
         is_notebook = self.run.endswith(".ipynb") and os.path.isfile(self.run)
         if self.run not in COMMANDS and not is_notebook:
             known = ", ".join(COMMANDS)
@@ -72,7 +74,9 @@ class Sweep:
         for name, values in self.grid.items():
             different = {str(value) for value in values} if isinstance(values, list) else set()
             if not different or len(different) < len(values):
-                raise DvirlError(f"grid has {name!s:.80}: {values!r:.80}; expected a list of different values")
+                raise DvirlError(
+                    f"grid has {name!s:.80}: {values!r:.80}; expected a list of different values"
+                )
         if any(islice(product(*self.grid.values()), MOST_CELLS, None)):
             raise DvirlError(f"grid makes more than {MOST_CELLS:,} cells")
         names = {*self.base, *self.grid}
@@ -116,7 +120,10 @@ def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
     began = pd.Timestamp.now()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with (folder / "log.txt").open("wb") as log, Popen(command, stdin=DEVNULL, stdout=log, stderr=log) as process:
+    with (
+        (folder / "log.txt").open("wb") as log,
+        Popen(command, stdin=DEVNULL, stdout=log, stderr=log) as process,
+    ):
         while process.poll() is None and not stop.wait(0.1):
             pass
         process.terminate()  # does nothing to a process that has ended
@@ -209,7 +216,9 @@ class SweepCommand(Settings):
             raise DvirlError(f"threads is {self.threads}; expected 1 to the {self.cores} cores")
 
 
-parse_command = partial(settings.parse_args, SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once.")
+parse_command = partial(
+    settings.parse_args, SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once."
+)
 """Settings from flags; see `settings.parse_args`."""
 
 
@@ -236,8 +245,14 @@ def main(argv: Sequence[str]) -> None:
     table = make_table(sweep, cells)
     table.to_csv(out / "table.csv", index=False)
     failed = [last_words(cell) for cell in missing_cells(cells)]
-    about = {"command": shlex.join(["dvirl", "sweep", *argv]), "date": str(pd.Timestamp.now().date()), "failed": failed}
+    about = {
+        "command": shlex.join(["dvirl", "sweep", *argv]),
+        "date": str(pd.Timestamp.now().date()),
+        "failed": failed,
+    }
     write_json(out / "table.json", {**about, **environment(), "rows": table.to_dict("records")})
     print(f"written: {out}/table.csv, {out}/table.json")
     if failed:
-        raise DvirlError("\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed]))
+        raise DvirlError(
+            "\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed])
+        )

@@ -257,10 +257,14 @@ def resume(
     before = {**run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
-        run_folder.refuse_other_settings(path, before, asdict(config), "give --accept_changes true to go on with these")
+        run_folder.refuse_other_settings(
+            path, before, asdict(config), "give --accept_changes true to go on with these"
+        )
     trainer = make(config)
     fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
     if fingerprint != trainer.loaded.fingerprint:
-        raise DvirlError(f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}")
+        raise DvirlError(
+            f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}"
+        )
     trainer.load_newest()
     return trainer

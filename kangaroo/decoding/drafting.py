@@ -198,7 +198,9 @@ class AdaptivePolicy(BlockPolicy):
         self._records = {kind: replace(start) for kind, start in self._starts.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]
-        self._calibration = [[0.0, 0.0] for _ in range(BINS)]  # accepted and scored drafts by bin of confidence
+        self._calibration = [
+            [0.0, 0.0] for _ in range(BINS)
+        ]  # accepted and scored drafts by bin of confidence
         self._source = ""
         self._matched = 0
         self._survival = 1.0
