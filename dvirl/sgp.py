@@ -89,6 +89,7 @@ def gradient_norms(model: KangarooModel, loss: Tensor) -> list[tuple[float, floa
 
     Only parameters that took gradients when the loss was computed count; where the loss does not reach, a norm is 0.
     """
+    # The graph is kept: the same batch is asked about several losses.
     model.zero_grad()
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     norms = []

@@ -285,9 +285,8 @@ def inject_adapter_hooks(
 ) -> list[RemovableHandle]:
     """Let a plain Hugging Face Llama draft in `forward`: its output gains `exit_logits`.
 
-    One hook takes the exit state; another passes it through the adapter and the model's own head. Nothing else changes,
-    so any code that knows Hugging Face's Llama can study drafts or train an adapter. Passes with `past_key_values` are
-    refused: the adapter keeps no cache here.
+    One hook takes the exit state; another passes it through the adapter and the model's own head. Any code that knows
+    Hugging Face's Llama can so study drafts or train an adapter. There is no cache: `past_key_values` are refused.
 
     Args:
         model: changed in place; the adapter becomes its `adapter_model`.
@@ -315,8 +314,7 @@ def inject_adapter_hooks(
     ) -> Any:
         if named.get("past_key_values") is not None:
             raise ValueError("exit_logits need the whole text at once; expected no past_key_values")
-        mask = named.get("attention_mask")
-        # Positions count the unpadded tokens.
+        mask = named.get("attention_mask")  # positions count the unpadded tokens
         position_ids = None if mask is None else (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
         exit_state = exit_states.pop()
         normed = adapter.forward_early_stop(exit_state, position_ids)
