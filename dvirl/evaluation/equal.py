@@ -262,8 +262,7 @@ def compare_files(
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
         # 1) Answers of other lengths differ as a whole.
         turns = own[name]["turns"]
-        num_turns = len(theirs[name]["turns"])
-        if num_turns != len(turns):
+        if (num_turns := len(theirs[name]["turns"])) != len(turns):
             differences.append(_whole(name, f"{num_turns} turns, the reference has {len(turns)}"))
             continue
         # 2) The first turn that differs changes the prompts of those after it.
