@@ -186,8 +186,8 @@ class SGPTrainer(TrainingLoop):
         self.before = self.before or self.evaluate()
         return []
 
-    def advance(self) -> list[dict[str, Any]]:
-        """One step on the next records; its line of the log."""
+    def advance(self) -> None:
+        """One step on the next records."""
         step = self.counters.step + 1
         size = self.config.batch_size
         self.stream.position = self.counters.step * size
@@ -195,7 +195,7 @@ class SGPTrainer(TrainingLoop):
         figures = self.step(step, examples)
         self.counters.step = step
         self.clock()
-        return [{"step": step, **figures, "wall_s": self.counters.wall_s}]
+        self.report({"step": step, **figures, "wall_s": self.counters.wall_s})
 
     def step(self, step: int, examples: Sequence[Tensor]) -> dict[str, float]:
         """Update number `step`, left out if its loss or gradient is not finite.

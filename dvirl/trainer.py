@@ -8,6 +8,9 @@ The method, which `TrainingLoop.train` repeats until all prompts are done:
             trainer.fast_update(fresh records) # improve the draft: lora_S, drafter, exit head
             trainer.slow_update(recent ones)   # now and then, the deep layers: lora_D
     a line of the log for each fast update, a checkpoint when one is due
+
+Responses are decoded plainly, many at once; the drafts on them follow in one parallel pass and are scored by the block
+rule, which gives the records of drafting step by step (see `dvirl.rollout`).
 """
 
 import math
@@ -118,15 +121,13 @@ class DVITrainer(TrainingLoop):
         """Prompts that are done."""
         return self.counters.prompts
 
-    def advance(self) -> list[dict[str, Any]]:
+    def advance(self) -> None:
         """One batch of prompts: collect, judge, and update whenever enough drafts have been accepted."""
-        lines = []
         for group in self.collect():
             # Each group meets the draft that the group before has improved.
             self.judge(group)
             if self.processes.largest(self.buffer.due(self.config.fast_batch)):
-                lines.append(asdict(self.step()))
-        return lines
+                self.report(asdict(self.step()))
 
     def collect(self) -> list[Rollout]:
         """Let the verifier answer a batch of prompts; the responses, in groups to draft on."""

@@ -142,7 +142,8 @@ def point(run_dir: str, prompt_tokens: int, **changes) -> dict:
     buffer.num_fresh = buffer.accepted_since_update = 0
     start, fast_s = dataclasses.replace(trainer.counters), []
     while len(fast_s) <= STEPS:
-        fast_s += [line["fast_s"] for line in trainer.advance()]
+        trainer.report = lambda line: fast_s.append(line["fast_s"])
+        trainer.advance()
     done = trainer.counters
     return {
         "memory_mib": peak() - before,

@@ -332,13 +332,10 @@ class Distiller(TrainingLoop):
         """Whether all responses have been learned from or the time is over."""
         return self.progress >= 1.0
 
-    def advance(self) -> list[dict[str, Any]]:
+    def advance(self) -> None:
         """The updates up to the next line of the log.
 
-        Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
-        (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
-
-        Returns:
+        The line has:
             phase: "train".
             step: updates so far.
             tokens: response tokens learned from so far.
@@ -349,6 +346,9 @@ class Distiller(TrainingLoop):
             tok_per_s: response tokens learned from over wall seconds, since the line before.
             memory_gb: highest memory use so far, of the accelerator if there is one.
             wall_s: seconds of training so far.
+
+        Other lines have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start" (one a start
+        of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
         """
         counters = self.counters
         tokens_before = counters.tokens
@@ -376,7 +376,7 @@ class Distiller(TrainingLoop):
             "memory_gb": self._memory_gb(),
             "wall_s": counters.wall_s,
         }
-        return [line]
+        self.report(line)
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """What the progress bar says of an update."""

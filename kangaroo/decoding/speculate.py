@@ -27,8 +27,8 @@ def spec_decode_step(
 ) -> list[Verification | None]:
     """Draft a block for each text, verify all blocks in one pass, and say what is committed. Lossless.
 
-    The first step on empty caches reads the prompts. It drafts nothing, so that every draft follows a token that the
-    verifier chose. Each text commits as many tokens as it has accepted.
+    The first step on empty caches lets the verifier read the prompts. It drafts nothing, so that every draft follows a
+    token that the verifier chose; what drafts reads a prompt at its first draft. Each text commits as many tokens as it has accepted.
 
     Args:
         stages: the model; their caches hold what earlier steps read.
