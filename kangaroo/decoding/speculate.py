@@ -28,7 +28,8 @@ def spec_decode_step(
     """Draft a block for each text, verify all blocks in one pass, and say what is committed. Lossless.
 
     The first step on empty caches lets the verifier read the prompts. It drafts nothing, so that every draft follows a
-    token that the verifier chose; what drafts reads a prompt at its first draft. Each text commits as many tokens as it has accepted.
+    token that the verifier chose; what drafts reads a prompt at its first draft. Each text commits as many tokens as it
+    has accepted.
 
     Args:
         stages: the model; their caches hold what earlier steps read.
