@@ -66,15 +66,20 @@ def objectives() -> str:
         for name in names
     ]  # fmt: skip
     before = (
-        f"{found[f'{start}/{names[0]}']['accept_rate_before']['mean']:.3f}" for start in ("untrained", "distilled")
+        f"{found[f'{start}/{names[0]}']['accept_rate_before']['mean']:.3f}"
+        for start in ("untrained", "distilled")
     )
-    none, distilled = (f"from {text} ({rate})" for text, rate in zip(("nothing", "a KL start"), before, strict=True))
+    none, distilled = (
+        f"from {text} ({rate})" for text, rate in zip(("nothing", "a KL start"), before, strict=True)
+    )
     return table(["objective", none, "calibration error", distilled, "calibration error"], rows)
 
 
 def exit_layers() -> str:
     """Accept rate by exit layer and drafter."""
-    found = {name.removeprefix("untrained/"): one for name, one in read("study-exit-layers")["summary"].items()}
+    found = {
+        name.removeprefix("untrained/"): one for name, one in read("study-exit-layers")["summary"].items()
+    }
     layers = list(dict.fromkeys(name.split(", ")[0] for name in found))
     kinds = list(dict.fromkeys(name.split(", ")[1] for name in found))
     rows = []
@@ -88,14 +93,20 @@ def exit_layers() -> str:
 def evaluation(machine: str) -> str:
     """Speed-ups over the plain loop with their intervals, and mean accepted tokens, by method and question set."""
     found = {
-        name: {row["method"]: row for row in read(f"evaluate-{name}-{machine}")["figures"] if row["task"] == "overall"}
+        name: {
+            row["method"]: row
+            for row in read(f"evaluate-{name}-{machine}")["figures"]
+            if row["task"] == "overall"
+        }
         or {row["method"]: row for row in read(f"evaluate-{name}-{machine}")["figures"]}
         for name in SETS
     }
     rows = []
     for method, text in METHODS.items():
         cells = [found[name][method] for name in SETS]
-        rows.append([text, *(f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in cells)])
+        rows.append(
+            [text, *(f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in cells)]
+        )
         rows[-1].append(", ".join(f"{one['mat']:.2f}" for one in cells))
     counts = [f"{text}, {found[name]['plain']['questions']}" for name, text in SETS.items()]
     return table(["method", *counts, "mat, in this order"], rows)
@@ -167,7 +178,10 @@ def default_seeds() -> str:
 def traps() -> str:
     """What a draft learns in each trap."""
     found = {name.removeprefix("untrained/"): one for name, one in read("study-traps")["summary"].items()}
-    rows = [[name, *(spread(one[key]) for key in ("accept_rate_before", "accept_rate"))] for name, one in found.items()]
+    rows = [
+        [name, *(spread(one[key]) for key in ("accept_rate_before", "accept_rate"))]
+        for name, one in found.items()
+    ]
     return table(["", "accept rate before", "after"], rows)
 
 
@@ -179,7 +193,9 @@ def slow_update() -> str:
         ppl = one["ppl"]["mean"] if "ppl" in one else untouched
         drift = [spread(one["drift_kl"]) if "drift_kl" in one else "0", f"{ppl:,.1f}"]
         rows.append([name.removeprefix("untrained/"), spread(one["accept_rate"]), *drift])
-    return table(["target, slow_every, beta_kl", "accept rate", "drift, nats a token", "perplexity of replies"], rows)
+    return table(
+        ["target, slow_every, beta_kl", "accept rate", "drift, nats a token", "perplexity of replies"], rows
+    )
 
 
 def warm_start() -> str:
@@ -198,14 +214,20 @@ def warm_start() -> str:
 def adaptation() -> str:
     """A stream that changes its domain: agreement on the new and the old one."""
     keys = ("then_switch", "then_end", "first_switch", "first_end")
-    rows = [[name, *(spread(one[key]) for key in keys)] for name, one in read("study-adaptation")["summary"].items()]
+    rows = [
+        [name, *(spread(one[key]) for key in keys)]
+        for name, one in read("study-adaptation")["summary"].items()
+    ]
     return table(["after the change", *(f"{domain}, {when}" for domain in ("new", "old") for when in
                                         ("at the change", "at the end"))], rows)  # fmt: skip
 
 
 def federated() -> str:
     """Clients with prompts of their own: agreement."""
-    rows = [[name, spread(one["own"]), spread(one["all"])] for name, one in read("study-federated")["summary"].items()]
+    rows = [
+        [name, spread(one["own"]), spread(one["all"])]
+        for name, one in read("study-federated")["summary"].items()
+    ]
     return table(["three clients", "each on its own prompts", "each on everybody's"], rows)
 
 
@@ -219,7 +241,8 @@ def staleness() -> str:
         ones = [found[f"{kind}, age {age}"] for kind in kinds]
         rows.append([age, *(spread(one[key], 2) for one in ones for key in ("cos_stale", "cos_redrawn"))])
     return table(
-        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "drawn anew"))], rows
+        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "drawn anew"))],
+        rows,
     )
 
 
@@ -229,7 +252,9 @@ def robustness() -> str:
     rows = [[what, f"{faults[what]['count']}", f"{faults[what]['equal']} end as the run that was left alone"]
             for what in ("kills of dvirl train", "kills of dvirl sgp", "full disks")]  # fmt: skip
     same = sum(resume[name]["lines_equal"] for name in ("whole-killed", "whole32-killed32"))
-    rows.append(["killed and resumed on an H200, bfloat16 and float32", "2", f"{same} of 244 log lines equal"])
+    rows.append(
+        ["killed and resumed on an H200, bfloat16 and float32", "2", f"{same} of 244 log lines equal"]
+    )
     for one in read("processes-h200")["throughput"]:
         times = ", ".join(f"{ratio:.2f}" for ratio in one["ratios"])
         rows.append(
@@ -240,7 +265,9 @@ def robustness() -> str:
             ]
         )
     grown = f"{soak['memory_mib_a_hundred_updates']:.2f} MiB more a hundred updates"
-    return table(["", "how often", "found"], [*rows, ["updates in one process", f"{soak['updates']:,}", grown]])
+    return table(
+        ["", "how often", "found"], [*rows, ["updates in one process", f"{soak['updates']:,}", grown]]
+    )
 
 
 def headline() -> str:
@@ -261,9 +288,18 @@ def headline() -> str:
             f"{rates[0]} → **{rates[1]}** (one seed)",
             learned,
         ],
-        ["share of the model's tokens that the drafter in the box knows", "", f"**{agreed:.3f}** on three public sets"],
+        [
+            "share of the model's tokens that the drafter in the box knows",
+            "",
+            f"**{agreed:.3f}** on three public sets",
+        ],
     ]
-    names = {"dvi": "learned draft", "pld": "prompt lookup", "hybrid": "both", "generate": METHODS["generate"]}
+    names = {
+        "dvi": "learned draft",
+        "pld": "prompt lookup",
+        "hybrid": "both",
+        "generate": METHODS["generate"],
+    }
     for method, text in names.items():
         ones = [
             next(row for row in read(f"evaluate-mini-{machine}")["figures"]

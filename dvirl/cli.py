@@ -16,10 +16,19 @@ COMMANDS = {
         "evaluation.agreement",
         "how often a drafter's argmax is the verifier's token, and how well it knows that",
     ),
-    "check": ("evaluation.equal", "are answers with drafts those without, token for token, and where not, is it a tie"),
+    "check": (
+        "evaluation.equal",
+        "are answers with drafts those without, token for token, and where not, is it a tie",
+    ),
     "bench": ("evaluation.bench", "how fast every way of decoding is, side by side, by the clock"),
-    "trace": ("evaluation.rejections", "where drafts are rejected: by position, token class and category of a trace"),
-    "cost": ("evaluation.cost", "what drafting costs here, from which acceptance on it pays, and what to set"),
+    "trace": (
+        "evaluation.rejections",
+        "where drafts are rejected: by position, token class and category of a trace",
+    ),
+    "cost": (
+        "evaluation.cost",
+        "what drafting costs here, from which acceptance on it pays, and what to set",
+    ),
     "evaluate": ("evaluation.runner", "judge a draft by Spec-Bench's measures, beside decoding without it"),
     "experiment": ("run_dvi_experiment", "train a draft and evaluate it before and after, with a report"),
     "sgp-experiment": ("run_sgp_experiment", "the same for shallow-gradient fine-tuning"),

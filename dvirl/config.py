@@ -176,6 +176,7 @@ class DVIConfig(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # What no field can say of itself.
         if self.ramp_end < self.ramp_start:
             raise DvirlError(f"ramp_end is {self.ramp_end}; expected at least ramp_start, {self.ramp_start}")
         if self.exit_states == "stored" and self.drafter != "none":

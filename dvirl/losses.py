@@ -27,6 +27,7 @@ def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tenso
     Returns:
         `[N]`.
     """
+    # Its gradient is the policy gradient: what was rewarded above the baseline becomes likelier.
     return -(rewards - baseline) * log_probs
 
 
@@ -42,6 +43,7 @@ def exact_pg_loss(log_probs: Tensor, covered: Tensor) -> Tensor:
     Returns:
         `[N]`.
     """
+    # A token that the exit head lacks is never drafted: its expected reward is 0.
     return -covered * log_probs.exp()
 
 
@@ -55,10 +57,13 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         `[N, K]`; the divergence of a record is the sum of its row.
     """
+    # torch names the arguments the other way round: input is q, target is p.
     return F.kl_div(q, p, log_target=True, reduction="none")
 
 
-def kl_losses(draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forward", top_k: int = 0) -> list[Tensor]:
+def kl_losses(
+    draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forward", top_k: int = 0
+) -> list[Tensor]:
     """Divergences of the draft q from the verifier p, in nats: online distillation (arXiv 2310.07177).
 
     Both are distributions over the draft's tokens. Kinds (arXiv 2310.08461): forward `KL(p || q)`, reverse
@@ -81,7 +86,7 @@ def kl_losses(draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forwar
         top = p.topk(top_k).indices
         p = _top_and_rest(p, top)
         q = _top_and_rest(q, top)
-    if kind == "js":
+    if kind == "js":  # the mixture m in log space
         m = torch.logaddexp(p, q) - math.log(2)
         return [kl_divergence(p, m), kl_divergence(q, m)]
     return [kl_divergence(q, p) if kind == "reverse" else kl_divergence(p, q)]
@@ -89,6 +94,7 @@ def kl_losses(draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forwar
 
 def _top_and_rest(log_probs: Tensor, top: Tensor) -> Tensor:
     """Log-probabilities `[N, K + 1]`: of the tokens `top [N, K]`, and of all others together."""
+    # With the top tokens at minus infinity, the sum of the exponentials is that of all others.
     rest = log_probs.scatter(1, top, -math.inf).logsumexp(dim=-1, keepdim=True)
     return torch.cat((log_probs.gather(1, top), rest), dim=-1)
 
@@ -111,7 +117,9 @@ def overlap(draft_logits: Tensor, verifier_logits: Tensor) -> Tensor:
     return torch.minimum(p, q).sum(dim=-1)
 
 
-def distillation_loss(draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, ce_weight: float) -> Tensor:
+def distillation_loss(
+    draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, ce_weight: float
+) -> Tensor:
     """`(1 - c) KL(verifier || draft) + c CE(draft, the verifier's token)`, in nats.
 
     Args:
@@ -123,6 +131,7 @@ def distillation_loss(draft_logits: Tensor, verifier_logits: Tensor, index: Tens
     Returns:
         `[N]`.
     """
+    # The verifier teaches: no gradient goes to it.
     draft = draft_logits.log_softmax(dim=-1)
     verifier = verifier_logits.detach().log_softmax(dim=-1)
     loss = (1 - ce_weight) * kl_divergence(verifier, draft).sum(dim=-1)

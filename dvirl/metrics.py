@@ -39,7 +39,9 @@ def changed_tokens(logits: Tensor, reference: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def verifier_sums(base: EarlyExitLlamaForCausalLM, examples: Sequence[Tensor], target: str = "base") -> Tensor:
+def verifier_sums(
+    base: EarlyExitLlamaForCausalLM, examples: Sequence[Tensor], target: str = "base"
+) -> Tensor:
     """Sums over response tokens, `[5]`; those of several batches add up. `verifier_figures` says what they mean.
 
     Args:
@@ -153,8 +155,6 @@ class StepMetrics(Counters, SlowResult):
 
 STEP_COLUMNS = tuple(spec.name for spec in fields(StepMetrics))
 """What a line of the log has."""
-
-
 DRIFT_WINDOW = 8
 """Steps at either end of a run whose accept rates the drift guard compares."""
 
@@ -176,10 +176,13 @@ class Baseline:
 
     def update(self, reward: float, count: int = 1) -> float:
         """Add the mean of `count` rewards; return the average of the past before it, which is what to subtract."""
+        # What is subtracted knows the past alone: a baseline that saw these rewards would bias the gradient.
         before = reward if self.value is None else self.value
         self.count += count
         if self.kind == "ema":
-            self.value = reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+            self.value = (
+                reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
+            )
         elif self.kind == "mean":
             self.value = before + (reward - before) * count / self.count
         return before

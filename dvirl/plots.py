@@ -275,6 +275,7 @@ def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
     Raises:
         DvirlError: for no method, or more than there are colours.
     """
+    # Methods share a row of bars, so there can be no more of them than colours.
     methods = list(events.method.unique())
     if not 0 < len(methods) <= len(PALETTE):
         raise DvirlError(f"{len(methods)} methods; a figure shows 1 to {len(PALETTE)}, chosen by --method")

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, Verification
-from kangaroo.decoding.generate import PlainBatch, Sampler, decode_plainly
+from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
@@ -53,6 +53,7 @@ class Responses:
 
     def response_tokens(self) -> Tensor:
         """All response tokens, `[num_tokens]`."""
+        # A response is what lies between its prompt and the padding.
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         starts = self.prompt_lens[:, None]
         ends = (self.prompt_lens + self.response_lens)[:, None]
@@ -182,7 +183,8 @@ def generate(
         DvirlError: if the model's logits are not finite.
     """
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError(f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
+        expected = "prompts of at least one token and max_new_tokens >= 1"
+        raise ValueError(f"expected {expected}, got {max_new_tokens}")
     device = model.lm_head.weight.device
     tokens = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True).to(device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -192,25 +194,38 @@ def generate(
         stages = model.new_stages(capacity, None, target, len(tokens), fused=False)
         batch = PlainBatch(stages, tokens, prompt_lens)
         answers = decode_plainly(batch, max_new_tokens, ends, sampler, keep_states)
+    return _rollout(tokens, prompt_lens, answers, ends, keep_states)
+
+
+def _rollout(
+    tokens: Tensor, prompt_lens: Tensor, answers: PlainAnswers, ends: Tensor, keep_states: bool
+) -> Rollout:
+    """Put answers right after their prompts `tokens [B, P]`, and clear what follows their ends."""
+    max_new_tokens = answers.tokens.shape[1]
     ended = torch.isin(answers.tokens, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
     longest = int(response_lens.max())
-    inside = torch.arange(longest, device=device) < response_lens[:, None]  # [B, R]; the rest is cleared
+    inside = (
+        torch.arange(longest, device=tokens.device) < response_lens[:, None]
+    )  # [B, R]; the rest is cleared
     confidence = answers.confidence[:, :longest]
     _refuse_not_finite(confidence, inside)
-    # Put the responses right after their prompts.
     tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
     rows, positions = inside.nonzero(as_tuple=True)
     tokens[rows, prompt_lens[rows] + positions] = answers.tokens[rows, positions]
     hidden = answers.hidden[:, :longest] * inside[:, :, None]
-    return Rollout(tokens, prompt_lens, response_lens, hidden, confidence * (inside & keep_states), max_new_tokens)
+    return Rollout(
+        tokens, prompt_lens, response_lens, hidden, confidence * (inside & keep_states), max_new_tokens
+    )
 
 
 def _refuse_not_finite(confidence: Tensor, inside: Tensor) -> None:
     broken = (inside & ~confidence.isfinite()).nonzero()
     if len(broken):
         row, position = broken[0].tolist()
-        raise DvirlError(f"the verifier's logits for token {position} of its answer to prompt {row} are not finite")
+        raise DvirlError(
+            f"the verifier's logits for token {position} of its answer to prompt {row} are not finite"
+        )
 
 
 def replay_blocks(
@@ -285,8 +300,10 @@ def draft_logits_at(
     Returns:
         Logits `[N, V']`, float32, and exit states `[N, D]`.
     """
+    # One pass gives the draft after every position, since each stands on verified text.
     exit_hidden = model.base_model.forward_shallow(tokens)
     states = model.drafter_states(exit_hidden)
+    # The token at a position is drafted from the state of the position before.
     before = prompt_lens[rows] + positions - 1
     return model.head_logits(states[rows, before]), exit_hidden[rows, before]
 
@@ -300,7 +317,11 @@ def draft_rollout(model: KangarooModel, rollout: Rollout) -> Drafts:
 
 @torch.no_grad()
 def score_drafts(
-    model: KangarooModel, rollout: Rollout, drafts: Drafts, settings: DecodeConfig, noise: Tensor | None = None
+    model: KangarooModel,
+    rollout: Rollout,
+    drafts: Drafts,
+    settings: DecodeConfig,
+    noise: Tensor | None = None,
 ) -> Judgement:
     """Choose a draft at each position, and score the drafts by the block rule.
 
@@ -312,13 +333,16 @@ def score_drafts(
         noise: uniform `[B, R]`, one number a response position, for sampled drafts.
     """
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    # 1) Choose a draft at each position.
     logits, exit_hidden = drafts
     drawn = None if noise is None else noise[rows, positions]
     index, confidence = choose_tokens(logits, settings.draft_temperature, drawn)
     drafted = model.token_ids(index)
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
+    # 2) Score them by the block rule, as the step-by-step decoder would.
     blocks = _replay_rows(rollout, (drafted == verified).tolist(), confidence.tolist(), settings)
     scored = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device)
+    # 3) Keep the scored ones.
     records = Records(
         hidden=exit_hidden[scored],
         token=drafted[scored],
@@ -358,6 +382,8 @@ def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[int]:
     return scored
 
 
-def judge(model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None) -> Judgement:
+def judge(
+    model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None
+) -> Judgement:
     """What drafting by these settings does on a rollout; arguments as in `score_drafts`."""
     return score_drafts(model, rollout, draft_rollout(model, rollout), settings, noise)

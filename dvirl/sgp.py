@@ -89,6 +89,7 @@ def gradient_norms(model: KangarooModel, loss: Tensor) -> list[tuple[float, floa
 
     Only parameters that took gradients when the loss was computed count; where the loss does not reach, a norm is 0.
     """
+    # The graph is kept: the same batch is asked about several losses.
     model.zero_grad()
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     norms = []
@@ -134,7 +135,9 @@ class SGPTrainer(TrainingLoop):
 
     config: SGPConfig
 
-    def __init__(self, config: SGPConfig, loaded: LoadedModel, records: Sequence[Prompt], seeded: bool = False) -> None:
+    def __init__(
+        self, config: SGPConfig, loaded: LoadedModel, records: Sequence[Prompt], seeded: bool = False
+    ) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints)
         if not seeded:
             checkpoint.seed_all(config.seed)
@@ -162,11 +165,15 @@ class SGPTrainer(TrainingLoop):
                 examples.append(make_example(prompt, response[: config.max_tokens - len(prompt)]))
         left_out = len(records) - len(examples)
         if left_out:
-            tqdm.write(f"left out {left_out} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr)
+            tqdm.write(
+                f"left out {left_out} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr
+            )
         random.Random(config.seed).shuffle(examples)
         count = math.ceil(config.held_out_share * len(examples))
         if len(examples) <= count:
-            raise DvirlError(f"{len(examples)} records fit max_tokens, {count} are held out; none is left for training")
+            raise DvirlError(
+                f"{len(examples)} records fit max_tokens, {count} are held out; none is left for training"
+            )
         return examples[count:], examples[:count]
 
     def train(self, show_progress: bool = True) -> SGPResult:
@@ -179,8 +186,8 @@ class SGPTrainer(TrainingLoop):
         self.before = self.before or self.evaluate()
         return []
 
-    def advance(self) -> list[dict[str, Any]]:
-        """One step on the next records; its line of the log."""
+    def advance(self) -> None:
+        """One step on the next records."""
         step = self.counters.step + 1
         size = self.config.batch_size
         self.stream.position = self.counters.step * size
@@ -188,7 +195,7 @@ class SGPTrainer(TrainingLoop):
         figures = self.step(step, examples)
         self.counters.step = step
         self.clock()
-        return [{"step": step, **figures, "wall_s": self.counters.wall_s}]
+        self.report({"step": step, **figures, "wall_s": self.counters.wall_s})
 
     def step(self, step: int, examples: Sequence[Tensor]) -> dict[str, float]:
         """Update number `step`, left out if its loss or gradient is not finite.

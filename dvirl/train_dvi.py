@@ -27,7 +27,9 @@ parse_args = partial(settings.parse_args, TrainConfig, "dvirl train", "Train a d
 """Settings from flags; see `settings.parse_args`."""
 
 
-def make_trainer(config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None) -> DVITrainer:
+def make_trainer(
+    config: DVIConfig, loaded: LoadedModel | None = None, split: PromptSplit | None = None
+) -> DVITrainer:
     """A trainer with the model and the prompts that its settings name.
 
     Args:
@@ -39,7 +41,9 @@ def make_trainer(config: DVIConfig, loaded: LoadedModel | None = None, split: Pr
         DvirlError: for settings that do not fit the model or the prompts, or a bad source.
     """
     torch.set_num_threads(config.threads)
-    seed_all(config.seed)  # loading a model draws random numbers, and the draft's first weights come after them
+    seed_all(
+        config.seed
+    )  # loading a model draws random numbers, and the draft's first weights come after them
     processes = Processes(config.device)  # before the model, since they say which accelerator is whose
     loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
     split = split or processes.once(lambda: load_prompts(config, loaded))

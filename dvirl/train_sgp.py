@@ -21,7 +21,9 @@ class SGPRun(Resumable, SGPConfig):
     """Settings of a run, and whether it is one that goes on."""
 
 
-parse_args = partial(settings.parse_args, SGPRun, "dvirl sgp", "Fine-tune the shallow layers on supervised records.")
+parse_args = partial(
+    settings.parse_args, SGPRun, "dvirl sgp", "Fine-tune the shallow layers on supervised records."
+)
 """Settings from flags; see `settings.parse_args`."""
 
 

@@ -8,6 +8,9 @@ The method, which `TrainingLoop.train` repeats until all prompts are done:
             trainer.fast_update(fresh records) # improve the draft: lora_S, drafter, exit head
             trainer.slow_update(recent ones)   # now and then, the deep layers: lora_D
     a line of the log for each fast update, a checkpoint when one is due
+
+Responses are decoded plainly, many at once; the drafts on them follow in one parallel pass and are scored by the block
+rule, which gives the records of drafting step by step (see `dvirl.rollout`).
 """
 
 import math
@@ -48,12 +51,8 @@ from dvirl.runs.loop import TrainingLoop
 
 VOCAB_SAMPLE = 16
 """Responses on which the draft vocabulary is counted."""
-
-
 LOGGED = {"loss_rl": "reinforce", "loss_kl": "kl", "loss_ce": "masked_ce"}
 """Objectives that the log has of every fast update, whether or not they count."""
-
-
 DRIFT_EVERY = 16
 """Steps between drift measurements where no slow update makes them."""
 
@@ -81,7 +80,9 @@ class DVITrainer(TrainingLoop):
     counters: Counters
     unit = "prompt"
 
-    def __init__(self, config: DVIConfig, loaded: LoadedModel, split: PromptSplit, seeded: bool = False) -> None:
+    def __init__(
+        self, config: DVIConfig, loaded: LoadedModel, split: PromptSplit, seeded: bool = False
+    ) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints, config.tracker)
         if not seeded:
             checkpoint.seed_all(config.seed)
@@ -120,22 +121,22 @@ class DVITrainer(TrainingLoop):
         """Prompts that are done."""
         return self.counters.prompts
 
-    def advance(self) -> list[dict[str, Any]]:
+    def advance(self) -> None:
         """One batch of prompts: collect, judge, and update whenever enough drafts have been accepted."""
-        lines = []
         for group in self.collect():
             # Each group meets the draft that the group before has improved.
             self.judge(group)
             if self.processes.largest(self.buffer.due(self.config.fast_batch)):
-                lines.append(asdict(self.step()))
-        return lines
+                self.report(asdict(self.step()))
 
     def collect(self) -> list[Rollout]:
         """Let the verifier answer a batch of prompts; the responses, in groups to draft on."""
         config = self.config
         processes = self.processes
         with self._timed("rollout_s"):
-            num_prompts = min(config.rollout_batch * processes.count, config.num_prompts - self.counters.prompts)
+            num_prompts = min(
+                config.rollout_batch * processes.count, config.num_prompts - self.counters.prompts
+            )
             prompts = self.split.stream.take(num_prompts)
             # A process without a prompt of its own answers the first, for the shapes of its tensors.
             share = self.answer(list(processes.share(prompts)) or prompts[:1])
@@ -150,7 +151,9 @@ class DVITrainer(TrainingLoop):
             served = score_drafts(self.model, group, drafts, config.decode)
             learned = served
             if config.actions == "sampled":
-                noise = torch.rand(group.verifier_confidence.shape, generator=self.generator).to(group.tokens.device)
+                noise = torch.rand(group.verifier_confidence.shape, generator=self.generator).to(
+                    group.tokens.device
+                )
                 learned = score_drafts(self.model, group, drafts, config.learn, noise)
             self.served.add(group, served)
             # Trap 2: accepted drafts alone have reward 1 everywhere, so all scored ones are kept, the reject too.
@@ -245,7 +248,9 @@ class DVITrainer(TrainingLoop):
         if self.config.exit_states == "stored":
             logits = self.model.head_logits(self.model.drafter_states(share.hidden))
         else:
-            logits, _ = draft_logits_at(self.model, share.tokens, share.prompt_lens, share.row, share.position)
+            logits, _ = draft_logits_at(
+                self.model, share.tokens, share.prompt_lens, share.row, share.position
+            )
         return Decisions(
             config=self.config,
             logits=logits,
@@ -332,7 +337,9 @@ class DVITrainer(TrainingLoop):
 
     def _take_step(self, optimizer: Optimizer, loss: Tensor | None, lr: float) -> float:
         """Clip and step; return the gradient's norm. If it is not finite, the weights stay as they are."""
-        grad_norm = optim.clipped_step(optimizer, loss, lr, self.config.grad_clip, self.processes.add_gradients)
+        grad_norm = optim.clipped_step(
+            optimizer, loss, lr, self.config.grad_clip, self.processes.add_gradients
+        )
         if not math.isfinite(grad_norm):
             self.skip_update(self.counters.step)
         return grad_norm

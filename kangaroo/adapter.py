@@ -30,7 +30,11 @@ class LlamaRotaryEmbedding(nn.Module):
     """
 
     def __init__(
-        self, dim: int, max_position_embeddings: int = 2048, base: float = 10000.0, scaling_factor: float = 1.0
+        self,
+        dim: int,
+        max_position_embeddings: int = 2048,
+        base: float = 10000.0,
+        scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -70,10 +74,15 @@ def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:
     scaling = config.rope_scaling or {}
     kind = scaling.get("type", scaling.get("rope_type", "linear"))
     if kind not in ("linear", "default"):
-        raise ValueError(f"rope_scaling type {kind!r} of the model's config is not supported; expected 'linear'")
+        raise ValueError(
+            f"rope_scaling type {kind!r} of the model's config is not supported; expected 'linear'"
+        )
     head_dim = config.hidden_size // config.num_attention_heads
     return LlamaRotaryEmbedding(
-        head_dim, config.max_position_embeddings, getattr(config, "rope_theta", 10000.0), scaling.get("factor", 1.0)
+        head_dim,
+        config.max_position_embeddings,
+        getattr(config, "rope_theta", 10000.0),
+        scaling.get("factor", 1.0),
     )
 
 
@@ -116,7 +125,10 @@ class AttentionPlan:
 
 
 def plan_uncached(
-    rotary: LlamaRotaryEmbedding, states: Tensor, position_ids: Tensor | None = None, window: int | None = None
+    rotary: LlamaRotaryEmbedding,
+    states: Tensor,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
 ) -> AttentionPlan:
     """Plan a pass whose queries see only one another, as training does.
 
@@ -238,7 +250,9 @@ class AdapterModel(nn.Module):
         if kind not in DRAFTERS:
             raise ValueError(f"drafter is {kind!r}; expected one of {', '.join(DRAFTERS)}")
         if (window is not None and window < 1) or num_layers < 1:
-            raise ValueError(f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each")
+            raise ValueError(
+                f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each"
+            )
         self.config = config
         self.kind = kind
         self.window = window
@@ -266,12 +280,13 @@ class AdapterModel(nn.Module):
         return normed
 
 
-def inject_adapter_hooks(model: LlamaForCausalLM, adapter: AdapterModel, exit_layer: int) -> list[RemovableHandle]:
+def inject_adapter_hooks(
+    model: LlamaForCausalLM, adapter: AdapterModel, exit_layer: int
+) -> list[RemovableHandle]:
     """Let a plain Hugging Face Llama draft in `forward`: its output gains `exit_logits`.
 
-    One hook takes the exit state after `exit_layer` layers; another passes it through the adapter and the model's own
-    head. Nothing else about the model changes, so drafts can be studied, or an adapter trained, with any code that
-    knows Hugging Face's Llama. Passes with `past_key_values` are refused: the adapter keeps no cache here.
+    One hook takes the exit state; another passes it through the adapter and the model's own head. Any code that knows
+    Hugging Face's Llama can so study drafts or train an adapter. There is no cache: `past_key_values` are refused.
 
     Args:
         model: changed in place; the adapter becomes its `adapter_model`.
@@ -286,22 +301,24 @@ def inject_adapter_hooks(model: LlamaForCausalLM, adapter: AdapterModel, exit_la
     """
     layers = model.model.layers
     if not 1 <= exit_layer < len(layers):
-        raise ValueError(f"exit_layer is {exit_layer}; this model of {len(layers)} layers takes 1 to {len(layers) - 1}")
+        most = len(layers) - 1
+        raise ValueError(f"exit_layer is {exit_layer}; this model of {most + 1} layers takes 1 to {most}")
     model.adapter_model = adapter
     exit_states: list[Tensor] = []
 
     def take_exit_state(layer: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         exit_states[:] = [outputs[0]]
 
-    def add_exit_logits(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    def add_exit_logits(
+        module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Any:
         if named.get("past_key_values") is not None:
             raise ValueError("exit_logits need the whole text at once; expected no past_key_values")
-        mask = named.get("attention_mask")
-        position_ids = None
-        if mask is not None:  # positions count the unpadded tokens
-            position_ids = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
-        normed = adapter.forward_early_stop(exit_states[0], position_ids)
-        output["exit_logits"] = model.lm_head(normed.to(exit_states[0].dtype))
+        mask = named.get("attention_mask")  # positions count the unpadded tokens
+        position_ids = None if mask is None else (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
+        exit_state = exit_states.pop()
+        normed = adapter.forward_early_stop(exit_state, position_ids)
+        output["exit_logits"] = model.lm_head(normed.to(exit_state.dtype))
         return output
 
     return [

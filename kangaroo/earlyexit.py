@@ -73,7 +73,9 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """
         layers = self.config.num_hidden_layers
         if not 1 <= exit_layer < layers:
-            raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
+            raise ValueError(
+                f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}"
+            )
         self.exit_layer = exit_layer
 
     @property
@@ -240,7 +242,9 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         def stage(name: str, first: int, stop: int) -> Stage:
             weights = self._stage_weights(name, first, stop, fused)
-            return Stage(weights, self.rotary, self._cache(self.config, stop - first, batch_size, capacity), passes)
+            return Stage(
+                weights, self.rotary, self._cache(self.config, stop - first, batch_size, capacity), passes
+            )
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
         with self.without_adapters(*(("lora_S",) if target == "base" else ())):

@@ -88,7 +88,9 @@ class KangarooModel(nn.Module):
         self.register_buffer("draft_ids", ids)
         weight = self.head_model.weight.detach()
         self.head_rows: Tensor
-        self.register_buffer("head_rows", weight if ids is None else weight[ids.to(weight.device)], persistent=False)
+        self.register_buffer(
+            "head_rows", weight if ids is None else weight[ids.to(weight.device)], persistent=False
+        )
         self.exit_proj: nn.Linear = self._new_exit_proj()
         if self.head == "lora":
             rows, width = self.head_rows.shape
@@ -172,7 +174,9 @@ class KangarooModel(nn.Module):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
         for key, value in own.items():
             if state[key].shape != value.shape or state[key].is_complex():
-                raise ValueError(f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}, real")
+                raise ValueError(
+                    f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}, real"
+                )
             value.copy_(state[key])
         if self.draft_ids is not None:  # another draft vocabulary reads other rows of the head
             self.head_rows.copy_(self.head_model.weight[self.draft_ids])
@@ -214,7 +218,9 @@ class KangarooModel(nn.Module):
         """`[…, D]` to the draft's float32 logits `[…, V']`, with gradients."""
         logits = F.linear(states, self.exit_proj.weight.to(states.dtype))
         if self.head == "lora":  # (W + U D) x, without building W + U D at every step
-            logits = logits + F.linear(F.linear(states, self.head_down.to(states.dtype)), self.head_up.to(states.dtype))
+            logits = logits + F.linear(
+                F.linear(states, self.head_down.to(states.dtype)), self.head_up.to(states.dtype)
+            )
         return logits.float()
 
     def token_ids(self, draft_index: Tensor) -> Tensor:
@@ -268,7 +274,9 @@ class KangarooModel(nn.Module):
             self._costs[rows] = self.measure_costs(longest, rows=rows)
         return self._costs[rows]
 
-    def measure_costs(self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1) -> StepCosts:
+    def measure_costs(
+        self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1
+    ) -> StepCosts:
         """Time blocks of all lengths after `context` tokens, in turn.
 
         Args:
@@ -318,13 +326,11 @@ class KangarooModel(nn.Module):
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         texts = []
         for prompt, text_seed in zip(prompts, seeds, strict=True):
-            generator = torch.Generator().manual_seed(text_seed) if settings.temperature else None
-            text_noise = noise
-            if generator and settings.draft_temperature:
-                drawn = torch.rand(max_new_tokens, generator=generator)
-                text_noise = drawn if noise is None else noise
             policy = self.block_policy(settings, len(prompts))
-            texts.append(Text(LookupIndex(prompt), len(prompt) + max_new_tokens, policy, text_noise, generator))
+            text = Text(LookupIndex(prompt), len(prompt) + max_new_tokens, policy, noise)
+            if settings.temperature:
+                text.seed(text_seed, max_new_tokens if settings.draft_temperature else 0)
+            texts.append(text)
         capacity = max(text.stop for text in texts)
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic) as stages:
             yield from decode_texts(stages, texts, settings, eos_ids)

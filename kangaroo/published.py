@@ -12,7 +12,14 @@ from kangaroo.adapter import AdapterModel
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-_FIELDS = (*_NEEDED, "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings")
+_FIELDS = (
+    *_NEEDED,
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "max_position_embeddings",
+)
 
 
 def read_published(folder: Path, hidden_size: int) -> AdapterModel:
@@ -29,7 +36,9 @@ def read_published(folder: Path, hidden_size: int) -> AdapterModel:
         ValueError: if a file is missing or unreadable, or something in it does not fit.
     """
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: neither drafter.safetensors nor a published adapter's config.json is there")
+        raise ValueError(
+            f"{folder}: neither drafter.safetensors nor a published adapter's config.json is there"
+        )
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: the adapter's weights are missing; expected {' or '.join(WEIGHTS)}")
@@ -63,12 +72,16 @@ def _build(path: Path, hidden_size: int, most: int) -> AdapterModel:
         if config.num_hidden_layers > most:
             raise ValueError(f"{config.num_hidden_layers} layers, but {most} tensors in all")
         if hidden_size % (2 * heads) or heads % groups:
-            raise ValueError(f"{heads} query and {groups} key/value heads do not split a hidden_size of {hidden_size}")
+            raise ValueError(
+                f"{heads} query and {groups} key/value heads do not split a hidden_size of {hidden_size}"
+            )
         return AdapterModel(config, "adapter", None, config.num_hidden_layers)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]} is missing") from error
     except Exception as error:  # values that LlamaConfig takes unseen can raise anything
-        raise ValueError(f"{path}: not the config of a Kangaroo adapter for this model ({error!s:.300})") from error
+        raise ValueError(
+            f"{path}: not the config of a Kangaroo adapter for this model ({error!s:.300})"
+        ) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -80,4 +93,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise TypeError("a value is not a floating-point tensor")
         return {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: unreadable, or more than a plain dict of floating-point tensors") from error
+        raise ValueError(
+            f"{path}: unreadable, or more than a plain dict of floating-point tensors"
+        ) from error

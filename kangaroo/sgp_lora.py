@@ -131,7 +131,9 @@ def inject_lora(
     shallow_config = LoraConfig(layers_to_transform=list(range(exit_layer)), **shared)
     peft_model = get_peft_model(base_model, shallow_config, adapter_name="lora_S")
     if deep:
-        peft_model.add_adapter("lora_D", LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared))
+        peft_model.add_adapter(
+            "lora_D", LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared)
+        )
         peft_model.base_model.set_adapter(["lora_S", "lora_D"])
     # Base weights may be bfloat16; adapters and their optimizer state are float32.
     for parameter in lora_parameters(peft_model, ["lora_S", "lora_D"]):
@@ -146,7 +148,11 @@ inject_dual_lora = partial(inject_lora, deep=True)
 
 def lora_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     """The parameters of the named adapters, in a fixed order."""
-    return [p for key, p in model.named_parameters() if any(f".{name}." in key for name in names) and "lora_" in key]
+    return [
+        p
+        for key, p in model.named_parameters()
+        if any(f".{name}." in key for name in names) and "lora_" in key
+    ]
 
 
 def get_peft_model_state_dict(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

@@ -53,7 +53,10 @@ def pytest_runtest_logreport(report) -> None:
 def pytest_sessionfinish(session) -> None:
     """Sum up the faults, where figures are asked for."""
     if FAULTS and not hasattr(session.config, "workerinput"):
-        sums = {kind: {name: sum(one[name] for one in found) for name in found[0]} for kind, found in FAULTS.items()}
+        sums = {
+            kind: {name: sum(one[name] for one in found) for name in found[0]}
+            for kind, found in FAULTS.items()
+        }
         record("faults-cpu", **{kind: {"count": len(FAULTS[kind]), **found} for kind, found in sums.items()})
 
 
@@ -70,8 +73,14 @@ def record(name: str, **figures) -> None:
     """Add what a long test found to a file in the folder that make names, with what it depends on; else do nothing."""
     if folder := os.environ.get("DVIRL_RESULTS"):
         path, root = Path(folder, f"{name}.json"), Path(__file__).parents[1]
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-        made = {"command": os.environ["DVIRL_COMMAND"], "commit": commit.stdout.strip(), "date": time.strftime("%F")}
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
+        )
+        made = {
+            "command": os.environ["DVIRL_COMMAND"],
+            "commit": commit.stdout.strip(),
+            "date": time.strftime("%F"),
+        }
         before = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, {**before, **made, **environment(), **figures})
 
@@ -167,8 +176,16 @@ def write_published(folder: Path, seed: int = 0, **changes) -> dict[str, torch.T
         **{**dict(heads=8, groups=4, num_hidden_layers=1, rope_theta=100.0, rms_norm_eps=1e-3), **changes}
     )
     generator = torch.Generator().manual_seed(seed)
-    size, narrow = config.hidden_size, config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    shapes = {"q_proj": (size, size), "k_proj": (narrow, size), "v_proj": (narrow, size), "o_proj": (size, size)}
+    size, narrow = (
+        config.hidden_size,
+        config.hidden_size // config.num_attention_heads * config.num_key_value_heads,
+    )
+    shapes = {
+        "q_proj": (size, size),
+        "k_proj": (narrow, size),
+        "v_proj": (narrow, size),
+        "o_proj": (size, size),
+    }
     state = {
         f"layers.0.self_attn.{name}.weight": 0.2 * torch.randn(shape, generator=generator)
         for name, shape in shapes.items()
@@ -189,13 +206,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
 
 
 def tiny_loaded(seed: int = 0, deep_scale: float = 1.0) -> LoadedModel:
     tokenizer = tiny_tokenizer()
     return LoadedModel(
-        tiny_model(seed, deep_scale), tokenizer, ChatEncoder(tokenizer, "chatml"), (EOS,), "tiny", "sha256:tiny"
+        tiny_model(seed, deep_scale),
+        tokenizer,
+        ChatEncoder(tokenizer, "chatml"),
+        (EOS,),
+        "tiny",
+        "sha256:tiny",
     )
 
 

@@ -59,7 +59,9 @@ def test_judged_events_are_those_of_decoding_step_by_step(model):
 def test_parts_of_a_step_are_all_timed(model):
     block, plain = step_parts(model, 3, context=12, repeats=2), step_parts(model, 0, context=12, repeats=2)
     assert list(block) == list(plain) and len(block) == 5 and min(block.values()) > 0
-    assert [part for part in plain if plain[part] == 0] == [part for part in plain if part.startswith("drafting")]
+    assert [part for part in plain if plain[part] == 0] == [
+        part for part in plain if part.startswith("drafting")
+    ]
 
 
 def test_coloured_blocks_show_every_draft_escaped(model):
@@ -82,11 +84,15 @@ def test_results_on_record_say_where_they_are_from(capsys):
 
 
 def test_curves_and_shares_are_drawn(tmp_path):
-    found = pd.DataFrame({"name": ["a", "a", "b"], "x": [1, 2, 1], "y": [0.1, 0.2, 0.2], "low": 0.05, "high": 0.3})
+    found = pd.DataFrame(
+        {"name": ["a", "a", "b"], "x": [1, 2, 1], "y": [0.1, 0.2, 0.2], "low": 0.05, "high": 0.3}
+    )
     plots.curves(found, {"title": "t"}, guide=[(0, 0), (1, 1)], save=tmp_path / "a.png")
     about = {"title": "t", "xscale": "log"}
     plots.scatter(found.assign(left=0.5, right=3), about, guide=[(1, 0), (3, 1)], save=tmp_path / "c.png")
-    plots.step_shares(pd.DataFrame({"p": [1.0, 2.0], "q": [3.0, 0.0]}, ["one", "two"]), save=tmp_path / "b.svg")
+    plots.step_shares(
+        pd.DataFrame({"p": [1.0, 2.0], "q": [3.0, 0.0]}, ["one", "two"]), save=tmp_path / "b.svg"
+    )
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir()) and torch.is_grad_enabled()
 
 

@@ -83,7 +83,10 @@ class Recorded:
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
-    model, prompts = tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(), random_prompts(6, 2)
+    model, prompts = (
+        tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(),
+        random_prompts(6, 2),
+    )
     alone = [one.tokens for one in row_by_row(model, prompts, how)]
     fresh, held = model.base_model.new_stages, {}
 

@@ -37,7 +37,9 @@ def test_figures_are_medians_of_ratios_on_the_same_question():
     plain = [answer(1, 10, 1.0, 9e-4, 9), answer(2, 10, 2.0, 1.8e-3, 9), answer(3, 10, 4.0, 9e-4, 9)]
     way = [answer(1, 10, 0.5, 6e-4, 3), answer(2, 10, 2.0, 1.8e-3, 9), answer(4, 21, 2.1, 8e-4, 4)]
     found = _speed(way, plain, COSTS)
-    assert found.over_plain == 2.0 and found.over_ideal == pytest.approx(0.5)  # of 2, 1 and 4; of 0.5, 0.5 and 0.5
+    assert found.over_plain == 2.0 and found.over_ideal == pytest.approx(
+        0.5
+    )  # of 2, 1 and 4; of 0.5, 0.5 and 0.5
     assert found.tok_per_s == pytest.approx((20 + 5 + 10) / 3)
     assert found.mat == pytest.approx((9 + 9 + 20) / 16) and (found.equal, found.questions) == (2, 3)
     theirs = _speed([Answer(one.tokens, one.wall_s) for one in way], plain, COSTS)
@@ -59,15 +61,33 @@ def test_the_order_changes_from_turn_to_turn():
 
 
 def test_questions_are_spread_over_a_file():
-    assert spread(list(range(10)), 3) == [0, 3, 7] and spread([1, 2], 5) == [1, 2] and spread([1, 2], 0) == [1, 2]
+    assert (
+        spread(list(range(10)), 3) == [0, 3, 7]
+        and spread([1, 2], 5) == [1, 2]
+        and spread([1, 2], 0) == [1, 2]
+    )
 
 
 def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
     exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"], ["Sum up"]])
-    flags = ["--questions", questions, "--dtype", "float32", "--device", "cpu", "--max_new_tokens", "12", "--rows", "2"]
-    assert cli.main(["bench", str(tmp_path / "d"), *flags, "--threads", "1", "--out", str(tmp_path / "o.json")]) == 0
+    flags = [
+        "--questions",
+        questions,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "12",
+        "--rows",
+        "2",
+    ]
+    assert (
+        cli.main(["bench", str(tmp_path / "d"), *flags, "--threads", "1", "--out", str(tmp_path / "o.json")])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "blocks of four learned drafts pay from an acceptance of " in printed
     content = json.loads((tmp_path / "o.json").read_text())
@@ -100,7 +120,9 @@ def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
     flags = ["--dtype", "float32", "--device", "cpu", "--max_new_tokens", "4", "--threads", "1"]
     with pytest.raises(KeyboardInterrupt):
         bench.main(
-            bench.parse_args([str(tmp_path / "d"), "--questions", *files, *flags, "--out", str(tmp_path / "o.json")])
+            bench.parse_args(
+                [str(tmp_path / "d"), "--questions", *files, *flags, "--out", str(tmp_path / "o.json")]
+            )
         )
     assert list(json.loads((tmp_path / "o.json").read_text())["figures"]) == files[:1]
 
@@ -108,7 +130,17 @@ def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
 def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeypatch):
     source = save_tiny(tmp_path / "model")
     model = exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
-    flags = ["--dtype", "float32", "--device", "cpu", "--max_new_tokens", "8", "--threads", "1", "--questions"]
+    flags = [
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "8",
+        "--threads",
+        "1",
+        "--questions",
+    ]
     real, seen = bench.compare, []
     monkeypatch.setattr(bench, "compare", lambda drafter, *args: seen.append(drafter) or real(drafter, *args))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?"]])
@@ -118,7 +150,9 @@ def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeyp
 
 
 def test_the_ways_are_those_that_the_table_names():
-    assert ways(6)[PLAIN] == DecodeConfig(0) and ways(6)["hybrid"] == DecodeConfig(6, source="hybrid", adaptive=True)
+    assert ways(6)[PLAIN] == DecodeConfig(0) and ways(6)["hybrid"] == DecodeConfig(
+        6, source="hybrid", adaptive=True
+    )
 
 
 @pytest.mark.parametrize(

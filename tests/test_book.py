@@ -60,7 +60,9 @@ def explained(title):
 
 
 def test_every_field_of_the_log_is_explained():
-    assert Counter(explained("The log of a run")) == Counter(spec.name for spec in dataclasses.fields(StepMetrics))
+    assert Counter(explained("The log of a run")) == Counter(
+        spec.name for spec in dataclasses.fields(StepMetrics)
+    )
 
 
 def test_every_column_of_the_evaluation_is_explained():
@@ -137,7 +139,12 @@ def test_every_link_within_the_repository_leads_to_a_file(page):
 
 def test_every_citation_is_in_the_bibliography():
     keys = set(re.findall(r"^@\w+\{(\w+),", (BOOK / "references.bib").read_text(), re.M))
-    cited = {key for page in PAGES for keys in re.findall(r"\{cite\}`([\w,]+)`", TEXT[page]) for key in keys.split(",")}
+    cited = {
+        key
+        for page in PAGES
+        for keys in re.findall(r"\{cite\}`([\w,]+)`", TEXT[page])
+        for key in keys.split(",")
+    }
     assert cited <= keys
 
 
@@ -188,7 +195,9 @@ def test_the_workflow_checks_and_publishes_what_make_builds():
     used = [step["uses"] for step in steps if "uses" in step]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
     folders = {
-        step["uses"].split("/")[1]: step["with"].get("path") for step in steps if "upload" in step.get("uses", "")
+        step["uses"].split("/")[1]: step["with"].get("path")
+        for step in steps
+        if "upload" in step.get("uses", "")
     }
     assert folders == {"upload-artifact@v4": "_build/screenshots", "upload-pages-artifact@v3": "_build/html"}
     copied = next(step["run"] for step in steps if step.get("run", "").startswith("cp"))
@@ -209,7 +218,9 @@ def test_a_missing_browser_is_one_sentence_before_anything_is_built(tmp_path, ta
     asked = ["make", target, f"VENV={tmp_path}", "CHROMIUM=/nowhere/chromium"]
     result = subprocess.run(asked, cwd=ROOT, env=free, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stdout == f"make {target} needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it\n"
+    assert (
+        result.stdout == f"make {target} needs Chromium; apt-get install chromium, or CHROMIUM=/path/to/it\n"
+    )
 
 
 def test_the_browser_is_asked_for_by_make_check_book_alone():

@@ -67,9 +67,7 @@ def test_the_package_and_its_help_load_no_torch(code):
 
 
 def test_public_names_are_imported_when_they_are_used():
-    code = (
-        "from dvirl import DVIConfig, DVITrainer, ReplayBuffer; assert ReplayBuffer(DVIConfig().buffer_size).capacity"
-    )
+    code = "from dvirl import DVIConfig, DVITrainer, ReplayBuffer; assert ReplayBuffer(DVIConfig().buffer_size).capacity"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
     with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
         from dvirl import Trainer  # noqa: F401

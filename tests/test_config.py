@@ -105,7 +105,9 @@ def test_every_committed_config_is_valid(path):
 def test_decode_settings_follow():
     config = DVIConfig(draft_len=5, threshold=0.3, target="adapted", action_temperature=0.7)
     assert (
-        config.decode.draft_len == 5 and config.decode.draft_temperature == 0 and config.learn.draft_temperature == 0.7
+        config.decode.draft_len == 5
+        and config.decode.draft_temperature == 0
+        and config.learn.draft_temperature == 0.7
     )
     argmax = dataclasses.replace(config, actions="argmax")
     assert argmax.learn == config.decode
@@ -133,7 +135,9 @@ def test_notebook_parameters_become_settings():
 
 
 def test_an_unknown_notebook_parameter_lists_the_known_ones():
-    with pytest.raises(DvirlError, match=r"unknown notebook parameter exit_layr; known are .*eval_prompts, exit_layer"):
+    with pytest.raises(
+        DvirlError, match=r"unknown notebook parameter exit_layr; known are .*eval_prompts, exit_layer"
+    ):
         notebook_config(namespace("# Parameters\nexit_layr = 4", exit_layr=4))
 
 

@@ -51,7 +51,9 @@ def equal(one: Responses, other: Responses) -> bool:
 def test_answers_are_those_of_one_prompt_at_a_time_in_the_prompts_order(batch):
     loaded, prompts = talkative(), random_prompts(11)
     found = answer(loaded, prompts, 9, batch)
-    assert found.tokens.dtype == torch.int32 and found.prompt_lens.tolist() == [len(prompt) for prompt in prompts]
+    assert found.tokens.dtype == torch.int32 and found.prompt_lens.tolist() == [
+        len(prompt) for prompt in prompts
+    ]
     alone = [prompt + generate(loaded.model, [prompt], 9, ENDS).responses()[0] for prompt in prompts]
     assert rows_of(found) == alone and len({len(row) for row in alone}) > 3
     assert found.num_tokens == sum(map(len, alone)) - sum(map(len, prompts)) == len(found.response_tokens())
@@ -82,7 +84,10 @@ def test_the_share_of_follow_ups_and_the_seed_decide():
     loaded = talkative()
     base, again = (write_conversations(loaded, 24, 3, 12, 0.5, 8) for _ in range(2))
     assert equal(base, again)
-    other, none = write_conversations(loaded, 24, 4, 12, 0.5, 8), write_conversations(loaded, 24, 3, 12, 0.0, 8)
+    other, none = (
+        write_conversations(loaded, 24, 4, 12, 0.5, 8),
+        write_conversations(loaded, 24, 3, 12, 0.0, 8),
+    )
     assert rows_of(base) != rows_of(other) and rows_of(base)[: len(none)] == rows_of(none)
     assert len(none) < len(base) < len(write_conversations(loaded, 24, 3, 12, 1.0, 8))
     with pytest.raises(DvirlError, match="the model wrote no usable turn of 8"):
@@ -123,6 +128,8 @@ def test_overlaps_are_those_of_a_search_by_hand(rows, questions, n):
     def runs(tokens, length):
         return {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}
 
-    expected = [any(runs(row, min(n, len(q))) & runs(q, min(n, len(q))) for q in questions if q) for row in rows]
+    expected = [
+        any(runs(row, min(n, len(q))) & runs(q, min(n, len(q))) for q in questions if q) for row in rows
+    ]
     found = overlapping(of(rows, [0] * len(rows)), questions, n)
     assert found.tolist() == expected

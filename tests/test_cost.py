@@ -20,7 +20,9 @@ def test_what_is_recommended_is_the_fastest_block():
     # At 0.8: 1.8 of 13 ms, 2.44 of 16 ms, 2.952 of 26 ms, against 1 of 10 ms.
     assert recommend(costs, 0.8) == (2, pytest.approx(2.44 / 16.0 * 10.0))
     assert recommend(costs, 0.0) == (0, 1.0)
-    assert costs.break_even(1) == pytest.approx(0.3) and costs.break_even(2) == pytest.approx(0.4220, abs=1e-4)
+    assert costs.break_even(1) == pytest.approx(0.3) and costs.break_even(2) == pytest.approx(
+        0.4220, abs=1e-4
+    )
 
 
 @pytest.fixture
@@ -37,9 +39,17 @@ def test_the_command_measures_recommends_checks_and_draws(tmp_path, capsys, flag
     files = ["--out", str(tmp_path / "o.json"), "--figure", str(tmp_path / "f.png")]
     assert cli.main([*flags, *more, *files]) == 0
     printed = capsys.readouterr().out
-    assert "at an acceptance of 0.70 the fastest is exit layer " in printed and "draft_len 6: predicted " in printed
+    assert (
+        "at an acceptance of 0.70 the fastest is exit layer " in printed
+        and "draft_len 6: predicted " in printed
+    )
     content = json.loads((tmp_path / "o.json").read_text())
-    assert [(one["exit_layer"], one["context"]) for one in content["costs"]] == [(1, 8), (1, 24), (3, 8), (3, 24)]
+    assert [(one["exit_layer"], one["context"]) for one in content["costs"]] == [
+        (1, 8),
+        (1, 24),
+        (3, 8),
+        (3, 24),
+    ]
     for one in content["costs"]:
         steps = StepCosts(tuple(one["steps"]["verify"]), one["steps"]["draft"])
         assert recommend(steps, 0.7) == (one["draft_len"], one["speedup"]) and len(steps.verify) == 4

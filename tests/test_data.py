@@ -73,7 +73,11 @@ def test_nothing_to_read_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "array.json").write_text("[1,")
-    for name, message in [("empty.jsonl", "no prompts"), ("bytes.jsonl", "UTF-8"), ("array.json", "not valid JSON")]:
+    for name, message in [
+        ("empty.jsonl", "no prompts"),
+        ("bytes.jsonl", "UTF-8"),
+        ("array.json", "not valid JSON"),
+    ]:
         with pytest.raises(DvirlError, match=message):
             read_prompts("jsonl", str(tmp_path / name))
     with pytest.raises(DvirlError, match="no such file"):
@@ -139,8 +143,12 @@ def test_held_out_prompts_never_come_up():
 
 def test_long_prompts_are_left_out(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("short one", "another", "long " * 500)))
+    path.write_text(
+        "\n".join(json.dumps({"prompt": text}) for text in ("short one", "another", "long " * 500))
+    )
     for most, limit in ((200, 200), (512, 256 - 16)):  # the tiny model's context holds prompt and response
-        config = tiny_settings(prompts_source="jsonl", prompts_path=str(path), held_out=1, max_prompt_tokens=most)
+        config = tiny_settings(
+            prompts_source="jsonl", prompts_path=str(path), held_out=1, max_prompt_tokens=most
+        )
         assert len(load_prompts(config, tiny_loaded()).stream) == 1
         assert f"left out 1 prompts over {limit} tokens" in capsys.readouterr().err

@@ -30,7 +30,8 @@ class Oracle(KangarooModel):
 
     def tell(self, answer: list[int], pattern) -> None:
         self.told = {
-            len(PROMPT) + index: token if pattern(index) else (token + 1) % VOCAB for index, token in enumerate(answer)
+            len(PROMPT) + index: token if pattern(index) else (token + 1) % VOCAB
+            for index, token in enumerate(answer)
         }
 
     def drafter_parts(self) -> DrafterParts:
@@ -126,7 +127,9 @@ def test_bad_input_is_said(call, message):
 def test_a_step_outside_a_decoding_is_refused():
     model = tiny_kangaroo(0)
     with pytest.raises(RuntimeError, match="decoding"):
-        model.base_model.spec_decode_step([Text(LookupIndex(PROMPT), 9, BlockPolicy(DecodeConfig(2)))], DecodeConfig(2))
+        model.base_model.spec_decode_step(
+            [Text(LookupIndex(PROMPT), 9, BlockPolicy(DecodeConfig(2)))], DecodeConfig(2)
+        )
 
 
 def test_logits_that_are_not_finite_stop_decoding():
@@ -177,7 +180,9 @@ def test_a_lora_head_starts_as_the_base_heads_rows_and_survives_saving(tmp_path)
     assert torch.equal(other.head_logits(states), model.head_logits(states))
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # the drafter's norms stay float32
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)  # the drafter's norms stay float32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["none", "adapter", "layer"])
 def test_a_half_precision_model_drafts_with_any_drafter(kind, dtype):

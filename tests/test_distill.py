@@ -83,7 +83,9 @@ def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier
     draft, verifier = (torch.randn(4, 6, generator=generator, requires_grad=True) for _ in range(2))
     index, weight, c = torch.tensor([1, -1, 0, 5]), torch.tensor([1.0, 1.0, 0.0, 1.0]), 0.25
     gradient, none = torch.autograd.grad(
-        (distillation_loss(draft, verifier, index, c) * weight).sum() / 3, [draft, verifier], allow_unused=True
+        (distillation_loss(draft, verifier, index, c) * weight).sum() / 3,
+        [draft, verifier],
+        allow_unused=True,
     )
     p, q = verifier.softmax(-1), draft.softmax(-1)
     one_hot = torch.nn.functional.one_hot(index.clamp(min=0), 6) * (index >= 0)[:, None]
@@ -118,7 +120,9 @@ def test_positions_and_the_logged_agreement_are_those_of_the_evaluation(tmp_path
     found = measure_agreement(mine.model, mine.responses)
     assert float(agreement) == pytest.approx(found.rate, abs=1e-6)
     logits = mine.model.head_model(states)
-    for row, (start, length) in enumerate(zip(batch.prompt_lens.tolist(), batch.response_lens.tolist(), strict=True)):
+    for row, (start, length) in enumerate(
+        zip(batch.prompt_lens.tolist(), batch.response_lens.tolist(), strict=True)
+    ):
         chosen = logits[row, start - 1 : start + length - 1].argmax(-1)
         assert chosen.tolist() == batch.tokens[row, start : start + length].tolist()
 
@@ -182,7 +186,9 @@ def test_muon_steps_the_drafters_matrices_at_its_own_rate(tmp_path, responses):
     tensors = mine.optimizers.tensors()
     matrices = [p for p in mine.model.adapter_model.parameters() if p.ndim == 2]
     assert len([key for key in tensors if key.startswith("muon.")]) == len(matrices) == 7
-    assert len([key for key in tensors if key.startswith("fast.")]) == 3 * (len(mine.parameters) - len(matrices))
+    assert len([key for key in tensors if key.startswith("fast.")]) == 3 * (
+        len(mine.parameters) - len(matrices)
+    )
 
 
 # Runs
@@ -241,7 +247,9 @@ def test_a_run_killed_while_it_writes_goes_on_with_the_shards_it_has(tmp_path, m
     (tmp_path / "run/responses").mkdir(parents=True)
     shutil.copy(tmp_path / "whole/responses" / shards[0], tmp_path / "run/responses")
     again = Distiller(config, dataclasses.replace(tiny_loaded(), eos_ids=ENDS))
-    assert all(torch.equal(value, vars(again.responses)[name]) for name, value in vars(whole.responses).items())
+    assert all(
+        torch.equal(value, vars(again.responses)[name]) for name, value in vars(whole.responses).items()
+    )
     for one, count in ((whole, len(shards)), (again, len(shards) - 1)):
         result = one.train()
         log = read_metrics(Path(one.config.run_dir) / "metrics.jsonl")
@@ -262,13 +270,17 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, responses):
 def test_a_run_with_other_settings_is_left_alone(tmp_path, responses):
     distiller(tmp_path, responses)
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(DvirlError, match=r"other settings: lora_rank \(4, now 2\), lr \(0\.004, now 0\.001\); choose"):
+    with pytest.raises(
+        DvirlError, match=r"other settings: lora_rank \(4, now 2\), lr \(0\.004, now 0\.001\); choose"
+    ):
         distiller(tmp_path, responses, lr=1e-3, lora_rank=2)
     assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_the_clock_ends_a_run_and_its_schedule(tmp_path, responses, monkeypatch):
-    clock = itertools.count(0.0, 0.01)  # one that every look at it moves on, so that the test is as fast as it is
+    clock = itertools.count(
+        0.0, 0.01
+    )  # one that every look at it moves on, so that the test is as fast as it is
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     mine = distiller(tmp_path, responses, passes=10_000, max_minutes=0.01, lr=1e-3, warmup_steps=0)
     result = mine.train()
@@ -285,10 +297,15 @@ def test_an_update_that_is_not_finite_is_left_out_said_and_counted(tmp_path, res
     update = mine.update
 
     def breaking(batch, states):
-        before = [*(p.clone() for p in mine.parameters), *(t.clone() for t in mine.optimizers.tensors().values())]
+        before = [
+            *(p.clone() for p in mine.parameters),
+            *(t.clone() for t in mine.optimizers.tensors().values()),
+        ]
         found = update(batch, states + broken if mine.counters.step == 4 else states)
         after = [*mine.parameters, *mine.optimizers.tensors().values()]
-        same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        same = len(before) == len(after) and all(
+            torch.equal(a, b) for a, b in zip(before, after, strict=True)
+        )
         assert same == (mine.counters.step == 5)
         return found
 
@@ -328,7 +345,9 @@ def test_batches_hold_every_response_once_a_pass_in_another_order(tmp_path, resp
 
 
 def question_file(path: Path, turns) -> str:
-    path.write_text("\n".join(json.dumps({"question_id": n, "category": "", "turns": t}) for n, t in enumerate(turns)))
+    path.write_text(
+        "\n".join(json.dumps({"question_id": n, "category": "", "turns": t}) for n, t in enumerate(turns))
+    )
     return str(path)
 
 
@@ -341,21 +360,35 @@ def test_rows_that_share_text_with_a_question_are_left_out_and_counted(tmp_path,
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
     responses = Responses(
-        tokens, torch.tensor([len(r) - 3 for r in rows[:4]] + [len(rows[4]) - 1]), torch.tensor([3, 3, 3, 3, 1])
+        tokens,
+        torch.tensor([len(r) - 3 for r in rows[:4]] + [len(rows[4]) - 1]),
+        torch.tensor([3, 3, 3, 3, 1]),
     )
     write_shard(tmp_path / "shard-00000.safetensors", responses)
     one = question_file(tmp_path / "one.jsonl", [["And what is the tallest mountain?", "Why?"]])
-    two = question_file(tmp_path / "two.jsonl", [["Say", "Count to ten"], ["Nothing of the kind is asked here"]])
+    two = question_file(
+        tmp_path / "two.jsonl", [["Say", "Count to ten"], ["Nothing of the kind is asked here"]]
+    )
     mine = distiller(tmp_path / "run", tmp_path, exclude=f"{one},{two}", passes=1)
     assert mine.left_out == {"repeats": 1, "too_short": 1, "excluded": 2} and len(mine.responses) == 1
     assert mine.responses.tokens[0].tolist()[:-3] == plain(texts[0])
     assert f"left out 2 responses that overlap {one}, {two}" in capsys.readouterr().err
     mine.train()
     start = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    assert start == {"phase": "start", "step": 0, "rows": 1, "tokens": 3, "repeats": 1, "too_short": 1, "excluded": 2}
+    assert start == {
+        "phase": "start",
+        "step": 0,
+        "rows": 1,
+        "tokens": 3,
+        "repeats": 1,
+        "too_short": 1,
+        "excluded": 2,
+    }
     assert yaml.safe_load((tmp_path / "run/drafter/config.yaml").read_text())["made"]["excluded"] == 2
     with pytest.raises(DvirlError, match="none of 5 responses is left"):
-        distiller(tmp_path / "none", tmp_path, exclude=question_file(tmp_path / "all.jsonl", [[*texts, "short"]]))
+        distiller(
+            tmp_path / "none", tmp_path, exclude=question_file(tmp_path / "all.jsonl", [[*texts, "short"]])
+        )
     with pytest.raises(DvirlError, match="no such file"):
         distiller(tmp_path / "other", tmp_path, exclude="none.jsonl")
 
@@ -394,7 +427,10 @@ def test_the_command_trains_goes_on_and_says_where_things_are(tmp_path, capsys, 
 @pytest.mark.real
 def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
     """What it answered it begins to predict, and the drafter that it ships says the same."""
-    prompts = [real.chat.encode([text]) for text in ("Hello!", "Name three colours.", "What is rain?", "Count to ten.")]
+    prompts = [
+        real.chat.encode([text])
+        for text in ("Hello!", "Name three colours.", "What is rain?", "Count to ten.")
+    ]
     write_shard(tmp_path / "shard-00000.safetensors", answer(real, prompts, 20, 4))
     config = settings(
         tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99

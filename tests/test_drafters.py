@@ -42,11 +42,17 @@ KINDS = [dict(), dict(head="full", drafter="adapter", draft_vocab=0), dict(head=
 
 def trained(loaded, seed=0, **changes):
     """A model with a scrambled draft, and the settings that it would have been trained by."""
-    values = dict(lora_rank=4, lora_alpha=8.0, drafter_layers=1, head_rank=8, draft_vocab=100, model_name=loaded.name)
+    values = dict(
+        lora_rank=4, lora_alpha=8.0, drafter_layers=1, head_rank=8, draft_vocab=100, model_name=loaded.name
+    )
     config = DistillConfig(**{**values, **changes})
     peft_model = inject_lora(loaded.model, config.exit_layer, config.lora_rank, config.lora_alpha)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randperm(loaded.model.config.vocab_size, generator=generator)[: config.draft_vocab].sort().values
+    ids = (
+        torch.randperm(loaded.model.config.vocab_size, generator=generator)[: config.draft_vocab]
+        .sort()
+        .values
+    )
     model = KangarooModel(loaded.model, None, config.drafter_args(ids.tolist() or None), config.exit_layer)
     scramble_lora(model, ["lora_S"], 0.15, seed)
     for parameter in (*model.adapter_model.parameters(), *([model.head_up] if config.head == "lora" else [])):
@@ -71,7 +77,13 @@ def test_a_drafter_comes_back_rounded_to_bfloat16_and_drafts_without_loss(tmp_pa
     assert found.folder == tmp_path / "d" and not any(p.requires_grad for p in found.model.parameters())
     mine, its = model.state_dict(), found.model.state_dict()
     assert mine.keys() == its.keys()
-    ships = ["lora_S", "adapter_model.", "head_down", "head_up", *(["exit_proj"] if model.head == "full" else [])]
+    ships = [
+        "lora_S",
+        "adapter_model.",
+        "head_down",
+        "head_up",
+        *(["exit_proj"] if model.head == "full" else []),
+    ]
     for name, value in mine.items():
         shipped = any(part in name for part in ships)
         assert its[name].dtype == value.dtype
@@ -95,15 +107,24 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
     for name in ("drafter.safetensors", "lora_S/adapter_model.safetensors"):
         assert {t.dtype for k, t in load_file(folder / name).items() if k != "draft_ids"} == {torch.bfloat16}
     content = yaml.safe_load((folder / "config.yaml").read_text())
-    assert content["config"] == dataclasses.asdict(config) and content["made"] == {"steps": 7, "agreement": 0.5}
-    assert content["model"]["fingerprint"] == "sha256:tiny" and content["versions"]["torch"] == torch.__version__
-    assert json.loads((folder / "lora_S/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert content["config"] == dataclasses.asdict(config) and content["made"] == {
+        "steps": 7,
+        "agreement": 0.5,
+    }
+    assert (
+        content["model"]["fingerprint"] == "sha256:tiny" and content["versions"]["torch"] == torch.__version__
+    )
+    assert (
+        json.loads((folder / "lora_S/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    )
 
     def full(*args, **kwargs):
         raise OSError("no space left")
 
     monkeypatch.setattr(run_folder, "write_config", full)
-    with pytest.raises(DvirlError, match="could not be written .no space left.; what was there before is whole"):
+    with pytest.raises(
+        DvirlError, match="could not be written .no space left.; what was there before is whole"
+    ):
         export(tmp_path / "other", peft_model, model, config, loaded)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
@@ -111,7 +132,9 @@ def test_a_folder_to_ship_is_small_whole_and_says_how_it_was_made(tmp_path, monk
 def test_shipped_names_are_looked_up_and_others_are_listed(tmp_path, monkeypatch):
     roots = tmp_path / "weights", tmp_path / "dvirl_weights"
     monkeypatch.setattr(drafters, "WEIGHTS", roots)
-    with pytest.raises(DvirlError, match=r"no drafter 'nope'; expected a folder .* shipped ones \(none are\)"):
+    with pytest.raises(
+        DvirlError, match=r"no drafter 'nope'; expected a folder .* shipped ones \(none are\)"
+    ):
         load_drafter("nope")
     exported(roots[0] / "tiny-k2", loaded=dataclasses.replace(tiny_loaded(), name="elsewhere"))
     exported(roots[1] / "tiny-k1", exit_layer=1)
@@ -128,7 +151,9 @@ def test_the_model_that_a_drafter_was_made_for_is_loaded(tmp_path):
     assert found.loaded.name == str(source) and found.loaded.model.dtype == torch.bfloat16
     assert {p.dtype for p in found.model.adapter_model.parameters()} == {torch.float32}
     logits = found.model(torch.tensor([[5, 6, 7]])).exit_logits
-    torch.testing.assert_close(logits, model(torch.tensor([[5, 6, 7]])).exit_logits.detach(), atol=0.5, rtol=0.1)
+    torch.testing.assert_close(
+        logits, model(torch.tensor([[5, 6, 7]])).exit_logits.detach(), atol=0.5, rtol=0.1
+    )
 
 
 @pytest.mark.parametrize("target", ["base", "adapted"])
@@ -144,15 +169,23 @@ def test_a_run_opens_as_its_newest_checkpoint_decodes(tmp_path, target):
     assert found.target == target and not any(one.requires_grad for one in found.model.parameters())
     for prompt in random_prompts(3):
         expected, answer = (one.model.generate(prompt, 12, config.decode) for one in (trainer, found))
-        assert answer.tokens == expected.tokens and answer.blocks[1].num_accepted == expected.blocks[1].num_accepted
+        assert (
+            answer.tokens == expected.tokens
+            and answer.blocks[1].num_accepted == expected.blocks[1].num_accepted
+        )
     exported(run / "drafter", loading.load(source, dtype="float32", device="cpu"))
-    assert open_draft(str(run), "float32", "cpu").folder == run / "drafter"  # what a distillation ships comes first
+    assert (
+        open_draft(str(run), "float32", "cpu").folder == run / "drafter"
+    )  # what a distillation ships comes first
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (dict(model=dict(fingerprint="sha256:other")), "made for the model sha256:other, but 'tiny' is sha256:tiny"),
+        (
+            dict(model=dict(fingerprint="sha256:other")),
+            "made for the model sha256:other, but 'tiny' is sha256:tiny",
+        ),
         (dict(config=dict(exit_layer=9)), "exit_layer is 9; this model of 4 layers takes 1 to 3"),
         (dict(config=dict(lora_rank=2)), "the adapter does not fit this model"),
         (dict(config=dict(drafter="none")), "the drafter holds"),
@@ -217,7 +250,9 @@ def test_agreement_is_what_the_decoder_accepts_at_every_position(tmp_path):
     responses = answer(loaded, prompts, 12, 8)
     found = measure_agreement(model, responses)
     accepted, covered = [], []
-    for prompt, length, row in zip(prompts, responses.response_lens.tolist(), responses.tokens.tolist(), strict=True):
+    for prompt, length, row in zip(
+        prompts, responses.response_lens.tolist(), responses.tokens.tolist(), strict=True
+    ):
         text = row[len(prompt) : len(prompt) + length]
         for position in range(1, length):
             blocks = model.generate(prompt + text[: position - 1], 3, DecodeConfig(1)).blocks
@@ -226,9 +261,13 @@ def test_agreement_is_what_the_decoder_accepts_at_every_position(tmp_path):
     assert found.positions == len(accepted) > 30 and 0 < sum(accepted) < len(accepted)
     assert found.rate == pytest.approx(sum(accepted) / len(accepted), abs=1e-6)
     assert found.covered == pytest.approx(sum(covered) / len(covered), abs=1e-6)
-    parts = torch.tensor(accepted, dtype=torch.float).split((responses.response_lens - 1).clamp(min=0).tolist())
+    parts = torch.tensor(accepted, dtype=torch.float).split(
+        (responses.response_lens - 1).clamp(min=0).tolist()
+    )
     by_answer = [float(part.mean()) for part in parts]
-    assert found.answers == pytest.approx(by_answer, abs=1e-6, nan_ok=True) and len(found.answers) == len(prompts)
+    assert found.answers == pytest.approx(by_answer, abs=1e-6, nan_ok=True) and len(found.answers) == len(
+        prompts
+    )
 
 
 def test_the_calibration_error_by_hand():
@@ -245,7 +284,9 @@ def test_the_calibration_error_is_that_of_a_plain_loop(pairs):
     bins = {}
     for confidence, right in pairs:
         bins.setdefault(min(14, int(torch.tensor(confidence) * 15)), []).append((confidence, right))
-    expected = sum(len(b) * abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) for b in bins.values())
+    expected = sum(
+        len(b) * abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) for b in bins.values()
+    )
     confidence, right = (torch.tensor([float(p[i]) for p in pairs]) for i in (0, 1))
     assert calibration_error(confidence, right) == pytest.approx(expected / len(pairs), abs=1e-5)
 
@@ -260,7 +301,16 @@ def test_the_command_prints_a_table_and_writes_what_repeats_it(tmp_path, capsys)
     source = save_tiny(tmp_path / "model")
     exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
     questions = question_file(tmp_path / "q.jsonl", [["What is it?", "Why?"], ["Count"], ["Sum up"]])
-    flags = ["agreement", str(tmp_path / "d"), "--questions", questions, "--device", "cpu", "--max_new_tokens", "6"]
+    flags = [
+        "agreement",
+        str(tmp_path / "d"),
+        "--questions",
+        questions,
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "6",
+    ]
     found = []
     for name in ("one.json", "two.json"):
         assert cli.main([*flags, "--out", str(tmp_path / "out" / name)]) == 0
@@ -269,7 +319,11 @@ def test_the_command_prints_a_table_and_writes_what_repeats_it(tmp_path, capsys)
         assert row.startswith(questions) and row.split()[-1] == "15"
         found.append(json.loads((tmp_path / "out" / name).read_text()))
     figures = found[0]["figures"][questions]
-    assert found[0]["figures"] == found[1]["figures"] and 0 <= figures["rate"] <= 1 and figures["positions"] == 15
+    assert (
+        found[0]["figures"] == found[1]["figures"]
+        and 0 <= figures["rate"] <= 1
+        and figures["positions"] == 15
+    )
     assert found[0]["versions"]["torch"] == torch.__version__ and found[0]["model"]["dtype"] == "float32"
     assert found[0]["arguments"]["seed"] == 0 and set(found[0]["files"]) == {
         questions,
@@ -288,7 +342,10 @@ def test_questions_that_come_with_a_drafter_are_the_default(tmp_path, capsys):
 def test_own_prompts_of_every_kind_are_measured_apart(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
     exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))
-    assert cli.main(["agreement", str(tmp_path / "d"), "--own", "1", "--device", "cpu", "--max_new_tokens", "4"]) == 0
+    assert (
+        cli.main(["agreement", str(tmp_path / "d"), "--own", "1", "--device", "cpu", "--max_new_tokens", "4"])
+        == 0
+    )
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [" ".join(row.split()[:2]) for row in rows] == [
         f"own {k}" for k in ("free", "question", "task", "maths", "code", "long")

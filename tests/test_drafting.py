@@ -18,7 +18,9 @@ from kangaroo.decoding.speculate import Text
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
 WAYS = [
-    DecodeConfig(n, source=s, adaptive=a) for s in ("learned", "lookup", "hybrid") for n, a in ((3, False), (8, True))
+    DecodeConfig(n, source=s, adaptive=a)
+    for s in ("learned", "lookup", "hybrid")
+    for n, a in ((3, False), (8, True))
 ]
 
 
@@ -34,7 +36,9 @@ def test_a_lookup_finds_what_followed_the_longest_ending_last_time(text, count):
         if starts:
             assert matched == size
             going_on = list(text)
-            for offset in range(count):  # the text behind the last such place, which may run into what it proposes
+            for offset in range(
+                count
+            ):  # the text behind the last such place, which may run into what it proposes
                 going_on.append(going_on[starts[-1] + offset])
             assert proposed == going_on[len(text) :]
             return
@@ -66,13 +70,18 @@ def test_no_choice_changes_an_answer(how, target):
         assert all(len(block.draft.tokens) <= how.draft_len for block in found.blocks)
         looked += sum(len(block.draft.tokens) - block.draft.num_learned for block in found.blocks)
         learned += sum(block.draft.num_learned for block in found.blocks)
-    assert (looked > 0) == (how.source != "learned") and (learned == 0 if how.source == "lookup" else learned > 0)
+    assert (looked > 0) == (how.source != "learned") and (
+        learned == 0 if how.source == "lookup" else learned > 0
+    )
 
 
 @pytest.mark.parametrize("longest", [1, 2, 5])
 def test_blocks_stay_within_their_length_and_tails_stand_behind_the_drafts(longest):
     """A model whose deep layers say nothing accepts every draft, so that blocks are as long as they may be."""
-    model, how = tiny_kangaroo(deep_scale=0.0, lora=False), DecodeConfig(longest, source="hybrid", adaptive=True)
+    model, how = (
+        tiny_kangaroo(deep_scale=0.0, lora=False),
+        DecodeConfig(longest, source="hybrid", adaptive=True),
+    )
     model._costs, tails = {1: StepCosts(COSTS.verify[: longest + 1], 1.5)}, 0
     for prompt in (part * 3 for part in random_prompts(6)):
         index = LookupIndex(prompt)
@@ -93,14 +102,20 @@ def test_what_is_looked_up_is_verified_and_has_no_confidence():
     text, wrong = LookupIndex(prompt), [own[1], own[2], (own[3] + 1) % 264, own[4]]
     found = []
     with model.decoding(len(prompt) + 12):
-        for script, room in ((ScriptedPolicy(0), 12), (ScriptedPolicy(0, wrong), 11), (ScriptedPolicy(1, own[5:9]), 4)):
+        for script, room in (
+            (ScriptedPolicy(0), 12),
+            (ScriptedPolicy(0, wrong), 11),
+            (ScriptedPolicy(1, own[5:9]), 4),
+        ):
             row = Text(text, len(text.tokens) + room, script)
             found += model.base_model.spec_decode_step([row], DecodeConfig())
             text.extend(found[-1].committed)
     _, second, third = found
     assert second.committed == tuple(own[1:4]) and (second.num_accepted, second.num_drafted) == (2, 3)
     assert second.draft.num_learned == 0 and second.draft.confidence.isnan().all()
-    assert third.draft.num_learned == 1 and third.draft.tokens[1:].tolist() == own[5:7]  # room for three drafts
+    assert (
+        third.draft.num_learned == 1 and third.draft.tokens[1:].tolist() == own[5:7]
+    )  # room for three drafts
     assert third.draft.confidence.isnan().tolist() == [False, True, True]
     assert third.committed == tuple(own[4 : 4 + len(third.committed)])
 
@@ -123,7 +138,10 @@ def test_fixed_choices_by_hand():
 def test_a_lookup_behind_drafts_is_one_in_the_text_that_they_would_make():
     rng = random.Random(1)
     for _ in range(200):
-        text, drafts = [rng.randrange(3) for _ in range(20)], [rng.randrange(3) for _ in range(rng.randrange(5))]
+        text, drafts = (
+            [rng.randrange(3) for _ in range(20)],
+            [rng.randrange(3) for _ in range(rng.randrange(5))],
+        )
         index, size = LookupIndex(text), 0
         proposed, matched = index.propose(5, drafts)
         for size in range(min(LONGEST_NGRAM, 20), 0, -1):

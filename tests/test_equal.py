@@ -131,10 +131,22 @@ def test_in_bfloat16_passes_of_one_size_give_identical_answers(how, identical):
 
 def test_a_run_is_checked(run_dir, capsys, tmp_path):  # noqa: F811
     questions = tmp_path / "q.jsonl"
-    rows = [{"question_id": n, "category": "x", "turns": [text]} for n, text in enumerate(["What?", "Who are you?"])]
+    rows = [
+        {"question_id": n, "category": "x", "turns": [text]}
+        for n, text in enumerate(["What?", "Who are you?"])
+    ]
     questions.write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "check.json"
-    arguments = ["check", str(run_dir), "--questions", str(questions), "--max_new_tokens", "12", "--out", str(out)]
+    arguments = [
+        "check",
+        str(run_dir),
+        "--questions",
+        str(questions),
+        "--max_new_tokens",
+        "12",
+        "--out",
+        str(out),
+    ]
     assert cli.main([*arguments, "--dtype", "float32"]) == 0
     assert "2 of 2 answers are identical; differences: 0 tie, 0 stop rule, 0 error" in capsys.readouterr().out
     content = json.loads(out.read_text())
@@ -146,7 +158,10 @@ def test_a_run_is_checked(run_dir, capsys, tmp_path):  # noqa: F811
 
 
 def write_answers(path, answers):
-    rows = [{"question_id": key, "category": "x", "choices": [{"index": 0, "turns": turns}]} for key, turns in answers]
+    rows = [
+        {"question_id": key, "category": "x", "choices": [{"index": 0, "turns": turns}]}
+        for key, turns in answers
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 

@@ -44,7 +44,14 @@ def run_dir(tmp_path_factory):
     settings = ["--held_out", "5", "--seed", "3", *TINY]
     assert (
         cli.main(
-            ["train", "--model_name", str(save_tiny(folder / "model")), "--run_dir", str(folder / "run"), *settings]
+            [
+                "train",
+                "--model_name",
+                str(save_tiny(folder / "model")),
+                "--run_dir",
+                str(folder / "run"),
+                *settings,
+            ]
         )
         == 0
     )
@@ -52,7 +59,10 @@ def run_dir(tmp_path_factory):
 
 
 def test_a_run_is_judged_from_its_folder(run_dir, capsys, tmp_path):
-    assert cli.main(["sgp-eval", "--ckpt_dir", str(run_dir), "--held_out", "--out", str(tmp_path / "x.json")]) == 0
+    assert (
+        cli.main(["sgp-eval", "--ckpt_dir", str(run_dir), "--held_out", "--out", str(tmp_path / "x.json")])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "5 of 5 responses equal those of the same verifier without drafts" in out
     figures = json.loads((tmp_path / "x.json").read_text())["figures"]

@@ -37,9 +37,9 @@ def done(tmp_path_factory):
 
 def test_an_experiment_leaves_results_answers_and_a_report(done):
     found = json.loads((done / "results/e.json").read_text())
-    assert {f"{name}_{when}" for name in ("accept_rate", "mat", "ppl") for when in ("before", "after")} <= set(
-        found["figures"]
-    )
+    assert {
+        f"{name}_{when}" for name in ("accept_rate", "mat", "ppl") for when in ("before", "after")
+    } <= set(found["figures"])
     assert (
         found["settings"]["fast_batch"] == 1
         and found["settings"]["answer_tokens"] == 6
@@ -77,7 +77,9 @@ def test_main_takes_a_namespace_of_the_names_of_old(tmp_path, monkeypatch):
                      baseline_momentum=0.8, num_prompts=4, max_new_tokens=6, draft_vocab=0, run_dir="runs/lr=0.1", threads=1,
                      device="cpu", dtype="float32", questions=write_questions(tmp_path / "q.jsonl"), answer_tokens=4,
                      methods="plain,fixed,dvi", lora_rank=2, held_out=2)  # fmt: skip
-    assert run_dvi_experiment.main(args) == Path("results/lr=0.1.json") and Path("results/lr=0.1.html").exists()
+    assert (
+        run_dvi_experiment.main(args) == Path("results/lr=0.1.json") and Path("results/lr=0.1.html").exists()
+    )
 
 
 def test_the_settings_are_those_of_both_parts():
@@ -96,7 +98,9 @@ def test_a_sweep_takes_the_figures_of_experiments(done, tmp_path, monkeypatch):
     assert cli.main(["sweep", "s.yaml", "--cores", "1"]) == 0
     (row,) = json.loads(Path("runs/s/table.json").read_text())["rows"]
     found = json.loads((done / "results/e.json").read_text())["figures"]
-    assert row["exit_layer"] == 2 and row["ppl_after"] == pytest.approx(found["ppl_after"])  # the same run again
+    assert row["exit_layer"] == 2 and row["ppl_after"] == pytest.approx(
+        found["ppl_after"]
+    )  # the same run again
     assert row["accept_rate_after"] == found["accept_rate_after"]
 
 

@@ -33,13 +33,17 @@ def adapter(folder: Path, seed: int, exit_layer: int = 2, **changes) -> Path:
 
 def client(folder: Path, seed: int, records=None, **changes) -> Path:
     """A checkpoint of a fine-tuning with a draft vocabulary."""
-    config = sgp_settings(run_dir=str(folder), draft_vocab=100, max_steps=1, seed=seed, held_out_share=0.0, **changes)
+    config = sgp_settings(
+        run_dir=str(folder), draft_vocab=100, max_steps=1, seed=seed, held_out_share=0.0, **changes
+    )
     trainer = SGPTrainer(config, tiny_loaded(), records or pairs())
     scramble_lora(trainer.model, ["lora_S"], seed=seed)
     return Path(trainer.train(show_progress=False).checkpoint)
 
 
-@pytest.mark.parametrize(("weights", "shares"), [(None, (1 / 3, 1 / 3, 1 / 3)), ([100, 300, 600], (0.1, 0.3, 0.6))])
+@pytest.mark.parametrize(
+    ("weights", "shares"), [(None, (1 / 3, 1 / 3, 1 / 3)), ([100, 300, 600], (0.1, 0.3, 0.6))]
+)
 def test_the_mean_is_weighted_factor_by_factor(tmp_path, weights, shares):
     folders = [adapter(tmp_path / str(seed), seed) for seed in range(3)]
     out = average_adapters(folders, weights, tmp_path / "new" / "mean")
@@ -53,7 +57,9 @@ def test_the_mean_is_weighted_factor_by_factor(tmp_path, weights, shares):
 
 
 def test_the_mean_loads_in_peft(tmp_path):
-    out = average_adapters([adapter(tmp_path / str(seed), seed) for seed in range(2)], None, tmp_path / "mean")
+    out = average_adapters(
+        [adapter(tmp_path / str(seed), seed) for seed in range(2)], None, tmp_path / "mean"
+    )
     peft_model = PeftModel.from_pretrained(tiny_model(), str(out))
     state, mean = get_peft_model_state_dict(peft_model, "default"), load_file(out / TENSORS)
     assert state.keys() == mean.keys() and all(torch.equal(state[name], mean[name]) for name in mean)
@@ -61,7 +67,10 @@ def test_the_mean_loads_in_peft(tmp_path):
 
 def test_one_adapter_alone_stays_itself(tmp_path):
     folder = adapter(tmp_path / "a", 0)
-    one, mean = load_file(folder / TENSORS), load_file(average_adapters([folder], [7], tmp_path / "mean") / TENSORS)
+    one, mean = (
+        load_file(folder / TENSORS),
+        load_file(average_adapters([folder], [7], tmp_path / "mean") / TENSORS),
+    )
     assert all(torch.equal(one[name], mean[name]) for name in one)
 
 
@@ -97,7 +106,10 @@ def test_both_adapters_of_a_training_checkpoint_are_averaged(tmp_path):
     [
         (dict(rank=2), "r is 2; expected 4"),
         (dict(alpha=4.0), "lora_alpha is 4.0; expected 8.0"),
-        (dict(targets=("q_proj", "v_proj")), r"target_modules is \['q_proj', 'v_proj'\]; expected \['down_proj"),
+        (
+            dict(targets=("q_proj", "v_proj")),
+            r"target_modules is \['q_proj', 'v_proj'\]; expected \['down_proj",
+        ),
         (dict(exit_layer=3), r"layers_to_transform is \[0, 1, 2\]; expected \[0, 1\]"),
     ],
 )
@@ -105,14 +117,19 @@ def test_other_configurations_are_refused(tmp_path, changes, message):
     folders = [adapter(tmp_path / "a", 0), adapter(tmp_path / "b", 1, **changes)]
     with pytest.raises(DvirlError, match=message) as caught:
         average_adapters(folders, None, tmp_path / "out" / "mean")
-    assert str(caught.value).startswith(f"{folders[1]}/adapter_config.json: ") and str(folders[0]) in str(caught.value)
+    assert str(caught.value).startswith(f"{folders[1]}/adapter_config.json: ") and str(folders[0]) in str(
+        caught.value
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_order_of_targets_and_the_place_of_the_base_do_not_matter(tmp_path):
     folders = [adapter(tmp_path / name, 0) for name in "ab"]
     config = json.loads((folders[1] / "adapter_config.json").read_text())
-    config |= {"target_modules": sorted(config["target_modules"])[::-1], "base_model_name_or_path": "elsewhere"}
+    config |= {
+        "target_modules": sorted(config["target_modules"])[::-1],
+        "base_model_name_or_path": "elsewhere",
+    }
     (folders[1] / "adapter_config.json").write_text(json.dumps(config))
     average_adapters(folders, None, tmp_path / "mean")
 
@@ -134,7 +151,10 @@ def spoil(file: Path, **changes) -> None:
 )  # fmt: skip
 def test_other_tensors_are_refused(tmp_path, spoil_it, message):
     folders = [adapter(tmp_path / name, 0) for name in "ab"]
-    spoil_it(folders[1] / TENSORS, next(name for name in load_file(folders[1] / TENSORS) if "q_proj.lora_A" in name))
+    spoil_it(
+        folders[1] / TENSORS,
+        next(name for name in load_file(folders[1] / TENSORS) if "q_proj.lora_A" in name),
+    )
     with pytest.raises(DvirlError, match=message) as caught:
         average_adapters(folders, None, tmp_path / "out" / "mean")
     assert str(caught.value).startswith(f"{folders[1]}/") and not list((tmp_path / "out").iterdir())
@@ -164,7 +184,12 @@ def test_kinds_and_weights_must_fit(tmp_path):
             "new",
             "b/lora_S: holds adapter_config.json, adapter_model.safetensors; expected lora_S/adapter",
         ),
-        ([two, one], None, "new", "step-000001: holds lora_S/adapter_config.json, .*; expected adapter_config.json, "),
+        (
+            [two, one],
+            None,
+            "new",
+            "step-000001: holds lora_S/adapter_config.json, .*; expected adapter_config.json, ",
+        ),
         (
             [two, bare],
             None,

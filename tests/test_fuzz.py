@@ -65,7 +65,9 @@ from kangaroo.published import read_published
 
 pytestmark = [
     pytest.mark.no_cover,  # quick tests run these lines as well, and counting them takes longer than reading
-    pytest.mark.filterwarnings("ignore:Generating overly large repr"),  # which hid what had failed on a large file
+    pytest.mark.filterwarnings(
+        "ignore:Generating overly large repr"
+    ),  # which hid what had failed on a large file
 ]
 CASES = int(os.environ.get("DVIRL_FUZZ", "1100"))
 SECONDS = 15
@@ -183,7 +185,12 @@ def one_wrong(draw, value: Any) -> Any:
 
 def spelled(text: str, piece: str = "0") -> str:
     """The text, stand-ins replaced."""
-    stands = {f'"{DEEP}"': "[" * 10**5 + "]" * 10**5, f'"{HUGE}"': "9" * 5000, f'"{RAW}"': piece, "@SAME@": ""}
+    stands = {
+        f'"{DEEP}"': "[" * 10**5 + "]" * 10**5,
+        f'"{HUGE}"': "9" * 5000,
+        f'"{RAW}"': piece,
+        "@SAME@": "",
+    }
     for stand, meant in stands.items():
         text = text.replace(stand, meant)
     return text
@@ -206,7 +213,9 @@ def changed(draw, good: bytes) -> bytes:
         elif how == "insert":
             content[at:at] = draw(st.binary(min_size=1, max_size=8))
         else:
-            number = draw(st.sampled_from([0, 1, 2, 9, 255, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]))
+            number = draw(
+                st.sampled_from([0, 1, 2, 9, 255, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1])
+            )
             size = draw(st.sampled_from([1, 4, 8]))
             content[at : at + size] = number.to_bytes(8, "little")[:size]
     return bytes(content)
@@ -215,7 +224,9 @@ def changed(draw, good: bytes) -> bytes:
 def encoded(draw, text: str) -> bytes:
     """The text as files come: mostly UTF-8, sometimes another encoding, other line ends, or damaged."""
     how = draw(
-        st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1", "crlf", "2028", "nul", "changed"])
+        st.sampled_from(
+            ["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1", "crlf", "2028", "nul", "changed"]
+        )
     )
     text = text.replace("\n", {"crlf": "\r\n", "2028": "\u2028", "nul": "\x00\n"}.get(how, "\n"))
     if how == "latin-1":
@@ -258,7 +269,9 @@ def broken_tensors(draw, good: bytes) -> bytes:
         name = draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))
         header[name]["dtype"] = kind = draw(kinds)
         begin, end = header[name]["data_offsets"]
-        width = {"F64": 8, "I64": 8, "C64": 8, "U32": 4, "I8": 1, "BOOL": 1}.get(kind, 1 if "F8" in kind else 2)
+        width = {"F64": 8, "I64": 8, "C64": 8, "U32": 4, "I8": 1, "BOOL": 1}.get(
+            kind, 1 if "F8" in kind else 2
+        )
         header[name]["shape"] = [(end - begin) // width]
     else:
         header = draw(one_wrong(header))
@@ -276,7 +289,9 @@ def broken_pickle(draw, good: bytes) -> bytes:
     return pickle.dumps(state if draw(st.booleans()) else draw(VALUES), protocol=draw(st.integers(0, 4)))
 
 
-def write_gguf(path: Path, wrong: dict[str, Any] | None = None, shapes: dict[str, tuple] | None = None) -> bytes:
+def write_gguf(
+    path: Path, wrong: dict[str, Any] | None = None, shapes: dict[str, tuple] | None = None
+) -> bytes:
     """A Llama of one layer, in which some fields and shapes of tensors are others or, where None, missing."""
     tokenizer, size = tiny_tokenizer(), 8
     tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
@@ -292,7 +307,12 @@ def write_gguf(path: Path, wrong: dict[str, Any] | None = None, shapes: dict[str
         if isinstance(value, list):
             writer.add_array(key, value)
         elif value is not None:
-            adds = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32}
+            adds = {
+                str: writer.add_string,
+                bool: writer.add_bool,
+                float: writer.add_float32,
+                int: writer.add_uint32,
+            }
             adds[type(value)](key, value)
     layer = {"attn_q": (size, size), "attn_k": (4, size), "attn_v": (4, size), "attn_output": (size, size),
              "ffn_gate": (size, size), "ffn_up": (size, size), "ffn_down": (size, size), "attn_norm": (size,),
@@ -374,7 +394,11 @@ def read_prompts(kind: str) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         for prompt in sources.read_prompts(kind, str(path)):
             assert all(isinstance(turn, str) and turn.strip() and turn.encode() for turn in prompt.turns)
-            assert isinstance(prompt.category, str) and isinstance(prompt.response, str) and prompt.key is not None
+            assert (
+                isinstance(prompt.category, str)
+                and isinstance(prompt.response, str)
+                and prompt.key is not None
+            )
 
     return read
 
@@ -428,7 +452,10 @@ def logs(path: Path) -> None:
 def configured(kind: type) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         config = parse_args(kind, "dvirl", "", ["--config", str(path)])
-        assert type(config) is kind and kind(**yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))) == config
+        assert (
+            type(config) is kind
+            and kind(**yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))) == config
+        )
 
     return read
 
@@ -537,9 +564,9 @@ def make_shard(folder: Path) -> Path:
 
 def shard(path: Path) -> None:
     found = corpus.read_shard(path)
-    assert found.response_tokens().numel() == found.num_tokens and len(found.take(torch.arange(len(found)))) == len(
-        found
-    )
+    assert found.response_tokens().numel() == found.num_tokens and len(
+        found.take(torch.arange(len(found)))
+    ) == len(found)
 
 
 def converted(path: Path) -> None:
@@ -684,14 +711,20 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 
 
 def rows_of(*rows: Any) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def changed_row(**changes: Any) -> dict[str, Any]:
     """A row of `make_answers`, a list of its choice changed, or where None taken out."""
     choice = {"turns": ["x"], "new_tokens": [3], "wall_time": [0.5], "decoding_steps": [2], "num_drafted": [1],
               "num_accepted": [1], "nll": [1.5], "tokens": [[5, 6]], "accept_lengths": [2]}  # fmt: skip
-    row = {"question_id": 1, "category": "qa", **{key: one for key, one in changes.items() if key not in choice}}
+    row = {
+        "question_id": 1,
+        "category": "qa",
+        **{key: one for key, one in changes.items() if key not in choice},
+    }
     choice = {key: one for key, one in {**choice, **changes}.items() if key in choice and one is not None}
     return {**row, "choices": [choice]}
 
@@ -712,7 +745,9 @@ def drafter_of(**changes: torch.Tensor) -> bytes:
         "exit_proj.weight": torch.zeros(16, 32),
         "draft_ids": torch.arange(16),
     }
-    return save({name: changes.get(name.split(".")[-2 if "." in name else 0], value) for name, value in state.items()})
+    return save(
+        {name: changes.get(name.split(".")[-2 if "." in name else 0], value) for name, value in state.items()}
+    )
 
 
 def gguf_of(path: Path = Path("/tmp"), **how: Any) -> bytes:
@@ -837,7 +872,9 @@ CORPUS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "said"), CORPUS, ids=[f"{row[0]} {n}" for n, row in enumerate(CORPUS)])
+@pytest.mark.parametrize(
+    ("name", "content", "said"), CORPUS, ids=[f"{row[0]} {n}" for n, row in enumerate(CORPUS)]
+)
 def test_a_file_of_the_corpus(tmp_path, name, content, said):
     reader = READERS[name]
     path = reader.make(tmp_path)
@@ -860,7 +897,9 @@ def test_separators_inside_texts_end_no_line(tmp_path):
     assert [prompt.turns for prompt in sources.read_prompts("jsonl", str(tmp_path / "p.jsonl"))] == [
         (text,) for text in texts
     ]
-    (tmp_path / "m.jsonl").write_bytes(rows_of(*({"step": 1, "phase": text} for text in texts)) + b'{"step": 1, "ph')
+    (tmp_path / "m.jsonl").write_bytes(
+        rows_of(*({"step": 1, "phase": text} for text in texts)) + b'{"step": 1, "ph'
+    )
     run_log.cut_log(tmp_path / "m.jsonl", 1)
     assert run_log.read_metrics(tmp_path / "m.jsonl").phase.tolist() == texts
 
@@ -873,7 +912,11 @@ def test_a_damaged_old_checkpoint_goes_and_the_newest_is_the_one_of_most_steps(t
     assert checkpoint.newest(tmp_path).name == "step-1000000"
     checkpoint.prune(tmp_path, 1)
     kept = {one.name for one in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {"step-000010", "step-1000000", "step-notes.txt"}  # the first of the best scores, and the newest
+    assert kept == {
+        "step-000010",
+        "step-1000000",
+        "step-notes.txt",
+    }  # the first of the best scores, and the newest
 
 
 @pytest.mark.parametrize("name", ["pandas", "json", "parquet", "imagefolder", "webdataset"])
@@ -893,6 +936,8 @@ def test_a_mistyped_path_is_no_such_file_where_the_hub_is_off(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("data/questions", "x" * 5000):
-        with pytest.raises(DvirlError, match=f"^'{name}': no such file, and no readable data set on the hub") as caught:
+        with pytest.raises(
+            DvirlError, match=f"^'{name}': no such file, and no readable data set on the hub"
+        ) as caught:
             sources.read_prompts("jsonl", name)
         assert "\n" not in str(caught.value)

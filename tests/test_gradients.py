@@ -31,7 +31,9 @@ def snapshot(trainer):
 
 
 def changed(trainer, before):
-    return {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    return {
+        name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])
+    }
 
 
 def layers(names):
@@ -41,11 +43,15 @@ def layers(names):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
 def test_a_fast_update_changes_lora_s_and_nothing_else(schedule, exit_layer):
-    trainer = collected(schedule=schedule, exit_layer=exit_layer, head="frozen", drafter="none", draft_vocab=0)
+    trainer = collected(
+        schedule=schedule, exit_layer=exit_layer, head="frozen", drafter="none", draft_vocab=0
+    )
     before = snapshot(trainer)
     trainer.fast_update(trainer.buffer.take_fresh())
     moved = changed(trainer, before)
-    assert moved - {"adapter_model.norm.weight"} and all("lora_S" in n for n in moved - {"adapter_model.norm.weight"})
+    assert moved - {"adapter_model.norm.weight"} and all(
+        "lora_S" in n for n in moved - {"adapter_model.norm.weight"}
+    )
     assert layers(moved - {"adapter_model.norm.weight"}) == set(range(exit_layer))
 
 

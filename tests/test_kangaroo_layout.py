@@ -36,7 +36,9 @@ class Published:
         config, state = LlamaConfig.from_pretrained(folder), torch.load(folder / "pytorch_model.bin")
         self.attention = LlamaAttention(config)
         prefix = "layers.0.self_attn."
-        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        weights = {
+            name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+        }
         self.attention.load_state_dict({**self.attention.state_dict(), **weights})
         self.norms = [LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in NORMS]
         for norm, name in zip(self.norms, NORMS, strict=True):
@@ -84,12 +86,16 @@ def alter(folder: Path, **changes) -> None:
     """Rewrite the weights with tensors added, replaced, or left out where they are None; dots are written as __."""
     state = torch.load(folder / "pytorch_model.bin")
     state |= {name.replace("__", "."): value for name, value in changes.items()}
-    torch.save({name: value for name, value in state.items() if value is not None}, folder / "pytorch_model.bin")
+    torch.save(
+        {name: value for name, value in state.items() if value is not None}, folder / "pytorch_model.bin"
+    )
 
 
 def configure(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "gone"}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value != "gone"})
+    )
 
 
 def pair(folder: Path, seed: int = 0, **changes) -> tuple[KangarooModel, Published]:
@@ -128,7 +134,12 @@ def test_accept_lengths_are_the_published_ones(tmp_path, seed, threshold):
 
 @pytest.mark.parametrize(
     "other",
-    [dict(rope_theta=5000.0), dict(rms_norm_eps=1.0), dict(num_attention_heads=4, num_key_value_heads=2), "window"],
+    [
+        dict(rope_theta=5000.0),
+        dict(rms_norm_eps=1.0),
+        dict(num_attention_heads=4, num_key_value_heads=2),
+        "window",
+    ],
 )
 def test_what_the_folder_decides_moves_accept_lengths(tmp_path, other):
     """Were any of it taken from elsewhere, the test above would fail."""
@@ -172,12 +183,18 @@ def test_the_config_that_is_published_is_read(tmp_path):
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     half = {name: value.half() for name, value in state.items()}
-    torch.save({**half, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {**half, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "pytorch_model.bin"
+    )
     adapter = read_published(tmp_path, 32)
     assert adapter.kind == "adapter" and adapter.window is None and len(adapter.layers) == 1
-    assert adapter.rotary.base == 10000.0 and adapter.norm.eps == adapter.layers[0].input_layernorm.eps == 1e-06
+    assert (
+        adapter.rotary.base == 10000.0 and adapter.norm.eps == adapter.layers[0].input_layernorm.eps == 1e-06
+    )
     assert adapter.layers[0].self_attn.num_groups == 8
-    assert {name: value.dtype for name, value in adapter.state_dict().items()} == dict.fromkeys(state, torch.float32)
+    assert {name: value.dtype for name, value in adapter.state_dict().items()} == dict.fromkeys(
+        state, torch.float32
+    )
     assert all(torch.equal(value, half[name].float()) for name, value in adapter.state_dict().items())
 
 
@@ -218,7 +235,10 @@ def test_safetensors_and_our_own_layout_give_the_same_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "neither drafter.safetensors nor a published adapter's config.json"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            "neither drafter.safetensors nor a published adapter's config.json",
+        ),
         (lambda f: (f / "pytorch_model.bin").unlink(), "expected model.safetensors or pytorch_model.bin"),
         (lambda f: (f / "config.json").write_text("{"), "not the config of a Kangaroo adapter"),
         (lambda f: (f / "config.json").write_text("[]"), "not the config of a Kangaroo adapter"),
@@ -229,11 +249,17 @@ def test_safetensors_and_our_own_layout_give_the_same_adapter(tmp_path):
         (lambda f: configure(f, num_attention_heads=32), "32 query and 4 key/value heads do not split"),
         (lambda f: configure(f, num_key_value_heads=2), r"k_proj.weight is \[16, 32\], expected \[8, 32\]"),
         (lambda f: configure(f, num_hidden_layers=2), "tensor layers.1.input_layernorm.weight is missing"),
-        (lambda f: configure(f, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling type 'dynamic'"),
+        (
+            lambda f: configure(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
+            "rope_scaling type 'dynamic'",
+        ),
         (lambda f: alter(f, norm__weight=None), "tensor norm.weight is missing"),
         (lambda f: alter(f, layers__0__mlp__up_proj__weight=torch.ones(2)), "mlp.up_proj.weight is foreign"),
         (lambda f: alter(f, norm__weight=torch.ones(31)), r"norm.weight is \[31\], expected \[32\]"),
-        (lambda f: alter(f, norm__weight=torch.ones(32).long()), "more than a plain dict of floating-point tensors"),
+        (
+            lambda f: alter(f, norm__weight=torch.ones(32).long()),
+            "more than a plain dict of floating-point tensors",
+        ),
         (lambda f: alter(f, norm__weight="ones"), "more than a plain dict of floating-point tensors"),
         (lambda f: torch.save([torch.ones(2)], f / "pytorch_model.bin"), "more than a plain dict"),
         (lambda f: torch.save({0: torch.ones(2)}, f / "pytorch_model.bin"), "more than a plain dict"),
@@ -260,7 +286,9 @@ class Malicious:
         return os.mkdir, (str(self.proof),)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data, protocol=2))])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data, protocol=2))]
+)
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, write):
     proof = tmp_path / "was-run"
     pickle.loads(pickle.dumps(Malicious(proof)))

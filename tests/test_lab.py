@@ -51,7 +51,9 @@ class Lab:
     def ask(self, method: str, path: str, /, **body):
         """What the server answers, which must not be an error."""
         given = {"json": body} if body else {}
-        answer = requests.request(method, f"http://{self.address}{path}", headers=self.headers, timeout=120, **given)
+        answer = requests.request(
+            method, f"http://{self.address}{path}", headers=self.headers, timeout=120, **given
+        )
         answer.raise_for_status()
         return answer
 
@@ -81,13 +83,18 @@ class OpenNotebook:
         self.cells.insert(1, self.parameters)
         about = dict(path=path, name=path, type="notebook", kernel={"name": "python3"})
         session = lab.ask("POST", "/api/sessions", **about).json()
-        self.session, self.kernel = f"/api/sessions/{session['id']}", f"/api/kernels/{session['kernel']['id']}"
+        self.session, self.kernel = (
+            f"/api/sessions/{session['id']}",
+            f"/api/kernels/{session['kernel']['id']}",
+        )
         channels = f"ws://{lab.address}{self.kernel}/channels"
         self.socket = websocket.create_connection(channels, header=lab.headers, timeout=120)
 
     def set_parameters(self, **values) -> None:
         """Fill the cell that stands behind the one that declares them, as papermill does."""
-        self.parameters.source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())])
+        self.parameters.source = "\n".join(
+            ["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())]
+        )
 
     def run(self, cell, watch=lambda message: None):
         """Run a cell until the kernel is idle again; every message goes to `watch` as it comes.
@@ -117,8 +124,16 @@ class OpenNotebook:
         """Ask the kernel to run code; the request's id."""
         header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "session": "tests", "username": "",
                   "version": "5.3"}  # fmt: skip
-        content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False, "stop_on_error": True}
-        message = dict(header=header, parent_header={}, metadata={}, content=content, channel="shell", buffers=[])
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": True,
+            "allow_stdin": False,
+            "stop_on_error": True,
+        }
+        message = dict(
+            header=header, parent_header={}, metadata={}, content=content, channel="shell", buffers=[]
+        )
         self.socket.send(json.dumps(message))
         return header["msg_id"]
 
@@ -164,7 +179,15 @@ def lab(tmp_path_factory):
     lab = Lab(folder / "notebooks", port := free_port())
     own = {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     wishes = f"--no-browser --allow-root --ServerApp.port={port} --IdentityProvider.token={TOKEN}"
-    command = ["make", "-f", str(ROOT / "Makefile"), "lab", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.ready"]
+    command = [
+        "make",
+        "-f",
+        str(ROOT / "Makefile"),
+        "lab",
+        f"VENV={sys.prefix}",
+        "-o",
+        f"{sys.prefix}/.ready",
+    ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*command, f"LAB_ARGS={wishes}"], cwd=folder, start_new_session=True, stdout=log, stderr=log,
                                    env={**os.environ, **own, "IPYTHONDIR": str(folder / "ipython")})  # fmt: skip
@@ -201,7 +224,9 @@ def notebook(lab):
 @pytest.fixture
 def training(notebook, tmp_path):
     """Notebook 03 on a tiny model, run up to the cell that trains; that cell, and the run's folder."""
-    notebook.set_parameters(**TINY, model_name=str(save_tiny(tmp_path / "tiny")), run_dir=str(tmp_path / "run"))
+    notebook.set_parameters(
+        **TINY, model_name=str(save_tiny(tmp_path / "tiny")), run_dir=str(tmp_path / "run")
+    )
     return notebook.run_to("trainer.train()"), tmp_path / "run"
 
 
@@ -253,7 +278,9 @@ def test_a_cell_is_interrupted_and_run_again(notebook, training, tmp_path):
     settings = from_mapping(DVIConfig, run_settings(run_dir), "the run")
     make_trainer(replace(settings, run_dir=str(tmp_path / "whole"))).train(show_progress=False)
     assert logged(run_dir) == logged(tmp_path / "whole")
-    traps = next(one for one in notebook.cells if "tape.playing()" in one.source)  # these learn from the answers so far
+    traps = next(
+        one for one in notebook.cells if "tape.playing()" in one.source
+    )  # these learn from the answers so far
     run_interrupted(notebook, traps)
     run_again(notebook, traps)
     folders = [path.parent for path in run_dir.glob("*/metrics.jsonl")]

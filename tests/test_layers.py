@@ -54,7 +54,9 @@ def test_decoding_with_fused_layers_and_with_the_modules_is_the_same(args, monke
     fast = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
     build = layers.CachedLayer.__init__
     monkeypatch.setattr(
-        layers.CachedLayer, "__init__", lambda self, layer, dtype, fused=True: build(self, layer, dtype, False)
+        layers.CachedLayer,
+        "__init__",
+        lambda self, layer, dtype, fused=True: build(self, layer, dtype, False),
     )
     model._weights, model.base_model._weights = MadeFromWeights(), MadeFromWeights()
     slow = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]
@@ -70,7 +72,9 @@ def test_fused_layers_are_made_once_and_anew_when_a_weight_has_changed(monkeypat
     model, prompt = tiny_kangaroo(1, 3, lora=False, drafter="layer", head="full"), random_prompts(1)[0]
     made = []
     build = layers.CachedLayer.__init__
-    monkeypatch.setattr(layers.CachedLayer, "__init__", lambda self, *args: (made.append(1), build(self, *args))[1])
+    monkeypatch.setattr(
+        layers.CachedLayer, "__init__", lambda self, *args: (made.append(1), build(self, *args))[1]
+    )
 
     def decode():
         made.clear()

@@ -97,11 +97,15 @@ def test_sampled_reinforce_agrees_with_the_exact_gradient_and_argmax_does_not(ba
     )[0]
     by_hand = -probabilities[wanted] * (torch.eye(4, dtype=torch.float64)[wanted] - probabilities)
     torch.testing.assert_close(exact, by_hand)
-    actions = torch.multinomial(probabilities, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    actions = torch.multinomial(
+        probabilities, 200_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
 
     def gradient(chosen):
         log_probs = log_prob_of(logits.expand(len(chosen), 4), chosen)
-        return torch.autograd.grad(reinforce_loss(log_probs, (chosen == wanted).double(), baseline).mean(), logits)[0]
+        return torch.autograd.grad(
+            reinforce_loss(log_probs, (chosen == wanted).double(), baseline).mean(), logits
+        )[0]
 
     torch.testing.assert_close(gradient(actions), exact, atol=5e-3, rtol=0)
     assert (gradient(torch.full((100,), 2)) - exact).abs().max() > 0.05
@@ -210,7 +214,9 @@ def test_total_variation_is_the_rejection_rate_of_speculative_sampling():
     draft, verifier = random_logits(3, 6, 8), random_logits(3, 6, 9)
     p, q = verifier.softmax(-1), draft.softmax(-1)
     torch.testing.assert_close(tv_loss(draft, verifier), ((p - q).abs().sum(-1) / 2).mean())
-    by_rule = sum(float(q[n, x]) * (1 - min(1.0, float(p[n, x] / q[n, x]))) for n in range(3) for x in range(6)) / 3
+    by_rule = (
+        sum(float(q[n, x]) * (1 - min(1.0, float(p[n, x] / q[n, x]))) for n in range(3) for x in range(6)) / 3
+    )
     assert float(tv_loss(draft, verifier)) == pytest.approx(by_rule)
     assert float(tv_loss(draft, draft)) == pytest.approx(0.0, abs=1e-12)
 
@@ -255,7 +261,9 @@ def test_the_ramp():
 
 def decisions(asked=None, **changes) -> Decisions:
     """Four records, one verifier's token outside the exit head; `asked` counts looks at the verifier's logits."""
-    config = DVIConfig(**{"action_temperature": 0.7, "kl_floor": 0.2, "kl_kind": "reverse", "kl_top_k": 3, **changes})
+    config = DVIConfig(
+        **{"action_temperature": 0.7, "kl_floor": 0.2, "kl_kind": "reverse", "kl_top_k": 3, **changes}
+    )
 
     def verifier():
         if asked is not None:
@@ -272,12 +280,17 @@ def by_hand() -> dict[str, float]:
     draft, verifier, tempered = random_logits(4, 7, 1), random_logits(4, 7, 2), random_logits(4, 7, 1) / 0.7
     log_pi = tempered.log_softmax(-1)
     parts = {
-        "reinforce": -sum((r - 0.3) * float(log_pi[n, x]) for n, x, r in [(0, 1, 1), (1, 0, 0), (2, 6, 1), (3, 2, 0)])
+        "reinforce": -sum(
+            (r - 0.3) * float(log_pi[n, x]) for n, x, r in [(0, 1, 1), (1, 0, 0), (2, 6, 1), (3, 2, 0)]
+        )
         / 4,
         "exact_pg": -sum(math.exp(log_pi[n, x]) for n, x in [(0, 1), (1, 3), (2, 6)]) / 4,
         "ce": -sum(float(log_pi[n, x]) for n, x in [(0, 1), (1, 3), (2, 6)]) / 3,
         "masked_ce": -sum(float(log_pi[n, x]) for n, x in [(0, 1), (2, 6)]) / 2,
-        "kl": sum(sum(y * math.log(y / x) for x, y in zip(p, q, strict=True)) for p, q in outcomes(draft, verifier, 3))
+        "kl": sum(
+            sum(y * math.log(y / x) for x, y in zip(p, q, strict=True))
+            for p, q in outcomes(draft, verifier, 3)
+        )
         / 4,
         "tv": float((verifier.softmax(-1) - draft.softmax(-1)).abs().sum() / 8),
     }
@@ -290,7 +303,9 @@ def test_every_schedule_is_what_it_says_and_takes_regularisers(schedule):
     assert float(fast_loss(on)) == pytest.approx(parts[schedule])
     entropy = float(Categorical(logits=on.logits / 0.7).entropy().mean())
     regularised = decisions(schedule=schedule, kl_weight=0.2, entropy_weight=0.05)
-    assert float(fast_loss(regularised)) == pytest.approx(parts[schedule] + 0.2 * parts["kl"] - 0.05 * entropy)
+    assert float(fast_loss(regularised)) == pytest.approx(
+        parts[schedule] + 0.2 * parts["kl"] - 0.05 * entropy
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -300,7 +315,9 @@ def test_the_losses_of_several_processes_add_up_to_that_of_one(schedule):
     for rows in (slice(0, 1), slice(1, 4)):
         values = {name: getattr(on, name)[rows] for name in ("logits", "drafted", "verified", "rewards")}
         verifier = partial(lambda rows: on.verifier()[rows], rows)
-        parts.append(fast_loss(replace(on, **values, verifier=verifier, totals=count(on.rewards, on.verified))))
+        parts.append(
+            fast_loss(replace(on, **values, verifier=verifier, totals=count(on.rewards, on.verified)))
+        )
     assert float(sum(parts)) == pytest.approx(float(fast_loss(on)))
 
 
@@ -318,7 +335,9 @@ def test_the_schedules_have_their_objectives_and_kl_to_rl_starts_as_kl():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_may_be_replayed_does_not_look_at_the_draw(schedule):
     on = replace(decisions(schedule=schedule), reward_share=0.0)
-    other = replace(on, drafted=torch.tensor([5, 5, 0, 0]), rewards=torch.tensor([0.0, 1, 1, 0]), baseline=0.9)
+    other = replace(
+        on, drafted=torch.tensor([5, 5, 0, 0]), rewards=torch.tensor([0.0, 1, 1, 0]), baseline=0.9
+    )
     assert (float(fast_loss(on)) == float(fast_loss(other))) == (schedule in REPLAYING)
 
 

@@ -82,7 +82,9 @@ def test_without_lora_d_the_reference_is_the_untouched_model():
     model = KangarooModel(ours, None, Namespace(drafter="adapter"), 2)
     scramble_lora(model, ["lora_S"], 0.5)
     for prompt in random_prompts(6, 3):
-        assert model.generate(prompt, LENGTH, DecodeConfig(4), (EOS,)).tokens == hf_greedy(theirs, prompt, LENGTH, EOS)
+        assert model.generate(prompt, LENGTH, DecodeConfig(4), (EOS,)).tokens == hf_greedy(
+            theirs, prompt, LENGTH, EOS
+        )
 
 
 def test_an_adapted_target_would_not_pass_as_the_base():
@@ -90,7 +92,9 @@ def test_an_adapted_target_would_not_pass_as_the_base():
     model = tiny_kangaroo(1)
     untouched = as_hugging_face(model.base_model, "lora_S", "lora_D")
     prompts = random_prompts(6, 1)
-    found = [model.generate(prompt, LENGTH, DecodeConfig(4, target="adapted"), (EOS,)).tokens for prompt in prompts]
+    found = [
+        model.generate(prompt, LENGTH, DecodeConfig(4, target="adapted"), (EOS,)).tokens for prompt in prompts
+    ]
     assert found != [hf_greedy(untouched, prompt, LENGTH, EOS) for prompt in prompts]
 
 
@@ -98,11 +102,14 @@ def test_an_adapted_target_would_not_pass_as_the_base():
 def test_the_default_model_on_twenty_prompts(real):
     base = copied(real)
     inject_dual_lora(base.model, 6)
-    model = KangarooModel(base.model, None, Namespace(drafter="layer", head="full", draft_vocab=range(8192)), 6)
+    model = KangarooModel(
+        base.model, None, Namespace(drafter="layer", head="full", draft_vocab=range(8192)), 6
+    )
     scramble_lora(model, ["lora_S"], 0.02)
     reference = LlamaForCausalLM.from_pretrained(ensure_embedded("smollm2-135m"), low_cpu_mem_usage=True)
     questions = [
-        f"Tell me something about the number {number} and the letter {chr(97 + number)}." for number in range(20)
+        f"Tell me something about the number {number} and the letter {chr(97 + number)}."
+        for number in range(20)
     ]
     drafted = 0
     for number, question in enumerate(questions):

@@ -37,7 +37,9 @@ def test_the_sampler_draws_from_the_nucleus_in_proportion():
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.0, 0.0]) / 0.8, atol=0.02, rtol=0)
     sharper = top_p_sampler(torch.Generator().manual_seed(0), 0.5, 1.0)(logits)
     squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    torch.testing.assert_close(torch.bincount(sharper, minlength=4) / 20000, squares / squares.sum(), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(sharper, minlength=4) / 20000, squares / squares.sum(), atol=0.02, rtol=0
+    )
 
 
 @pytest.mark.real
@@ -54,7 +56,19 @@ def test_the_model_writes_its_own_prompts(real):
 @pytest.mark.real
 def test_the_command_writes_a_question_file_of_every_kind_in_turn(tmp_path, capsys, real):
     path = tmp_path / "new/q.jsonl"
-    flags = ["--each", "1", "--kinds", "free", "code", "--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
+    flags = [
+        "--each",
+        "1",
+        "--kinds",
+        "free",
+        "code",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+    ]
     assert cli.main(["prompts", str(path), *flags]) == 0
     assert capsys.readouterr().out == f"written: {path}, 2 prompts\n"
     prompts = list(read_prompts("spec_bench", str(path)))
@@ -65,7 +79,10 @@ def test_the_command_writes_a_question_file_of_every_kind_in_turn(tmp_path, caps
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--each", "0"], "each is 0; expected a number from 1"), (["--kinds", "x"], "unknown kind of prompt x")],
+    [
+        (["--each", "0"], "each is 0; expected a number from 1"),
+        (["--kinds", "x"], "unknown kind of prompt x"),
+    ],
 )
 def test_prompts_that_cannot_be_written_are_said(tmp_path, capsys, flags, message):
     assert cli.main(["prompts", str(tmp_path / "q.jsonl"), *flags]) == 2

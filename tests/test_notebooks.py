@@ -16,7 +16,14 @@ from dvirl.runs.log import read_metrics
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICK = dict(
-    num_prompts=8, rollout_batch=8, max_new_tokens=16, eval_prompts=2, judged=4, held_out=4, threads=1, fast_batch=1
+    num_prompts=8,
+    rollout_batch=8,
+    max_new_tokens=16,
+    eval_prompts=2,
+    judged=4,
+    held_out=4,
+    threads=1,
+    fast_batch=1,
 )
 
 
@@ -31,7 +38,10 @@ def execute(tmp_path, notebook="03_train", **parameters):
 def two_questions(tmp_path):
     """A file of two short questions; its path."""
     path = tmp_path / "q.jsonl"
-    rows = [dict(question_id=at, category=kind, turns=["Name a few rivers."]) for at, kind in enumerate(("qa", "rag"))]
+    rows = [
+        dict(question_id=at, category=kind, turns=["Name a few rivers."])
+        for at, kind in enumerate(("qa", "rag"))
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -88,7 +98,9 @@ def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
     exec(cells[0], space)
     (defaults,) = re.findall(r'claim = claims\(globals\(\), "(\w+)"\)', "\n".join(cells))
     parameters = {name: space[name] for name in assigned_names(cells[0])}
-    assert defaults == fingerprint(parameters), "the parameters have changed, so their claims are to be looked at again"
+    assert defaults == fingerprint(parameters), (
+        "the parameters have changed, so their claims are to be looked at again"
+    )
     with pytest.raises(AssertionError):
         claims(space, defaults)(False, "")
 
@@ -96,7 +108,9 @@ def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
 @pytest.mark.parametrize("injected", ["# Parameters\nrun_dir = 'run'", "# Parameters\nnum_prompts = 16"])
 def test_an_accept_rate_under_the_floor_fails_the_default_run_of_03_alone(injected):
     cells = code_cells("03_train")
-    (asserting,) = (line for cell in cells for line in cell.splitlines() if line.startswith("claim = claims("))
+    (asserting,) = (
+        line for cell in cells for line in cell.splitlines() if line.startswith("claim = claims(")
+    )
     (judging,) = (cell for cell in cells if "is under 0.28" in cell)
     step_by_step = SimpleNamespace(accept_rate=0.04, mat=1.04)
     space = {"In": [cells[0], injected], "claims": claims, "config": SimpleNamespace(schedule="kl_to_rl"),
@@ -156,7 +170,9 @@ def test_acceptance_with_other_parameters(tmp_path, settings, expected):
      (dict(methods="generate,plain,pld", repeats=2), ["4 of 4 answers with drafts are", "drift 0.0000 nats"])],
 )  # fmt: skip
 def test_evaluation_with_other_parameters(tmp_path, settings, expected):
-    said = execute(tmp_path, "05_evaluate", questions=two_questions(tmp_path), answer_tokens=9, threads=1, **settings)
+    said = execute(
+        tmp_path, "05_evaluate", questions=two_questions(tmp_path), answer_tokens=9, threads=1, **settings
+    )
     assert all(sentence in said for sentence in expected)
     lines = (next(tmp_path.glob("runs/05_evaluate-*")) / "answers/plain-1.jsonl").read_text().splitlines()
     assert len(lines) == settings.get("num_questions", 2)
@@ -170,7 +186,9 @@ def test_evaluation_with_other_parameters(tmp_path, settings, expected):
      (dict(max_steps=3, held_out=2, drafter="layer"), ['"base": 2 of 2 answers are those'])],
 )  # fmt: skip
 def test_sgp_with_other_parameters(tmp_path, settings, expected):
-    small = dict(max_steps=2, batch_size=2, held_out_share=0.01, num_prompts=2, held_out=1, max_new_tokens=9, threads=1)
+    small = dict(
+        max_steps=2, batch_size=2, held_out_share=0.01, num_prompts=2, held_out=1, max_new_tokens=9, threads=1
+    )
     said = execute(tmp_path, "06_sgp", run_dir="run", **{**small, **settings})
     assert all(sentence in said for sentence in expected)
     saved = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
@@ -186,12 +204,20 @@ def test_sgp_with_other_parameters(tmp_path, settings, expected):
      (dict(exit_layer=24, slow_every=3, lr_deep=0.0, dtype="float32"), "base-every-3-beta-0", "base-every-3-beta-1", 3)],
 )  # fmt: skip
 def test_slow_updates_with_other_parameters(tmp_path, settings, free, leashed, measured):
-    few = dict(num_prompts=12, rollout_batch=12, held_out=3, max_new_tokens=8, replies=2, threads=1, draft_vocab=512)
+    few = dict(
+        num_prompts=12, rollout_batch=12, held_out=3, max_new_tokens=8, replies=2, threads=1, draft_vocab=512
+    )
     said = execute(tmp_path, "04_slow_update", run_dir="run", **few, **settings)
     assert "in 7 variants" in said and "flagged with every seed: 8 of 12" in said
-    log = {name: read_metrics(tmp_path / "run" / name / "metrics.jsonl") for name in (free, leashed, "base-never")}
+    log = {
+        name: read_metrics(tmp_path / "run" / name / "metrics.jsonl")
+        for name in (free, leashed, "base-never")
+    }
     assert all(len(one) > measured for one in log.values()) and "drift_kl" in log[free]
-    assert log["base-never"].drift_kl.isna().all() and log["base-never"].accept_rate[0] == log[free].accept_rate[0]
+    assert (
+        log["base-never"].drift_kl.isna().all()
+        and log["base-never"].accept_rate[0] == log[free].accept_rate[0]
+    )
     for name in (free, leashed):
         asked = log[name].step % measured == 0
         assert log[name].drift_kl[~asked].isna().all() and log[name].drift_kl.notna().any()

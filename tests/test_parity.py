@@ -91,7 +91,9 @@ def test_forward_draft_or_large_model_is_the_two_halves():
         torch.testing.assert_close(ours.lm_head(final), ours(ids).logits, atol=1e-5, rtol=0)
         with ours.decoding(16, None):
             ours.forward_draft_or_large_model(in_tokens_small=ids)
-            again = ours.forward_draft_or_large_model(in_tokens_small=ids[:, 3:], position_ids=torch.arange(3, 8)[None])
+            again = ours.forward_draft_or_large_model(
+                in_tokens_small=ids[:, 3:], position_ids=torch.arange(3, 8)[None]
+            )
             with pytest.raises(ValueError, match="gap"):
                 ours.forward_draft_or_large_model(in_tokens_small=ids, position_ids=torch.tensor([[12]]))
     torch.testing.assert_close(again, exits[:, 3:], atol=1e-5, rtol=0)

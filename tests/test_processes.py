@@ -57,7 +57,9 @@ def fork(work) -> int:
 def settings(folder, processes=1, **changes):
     """A run of eight prompts a batch, shared by so many processes."""
     sizes = dict(rollout_batch=8, judge_batch=4, slow_batch=4)
-    return tiny_settings(run_dir=str(folder), **{name: size // processes for name, size in sizes.items()}, **changes)
+    return tiny_settings(
+        run_dir=str(folder), **{name: size // processes for name, size in sizes.items()}, **changes
+    )
 
 
 def train(folder, processes=1, **changes):
@@ -67,16 +69,22 @@ def train(folder, processes=1, **changes):
 def same(one: Path, two: Path) -> None:
     """Two runs have the same log, weights and state, but for rounding and the clock."""
     logs = [
-        [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
+        [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, two)
     ]
     assert len(logs[0]) == len(logs[1]) > 5
     for first, second in zip(*logs, strict=True):
         assert first.keys() == second.keys()
         for key, value in first.items():
-            assert value == second[key] or value == pytest.approx(second[key], rel=1e-3, abs=1e-5), (first["step"], key)
+            assert value == second[key] or value == pytest.approx(second[key], rel=1e-3, abs=1e-5), (
+                first["step"],
+                key,
+            )
     folders = newest(one), newest(two)
     assert folders[0].name == folders[1].name
-    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")) for folder in folders]
+    files = [
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")) for folder in folders
+    ]
     assert files[0] == files[1]
     for file in files[0]:
         first, second = (load_file(folder / file) for folder in folders)
@@ -125,7 +133,9 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint
         run = DVITrainer(settings(tmp_path / "run", 2), tiny_loaded(), tiny_split())
         real = run._generate
         if own == rank:
-            run.answer = lambda prompts: real(prompts) if run.counters.prompts < 16 else os.kill(os.getpid(), 9)
+            run.answer = lambda prompts: (
+                real(prompts) if run.counters.prompts < 16 else os.kill(os.getpid(), 9)
+            )
         sys.exit(errors.guarded(lambda _: run.train(show_progress=False), []))
 
     codes = in_processes(2, work)
@@ -133,7 +143,9 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint
     said = capfd.readouterr().err
     assert f"dvirl: process {1 - rank} of 2 has lost another" in said and "Traceback" not in said
     verify(newest(tmp_path / "run"))
-    assert in_processes(2, lambda _: resume(tmp_path / "run", None, tiny_loaded(), tiny_split()).train(False)) == [0, 0]
+    assert in_processes(
+        2, lambda _: resume(tmp_path / "run", None, tiny_loaded(), tiny_split()).train(False)
+    ) == [0, 0]
     train(tmp_path / "whole")
     same(tmp_path / "whole", tmp_path / "run")
 

@@ -58,7 +58,9 @@ def test_committed_notebooks_are_executed_in_order_and_plain(path):
         limit = 24 if "parameters" in cell.metadata.get("tags", []) else 15
         assert len(cell.source.splitlines()) <= limit, cell.source
         assert not re.search(r"^(def|class) ", cell.source, re.M)
-        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs)
+        assert not any(
+            output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs
+        )
         assert not any("NBVAL_SKIP" in tag for tag in cell.metadata.get("tags", []))
 
 

@@ -43,14 +43,27 @@ from kangaroo.kangaroo_model import KangarooModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "book/using.md"]
-STARTS = ("make", "dvirl", "papermill", "accelerate", "pytest", "python", "conda", "pip", "torchrun", "jupyter")
+STARTS = (
+    "make",
+    "dvirl",
+    "papermill",
+    "accelerate",
+    "pytest",
+    "python",
+    "conda",
+    "pip",
+    "torchrun",
+    "jupyter",
+)
 BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.M | re.DOTALL)
 
 
 def code(text):
     """The lines of code blocks, without comments, and the code within sentences, on one line each."""
     lines = [
-        line.removeprefix("$ ") for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").split("\n")
+        line.removeprefix("$ ")
+        for block in BLOCK.findall(text)
+        for line in block.replace("\\\n", " ").split("\n")
     ]
     spans = re.findall(r"`([^`]+)`", BLOCK.sub("", text))
     return [" ".join(one.split()) for one in (*(re.sub(r"\s# .*", "", line) for line in lines), *spans)]
@@ -80,18 +93,30 @@ STUDY = "num_prompts=4 held_out=2 max_new_tokens=6 rollout_batch=4 draft_vocab=0
 ADDED = {
     "train": (TRAIN, "accept rate: "),
     "sgp": (TUNE, "held-out loss_exit: "),
-    "distill": (f"{MODEL} --run_dir OUT --responses_from shards --head_rank 4 --batch 8", "drafter: OUT/drafter"),
-    "experiment": (f"{TRAIN} {ASK} --methods plain,fixed,dvi --results OUT/results", "results: OUT/results/OUT.json"),
+    "distill": (
+        f"{MODEL} --run_dir OUT --responses_from shards --head_rank 4 --batch 8",
+        "drafter: OUT/drafter",
+    ),
+    "experiment": (
+        f"{TRAIN} {ASK} --methods plain,fixed,dvi --results OUT/results",
+        "results: OUT/results/OUT.json",
+    ),
     "sgp-experiment": (
         f"{TUNE} {ASK} --methods plain,fixed,dvi --results OUT/results",
         "results: OUT/results/OUT.json",
     ),
-    "evaluate": (f"{TINY} {ASK} --methods plain,fixed --draft runs/NAME --run_dir OUT", "results: OUT/results.json"),
+    "evaluate": (
+        f"{TINY} {ASK} --methods plain,fixed --draft runs/NAME --run_dir OUT",
+        "results: OUT/results.json",
+    ),
     "sgp-eval": ("--threads 1", "2 of 2 responses equal those of the same verifier"),
     "trace": ("", "scored drafts accepted"),
     "check": ("--device cpu --dtype float32 --max_new_tokens 8", "2 of 2 answers are identical"),
     "agreement": ("--device cpu --max_new_tokens 8", "FILE"),
-    "cost": (f"{TINY} --model_name model --exit_layers 2 --contexts 8 --draft_len 2 --draft_vocab 0", "the fastest is"),
+    "cost": (
+        f"{TINY} --model_name model --exit_layers 2 --contexts 8 --draft_len 2 --draft_vocab 0",
+        "the fastest is",
+    ),
     "study": (
         f"--quick --seeds 0 --out OUT.json --set model_name=model dtype=float32 threads=1 {STUDY}",
         "written: OUT.json",
@@ -127,7 +152,9 @@ def room(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     for name in ("FILE", "question.jsonl"):
         write_questions(folder / name, ASKED[:2])
-    write_rows(folder / "records.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)])
+    write_rows(
+        folder / "records.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)]
+    )
     with contextlib.chdir(folder):
         loaded = loading.load("model", dtype="float32", device="cpu")
         write_shard(Path("shards/shard-00000.safetensors"), answer(loaded, random_prompts(16), 12, 8))
@@ -189,7 +216,10 @@ def check_papermill(words, out):
     values = {name: papermill.cli._resolve_type(value) for name, value in given["parameters"]}
     notebook = nbformat.read(ROOT / given["notebook_path"], as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    kind = re.search(r"notebook_config\(globals\(\)(?:, (?:kind=)?(\w+Config))?", "\n".join(cells))[1] or "DVIConfig"
+    kind = (
+        re.search(r"notebook_config\(globals\(\)(?:, (?:kind=)?(\w+Config))?", "\n".join(cells))[1]
+        or "DVIConfig"
+    )
     declared = next(cell for cell in cells if cell.startswith(DECLARED))
     injected = "\n".join([INJECTED, *(f"{name} = {value!r}" for name, value in values.items())])
     found = notebook_config(
@@ -202,7 +232,9 @@ def check_accelerate(words, out):
     """The launcher knows its flags, and what it starts works in as many processes."""
     asked = launch_command_parser().parse_args(words[1:])
     module = asked.training_script
-    front = [name for name, (at, _) in cli.COMMANDS.items() if f"dvirl.{at}" == module]  # `dvirl.cli` names it itself
+    front = [
+        name for name, (at, _) in cli.COMMANDS.items() if f"dvirl.{at}" == module
+    ]  # `dvirl.cli` names it itself
     line = [*front, *asked.training_script_args]
     assert words[0] == "launch" and asked.module and flags_in(line) <= flags_of(line[0])
     argv = tiny_line(line, out)[len(front) :]
@@ -227,7 +259,9 @@ def check_pytest(words, out):
 
 def check_conda(words, out):
     """The file of the environment is there; test_project.py says what must be in it."""
-    assert words[:3] == ["env", "create", "-f"] and yaml.safe_load((ROOT / words[3]).read_text())["dependencies"]
+    assert (
+        words[:3] == ["env", "create", "-f"] and yaml.safe_load((ROOT / words[3]).read_text())["dependencies"]
+    )
 
 
 RULES = {"make": check_make, "dvirl": check_dvirl, "papermill": check_papermill, "accelerate": check_accelerate,
@@ -276,7 +310,11 @@ def test_every_command_works(line, room, monkeypatch):
         ),
         ("papermill notebooks/03_train.ipynb out.ipynb -p schedule none", DvirlError, "schedule is 'none'"),
         ("accelerate launch --num_process 2 -n dvirl.train_dvi", SystemExit, "2"),
-        ("accelerate launch --num_processes 2 -m dvirl.train_dvi --rollout_size 64", AssertionError, "--rollout_size"),
+        (
+            "accelerate launch --num_processes 2 -m dvirl.train_dvi --rollout_size 64",
+            AssertionError,
+            "--rollout_size",
+        ),
         ("pytest --nbval --nbval-sanitize-with nbval.cfg notebook", AssertionError, "['notebook']"),
         ("pytest --nbval-lax --nbval-sanitize-with none.cfg notebooks", AssertionError, "['none.cfg']"),
         ("conda env create -f none.yml", FileNotFoundError, "none.yml"),

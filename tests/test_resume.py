@@ -121,9 +121,12 @@ def same(folder: Path, other: Path) -> bool:
     (lines, tensors, numbers), expected = what_is_there(folder), what_is_there(other)
     names = {file: values.keys() for file, values in tensors.items()}
     return (
-        (lines, numbers, names) == (expected[0], expected[2], {f: values.keys() for f, values in expected[1].items()})
+        (lines, numbers, names)
+        == (expected[0], expected[2], {f: values.keys() for f, values in expected[1].items()})
         and all(
-            torch.equal(value, expected[1][f][name]) for f, values in tensors.items() for name, value in values.items()
+            torch.equal(value, expected[1][f][name])
+            for f, values in tensors.items()
+            for name, value in values.items()
         )
         and not list((folder / "checkpoints").glob(".*"))
     )
@@ -187,7 +190,10 @@ def test_fine_tuning_that_is_asked_to_stop_goes_on_later(whole_sgp, tmp_path, mo
     run = supervised(tmp_path / "run")
     result = run.train(show_progress=False)
     assert same(tmp_path / "run", whole_sgp[0]) and run.counters.step == run.num_steps == result.steps
-    assert result.before and result.before == json.loads((newest(whole_sgp[0]) / "trainer.json").read_text())["before"]
+    assert (
+        result.before
+        and result.before == json.loads((newest(whole_sgp[0]) / "trainer.json").read_text())["before"]
+    )
     assert supervised(tmp_path / "run").train(show_progress=False) == result
     assert same(tmp_path / "run", whole_sgp[0])
 
@@ -241,7 +247,10 @@ def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):
     flags = ["--exit_layer", "2", "--num_prompts", "8", "--rollout_batch", "4", "--max_new_tokens", "8", "--fast_batch", "1",
              "--lora_rank", "2", "--draft_vocab", "0", "--threads", "1", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     run_dir = tmp_path / "run"
-    assert cli.main(["train", "--model_name", str(save_tiny(tmp_path / "m")), "--run_dir", str(run_dir), *flags]) == 0
+    assert (
+        cli.main(["train", "--model_name", str(save_tiny(tmp_path / "m")), "--run_dir", str(run_dir), *flags])
+        == 0
+    )
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(run_dir)]) == 0
     assert f"{run_dir}: 8 of 8 prompts are done" in capsys.readouterr().out
@@ -257,7 +266,9 @@ def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):
 
 def test_the_command_line_resumes_fine_tuning_too(tmp_path, capsys):
     model, run_dir = save_tiny(tmp_path / "m"), tmp_path / "run"
-    records = write_rows(tmp_path / "r.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)])
+    records = write_rows(
+        tmp_path / "r.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)]
+    )
     assert cli.main(["sgp", *sgp_flags(model, records, run_dir)]) == 0
     said = capsys.readouterr().out
     moved = run_dir.rename(tmp_path / "moved")
@@ -274,7 +285,9 @@ def test_the_command_line_resumes_fine_tuning_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(whole, tmp_path, monkeypatch, number, code):
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(
+    whole, tmp_path, monkeypatch, number, code
+):
     real = DVITrainer.step
 
     def step(self):
@@ -398,7 +411,9 @@ def fill(folder: Path, room: int) -> None:
 
 
 @pytest.mark.parametrize(("where", "real"), [("checkpoint", True), ("checkpoint", False), ("log", False)])
-def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(whole, tmp_path, capfd, record_property, where, real):
+def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(
+    whole, tmp_path, capfd, record_property, where, real
+):
     """A disk that fills up behind the first checkpoint; a limit of the system's to files where none can be mounted."""
     sizes = [path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file()]
     disk, kinds, step = tmp_path / "disk", [], DVITrainer.step
@@ -406,7 +421,9 @@ def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(whole, tmp_path, capfd
     def limit(run_dir, small):
         if small:
             return fill(disk, sum(sizes) // 2)
-        most = max(sizes) - 1000 if where == "checkpoint" else (run_dir / "metrics.jsonl").stat().st_size + 100
+        most = (
+            max(sizes) - 1000 if where == "checkpoint" else (run_dir / "metrics.jsonl").stat().st_size + 100
+        )
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         return resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 

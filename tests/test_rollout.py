@@ -35,7 +35,9 @@ def records_of(decoded, prompt_len, row):
         hidden=torch.cat([block.draft.exit_hidden[:n] for block, n in zip(blocks, count, strict=True)]),
         token=torch.cat([block.draft.tokens[:n] for block, n in zip(blocks, count, strict=True)]),
         reward=torch.tensor(rewards, device=device),
-        verifier_confidence=torch.cat([block.verifier_confidence[:n] for block, n in zip(blocks, count, strict=True)]),
+        verifier_confidence=torch.cat(
+            [block.verifier_confidence[:n] for block, n in zip(blocks, count, strict=True)]
+        ),
         verifier_token=torch.tensor(own, device=device),
         row=torch.full((len(own),), row, device=device),
         position=torch.tensor(positions, device=device),
@@ -50,11 +52,17 @@ def compare(model, config, prompts, eos, noise=None):
         decoded = model.generate(prompt, LENGTH, config, eos, None if noise is None else noise[row])
         parts.append(records_of(decoded, len(prompt), row))
         assert rollout.responses()[row] == decoded.tokens
-        blocks = [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in decoded.blocks[1:]]
+        blocks = [
+            (b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in decoded.blocks[1:]
+        ]
         replayed = judgement.blocks[row]
-        assert [(b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in replayed] == blocks
+        assert [
+            (b.start - len(prompt), b.num_drafted, b.num_accepted, b.block_len) for b in replayed
+        ] == blocks
         assert [b.committed for b in replayed] == [b.committed for b in decoded.blocks[1:]]
-    joined = type(parts[0])(*(torch.cat([getattr(p, f) for p in parts]) for f in parts[0].__dataclass_fields__))
+    joined = type(parts[0])(
+        *(torch.cat([getattr(p, f) for p in parts]) for f in parts[0].__dataclass_fields__)
+    )
     assert_same_records(judgement.records, joined)
     return judgement
 
@@ -70,7 +78,9 @@ def compare(model, config, prompts, eos, noise=None):
     target=st.sampled_from(["base", "adapted"]),
     sampled=st.booleans(),
 )
-def test_records_equal_the_step_by_step_decoders(seed, exit_layer, draft_len, threshold, drafter, target, sampled):
+def test_records_equal_the_step_by_step_decoders(
+    seed, exit_layer, draft_len, threshold, drafter, target, sampled
+):
     model = tiny_kangaroo(seed, exit_layer, drafter=drafter, adapter_window=6, draft_vocab=range(200))
     config = DecodeConfig(draft_len, threshold, target, 0.5 if sampled else 0.0)
     noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed)) if sampled else None
@@ -93,7 +103,9 @@ def test_they_agree_where_drafts_are_often_right():
 
 def test_rewards_hold_accepts_and_rejects():
     records = judge(
-        tiny_kangaroo(1, 3), generate(tiny_kangaroo(1, 3).base_model, random_prompts(6), LENGTH), DecodeConfig(3)
+        tiny_kangaroo(1, 3),
+        generate(tiny_kangaroo(1, 3).base_model, random_prompts(6), LENGTH),
+        DecodeConfig(3),
     ).records
     assert 0 < records.num_accepted < len(records)
 

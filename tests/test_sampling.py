@@ -54,7 +54,9 @@ class Adversary(KangarooModel):
 
     def drafter_parts(self):
         parts = super().drafter_parts()
-        return replace(parts, weights=replace(parts.weights, head=lambda states: -5.0 * parts.weights.head(states)))
+        return replace(
+            parts, weights=replace(parts.weights, head=lambda states: -5.0 * parts.weights.head(states))
+        )
 
 
 def five_tokens(kind=KangarooModel, **args):
@@ -92,7 +94,11 @@ def p_value(model: KangarooModel, how: DecodeConfig, draws: int = DRAWS) -> tupl
     ("how", "args", "kind"),
     [
         (DecodeConfig(3, temperature=0.9, draft_temperature=1.4), dict(draft_vocab=[0, 3]), KangarooModel),
-        (DecodeConfig(3, temperature=3.0, top_k=4, top_p=0.95, source="hybrid", draft_temperature=0.7), {}, Adversary),
+        (
+            DecodeConfig(3, temperature=3.0, top_k=4, top_p=0.95, source="hybrid", draft_temperature=0.7),
+            {},
+            Adversary,
+        ),
     ],
     ids=["draft vocabulary", "adversary and lookup, cut"],
 )
@@ -106,7 +112,9 @@ def test_a_planted_error_is_found(monkeypatch):
 
     def wrong(target, proposed, drafted, uniform):
         accepted, token = speculative_sampling(target, proposed, drafted, uniform)
-        return accepted, int(inverse_cdf(target[accepted][None], uniform[len(drafted) :])) if len(drafted) else token
+        return accepted, int(inverse_cdf(target[accepted][None], uniform[len(drafted) :])) if len(
+            drafted
+        ) else token
 
     monkeypatch.setattr(speculate, "speculative_sampling", wrong)
     how = DecodeConfig(3, temperature=0.9, draft_temperature=1.4)

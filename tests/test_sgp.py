@@ -67,7 +67,8 @@ def test_loss_and_gradient_equal_an_independent_computation(detach_exit):
         scramble_lora(model, ["lora_S"], 0.15)
     examples = mine.train_set[:4]
     head, norm = (
-        p.detach().clone().requires_grad_() for p in (mine.model.exit_proj.weight, mine.model.exit_norm.weight)
+        p.detach().clone().requires_grad_()
+        for p in (mine.model.exit_proj.weight, mine.model.exit_norm.weight)
     )
     main, early = [], []
     for example in examples:
@@ -117,7 +118,9 @@ def test_gradient_norms_are_those_of_autograd_layer_by_layer(detach_exit):
         for index, (layer, found) in enumerate(zip(layers, norms, strict=True)):
             for lora, norm in zip((False, True), found, strict=True):
                 wanted = [p for name, p in layer.named_parameters() if ("lora_" in name) == lora]
-                parts = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) if wanted else ()
+                parts = (
+                    torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) if wanted else ()
+                )
                 own = [part.square().sum() for part in parts if part is not None]
                 assert norm == pytest.approx(float(sum(own)) ** 0.5, rel=1e-4)
                 assert (norm == 0) == ((deep_only and index < 2) or (lora and index >= 2))
@@ -134,7 +137,9 @@ def test_a_step_moves_lora_and_exit_head_and_nothing_else(detach_exit, changes):
     moved = {name for name, value in mine.model.state_dict().items() if not torch.equal(value, before[name])}
     lora = {name for name in moved if "lora_S" in name}
     own = {name.split(".")[0] for name in moved - lora}
-    assert own == ({"adapter_model", "head_up", "head_down"} if changes.get("head") else {"adapter_model", "exit_proj"})
+    assert own == (
+        {"adapter_model", "head_up", "head_down"} if changes.get("head") else {"adapter_model", "exit_proj"}
+    )
     assert {int(name.split("layers.")[1].split(".")[0]) for name in lora} == (
         set() if "lora_shallow" in changes else {0, 1}
     )
@@ -146,7 +151,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_said(tmp_path, cap
     before = [parameter.clone() for parameter in mine.parameters]
     mine.config = dataclasses.replace(mine.config, detach_exit=False)
     mine.train(show_progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(before, mine.parameters, strict=True)) and not mine.optimizer.state
+    assert (
+        all(torch.equal(a, b) for a, b in zip(before, mine.parameters, strict=True))
+        and not mine.optimizer.state
+    )
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["grad_norm"] is None and line["skipped"] == 1
     assert "step 1: loss or gradient is not finite; the update is left out" in capsys.readouterr().err
@@ -168,12 +176,16 @@ def test_padding_on_the_right_changes_nothing():
     mine = trainer()
     examples = [make_example(ids, [8, 9, 10][: n % 3 + 1]) for n, ids in enumerate(random_prompts(6))]
     alone = [torch.stack(mine._sums([example])) for example in examples]
-    torch.testing.assert_close(torch.stack(mine._sums(examples)), torch.stack(alone).sum(0), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.stack(mine._sums(examples)), torch.stack(alone).sum(0), atol=1e-3, rtol=1e-5
+    )
 
 
 def test_targets_outside_the_draft_vocabulary_do_not_count_for_the_exit_head():
     mine = trainer(draft_vocab=100)
-    inside, outside = (next(t for t in range(264) if (t in mine.model.draft_ids) == there) for there in (True, False))
+    inside, outside = (
+        next(t for t in range(264) if (t in mine.model.draft_ids) == there) for there in (True, False)
+    )
     both, one = make_example([5, 6], [inside, outside]), make_example([5, 6], [inside])
     sums, alone = mine._sums([both]), mine._sums([one])
     assert (int(sums.tokens), int(sums.covered)) == (2, 1)
@@ -193,7 +205,9 @@ def test_figures_are_means_by_hand():
     assert figures["loss_main"] == pytest.approx(
         float(F.cross_entropy(logits.final_logits[0, chosen], targets)), rel=1e-5
     )
-    assert figures["ppl_main"] == pytest.approx(math.exp(figures["loss_main"])) and 0 < figures["coverage"] <= 1
+    assert (
+        figures["ppl_main"] == pytest.approx(math.exp(figures["loss_main"])) and 0 < figures["coverage"] <= 1
+    )
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_of_the_training_responses():
@@ -213,7 +227,9 @@ def test_training_lowers_the_held_out_losses(tmp_path, detach_exit):
     assert result.after["loss_exit"] < 0.7 * result.before["loss_exit"]
     assert detach_exit or result.after["loss_main"] < 0.9 * result.before["loss_main"]
     metrics = read_metrics(tmp_path / "metrics.jsonl")
-    assert metrics.step.tolist() == list(range(1, result.steps + 1)) and result.steps == math.ceil(12 * 18 / 4)
+    assert metrics.step.tolist() == list(range(1, result.steps + 1)) and result.steps == math.ceil(
+        12 * 18 / 4
+    )
     assert metrics.loss_exit.tail(5).mean() < metrics.loss_exit.head(5).mean()
     after = mine.loaded.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in base.items())
@@ -264,7 +280,11 @@ def test_nothing_held_out_evaluates_nothing(tmp_path):
 def test_both_schemas_are_read(tmp_path):
     rows = [
         {"instruction": "Sum up", "context": "A text", "response": "r", "category": "c"},
-        {"id": 1, "instruction": "Add", "instances": [{"input": "1 1", "output": "2"}, {"input": "", "output": "0"}]},
+        {
+            "id": 1,
+            "instruction": "Add",
+            "instances": [{"input": "1 1", "output": "2"}, {"input": "", "output": "0"}],
+        },
         {"instruction": "sum up!", "context": "a text", "response": "a repeat"},
     ]
     found = read_prompts("supervised", str(write_rows(tmp_path / "rows.jsonl", rows)))
@@ -294,7 +314,10 @@ def test_a_bad_row_is_named(tmp_path, row, message, capsys):
     with pytest.raises(DvirlError, match=message) as caught:
         make_trainer(sgp_settings(records_path=str(path)), tiny_loaded())
     assert str(caught.value).startswith(f"{path}:2: ")
-    assert len(read_prompts("supervised", str(path), "skip")) == 1 and f"skipped {path}:2" in capsys.readouterr().err
+    assert (
+        len(read_prompts("supervised", str(path), "skip")) == 1
+        and f"skipped {path}:2" in capsys.readouterr().err
+    )
 
 
 def test_long_records_are_cut_or_left_out(capsys):
@@ -350,7 +373,9 @@ def test_the_command_trains_and_says_where_things_are(tmp_path, capsys):
     assert cli.main(["sgp", *flags(model, records, run_dir), "--detach_exit", "false"]) == 0
     out = capsys.readouterr().out
     assert "held-out loss_exit: " in out and f"log: {run_dir}/metrics.jsonl" in out
-    assert (run_dir / "checkpoints/step-000002/lora_S/adapter_model.safetensors").exists() and "step-000002" in out
+    assert (
+        run_dir / "checkpoints/step-000002/lora_S/adapter_model.safetensors"
+    ).exists() and "step-000002" in out
     assert "detach_exit: false" in (run_dir / "config.yaml").read_text()
     assert cli.main(["sgp", *flags(model, records, run_dir)]) == 2
     assert "already holds a run" in capsys.readouterr().err

@@ -13,7 +13,11 @@ IDS = torch.arange(3, 15)[None]
 
 
 def layers_of(model, name):
-    return {int(key.split("layers.")[1].split(".")[0]) for key, _ in model.named_parameters() if f".{name}." in key}
+    return {
+        int(key.split("layers.")[1].split(".")[0])
+        for key, _ in model.named_parameters()
+        if f".{name}." in key
+    }
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])

@@ -93,7 +93,9 @@ class Watched(DVITrainer):
         metrics = super().step()
         fields = (self.buffer.field(name).tolist() for name in ("response_id", "position", "token"))
         assert list(zip(*fields, strict=True)) == list(self.queue), "the oldest were not dropped first"
-        assert set(self.buffer._responses) == {row for row, *_ in self.queue}, "responses that no record points to"
+        assert set(self.buffer._responses) == {row for row, *_ in self.queue}, (
+            "responses that no record points to"
+        )
         self.notes["memory_mib"].append(resident())
         self.notes["handles"].append(len(os.listdir("/proc/self/fd")))
         self.notes["step_ms"].append(1000 * (time.perf_counter() - self.began))
@@ -119,7 +121,9 @@ def soak(run_dir: str, updates: int) -> dict:
 
 def point(run_dir: str, prompt_tokens: int, **changes) -> dict:
     """Memory and time of a few updates once the buffer is full, of a wider model with more words."""
-    model = tiny_pair(hidden_size=128, intermediate_size=256, vocab_size=2048, max_position_embeddings=1024)[1]
+    model = tiny_pair(hidden_size=128, intermediate_size=256, vocab_size=2048, max_position_embeddings=1024)[
+        1
+    ]
     for layer in model.model.layers[2:]:  # so that drafts are often right
         layer.mlp.down_proj.weight.data *= 0.1
         layer.self_attn.o_proj.weight.data *= 0.1
@@ -138,7 +142,8 @@ def point(run_dir: str, prompt_tokens: int, **changes) -> dict:
     buffer.num_fresh = buffer.accepted_since_update = 0
     start, fast_s = dataclasses.replace(trainer.counters), []
     while len(fast_s) <= STEPS:
-        fast_s += [line["fast_s"] for line in trainer.advance()]
+        trainer.report = lambda line: fast_s.append(line["fast_s"])
+        trainer.advance()
     done = trainer.counters
     return {
         "memory_mib": peak() - before,
@@ -150,7 +155,14 @@ def point(run_dir: str, prompt_tokens: int, **changes) -> dict:
 def child(name: str, **how) -> dict:
     """What a function of this file returns, run in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", __file__, name, json.dumps({"run_dir": f"{folder}/run", **how})]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            name,
+            json.dumps({"run_dir": f"{folder}/run", **how}),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -170,7 +182,9 @@ def draw(points, save) -> None:
         "answer_ms": "answering\na prompt",
     }
     with plt.rc_context(plots.STYLE):
-        figure, axes = plt.subplots(2, len(AXES), figsize=(11, 5), sharex="col", sharey="row", layout="constrained")
+        figure, axes = plt.subplots(
+            2, len(AXES), figsize=(11, 5), sharex="col", sharey="row", layout="constrained"
+        )
         for lines, line in zip(rows, axes, strict=True):
             for (setting, values), where in zip(AXES.items(), line, strict=True):
                 for name, colour in zip(names, plots.PALETTE, strict=False):
@@ -228,7 +242,11 @@ def test_memory_and_time_by_setting():
     """Where figures are asked for all points, else the usual one in small; a run takes little beside what it holds."""
     folder = os.environ.get("DVIRL_RESULTS")
     axes = AXES if folder else {"buffer_size": AXES["buffer_size"][:1]}
-    points = {f"{name}={at}": child("point", **{**USUAL, name: at}) for name, values in axes.items() for at in values}
+    points = {
+        f"{name}={at}": child("point", **{**USUAL, name: at})
+        for name, values in axes.items()
+        for at in values
+    }
     record("soak-cpu", usual=USUAL, points=points)
     if folder:
         draw(points, Path(folder).parent / "figures/memory-and-time-cpu.png")

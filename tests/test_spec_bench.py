@@ -78,7 +78,10 @@ def test_the_packaged_set_has_four_questions_of_each_task():
         ({**ASKED[0], "category": "poetry"}, "q.jsonl:2: category is 'poetry'; expected one of writing"),
         ({**ASKED[0], "question_id": 161}, "q.jsonl:2: question_id 161 is there twice"),
         ({**ASKED[0], "question_id": [1]}, "q.jsonl:2: 'question_id' is [1]; expected a number or a string"),
-        ({**ASKED[0], "question_id": "\x85"}, "q.jsonl:2: 'question_id' is '\\x85'; expected a number or a string"),
+        (
+            {**ASKED[0], "question_id": "\x85"},
+            "q.jsonl:2: 'question_id' is '\\x85'; expected a number or a string",
+        ),
         (
             {**ASKED[0], "category": "a\0"},
             "q.jsonl:2: 'question_id' is 81; expected a number or a string, and like the",
@@ -94,13 +97,18 @@ def test_a_bad_question_is_named_with_its_line(tmp_path, row, message):
 
 
 def test_other_categories_are_tasks_of_their_own_where_asked_for(tmp_path):
-    path = write_questions(tmp_path / "q.jsonl", [{**ASKED[1], "category": "poetry"}, {**ASKED[0], "category": ""}])
+    path = write_questions(
+        tmp_path / "q.jsonl", [{**ASKED[1], "category": "poetry"}, {**ASKED[0], "category": ""}]
+    )
     assert [one.task for one in read_questions(path, any_category=True)] == ["poetry", "other"]
 
 
 def test_a_file_that_is_no_question_file_is_said(tmp_path):
     (tmp_path / "q.jsonl").write_text("{no json\n")
-    for path, message in ((tmp_path / "q.jsonl", "q.jsonl:1: not valid JSON"), (tmp_path / "x.jsonl", "no such file")):
+    for path, message in (
+        (tmp_path / "q.jsonl", "q.jsonl:1: not valid JSON"),
+        (tmp_path / "x.jsonl", "no such file"),
+    ):
         with pytest.raises(DvirlError, match=message):
             read_questions(str(path))
 
@@ -128,7 +136,9 @@ def test_a_question_beyond_the_context_is_refused_before_any_is_answered(draft, 
     assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and not (tmp_path / "run").exists()
-    assert re.search(r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* context, 256", said[0])
+    assert re.search(
+        r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* context, 256", said[0]
+    )
 
 
 def test_a_question_that_fills_the_context_is_answered():
@@ -187,14 +197,18 @@ def test_an_answer_has_the_published_layout(evaluated):
             turns = next(one["turns"] for one in ASKED if one["question_id"] == row["question_id"])
             for key in ("turns", "decoding_steps", "new_tokens", "wall_time"):
                 assert len(choice[key]) == len(turns)
-            assert choice["index"] == 0 and sum(choice["accept_lengths"]) == sum(choice["new_tokens"]) - len(turns)
+            assert choice["index"] == 0 and sum(choice["accept_lengths"]) == sum(choice["new_tokens"]) - len(
+                turns
+            )
             assert sum(choice["decoding_steps"]) == len(choice["accept_lengths"]) + len(turns)
             assert choice["new_tokens"] == list(map(len, choice["tokens"]))
             assert len(choice["prefill_time"]) == len(turns)
             held, learns = choice["drafts"], name not in ("generate", "plain", "pld")
             assert len(held) == (0 if name == "generate" else len(choice["accept_lengths"]))
             assert sum(map(sum, held)) >= sum(choice["num_drafted"]) >= sum(choice["num_accepted"])
-            assert all((learns or not own) and (name in ("pld", "hybrid") or not copied) for own, copied in held)
+            assert all(
+                (learns or not own) and (name in ("pld", "hybrid") or not copied) for own, copied in held
+            )
             for whole, first in zip(choice["wall_time"], choice["prefill_time"], strict=True):
                 assert (first is None) if name == "generate" else 0 < first <= whole
 
@@ -207,11 +221,17 @@ def test_figures_by_hand(tmp_path):
             log_line(tmp_path / name, answer_row(question, "m", ["x"], answers))
     files = {(name, 0): resume_answers(tmp_path / name) for name in ("plain", "dvi")}
     found = measures(answer_table(files), "plain").set_index(["task", "method"])
-    assert found.loc[("overall", "dvi"), "speedup"] == pytest.approx((18 + 18) / (9 + 4.5))  # of means, not of ratios
-    assert found.loc[("rag", "dvi"), "speedup"] == pytest.approx(4.0) and found.loc[("qa", "dvi"), "mat"] == 4.0
+    assert found.loc[("overall", "dvi"), "speedup"] == pytest.approx(
+        (18 + 18) / (9 + 4.5)
+    )  # of means, not of ratios
+    assert (
+        found.loc[("rag", "dvi"), "speedup"] == pytest.approx(4.0) and found.loc[("qa", "dvi"), "mat"] == 4.0
+    )
     low, high = found.loc[("overall", "dvi"), ["low", "high"]]
     assert low == pytest.approx(2.0) and high == pytest.approx(4.0)  # only one question, or only the other
-    assert math.isnan(found.loc[("qa", "plain"), "accept_rate"]) and math.isnan(found.loc[("qa", "dvi"), "speedup_std"])
+    assert math.isnan(found.loc[("qa", "plain"), "accept_rate"]) and math.isnan(
+        found.loc[("qa", "dvi"), "speedup_std"]
+    )
 
 
 def test_repeats_give_a_deviation_and_intervals_hold_the_figure(evaluated):
@@ -220,7 +240,9 @@ def test_repeats_give_a_deviation_and_intervals_hold_the_figure(evaluated):
     assert (found.low <= found.speedup).all() and (found.speedup <= found.high).all()
     plain = found[found.method == "plain"]
     assert (plain.speedup == 1).all() and (plain.mat == 1).all() and (plain.speedup_std == 0).all()
-    assert found.speedup_std.notna().all() and (found.identical == found.questions * 2).all()  # float32: all the same
+    assert (
+        found.speedup_std.notna().all() and (found.identical == found.questions * 2).all()
+    )  # float32: all the same
 
 
 def test_perplexity_is_that_of_the_answers_and_nothing_drifts(evaluated, draft):
@@ -229,14 +251,21 @@ def test_perplexity_is_that_of_the_answers_and_nothing_drifts(evaluated, draft):
     nll, count = 0.0, 0
     for question in read_questions(str(folder.parent / "q.jsonl")):
         choice = resume_answers(folder / "answers/dvi-1.jsonl")[question.question_id]["choices"][0]
-        for prompt, tokens in zip(prompts_of(question, choice["turns"], loaded), choice["tokens"], strict=True):
+        for prompt, tokens in zip(
+            prompts_of(question, choice["turns"], loaded), choice["tokens"], strict=True
+        ):
             with torch.no_grad(), loaded.model.without_adapters("lora_S"):
-                states = loaded.model.forward_deep(loaded.model.forward_shallow(torch.tensor([prompt + tokens])))
+                states = loaded.model.forward_deep(
+                    loaded.model.forward_shallow(torch.tensor([prompt + tokens]))
+                )
                 logs = loaded.model.lm_head(states)[0].log_softmax(-1)
             nll -= sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(tokens))
             count += len(tokens)
     overall = found[(found.task == "overall")].set_index("method")
-    assert overall.ppl["dvi"] == pytest.approx(math.exp(nll / count), rel=1e-4) and overall.drift_kl.abs().max() < 1e-6
+    assert (
+        overall.ppl["dvi"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+        and overall.drift_kl.abs().max() < 1e-6
+    )
 
 
 # Results
@@ -245,9 +274,18 @@ def test_perplexity_is_that_of_the_answers_and_nothing_drifts(evaluated, draft):
 def test_results_report_trace_and_figure_are_written(evaluated):
     folder, found = evaluated
     results = json.loads((folder / "results.json").read_text())
-    assert len(results["figures"]) == len(found) and results["model"]["dtype"] == "float32" and results["overhead"] > 0
+    assert (
+        len(results["figures"]) == len(found)
+        and results["model"]["dtype"] == "float32"
+        and results["overhead"] > 0
+    )
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
-    assert "<table>" in page and '<img src="speedup.png"' in page and "| kangaroo |" in text and "http" not in page
+    assert (
+        "<table>" in page
+        and '<img src="speedup.png"' in page
+        and "| kangaroo |" in text
+        and "http" not in page
+    )
     assert (folder / "speedup.png").stat().st_size > 5000
     events = read_trace(folder / "trace.jsonl")
     assert set(events.method) <= {"pld", "kangaroo", "fixed", "dvi", "hybrid"}
@@ -298,7 +336,9 @@ def test_two_processes_share_the_questions_and_the_first_judges(evaluated, draft
     def work(rank):
         real = runner.answer_question
         patch = pytest.MonkeyPatch()
-        patch.setattr(runner, "answer_question", lambda *args: decoded.append(args[0].question_id) or real(*args))
+        patch.setattr(
+            runner, "answer_question", lambda *args: decoded.append(args[0].question_id) or real(*args)
+        )
         assert cli.main(flags) == 0
         left = decoded[len(METHODS) :]  # behind those that warm up
         assert sorted(set(left)) == [[7, 81], [161]][rank] and len(left) == 2 * len(METHODS) * [2, 1][rank]
@@ -311,7 +351,9 @@ def test_two_processes_share_the_questions_and_the_first_judges(evaluated, draft
         assert one == two and len(one) == 3
     key = ["method", "question_id", "repeat", "turn", "position", "at", "accepted"]
     traces = [read_trace(run / "trace.jsonl")[key] for run in (folder, tmp_path / "run")]
-    fixed = [one[one.method.isin(("kangaroo", "fixed"))].sort_values(key, ignore_index=True) for one in traces]
+    fixed = [
+        one[one.method.isin(("kangaroo", "fixed"))].sort_values(key, ignore_index=True) for one in traces
+    ]
     assert len(fixed[0]) > 20 and fixed[0].equals(fixed[1])  # others draft by what they have seen before
     found = pd.DataFrame(json.loads((tmp_path / "run/results.json").read_text())["figures"])
     assert (found.questions == alone.questions).all() and (found.identical == alone.identical).all()
@@ -348,7 +390,10 @@ def test_what_does_not_fit_is_said(evaluated, draft, capsys, change, message):
     [
         ("no json\n", "plain-1.jsonl:1: not valid JSON"),
         ('{"question_id": 1}\n', "plain-1.jsonl:1: expected question_id and choices"),
-        ('{"question_id": 1, "category": "qa", "choices": [{"turns": ["a"]}]}\n', "1: choices[0].new_tokens is None"),
+        (
+            '{"question_id": 1, "category": "qa", "choices": [{"turns": ["a"]}]}\n',
+            "1: choices[0].new_tokens is None",
+        ),
     ],
 )
 def test_an_answer_file_that_cannot_be_read_is_said(tmp_path, text, message):
@@ -360,7 +405,9 @@ def test_an_answer_file_that_cannot_be_read_is_said(tmp_path, text, message):
 
 def test_a_question_that_is_answered_twice_is_said(tmp_path):
     for _ in range(2):
-        log_line(tmp_path / "a.jsonl", answer_row(Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)]))
+        log_line(
+            tmp_path / "a.jsonl", answer_row(Question(3, "qa", ("x",)), "m", ["y"], [Answer([4, 5], 1.0)])
+        )
     with pytest.raises(DvirlError, match=r"a.jsonl:2: question_id 3 is answered twice"):
         resume_answers(tmp_path / "a.jsonl")
 

@@ -65,7 +65,9 @@ def accept_lengths(name):
 
 def published_lengths(folder):
     write_published(folder, 3)
-    return lengths_of(KangarooModel(tiny_model(3, deep_scale=0.1), folder, None, 2), DecodeConfig(6, 0.2, "adapted"))
+    return lengths_of(
+        KangarooModel(tiny_model(3, deep_scale=0.1), folder, None, 2), DecodeConfig(6, 0.2, "adapted")
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -79,4 +81,9 @@ def test_accept_lengths_of_a_published_adapter_are_unchanged(tmp_path):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        print({**{name: accept_lengths(name) for name in CASES}, "published-layout": published_lengths(Path(scratch))})
+        print(
+            {
+                **{name: accept_lengths(name) for name in CASES},
+                "published-layout": published_lengths(Path(scratch)),
+            }
+        )

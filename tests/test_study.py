@@ -52,7 +52,9 @@ def tiny(monkeypatch):
     """Studies load their models and prompts themselves; give them tiny ones."""
 
     def prompts(config, loaded):
-        made = random_prompts(16, config.seed)  # few, and held out as well: nothing carries over in a random model
+        made = random_prompts(
+            16, config.seed
+        )  # few, and held out as well: nothing carries over in a random model
         return PromptSplit(PromptStream(made, config.seed), made[-config.held_out :])
 
     replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
@@ -93,7 +95,9 @@ def stop_after(monkeypatch, count):
 
 
 def a_trainer(tmp_path, **changes) -> DVITrainer:
-    return DVITrainer(a_study().config(0, tmp_path / "run", changes), tiny_loaded(deep_scale=0.6), tiny_split(8))
+    return DVITrainer(
+        a_study().config(0, tmp_path / "run", changes), tiny_loaded(deep_scale=0.6), tiny_split(8)
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -108,13 +112,20 @@ def test_every_committed_study_is_valid_in_both_sizes(path, tmp_path):
         for start in one.starts.values():
             if start:
                 assert SGPConfig(**start.get("sgp", {})) and one.config(0, tmp_path, start)
-        for domain in [*one.extra.get("clients", {}).values(), *(one.extra.get(k) for k in ("first", "then"))]:
+        for domain in [
+            *one.extra.get("clients", {}).values(),
+            *(one.extra.get(k) for k in ("first", "then")),
+        ]:
             assert domain is None or one.config(0, tmp_path, domain)
     assert quick.config(0, tmp_path).num_prompts <= 256
 
 
 def test_a_grid_trains_every_variant_from_every_start_on_the_same_responses():
-    starts = {"untrained": None, "kl": {"schedule": "kl", "num_prompts": 8}, "sgp": {"sgp": {"epochs": 1, "lr": 1e-2}}}
+    starts = {
+        "untrained": None,
+        "kl": {"schedule": "kl", "num_prompts": 8},
+        "sgp": {"sgp": {"epochs": 1, "lr": 1e-2}},
+    }
     variants = {"kl": {"schedule": "kl"}, "rl": {"schedule": "reinforce"}}
     rows = run(a_study(starts=starts, variants=variants, seeds=[0, 1]))
     assert [(r["start"], r["variant"], r["seed"]) for r in rows] == [
@@ -170,7 +181,9 @@ def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
     prompts = random_prompts(6, 5)
     found = judge_answers(trainer, trainer.answer(prompts))
     steps = measure_acceptance(trainer.model, prompts, 10, trainer.config.decode, (EOS,), show_progress=False)
-    assert found["accept_rate"] == pytest.approx(steps.accept_rate) and found["mat"] == pytest.approx(steps.mat)
+    assert found["accept_rate"] == pytest.approx(steps.accept_rate) and found["mat"] == pytest.approx(
+        steps.mat
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"slow_every": 1}, {"target": "adapted"}])
@@ -203,7 +216,9 @@ def test_perplexity_and_drift_equal_hugging_faces(monkeypatch, tmp_path):
         for prompt in figures_module.chatterbot_prompts():
             context, reply = chat.encode(prompt.turns), chat.encode_response(prompt.response)
             with torch.no_grad():
-                p, q = (m(torch.tensor([context + reply])).logits[0].log_softmax(-1) for m in (untouched, own))
+                p, q = (
+                    m(torch.tensor([context + reply])).logits[0].log_softmax(-1) for m in (untouched, own)
+                )
             for at, token in enumerate(reply, start=len(context) - 1):
                 nll -= float(q[at, token])
                 drift += float((q[at].exp() * (q[at] - p[at])).sum())
@@ -221,11 +236,15 @@ def test_the_cost_of_a_draft_is_the_weights_that_it_reads(tmp_path):
     trainer = a_trainer(tmp_path, drafter="layer", draft_vocab=100)
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
     head, norm = 264 * 32, 32
-    assert draft_cost(trainer.model) == pytest.approx((3 * layer + norm + 100 * 32) / (4 * layer + norm + head))
+    assert draft_cost(trainer.model) == pytest.approx(
+        (3 * layer + norm + 100 * 32) / (4 * layer + norm + head)
+    )
 
 
 def test_fresh_records_give_an_unbiased_gradient_and_old_ones_do_not(tmp_path):
-    trainer = a_trainer(tmp_path, schedule="kl", num_prompts=48, buffer_size=10000, draft_vocab=0, max_new_tokens=16)
+    trainer = a_trainer(
+        tmp_path, schedule="kl", num_prompts=48, buffer_size=10000, draft_vocab=0, max_new_tokens=16
+    )
     trainer.answer = trainer._generate
     for group in trainer.collect():
         trainer.judge(group)
@@ -250,7 +269,9 @@ def test_staleness_has_a_row_for_every_age():
 def test_adaptation_probes_both_domains_and_says_what_was_forgotten():
     extra = {"first": {"seed": 1}, "then": {"seed": 2}, "prompts": 64, "probes": 2}
     rows = run(
-        a_study("adaptation", variants={"none": {"replay_share": 0.0}, "half": {"replay_share": 0.5}}, extra=extra)
+        a_study(
+            "adaptation", variants={"none": {"replay_share": 0.0}, "half": {"replay_share": 0.5}}, extra=extra
+        )
     )
     assert [row["variant"] for row in rows] == ["none", "half"]
     for row in rows:
@@ -269,7 +290,11 @@ def test_federated_clients_are_averaged_by_tokens(monkeypatch, tmp_path):
     def spy(folders, tokens, out):
         mean = original(folders, tokens, out)
         seen.append(
-            ([load_file(f / "drafter.safetensors") for f in folders], tokens, load_file(mean / "drafter.safetensors"))
+            (
+                [load_file(f / "drafter.safetensors") for f in folders],
+                tokens,
+                load_file(mean / "drafter.safetensors"),
+            )
         )
         return mean
 
@@ -292,7 +317,9 @@ def test_the_command_writes_what_repeats_it(tmp_path, capsys):
     config, out = tmp_path / "study-tiny.yaml", tmp_path / "out.json"
     config.write_text(json.dumps({"question": "?", "kind": "grid", "seeds": [0, 1], "base": BASE,
                                   "variants": {"kl": {"schedule": "kl"}}, "quick": {"base": {"num_prompts": 4}}}))  # fmt: skip
-    assert cli(["study", str(config), "--quick", "--seeds", "4", "--set", "draft_len=3", "--out", str(out)]) == 0
+    assert (
+        cli(["study", str(config), "--quick", "--seeds", "4", "--set", "draft_len=3", "--out", str(out)]) == 0
+    )
     content = json.loads(out.read_text())
     assert content["settings"]["base"] | {"draft_len": 3, "num_prompts": 4} == content["settings"]["base"]
     assert content["settings"]["seeds"] == [4] and len(content["rows"]) == 1
@@ -392,7 +419,9 @@ def test_torn_lines_are_dropped_and_half_written_variants_run_again(monkeypatch,
     study, kept = a_study("staleness", **RESUMED["staleness"]), tmp_path / "x.rows.jsonl"
     whole = timeless(runner.run(study, kept).values())
     lines = kept.read_text().splitlines(keepends=True)
-    kept.write_text("".join(lines[:4]) + lines[4][:30])  # settings, both ages of kl, one of rl, and half a line
+    kept.write_text(
+        "".join(lines[:4]) + lines[4][:30]
+    )  # settings, both ages of kl, one of rl, and half a line
     again = stop_after(monkeypatch, 0)
     assert timeless(runner.run(study, kept).values()) == whole and [row["variant"] for row in again] == [
         "rl, age 1 of 2"
@@ -407,7 +436,10 @@ def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tm
     more = replace(study, seeds=[1, 0], variants={**TWO, **study.variants})
     again = stop_after(monkeypatch, 0)
     rows = runner.run(more, kept)
-    assert list(rows) == ["untrained/kl/1", "untrained/rl/1", "untrained/kl/0", "untrained/rl/0"] and len(again) == 3
+    assert (
+        list(rows) == ["untrained/kl/1", "untrained/rl/1", "untrained/kl/0", "untrained/rl/0"]
+        and len(again) == 3
+    )
     before = kept.read_text()
     for changes, said in (
         ({"base": {**more.base, "draft_len": 3}}, "base"),
@@ -450,7 +482,13 @@ def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_pa
 
 def written(tmp_path, **changes) -> list[str]:
     """A study file and the command that runs it."""
-    values = {"question": "?", "kind": "grid", "seeds": [0], "base": {**BASE, "num_prompts": 4}, "variants": TWO}
+    values = {
+        "question": "?",
+        "kind": "grid",
+        "seeds": [0],
+        "base": {**BASE, "num_prompts": 4},
+        "variants": TWO,
+    }
     (tmp_path / "s.yaml").write_text(json.dumps({**values, **changes}))
     return ["study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out.json")]
 
@@ -460,7 +498,10 @@ def test_a_bad_task_is_one_sentence_and_the_others_rows_stay(tmp_path, capsys):
     assert cli(command) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("untrained/")]
     assert len(said) == 1 and said[0].startswith("dvirl: ") and "9" in said[0]
-    assert len((tmp_path / "out.rows.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "out.json").exists()
+    assert (
+        len((tmp_path / "out.rows.jsonl").read_text().splitlines()) == 3
+        and not (tmp_path / "out.json").exists()
+    )
     assert cli([*command, "--set", "draft_len=3"]) == 2
     said = capsys.readouterr().err
     assert "out.rows.jsonl: the run there has other settings: base (" in said and "; remove it, or give another" in said
@@ -480,9 +521,17 @@ def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp
     monkeypatch.setattr(grid, "_prompts", lambda task: begun.append(task.seed) or prompts(task))
     assert cli([*command, "--minutes", "1"]) == 0 and begun == [0]
     first, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    assert first["complete"] is False and first["missing"] == ["untrained/rl/0", "untrained/kl/1", "untrained/rl/1"]
-    assert [row["variant"] for row in first["rows"]] == ["kl"] and first["summary"]["untrained/kl"]["mat"]["n"] == 1
-    assert "3 rows are missing, untrained/rl/0; untrained/kl/1; untrained/rl/1; the same command goes on" in out
+    assert first["complete"] is False and first["missing"] == [
+        "untrained/rl/0",
+        "untrained/kl/1",
+        "untrained/rl/1",
+    ]
+    assert [row["variant"] for row in first["rows"]] == ["kl"] and first["summary"]["untrained/kl"]["mat"][
+        "n"
+    ] == 1
+    assert (
+        "3 rows are missing, untrained/rl/0; untrained/kl/1; untrained/rl/1; the same command goes on" in out
+    )
     assert cli([*command, "--minutes", "0"]) == 0 and begun == [0]
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == first["rows"]
 
@@ -540,7 +589,9 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
 
 def test_a_failed_task_leaves_no_model_behind(monkeypatch, tmp_path):
     models = []
-    monkeypatch.setattr(grid, "judge_answers", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0)
+    monkeypatch.setattr(
+        grid, "judge_answers", lambda trainer, _: models.append(weakref.ref(trainer)) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         runner.run(a_study(seeds=[0, 1]), tmp_path / "x.rows.jsonl")
     assert len(models) == 2 and not any(model() for model in models)

@@ -99,7 +99,13 @@ def test_a_grid_becomes_a_table(there, capsys):
             "tokens": 19,
             "wall_s": 4.75,
         }
-        assert kept["settings"] == {"draft_len": 3, "exit_layer": layer, "seed": seed, "threads": 2, "run_dir": folder}
+        assert kept["settings"] == {
+            "draft_len": 3,
+            "exit_layer": layer,
+            "seed": seed,
+            "threads": 2,
+            "run_dir": folder,
+        }
         assert "-m dvirl.cli train --draft_len=3" in kept["command"] and 0.1 < kept["seconds"] < 60
         assert Path(folder, "log.txt").read_text() == "loading\n"
     table = pd.read_csv("runs/s/table.csv")
@@ -107,9 +113,15 @@ def test_a_grid_becomes_a_table(there, capsys):
     assert table.accept_rate.tolist() == [0.1, 0.11, 0.2, 0.21] and table.exit_layer.tolist() == [1, 1, 2, 2]
     content = json.loads(Path("runs/s/table.json").read_text())
     assert content["rows"] == table.to_dict("records") and content["failed"] == []
-    assert content["command"] == "dvirl sweep s.yaml --cores 4 --threads 2" and content["date"] and content["versions"]
+    assert (
+        content["command"] == "dvirl sweep s.yaml --cores 4 --threads 2"
+        and content["date"]
+        and content["versions"]
+    )
     out = capsys.readouterr().out
-    spread = {line.split()[0]: " ".join(line.split()[1:4]) for line in out.split("over seeds:")[1].splitlines()[2:4]}
+    spread = {
+        line.split()[0]: " ".join(line.split()[1:4]) for line in out.split("over seeds:")[1].splitlines()[2:4]
+    }
     assert spread == {"exit_layer=1": "0.105 ± 0.0071", "exit_layer=2": "0.205 ± 0.0071"}
 
 
@@ -188,7 +200,10 @@ def test_a_folder_of_another_sweep_is_refused(there, capsys, flags, changes, mes
     (folder / "sweep.json").write_text(json.dumps(now))
     assert sweep(*flags, **changes) == 2 and calls() == []
     said = capsys.readouterr().err
-    assert f"runs/s/sweep.json: the run there has other settings: {message}" in said and len(said.splitlines()) == 1
+    assert (
+        f"runs/s/sweep.json: the run there has other settings: {message}" in said
+        and len(said.splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +219,10 @@ def test_a_folder_of_another_sweep_is_refused(there, capsys, flags, changes, mes
         ({"grid": {"seed": []}}, "grid has seed: []; expected a list of different values"),
         ({"grid": {"seed": [1, 1]}}, "grid has seed: [1, 1]; expected a list of different values"),
         ({"grid": {"draft_len": [1]}}, "draft_len: set by base and grid both"),
-        ({"base": {"run_dir": "x", "threads": 2}}, "run_dir, threads: set by base and grid both, or for each cell by"),
+        (
+            {"base": {"run_dir": "x", "threads": 2}},
+            "run_dir, threads: set by base and grid both, or for each cell by",
+        ),
         ({"grid": {"threads": [1, 2]}}, "threads: set by base and grid both, or for each cell by the sweep"),
         (
             {"run": "none.ipynb"},
@@ -239,15 +257,22 @@ def test_experiments_write_their_results_into_the_cell(there):
     assert sweep(run="sgp-experiment", base={}, grid={"exit_layer": [1], "seed": [0], "lr": [1e-3]}) == 0
     (call,) = calls()
     folder = "runs/s/cells/exit_layer=1,seed=0,lr=0.001"
-    assert call["given"]["results"] == call["given"]["run_dir"] == folder and call["command"] == "sgp-experiment"
-    assert json.loads(Path(folder, "cell.json").read_text())["figures"] == {"accept_rate_after": 0.1, "tokens": 5}
+    assert (
+        call["given"]["results"] == call["given"]["run_dir"] == folder and call["command"] == "sgp-experiment"
+    )
+    assert json.loads(Path(folder, "cell.json").read_text())["figures"] == {
+        "accept_rate_after": 0.1,
+        "tokens": 5,
+    }
 
 
 def test_folders_have_safe_names_and_values_arrive_whole(there):
     odd = {"exit_layer": [1], "seed": [0], "start_from": ["../a b,c=d", ""], "lora_shallow": [False]}
     assert sweep(grid=odd) == 0
     found = sorted(path.name for path in Path("runs/s/cells").iterdir())
-    assert found == [f"exit_layer=1,seed=0,start_from={name},lora_shallow=False" for name in ("", "..%2Fa+b%2Cc%3Dd")]
+    assert found == [
+        f"exit_layer=1,seed=0,start_from={name},lora_shallow=False" for name in ("", "..%2Fa+b%2Cc%3Dd")
+    ]
     assert {(call["given"]["start_from"], call["given"]["lora_shallow"]) for call in calls()} == {
         ("../a b,c=d", "False"), ("", "False")}  # fmt: skip
 
@@ -264,7 +289,9 @@ def test_figures_are_of_the_last_tenth_and_what_there_is(tmp_path):
     assert read_figures(tmp_path) == {"agreement": pytest.approx((0.34 + 0.35 + 0.36) / 3), "wall_s": 36}
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 def test_a_signal_ends_the_cells(there, number, ends):
     Path("wait").touch()
     cells, before = Sweep("train", GRID).cells("cells/", 1), signal.getsignal(signal.SIGTERM)
@@ -340,4 +367,6 @@ def test_a_cells_command_trains_with_its_settings(tmp_path, monkeypatch):
     kept = read_yaml(Path(cell["run_dir"]) / "config.yaml")["config"]
     assert {name: kept[name] for name in cell} == cell and kept["lora_shallow"] is False
     figures = read_figures(Path(cell["run_dir"]))
-    assert 0 <= figures["accept_rate"] <= 1 <= figures["mat"] and figures["tokens"] > 8 and figures["wall_s"] > 0
+    assert (
+        0 <= figures["accept_rate"] <= 1 <= figures["mat"] and figures["tokens"] > 8 and figures["wall_s"] > 0
+    )

@@ -129,9 +129,16 @@ def test_a_decoders_events_are_its_counts(tmp_path):
 
 def test_a_token_keeps_its_space_and_control_tokens_say_nothing():
     entries = ["</s>", ".", "\u2581cat", "cat", "\u2581", "<0x0A>"]
-    tokenizer = Tokenizer(models.BPE({entry: index for index, entry in enumerate(entries)}, [], byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE({entry: index for index, entry in enumerate(entries)}, [], byte_fallback=True)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(add_prefix_space=False)
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)  # as Llama's, which strips the first space of a text
     tokenizer.add_special_tokens(["</s>"])
     llama = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
@@ -152,7 +159,10 @@ GOOD = {**ABOUT, **{name: [] for name in EVENT}}
         (json.dumps({**GOOD, "at": [1]}), "of one length, the lists position, at,"),
         (json.dumps({**GOOD, "at": 3}), "no accept events"),
         (json.dumps({**GOOD, "token_class": None}), "expected method, question_id, category and"),
-        (json.dumps({name: value for name, value in GOOD.items() if name != "question_id"}), "no accept events"),
+        (
+            json.dumps({name: value for name, value in GOOD.items() if name != "question_id"}),
+            "no accept events",
+        ),
         (json.dumps({**GOOD, **{name: ["x"] for name in EVENT}}), "no accept events"),
     ],
 )
@@ -211,8 +221,14 @@ def test_the_command_counts_by_hand(trace, tmp_path, capsys):
     # Of the two questions each is drawn twice in a quarter of all samples, so an interval spans both their rates.
     assert figures["a"] == {
         "position": [row(2, 6, 4, 0, 1, 0.5, position=0), row(1, 2, 0, 0, 0, 0.5, position=1)],
-        "token_class": [row(2, 4, 0, 0, 0, 1.0, token_class="number"), row(1, 4, 4, 1, 1, 0.0, token_class="word")],
-        "category": [row(1, 2, 0, 0, 0, 0.5, category="code"), row(1, 6, 4, 2 / 3, 2 / 3, 0.5, category="maths")],
+        "token_class": [
+            row(2, 4, 0, 0, 0, 1.0, token_class="number"),
+            row(1, 4, 4, 1, 1, 0.0, token_class="word"),
+        ],
+        "category": [
+            row(1, 2, 0, 0, 0, 0.5, category="code"),
+            row(1, 6, 4, 2 / 3, 2 / 3, 0.5, category="maths"),
+        ],
     }
     assert figures["b"]["category"] == [row(1, 2, 2, 1, 1, None, category="maths")]
     assert cli.main(["trace", str(trace), "--method", "b"]) == 0

@@ -58,7 +58,9 @@ def test_every_schedule_runs_and_logs_every_step(tmp_path, schedule):
     assert set(metrics.phase) <= ({"kl", "ramp"} if schedule == "kl_to_rl" else {schedule})
     assert metrics.accept_rate.between(0, 1).all() and (metrics.mat >= 1).all()
     assert metrics.tokens.is_monotonic_increasing and trainer.counters.prompts == 24
-    slow = metrics.step[metrics.loss_slow.notna()]  # left out where no draft of the latest responses was accepted
+    slow = metrics.step[
+        metrics.loss_slow.notna()
+    ]  # left out where no draft of the latest responses was accepted
     assert len(slow) and not (slow % 3).any()
     shares = metrics.iloc[-1][["rollout_s", "fast_s", "slow_s"]].sum()
     assert 0 < shares <= metrics.iloc[-1].wall_s + 1e-6
@@ -66,8 +68,12 @@ def test_every_schedule_runs_and_logs_every_step(tmp_path, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_replay_unless_they_need_fresh_drafts(tmp_path, schedule):
-    ends = [run(tmp_path, str(n), schedule=schedule, replay=n, num_prompts=8, fast_batch=1)[0] for n in (0, 1)]
-    same = [torch.equal(one, other) for one, other in zip(*(trainer.shallow for trainer in ends), strict=True)]
+    ends = [
+        run(tmp_path, str(n), schedule=schedule, replay=n, num_prompts=8, fast_batch=1)[0] for n in (0, 1)
+    ]
+    same = [
+        torch.equal(one, other) for one, other in zip(*(trainer.shallow for trainer in ends), strict=True)
+    ]
     assert all(same) if schedule in ("reinforce", "masked_ce") else not any(same)
 
 
@@ -101,9 +107,13 @@ def test_every_schedule_learns_prompts_that_come_again(tmp_path, changes, most, 
 
 def test_logged_acceptance_is_the_served_decoders(tmp_path):
     """On-policy: the first step's figure equals what the step-by-step decoder does with the untrained draft."""
-    trainer = DVITrainer(tiny_settings(run_dir=str(tmp_path), fast_batch=1, judge_batch=8), tiny_loaded(), tiny_split())
+    trainer = DVITrainer(
+        tiny_settings(run_dir=str(tmp_path), fast_batch=1, judge_batch=8), tiny_loaded(), tiny_split()
+    )
     prompts = trainer.split.stream.peek(8)
-    blocks = [b for p in prompts for b in trainer.model.generate(p, 16, trainer.config.decode, (2,)).blocks[1:]]
+    blocks = [
+        b for p in prompts for b in trainer.model.generate(p, 16, trainer.config.decode, (2,)).blocks[1:]
+    ]
     trainer.judge(trainer.collect()[0])
     metrics = trainer.step()
     assert metrics.accept_rate == sum(b.num_accepted for b in blocks) / sum(b.num_drafted for b in blocks)
@@ -173,7 +183,9 @@ def test_config_yaml_says_all(tmp_path):
     trainer, _ = run(tmp_path)
     content = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert content["config"] == dataclasses.asdict(trainer.config)
-    assert content["model"]["fingerprint"] == "sha256:tiny" and content["versions"]["torch"] == torch.__version__
+    assert (
+        content["model"]["fingerprint"] == "sha256:tiny" and content["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_a_run_folder_in_use_is_not_touched(tmp_path):
@@ -221,7 +233,10 @@ def test_other_baselines_are_subtracted_and_come_back_with_a_checkpoint(tmp_path
 
 
 def test_drift_is_suspected_when_acceptance_rises_and_the_bound_is_passed():
-    rising, falling = ([0.1] * DRIFT_WINDOW + [0.2] * DRIFT_WINDOW, [0.2] * DRIFT_WINDOW + [0.1] * DRIFT_WINDOW)
+    rising, falling = (
+        [0.1] * DRIFT_WINDOW + [0.2] * DRIFT_WINDOW,
+        [0.2] * DRIFT_WINDOW + [0.1] * DRIFT_WINDOW,
+    )
     assert drift_suspected(rising, 0.06, 0.05)
     assert not drift_suspected(rising, 0.05, 0.05) and not drift_suspected(rising, 9.0, 0.0)
     assert not drift_suspected(falling, 0.06, 0.05) and not drift_suspected([0.1] * len(rising), 0.06, 0.05)
@@ -230,7 +245,9 @@ def test_drift_is_suspected_when_acceptance_rises_and_the_bound_is_passed():
 
 def drifting(tmp_path, name="run", **changes):
     """A draft that the verifier reads: it learns, and takes the verifier with it."""
-    settings = dict(target="adapted", slow_every=0, num_prompts=160, lr_shallow=1e-2, schedule="ce", **changes)
+    settings = dict(
+        target="adapted", slow_every=0, num_prompts=160, lr_shallow=1e-2, schedule="ce", **changes
+    )
     return run(tmp_path, name, **settings)
 
 
@@ -254,14 +271,18 @@ def test_suspected_drift_is_flagged_from_then_on_and_said_once(tmp_path, capsys)
 
 @pytest.mark.parametrize("changes", [dict(drift_bound=0.0), dict(target="base", slow_every=3)])
 def test_the_guard_is_silent_when_off_or_when_the_verifier_stays(tmp_path, capsys, changes):
-    _, metrics = run(tmp_path, **{**dict(target="adapted", slow_every=0, num_prompts=80, lr_shallow=1e-2), **changes})
+    _, metrics = run(
+        tmp_path, **{**dict(target="adapted", slow_every=0, num_prompts=80, lr_shallow=1e-2), **changes}
+    )
     assert not metrics.drift_flag.any() and metrics.drift_kl.notna().any() and not capsys.readouterr().err
 
 
 def test_the_log_is_plain_json(tmp_path):
     run(tmp_path)
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
-        assert all(v is None or isinstance(v, str | int) or math.isfinite(v) for v in json.loads(line).values())
+        assert all(
+            v is None or isinstance(v, str | int) or math.isfinite(v) for v in json.loads(line).values()
+        )
     with pytest.raises(DvirlError, match="No such file"):
         read_metrics(tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text("{}\n{")
@@ -276,12 +297,16 @@ def test_tensorboard_has_every_step_of_the_log(tmp_path):
     _, metrics = run(tmp_path, tracker="auto")
     (events,) = (tmp_path / "run/dvirl").glob("events.*")
     text = events.read_bytes()
-    assert all(text.count(name.encode()) == len(metrics) for name in ("accept_rate", "drift_flag", "tok_per_s"))
+    assert all(
+        text.count(name.encode()) == len(metrics) for name in ("accept_rate", "drift_flag", "tok_per_s")
+    )
     assert b"phase" not in text
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(DvirlError, match="tracker is 'wandb', which is not installed; installed are tensorboard"):
+    with pytest.raises(
+        DvirlError, match="tracker is 'wandb', which is not installed; installed are tensorboard"
+    ):
         run(tmp_path, tracker="wandb")
     with pytest.raises(DvirlError, match="tracker is 'paper'; expected one of auto, none, all"):
         run(tmp_path, tracker="paper")

@@ -52,7 +52,9 @@ def serving(folder: Path) -> Iterator[str]:
         def log_message(self, *args) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -71,7 +73,9 @@ def chromium() -> Iterator[Page]:
         port = Path(folder, "DevToolsActivePort")
         try:
             assert until(lambda: port.exists() and port.read_text().count("\n")), "Chromium did not start"
-            with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json", timeout=10) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{port.read_text().split()[0]}/json", timeout=10
+            ) as answer:
                 tab = next(tab for tab in json.load(answer) if tab["type"] == "page")
             page = Page(tab["webSocketDebuggerUrl"])
             yield page

@@ -71,7 +71,9 @@ FAINT = """(least => {
 def noise(page: Page, origin: str) -> list[str]:
     """Errors and warnings of the console, exceptions, failed requests, and requests to anybody else."""
     asked = {one["requestId"]: one["request"]["url"] for one in page.said("Network.requestWillBeSent")}
-    console = [one for one in page.said("Runtime.consoleAPICalled") if one["type"] in ("error", "warning", "assert")]
+    console = [
+        one for one in page.said("Runtime.consoleAPICalled") if one["type"] in ("error", "warning", "assert")
+    ]
     answers = [one["response"] for one in page.said("Network.responseReceived")]
     return [
         *(f"exception: {_first_line(one)}" for one in page.said("Runtime.exceptionThrown")),
@@ -100,7 +102,11 @@ def layout(page: Page) -> list[str]:
         node.getBoundingClientRect().right > {page.width} + 1
         && ![...node.children].some(child => child.getBoundingClientRect().right > {page.width} + 1))
         .slice(0, 3).map(node => node.outerHTML.slice(0, 80))"""
-    return [f"page is {wide} px wide on a screen of {page.width}: {page.js(culprits)}"] if wide > page.width else []
+    return (
+        [f"page is {wide} px wide on a screen of {page.width}: {page.js(culprits)}"]
+        if wide > page.width
+        else []
+    )
 
 
 def text(page: Page) -> list[str]:

@@ -57,8 +57,12 @@ def test_equations_and_figures_are_there(page, origins):
 def test_the_table_of_contents_leads_everywhere(page, origins, name):
     page.look(1280, False)
     page.open(origins["http"] + name)
-    links = page.js("[...document.querySelectorAll('nav.bd-links a[href]')].map(link => link.href.split('#')[0])")
-    assert {link.removeprefix(f"{origins['http']}html/") for link in links} == {f"{entry}.html" for entry in LISTED}
+    links = page.js(
+        "[...document.querySelectorAll('nav.bd-links a[href]')].map(link => link.href.split('#')[0])"
+    )
+    assert {link.removeprefix(f"{origins['http']}html/") for link in links} == {
+        f"{entry}.html" for entry in LISTED
+    }
 
 
 def test_every_link_leads_to_a_page_and_a_place():
@@ -70,7 +74,9 @@ def test_no_page_names_a_folder_of_the_machine_that_built_it():
     pages = [path for folder in (HTML, SINGLE) for path in folder.rglob("*.html")]
     assert len(pages) > len(LISTED)
     assert not [
-        path for path in pages if str(ROOT) in path.read_text() or str(Path.home()) + os.sep in path.read_text()
+        path
+        for path in pages
+        if str(ROOT) in path.read_text() or str(Path.home()) + os.sep in path.read_text()
     ]
 
 
@@ -84,7 +90,9 @@ def test_a_reader_finds_reinforce(page, origins, origin):
         field.form.requestSubmit();
     })()""")
     page.settle(f"{origins[origin]}html/search.html?q=REINFORCE")
-    assert until(lambda: page.js("/finished, found/.test(document.querySelector('.search-summary')?.innerText)"))
+    assert until(
+        lambda: page.js("/finished, found/.test(document.querySelector('.search-summary')?.innerText)")
+    )
     links = page.js("[...document.querySelectorAll('#search-results li a')].map(link => link.href)")
     assert f"{origins[origin]}html/book/method.html" in [re.split("[?#]", link)[0] for link in links]
     if origin == "http":  # from files the summaries of what was found cannot be read

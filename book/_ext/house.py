@@ -39,7 +39,9 @@ def repository_url() -> str:
     """Of the GitHub repository that is built: the workflow's own, else that of the remote `origin`; or nothing."""
     if name := os.environ.get("GITHUB_REPOSITORY"):
         return f"https://github.com/{name}"
-    asked = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["git", "remote", "get-url", "origin"], capture_output=True, text=True, check=False
+    )
     found = re.fullmatch(r"(?:https://|git@)github\.com[/:](.+?/.+?)(?:\.git)?", asked.stdout.strip())
     return f"https://github.com/{found[1]}" if found else ""
 
@@ -57,12 +59,16 @@ def theme(_app: Any, config: Any) -> None:
 def single(app: Any, _page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
     """The book as one page has a title, and neither pages beside it, whose list would be empty, nor a search."""
     if app.builder.name == "singlehtml":
-        context.update(docstitle=context["title"], sidebars=[], theme_disable_search=True, hasdoc=lambda _name: False)
+        context.update(
+            docstitle=context["title"], sidebars=[], theme_disable_search=True, hasdoc=lambda _name: False
+        )
 
 
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
-    app.add_config_value("comments_config", {}, "")  # jupyter-book sets it for sphinx_comments, which is left out
+    app.add_config_value(
+        "comments_config", {}, ""
+    )  # jupyter-book sets it for sphinx_comments, which is left out
     app.add_autodocumenter(Data, override=True)
     app.connect("autodoc-process-docstring", readable, priority=400)
     app.connect("config-inited", theme, priority=100)

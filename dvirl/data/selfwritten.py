@@ -21,19 +21,11 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import Settings, number, positional, several
 
 TEMPERATURE = 1.0
-
-
 TOP_P = 0.95
-
-
 CANDIDATES = 512
 """Number of likeliest tokens in which the nucleus is looked for, so that not all logits of a large batch are sorted."""
-
-
 TURN_TOKENS = 96
 """Length limit of a turn after its opener; turns that reach it are left out."""
-
-
 SHORTEST = 4
 """Tokens that a turn must have."""
 
@@ -75,7 +67,9 @@ class Openers:
         self.topics = table.pop("topics")
         unknown = set(kinds or ()) - set(table)
         if unknown:
-            raise DvirlError(f"unknown kind of prompt {', '.join(sorted(unknown))}; known are {', '.join(table)}")
+            raise DvirlError(
+                f"unknown kind of prompt {', '.join(sorted(unknown))}; known are {', '.join(table)}"
+            )
         self.table = {kind: table[kind] for kind in kinds or table}
 
     def draw(self, rng: random.Random) -> str:
@@ -104,7 +98,9 @@ def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) 
     _, answer, _ = loaded.chat.frame()
     generator = torch.Generator(loaded.model.device).manual_seed(seed)
     sampler = top_p_sampler(generator, TEMPERATURE, TOP_P)
-    rollout = generate(loaded.model, contexts, TURN_TOKENS, loaded.eos_ids, sampler=sampler, keep_states=False)
+    rollout = generate(
+        loaded.model, contexts, TURN_TOKENS, loaded.eos_ids, sampler=sampler, keep_states=False
+    )
     special = set(loaded.tokenizer.all_special_ids)
     turns = []
     for context, tokens in zip(contexts, rollout.responses(), strict=True):
@@ -149,7 +145,9 @@ def write_prompts(
             bar.update(len(prompts) - bar.n)
             if len(prompts) == count:
                 return [list(prompt) for prompt in prompts]
-    raise DvirlError(f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source")
+    raise DvirlError(
+        f"the model wrote only {len(prompts)} usable prompts of {count}; ask for fewer or another source"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from dvirl.runs.log import numbered, parse_line, read_text
 from dvirl.runs.settings import has_type
 
 Parsed = TypeVar("Parsed")
-
-
 HUB_ROWS = 10_000
 """Rows streamed from a hub data set at most."""
 
@@ -42,7 +40,9 @@ class Prompt:
     def key(self) -> str:
         """Equal for prompts that differ only in case, punctuation and white space."""
         text = " ".join(self.turns)
-        letters = [letter if letter.isalnum() or category(letter)[0] == "M" else " " for letter in text.lower()]
+        letters = [
+            letter if letter.isalnum() or category(letter)[0] == "M" else " " for letter in text.lower()
+        ]
         return " ".join("".join(letters).split()) or text  # a text of punctuation alone is its own key
 
 
@@ -70,13 +70,20 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
-    if not name or name.startswith((".", "/")) or name.count("/") > 1 or Path(name).suffix in (".json", ".jsonl"):
+    if (
+        not name
+        or name.startswith((".", "/"))
+        or name.count("/") > 1
+        or Path(name).suffix in (".json", ".jsonl")
+    ):
         raise DvirlError(f"{name!r:.200}: no such file")
     from datasets import load_dataset
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if name in _PACKAGED_DATASETS_MODULES:
-        raise DvirlError(f"{name!r}: no such file, and no name on the hub; datasets would read files of this folder")
+        raise DvirlError(
+            f"{name!r}: no such file, and no name on the hub; datasets would read files of this folder"
+        )
     try:
         rows = load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(islice(rows, HUB_ROWS), start=1):

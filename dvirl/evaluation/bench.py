@@ -113,7 +113,9 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
     )
 
 
-def _batch_rate(drafter: LoadedDrafter, batches: Sequence[list[list[int]]], limit: int, how: DecodeConfig) -> float:
+def _batch_rate(
+    drafter: LoadedDrafter, batches: Sequence[list[list[int]]], limit: int, how: DecodeConfig
+) -> float:
     """Tokens a second of some batches, one after the other; the time of capturing CUDA graphs is left out."""
     model = drafter.model
     captured_s = model.base_model.capture_s
@@ -198,7 +200,10 @@ class BenchConfig(MeasureSettings):
 
 
 parse_args = partial(
-    settings.parse_args, BenchConfig, "dvirl bench", "Time every method of decoding side by side, by the clock."
+    settings.parse_args,
+    BenchConfig,
+    "dvirl bench",
+    "Time every method of decoding side by side, by the clock.",
 )
 """Settings from flags; see `settings.parse_args`."""
 
@@ -218,15 +223,13 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     with drafter.model.base_model.merged():
         costs = drafter.model.step_costs(max(4, config.draft_len))
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
-    print(f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}")
+    print(
+        f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}"
+    )
     print(f"blocks of four learned drafts pay from an acceptance of {costs.break_even(4):.2f} on")
     figures: dict[str, dict[str, Any]] = {}
-    content = {
-        "arguments": asdict(config),
-        **provenance(drafter.loaded),
-        "costs": asdict(costs),
-        "figures": figures,
-    }
+    content = {"arguments": asdict(config), **provenance(drafter.loaded)}
+    content |= {"costs": asdict(costs), "figures": figures}
 
     def keep() -> None:
         content["capture_s"] = drafter.model.base_model.capture_s
@@ -242,7 +245,9 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         keep()
     if config.rows:
         everything = [*chain(*sets.values())]
-        content["batched"] = batched(drafter, everything, config.max_new_tokens, config.rows, config.draft_len)
+        content["batched"] = batched(
+            drafter, everything, config.max_new_tokens, config.rows, config.draft_len
+        )
         print(table(content["batched"]))
         keep()
     return found

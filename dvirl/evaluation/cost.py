@@ -121,7 +121,9 @@ def costs_of(
 
 
 @torch.no_grad()
-def step_parts(model: KangarooModel, draft_len: int, context: int = 128, repeats: int = 9) -> dict[str, float]:
+def step_parts(
+    model: KangarooModel, draft_len: int, context: int = 128, repeats: int = 9
+) -> dict[str, float]:
     """Milliseconds of a block of `draft_len` drafts by part, medians; parts are run one after the other, uncaptured.
 
     Args:
@@ -221,7 +223,10 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
 
 
 parse_args = partial(
-    settings.parse_args, CostConfig, "dvirl cost", "Measure what drafting costs, and say which acceptance makes it pay."
+    settings.parse_args,
+    CostConfig,
+    "dvirl cost",
+    "Measure what drafting costs, and say which acceptance makes it pay.",
 )
 """Settings from flags; see `settings.parse_args`."""
 
@@ -270,7 +275,9 @@ def main(config: CostConfig) -> list[Cost]:
             f"{row.accept_rate:.2f}, measured {row.measured:.2f}"
         )
     if config.figure:
-        plots.steps_by_context([(cost.exit_layer, cost.context, cost.steps) for cost in costs], Path(config.figure))
+        plots.steps_by_context(
+            [(cost.exit_layer, cost.context, cost.steps) for cost in costs], Path(config.figure)
+        )
     if config.out:
         figures = {"costs": [asdict(cost) for cost in costs], "checked": [asdict(row) for row in checked]}
         write_json(config.out, {"arguments": asdict(config), **circumstances, **figures})

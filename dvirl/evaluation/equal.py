@@ -89,7 +89,9 @@ def compare(
     agree = [first == second for first, second in zip(reference, candidate, strict=False)]
     position = agree.index(False) if False in agree else len(agree)
     shared = reference[:position]
-    first, second = (answer[position] if position < len(answer) else None for answer in (reference, candidate))
+    first, second = (
+        answer[position] if position < len(answer) else None for answer in (reference, candidate)
+    )
     gap = step = None
     if first is None or second is None:
         verdict, reason = _judge_end(shared, "reference" if first is None else "candidate", limit, eos_ids)
@@ -190,7 +192,9 @@ def compare_decoders(
     comparisons = []
     with model.base_model.merged():
         for name, part in prompts.items():
-            for index, prompt in enumerate(tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)):
+            for index, prompt in enumerate(
+                tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)
+            ):
                 reference = model.generate(prompt, limit, plain, eos_ids).tokens
                 candidate = model.generate(prompt, limit, how, eos_ids).tokens
                 after = partial(last_logits, model, prompt, target=how.target)
@@ -247,17 +251,19 @@ def compare_files(
     """
     own, repeated = read_answers(reference)
     theirs, repeated_theirs = read_answers(candidate)
-    asked = {str(question.question_id): question for path in questions for question in read_questions(path, True)}
+    known = [question for path in questions for question in read_questions(path, True)]
+    asked = {str(question.question_id): question for question in known}
     model = KangarooModel(loaded.model, EARLY_STOP_LAYER=1)
     differences = [*repeated, *repeated_theirs]
     differences += [_whole(name, "missing") for name in own if name not in theirs]
-    differences += [_whole(name, "extra, the reference has no such answer") for name in theirs if name not in own]
+    extra = [name for name in theirs if name not in own]
+    differences += [_whole(name, "extra, the reference has no such answer") for name in extra]
     both = [name for name in own if name in theirs]
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
         # 1) Answers of other lengths differ as a whole.
         turns = own[name]["turns"]
-        if len(theirs[name]["turns"]) != len(turns):
-            differences.append(_whole(name, f"{len(theirs[name]['turns'])} turns, the reference has {len(turns)}"))
+        if (num_turns := len(theirs[name]["turns"])) != len(turns):
+            differences.append(_whole(name, f"{num_turns} turns, the reference has {len(turns)}"))
             continue
         # 2) The first turn that differs changes the prompts of those after it.
         pairs = zip(*_turn_ids([own[name], theirs[name]], loaded, limit), strict=True)

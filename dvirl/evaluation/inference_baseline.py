@@ -18,7 +18,9 @@ def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     return model.to(loaded.model.device).eval()
 
 
-def generate_forward(model: LlamaForCausalLM, prompt: Sequence[int], limit: int, eos_ids: Sequence[int]) -> Answer:
+def generate_forward(
+    model: LlamaForCausalLM, prompt: Sequence[int], limit: int, eos_ids: Sequence[int]
+) -> Answer:
     """Decode one prompt greedily with `generate` and its cache.
 
     Args:

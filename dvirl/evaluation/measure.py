@@ -98,7 +98,11 @@ def tally(answers: Sequence[Answer]) -> Tally:
 
 
 def timed(
-    model: KangarooModel, prompt: Sequence[int], limit: int, settings: DecodeConfig, eos_ids: Sequence[int] = ()
+    model: KangarooModel,
+    prompt: Sequence[int],
+    limit: int,
+    settings: DecodeConfig,
+    eos_ids: Sequence[int] = (),
 ) -> Answer:
     """Decode one prompt by our loop; the arguments are those of `KangarooModel.decode_blocks`.
 

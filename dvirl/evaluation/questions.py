@@ -69,7 +69,9 @@ def from_here(path: Path) -> str:
     return str(path)
 
 
-def question_sets(loaded: LoadedModel, files: Sequence[str], own: int, seed: int) -> dict[str, list[list[int]]]:
+def question_sets(
+    loaded: LoadedModel, files: Sequence[str], own: int, seed: int
+) -> dict[str, list[list[int]]]:
     """Prompts by the name of their set: each file's first turns, and self-written prompts of each kind.
 
     Args:
@@ -147,7 +149,9 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
         if question_id in questions:
             raise DvirlError(f"question_id {question_id!r} is there twice")
         if category not in TASKS and not any_category:
-            raise DvirlError(f"category is {category!r}; expected one of {', '.join(TASKS)}, or --any_category")
+            raise DvirlError(
+                f"category is {category!r}; expected one of {', '.join(TASKS)}, or --any_category"
+            )
         return question
 
     for _, question in parsed_rows(str(MINI) if source == "mini" else source, parse):

@@ -58,7 +58,9 @@ def recorded(name: str) -> dict[str, Any]:
     """
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise DvirlError(f"{path}: no such result on record; expected a checkout of the repository that has it")
+        raise DvirlError(
+            f"{path}: no such result on record; expected a checkout of the repository that has it"
+        )
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     # Results from before `command` was kept are named after it, and have its arguments.
     words = ["dvirl", name.split("-")[0]]
@@ -66,7 +68,9 @@ def recorded(name: str) -> dict[str, Any]:
         if value not in ("", [], None):
             values = value if isinstance(value, list) else [value]
             words += [f"--{flag}", *map(str, values)]
-    print(f"recorded {content['date']} on {_machine(content)} by\n{content.get('command') or ' '.join(words)}")
+    print(
+        f"recorded {content['date']} on {_machine(content)} by\n{content.get('command') or ' '.join(words)}"
+    )
     return content
 
 

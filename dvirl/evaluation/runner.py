@@ -80,7 +80,9 @@ class EvalSettings(Settings):
         if unknown:
             raise DvirlError(f"methods has {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
         if self.reference not in asked or len(set(asked)) < len(asked):
-            raise DvirlError(f"methods is {self.methods!r}; expected the reference {self.reference} in it, none twice")
+            raise DvirlError(
+                f"methods is {self.methods!r}; expected the reference {self.reference} in it, none twice"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ def _answer_file(name: str, repeat: int) -> str:
     return f"answers/{name}-{repeat + 1}.jsonl"
 
 
-def missing(questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers) -> list[Asked]:
+def missing(
+    questions: Sequence[Question], names: Sequence[str], repeats: int, answers: Answers
+) -> list[Asked]:
     """Every answer that is missing, in the order in which they are to be given."""
     return [
         (name, repeat, question)
@@ -195,7 +199,9 @@ def answer_all(
     loaded = draft.loaded
     base = draft.model.base_model
     limit = how.answer_tokens
-    configs = decode_configs(how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target)
+    configs = decode_configs(
+        how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target
+    )
     run = decoders(how.methods.split(","), configs, draft, limit)
     processes = Processes(loaded.model.device.type)
     kept = _read_answers(folder, how)
@@ -330,7 +336,9 @@ def _report(folder: Path, config: EvalConfig, content: dict[str, Any], figures: 
     write_report(folder / "report", f"{config.draft} on {config.questions}", parts)
 
 
-parse_args = partial(settings.parse_args, EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures.")
+parse_args = partial(
+    settings.parse_args, EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures."
+)
 """Settings from flags; see `settings.parse_args`."""
 
 

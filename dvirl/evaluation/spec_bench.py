@@ -88,7 +88,9 @@ def parse_answer(row: Any) -> Row:
         raise DvirlError("expected question_id and choices[0].turns, an answer of Spec-Bench") from error
     typed = has_type(question_id, int | str) and has_type(turns, list[str])
     if not typed or not has_type(tokens, list[list[int]] | None):
-        raise DvirlError("expected question_id, a number or text; turns, a list of strings; tokens, lists of ids")
+        raise DvirlError(
+            "expected question_id, a number or text; turns, a list of strings; tokens, lists of ids"
+        )
     return dict(row)
 
 

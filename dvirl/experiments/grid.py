@@ -99,7 +99,9 @@ def _prompts(task: Task) -> list[Prompts]:
     free_memory()
     prompts, held_out = json.loads(kept.read_text())
     if len(prompts) <= reserved:
-        raise DvirlError(f"the source has {len(prompts)} prompts, and the starts take {reserved}; none is left")
+        raise DvirlError(
+            f"the source has {len(prompts)} prompts, and the starts take {reserved}; none is left"
+        )
     return [prompts[:reserved], prompts[reserved:], held_out]
 
 

@@ -19,12 +19,8 @@ from kangaroo.decoding.blocks import Verification
 
 INJECTED = "# Parameters"
 """First line of the cell in which papermill puts `-p` parameters."""
-
-
 DECLARED = "# Parameters of this notebook"
 """First line of the cell in which a notebook declares its own."""
-
-
 LOOKS = {
     "accepted": "background:#009e7355",
     "rejected": "background:#d55e0055;text-decoration:line-through",
@@ -54,7 +50,9 @@ def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConf
     settings = {spec.name for spec in dataclasses.fields(kind)}
     known = settings | set(declared)
     if unknown := sorted(set(injected) - known):
-        raise DvirlError(f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise DvirlError(
+            f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
     given = {name: namespace[name] for name in namespace if name in settings}  # nbval keeps no `In`
     return from_mapping(kind, {**given, **fixed}, "notebook parameters")
 

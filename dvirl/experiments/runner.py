@@ -134,7 +134,9 @@ def keep(kept: Path, rows: Sequence[Row]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     free_memory()
     for row in rows:
-        figures = [f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)]
+        figures = [
+            f"{name} {value:.3f}" for name, value in row["figures"].items() if isinstance(value, float)
+        ]
         print(f"{row_name(row)}: {', '.join(figures[:9])}", file=sys.stderr, flush=True)
 
 
@@ -175,7 +177,10 @@ class StudyCommand(Settings):
 
 
 parse_command = partial(
-    settings.parse_args, StudyCommand, "dvirl study", "Run a study: variants and seeds that answer one question."
+    settings.parse_args,
+    StudyCommand,
+    "dvirl study",
+    "Run a study: variants and seeds that answer one question.",
 )
 """Settings from flags; see `settings.parse_args`."""
 

@@ -49,7 +49,9 @@ def _mix(old: Prompts, new: Prompts, replay_share: float, rng: random.Random) ->
     return [rng.choice(old) if rng.random() < replay_share else prompt for prompt in new]
 
 
-def _domains(task: Task, sources: Mapping[str, Mapping[str, Any]], count: int) -> tuple[list[Prompts], Probes]:
+def _domains(
+    task: Task, sources: Mapping[str, Mapping[str, Any]], count: int
+) -> tuple[list[Prompts], Probes]:
     """`count` training prompts of every source, and the untouched model's answers to its held-out ones, by name."""
     loaded = load_model(task.study.config(task.seed, task.shared))
     prompts = []
@@ -116,10 +118,14 @@ def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _save(trainer: DVITrainer) -> Path:
-    return checkpoint.save(Path(trainer.config.run_dir), trainer.counters.step, trainer.peft_model, trainer.model)
+    return checkpoint.save(
+        Path(trainer.config.run_dir), trainer.counters.step, trainer.peft_model, trainer.model
+    )
 
 
-def _in_rounds(clients: Mapping[str, tuple[DVIConfig, Prompts]], probes: Probes, rounds: int, average: bool) -> Row:
+def _in_rounds(
+    clients: Mapping[str, tuple[DVIConfig, Prompts]], probes: Probes, rounds: int, average: bool
+) -> Row:
     """Train clients, by name their settings and prompts; after every round, measure each of them on all probes."""
     trainers = {client: trainer_on(config, prompts) for client, (config, prompts) in clients.items()}
     curve: dict[str, list[float]] = {"round": [], "own": [], "all": []}

@@ -96,7 +96,9 @@ class Study(Settings):
         """The rows that a variant gives, without figures yet: one, or of `staleness` one for each age."""
         if self.kind == "staleness":
             ages = self.extra["ages"]
-            return [{"variant": f"{variant}, age {age} of {ages}", "seed": seed} for age in range(1, ages + 1)]
+            return [
+                {"variant": f"{variant}, age {age} of {ages}", "seed": seed} for age in range(1, ages + 1)
+            ]
         row: Row = {"start": start} if self.kind == "grid" else {}
         return [{**row, "variant": variant, "seed": seed}]
 

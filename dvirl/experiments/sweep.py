@@ -122,7 +122,10 @@ def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
     began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with (folder / "log.txt").open("wb") as log, Popen(command, stdin=DEVNULL, stdout=log, stderr=log) as process:
+    with (
+        (folder / "log.txt").open("wb") as log,
+        Popen(command, stdin=DEVNULL, stdout=log, stderr=log) as process,
+    ):
         while process.poll() is None and not stop.wait(0.1):
             pass
         process.terminate()  # does nothing to a process that has ended
@@ -218,7 +221,9 @@ class SweepCommand(Settings):
             raise DvirlError(f"threads is {self.threads}; expected 1 to the {self.cores} cores")
 
 
-parse_command = partial(settings.parse_args, SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once.")
+parse_command = partial(
+    settings.parse_args, SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once."
+)
 """Settings from flags; see `settings.parse_args`."""
 
 
@@ -249,4 +254,6 @@ def main(argv: Sequence[str]) -> None:
     write_json(out / "table.json", content)
     print(f"written: {out}/table.csv, {out}/table.json")
     if failed:
-        raise DvirlError("\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed]))
+        raise DvirlError(
+            "\n".join([f"{len(failed)} of {len(cells)} cells failed; the same command goes on", *failed])
+        )

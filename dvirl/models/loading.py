@@ -17,11 +17,7 @@ from dvirl.runs.errors import DvirlError
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 DEFAULT_MODEL = "smollm2-135m"
-
-
 TEXTS = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
 """Entries that are taken from a model's `tokenizer_config.json`."""
 
@@ -119,8 +115,12 @@ def load(
             model = EarlyExitLlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=torch_dtype)
         except DvirlError as error:
             raise DvirlError(f"{name_or_path}: {error}") from error
-        except Exception as error:  # transformers raises a dozen kinds of error that mean the same to the user
-            raise DvirlError(f"could not load the model {name_or_path!r}: {' '.join(str(error).split())}") from error
+        except (
+            Exception
+        ) as error:  # transformers raises a dozen kinds of error that mean the same to the user
+            raise DvirlError(
+                f"could not load the model {name_or_path!r}: {' '.join(str(error).split())}"
+            ) from error
     model = model.to(where).requires_grad_(False).eval()
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape

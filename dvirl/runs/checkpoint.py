@@ -23,12 +23,8 @@ from kangaroo.sgp_lora import get_peft_model_state_dict
 
 DRAFTER = "drafter.safetensors"
 """Weights of the drafter and the exit head, and the draft vocabulary."""
-
-
 STATE = ("trainer.safetensors", "trainer.json")
 """Tensors and numbers of the trainer's state."""
-
-
 MANIFEST = "manifest.json"
 """The checksum of every other file of a checkpoint."""
 

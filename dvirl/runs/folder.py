@@ -82,7 +82,9 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise DvirlError(f"{run_dir} is in use by {holder.read_text()}; wait for it, or choose another") from error
+        raise DvirlError(
+            f"{run_dir} is in use by {holder.read_text()}; wait for it, or choose another"
+        ) from error
     try:
         write_text(holder, f"process {os.getpid()} on {platform.node()}")
         for left in (*run_dir.glob("checkpoints/.writing-*"), *run_dir.glob("checkpoints/.gone-*")):
@@ -108,7 +110,9 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
             for path in (*filled.rglob("*"), filled):
                 _flush(path)
         except (OSError, SafetensorError) as error:
-            raise DvirlError(f"{folder}: could not be written ({error}); what was there before is whole") from error
+            raise DvirlError(
+                f"{folder}: could not be written ({error}); what was there before is whole"
+            ) from error
         discard(folder)
         os.replace(filled, folder)
         _flush(folder.parent)
@@ -167,6 +171,8 @@ def refuse_other_settings(
     Raises:
         DvirlError: if they differ; the message names them.
     """
-    differ = [f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]]
+    differ = [
+        f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in now if before.get(name) != now[name]
+    ]
     if differ:
         raise DvirlError(f"{path}: the run there has other settings: {', '.join(differ)}; {instead}")

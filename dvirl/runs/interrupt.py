@@ -34,7 +34,9 @@ def stoppable() -> Iterator[Stop]:
         if stop.signal:
             raise KeyboardInterrupt
         stop.signal = number
-        tqdm.write("stopping after these prompts, with a checkpoint; ask again to stop at once", file=sys.stderr)
+        tqdm.write(
+            "stopping after these prompts, with a checkpoint; ask again to stop at once", file=sys.stderr
+        )
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():

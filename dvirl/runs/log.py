@@ -115,7 +115,9 @@ def numbered(path: str | Path, text: str) -> Iterator[tuple[str, str]]:
 
     Only line feeds end lines: JSON strings may hold other separators, such as U+2028, as they are.
     """
-    return ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+    return (
+        (f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()
+    )
 
 
 def read_metrics(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:

@@ -31,12 +31,16 @@ class Counters:
     Attributes:
         step: updates so far.
         skipped: updates left out so far because a loss or gradient was not finite.
-        wall_s: seconds since the run began.
+        wall_s: seconds of work so far, those before an interruption included; what counts as work is the trainer's.
     """
 
     step: int = 0
     skipped: int = 0
     wall_s: float = 0.0
+
+
+def no_report(line: Mapping[str, Any]) -> None:
+    """Drop a log line."""
 
 
 class TrainingLoop(ABC):
@@ -55,6 +59,8 @@ class TrainingLoop(ABC):
         length, unit: size of the whole run, and in what it is counted.
         processes: those that train together, of which this is one; only the first writes files and speaks.
         resumed: whether this run was begun by another trainer.
+        report: takes the log line of a step, as soon as it is known: to the log, the trackers and the progress bar.
+            Outside `train` lines are dropped.
 
     Raises:
         DvirlError: for a tracker that is not installed.
@@ -85,12 +91,13 @@ class TrainingLoop(ABC):
         self._keep_checkpoints = keep_checkpoints
         self._tracker = tracker
         self._began = 0.0
+        self.report: Callable[[Mapping[str, Any]], None] = no_report
 
     # What a trainer defines
 
     @abstractmethod
-    def advance(self) -> Sequence[Mapping[str, Any]]:
-        """Do one unit of work; return its log lines. A run can stop and be saved after it."""
+    def advance(self) -> None:
+        """Do one unit of work, and `report` the log line of every step. A run can stop and be saved after it."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -164,19 +171,26 @@ class TrainingLoop(ABC):
             tracking(tracker, self.run_dir, asdict(self.config)) as track,
             tqdm(total=self.length, initial=self.position, unit=self.unit, disable=not show_progress) as bar,
         ):
-            while not self.finished:
-                asked = self.processes.largest(stop.signal)
-                if asked:
-                    break
-                lines = self.advance()
-                self._write(lines, track)
+
+            def report(line: Mapping[str, Any]) -> None:
+                self._write([line], track)
                 bar.update(self.position - bar.n)
-                if lines:
-                    bar.set_postfix_str(self.describe(lines[-1]))
-                saved = self.counters.step - saved_step >= self._checkpoint_every
-                if saved:
-                    self.save_checkpoint()
-                    saved_step = self.counters.step
+                bar.set_postfix_str(self.describe(line))
+
+            self.report = report
+            try:
+                while not self.finished:
+                    asked = self.processes.largest(stop.signal)
+                    if asked:
+                        break
+                    self.advance()
+                    bar.update(self.position - bar.n)
+                    saved = self.counters.step - saved_step >= self._checkpoint_every
+                    if saved:
+                        self.save_checkpoint()
+                        saved_step = self.counters.step
+            finally:
+                self.report = no_report
         if not saved:
             self.save_checkpoint()
         # Only now: until here, a signal of its own would have been a process's second one, which ends it at once.
@@ -257,10 +271,14 @@ def resume(
     before = {**run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
-        run_folder.refuse_other_settings(path, before, asdict(config), "give --accept_changes true to go on with these")
+        run_folder.refuse_other_settings(
+            path, before, asdict(config), "give --accept_changes true to go on with these"
+        )
     trainer = make(config)
     fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
     if fingerprint != trainer.loaded.fingerprint:
-        raise DvirlError(f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}")
+        raise DvirlError(
+            f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}"
+        )
     trainer.load_newest()
     return trainer

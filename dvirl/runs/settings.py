@@ -19,17 +19,11 @@ from dvirl.runs.log import read_text
 
 MANY = 1e9
 """Upper limit of counts that have no natural one."""
-
-
 MOST_BITS = 999
 """Longer integers are refused first: Python may refuse to print them, and no float can hold them."""
-
-
 TRUE = ("true", "yes", "t", "y", "1")
 FALSE = ("false", "no", "f", "n", "0")
 """How the command line spells a value that is on or off."""
-
-
 Config = TypeVar("Config")
 
 
@@ -89,7 +83,9 @@ class Settings:
             for member in value if isinstance(value, list) else [value]:
                 _check(spec, member)
             if not has_type(value, spec.type):
-                raise DvirlError(f"{spec.name} is {value!r:.80}; expected {inspect.formatannotation(spec.type)}")
+                raise DvirlError(
+                    f"{spec.name} is {value!r:.80}; expected {inspect.formatannotation(spec.type)}"
+                )
 
 
 @dataclass(frozen=True)

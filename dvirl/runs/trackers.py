@@ -12,8 +12,6 @@ from dvirl.runs.errors import DvirlError
 
 TRACKERS = ("auto", "none", *LoggerType.list())
 """Names to choose from: auto is TensorBoard if it is installed, all is every installed tracker."""
-
-
 Track = Callable[[Mapping[str, Any]], None]
 """Takes the figures of one step, `step` among them; values that are not numbers are ignored."""
 
@@ -32,7 +30,9 @@ def installed_trackers(name: str) -> list[str]:
     if name == "auto":
         return [tracker for tracker in installed if tracker == "tensorboard"]
     if name not in installed:
-        raise DvirlError(f"tracker is {name!r}, which is not installed; installed are {', '.join(installed) or 'none'}")
+        raise DvirlError(
+            f"tracker is {name!r}, which is not installed; installed are {', '.join(installed) or 'none'}"
+        )
     return [name]
 
 

@@ -21,20 +21,12 @@ from dvirl.runs.settings import MANY, Settings, positional, several
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-
 ADAPTER = (CONFIG, WEIGHTS)
 """Files of an adapter folder."""
-
-
 CHECKPOINT = (f"lora_S/{CONFIG}", f"lora_S/{WEIGHTS}", DRAFTER)
 """Files that a checkpoint has at least."""
-
-
 FILES = (*ADAPTER, *CHECKPOINT, f"lora_D/{CONFIG}", f"lora_D/{WEIGHTS}")
 """Files that are averaged if the folders have them."""
-
-
 MAY_DIFFER = ("base_model_name_or_path", "revision")
 """Where each client found the base model: the only entries of an adapter's configuration that may differ."""
 
@@ -63,7 +55,9 @@ def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | N
     target = Path(out)
     values = [1.0] * len(paths) if weights is None else list(weights)
     if not paths or len(values) != len(paths) or not all(0 < value < math.inf for value in values):
-        raise DvirlError(f"the weights are {values}; expected a number above 0 for each of {len(paths)} folders")
+        raise DvirlError(
+            f"the weights are {values}; expected a number above 0 for each of {len(paths)} folders"
+        )
     if target.exists():
         raise DvirlError(f"{target} exists already; choose another name, or remove it")
     shares = [value / sum(values) for value in values]
@@ -84,7 +78,9 @@ def _common_files(paths: Sequence[Path]) -> list[str]:
     """The files to average, which are the same in all folders."""
     first = _files(paths[0])
     if not set(first).issuperset(ADAPTER) and not set(first).issuperset(CHECKPOINT):
-        raise DvirlError(f"{paths[0]}: expected {CONFIG} and {WEIGHTS}, or a checkpoint with lora_S/ and {DRAFTER}")
+        raise DvirlError(
+            f"{paths[0]}: expected {CONFIG} and {WEIGHTS}, or a checkpoint with lora_S/ and {DRAFTER}"
+        )
     for path in paths:
         names = _files(path)
         if names != first:
@@ -109,7 +105,9 @@ def _mean(files: Sequence[Path], shares: Sequence[float]) -> dict[str, Any]:
             value = layout.get(key, "missing")
             expected = first.get(key, "missing")
             if value != expected:
-                raise DvirlError(f"{file}: {key} is {str(value)[:80]}; expected {str(expected)[:80]} as in {files[0]}")
+                raise DvirlError(
+                    f"{file}: {key} is {str(value)[:80]}; expected {str(expected)[:80]} as in {files[0]}"
+                )
         for key, value in content.items():
             if _is_float(value):
                 mean[key] = mean.get(key, 0.0) + share * value.float()
@@ -155,7 +153,9 @@ class AverageConfig(Settings):
     """Tokens that each was trained on, which are its weight; all are equal by default."""
 
 
-parse_args = partial(settings.parse_args, AverageConfig, "dvirl average-adapters", "Average the adapters of clients.")
+parse_args = partial(
+    settings.parse_args, AverageConfig, "dvirl average-adapters", "Average the adapters of clients."
+)
 """Settings from the command line; see `settings.parse_args`."""
 
 

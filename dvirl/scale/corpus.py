@@ -19,12 +19,8 @@ from dvirl.runs.errors import DvirlError
 
 NGRAM = 13
 """Training data may not share so many tokens in a row with a question; GPT-3's decontamination counts 13 words."""
-
-
 MULTIPLIER = 6364136223846793005
 """Of Knuth's linear congruential generator MMIX."""
-
-
 SCANNED = 16384
 """Number of rows hashed at once."""
 

@@ -35,22 +35,23 @@ from dvirl.runs.log import log_line, read_metrics
 from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
-from dvirl.scale.corpus import join, overlapping, read_shard, without_repeats, write_conversations, write_shard
+from dvirl.scale.corpus import (
+    join,
+    overlapping,
+    read_shard,
+    without_repeats,
+    write_conversations,
+    write_shard,
+)
 from kangaroo.adapter import DRAFTERS
 from kangaroo.kangaroo_model import HEADS, KangarooModel
 
 SHARD = 16384
 """Conversations begun a shard."""
-
-
 SORTED_TOGETHER = 16
 """Updates whose responses are drawn together and sorted by length, so that batches hold little padding."""
-
-
 TEACHER_BATCHES = 8
 """Updates for which the verifier reads the responses in one pass."""
-
-
 WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
 
@@ -211,7 +212,9 @@ class Distiller(TrainingLoop):
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = []
         if config.muon:
-            matrices = [parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2]
+            matrices = [
+                parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2
+            ]
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
         self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
@@ -305,7 +308,9 @@ class Distiller(TrainingLoop):
             checkpoint=str(checkpoint.newest(self.run_dir)),
             drafter=str(drafter),
         )
-        export(drafter, self.peft_model, self.model, self.config, self.loaded, **asdict(result), **self.left_out)
+        export(
+            drafter, self.peft_model, self.model, self.config, self.loaded, **asdict(result), **self.left_out
+        )
         return result
 
     def start(self) -> list[dict[str, Any]]:
@@ -327,13 +332,10 @@ class Distiller(TrainingLoop):
         """Whether all responses have been learned from or the time is over."""
         return self.progress >= 1.0
 
-    def advance(self) -> list[dict[str, Any]]:
+    def advance(self) -> None:
         """The updates up to the next line of the log.
 
-        Other lines of the log have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start"
-        (one a start of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
-
-        Returns:
+        The line has:
             phase: "train".
             step: updates so far.
             tokens: response tokens learned from so far.
@@ -344,6 +346,9 @@ class Distiller(TrainingLoop):
             tok_per_s: response tokens learned from over wall seconds, since the line before.
             memory_gb: highest memory use so far, of the accelerator if there is one.
             wall_s: seconds of training so far.
+
+        Other lines have the phases "write" (one a shard: its tokens, and the wall_s it took) and "start" (one a start
+        of training: the step it goes on from, the rows and tokens learned from, and the rows left out).
         """
         counters = self.counters
         tokens_before = counters.tokens
@@ -371,7 +376,7 @@ class Distiller(TrainingLoop):
             "memory_gb": self._memory_gb(),
             "wall_s": counters.wall_s,
         }
-        return [line]
+        self.report(line)
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """What the progress bar says of an update."""
@@ -399,7 +404,10 @@ class Distiller(TrainingLoop):
                 states = verifier_states(self.loaded.model, tokens, ["lora_S"])
                 for start in range(done % TEACHER_BATCHES * size, len(group), size):
                     rows = slice(start, start + size)
-                    yield Responses(tokens[rows], group.prompt_lens[rows], group.response_lens[rows]), states[rows]
+                    yield (
+                        Responses(tokens[rows], group.prompt_lens[rows], group.response_lens[rows]),
+                        states[rows],
+                    )
                 done = 0
 
     def _order(self, pass_index: int) -> Tensor:
@@ -408,7 +416,9 @@ class Distiller(TrainingLoop):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.responses), generator=generator)
         lengths = self.responses.prompt_lens + self.responses.response_lens
-        parts = [part[lengths[part].argsort()] for part in torch.split(order, SORTED_TOGETHER * self.config.batch)]
+        parts = [
+            part[lengths[part].argsort()] for part in torch.split(order, SORTED_TOGETHER * self.config.batch)
+        ]
         groups: list[Tensor] = []
         for part in parts[:-1]:
             groups += torch.split(part, TEACHER_BATCHES * self.config.batch)

@@ -22,7 +22,8 @@ class DecodeConfig:
     draft_len: int = 4
     """Tokens drafted before a verification, at most; 0 is plain decoding."""
     threshold: float = 0.0
-    """A draft whose confidence is below this is the last of its block (Kangaroo's second exit); 0 to 1."""
+    """A draft whose confidence is below this is the last of its block (Kangaroo's second exit); 0 to 1. With `adaptive`
+    the costs decide instead."""
     target: str = "base"
     """What the deep layers read: "base", the exit state with lora_S off, or "adapted", with it on."""
     draft_temperature: float = 0.0

@@ -206,7 +206,9 @@ def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, plan: CachedPas
         )
     grouped = queries.view(batch, groups, -1, size)
     if not queries.is_cuda:
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask).reshape(queries.shape)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask).reshape(
+            queries.shape
+        )
     # cuDNN plans its kernel anew for every length that the cache grows to, which takes 30 ms; products do not.
     scores = (grouped * size**-0.5) @ keys.transpose(-1, -2)
     if plan.mask is not None:

@@ -85,8 +85,8 @@ class BlockPolicy:
     """What each block drafts; this one always drafts as many tokens as the settings say.
 
     A block calls `begin`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees the outcome.
-    Every text needs a policy of its own. With source "hybrid" this one looks up where `SURE_NGRAM` tokens match, and
-    drafts elsewhere.
+    Texts that are decoded together need a policy each. With source "hybrid" this one looks up where `SURE_NGRAM` tokens
+    match, and drafts elsewhere.
 
     Args:
         config: `source`, `draft_len` and `threshold`.
@@ -180,7 +180,8 @@ class AdaptivePolicy(BlockPolicy):
     of Dinkelbach 1967). Records are kept by source and by the length of the ending that a lookup knows, since that says
     most about both sources. Learned drafting goes on while the next token's chance is worth its time; the chance comes
     from the confidences so far, corrected by how drafts of such confidence turned out before. A hybrid then adds what a
-    lookup knows, since rows of a verification are cheap. The same costs and texts give the same blocks.
+    lookup knows, since rows of a verification are cheap. The same costs and texts give the same blocks. `threshold`
+    does not count here: it is the fixed form of the same question.
 
     Args:
         config: `source` and `draft_len`, the longest block.
@@ -198,7 +199,9 @@ class AdaptivePolicy(BlockPolicy):
         self._records = {kind: replace(start) for kind, start in self._starts.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]
-        self._calibration = [[0.0, 0.0] for _ in range(BINS)]  # accepted and scored drafts by bin of confidence
+        self._calibration = [
+            [0.0, 0.0] for _ in range(BINS)
+        ]  # accepted and scored drafts by bin of confidence
         self._source = ""
         self._matched = 0
         self._survival = 1.0

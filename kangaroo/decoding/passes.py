@@ -66,7 +66,12 @@ class Passes:
         return max(self.positions, longest)
 
     def run(
-        self, name: Hashable, function: Pass, caches: Sequence[KVCache], counts: Sequence[int], *inputs: Tensor
+        self,
+        name: Hashable,
+        function: Pass,
+        caches: Sequence[KVCache],
+        counts: Sequence[int],
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         """Run a pass that adds `counts` tokens, row by row, to some equally long caches.
 

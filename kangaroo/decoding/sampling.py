@@ -29,7 +29,9 @@ def inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
     return tokens.clamp(max=weights.shape[-1] - 1)
 
 
-def choose_tokens(logits: Tensor, temperature: float = 0.0, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def choose_tokens(
+    logits: Tensor, temperature: float = 0.0, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Pick a token from each row of draft logits, by argmax or by inverse-CDF sampling.
 
     Args:
@@ -60,7 +62,9 @@ def count_accepted(draft_tokens: Sequence[int], verifier_tokens: Sequence[int]) 
     return min(len(draft_tokens), len(verifier_tokens))
 
 
-def speculative_sampling(target: Tensor, proposed: Tensor, drafted: Tensor, uniform: Tensor) -> tuple[int, int]:
+def speculative_sampling(
+    target: Tensor, proposed: Tensor, drafted: Tensor, uniform: Tensor
+) -> tuple[int, int]:
     """Accept drafts so that what is committed follows the target, whatever proposed them.
 
     Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318).

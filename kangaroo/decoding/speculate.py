@@ -22,11 +22,14 @@ from kangaroo.decoding.stages import Drafted, Stage, Stages, Verified
 
 
 @torch.no_grad()
-def spec_decode_step(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> list[Verification | None]:
+def spec_decode_step(
+    stages: Stages, texts: Sequence[Text], config: DecodeConfig
+) -> list[Verification | None]:
     """Draft a block for each text, verify all blocks in one pass, and say what is committed. Lossless.
 
-    The first step on empty caches reads the prompts. It drafts nothing, so that every draft follows a token that the
-    verifier chose. Each text commits as many tokens as it has accepted.
+    The first step on empty caches lets the verifier read the prompts. It drafts nothing, so that every draft follows a
+    token that the verifier chose; what drafts reads a prompt at its first draft. Each text commits as many tokens as it
+    has accepted.
 
     Args:
         stages: the model; their caches hold what earlier steps read.
@@ -86,10 +89,14 @@ def adapted_states(stages: Stages, drafts: Sequence[Draft]) -> list[Tensor]:
     """What the deep layers read with target "adapted": the exit states from drafting, and those of the other tokens."""
     unread = unread_tokens(drafts, stages.shallow)
     states = stages.read(unread)  # [B, T, D]
-    return [torch.cat([*draft.read_states, states[row, : len(unread[row])]]) for row, draft in enumerate(drafts)]
+    return [
+        torch.cat([*draft.read_states, states[row, : len(unread[row])]]) for row, draft in enumerate(drafts)
+    ]
 
 
-def accept(draft: Draft, verified: Verified, row: int, stages: Stages, config: DecodeConfig) -> Verification | None:
+def accept(
+    draft: Draft, verified: Verified, row: int, stages: Stages, config: DecodeConfig
+) -> Verification | None:
     """What one text commits.
 
     Greedy: accept drafts while they are the verifier's argmax. Sampling: accept draft x with probability
@@ -145,6 +152,13 @@ class Text:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
+
+    def seed(self, seed: int, num_drafts: int) -> None:
+        """Let the answer be sampled: draw noise for `num_drafts` sampled drafts, unless given, then the rest."""
+        self.generator = torch.Generator().manual_seed(seed)
+        if num_drafts:
+            drawn = torch.rand(num_drafts, generator=self.generator)
+            self.noise = drawn if self.noise is None else self.noise
 
     @property
     def tokens(self) -> list[int]:

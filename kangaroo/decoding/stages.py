@@ -71,7 +71,9 @@ class Stage:
         passes: how passes run.
     """
 
-    def __init__(self, weights: StageWeights, rotary: LlamaRotaryEmbedding, cache: KVCache, passes: Passes) -> None:
+    def __init__(
+        self, weights: StageWeights, rotary: LlamaRotaryEmbedding, cache: KVCache, passes: Passes
+    ) -> None:
         self.weights = weights
         self.rotary = rotary
         self.cache = cache
@@ -212,7 +214,9 @@ class Stages:
 
     def verify(self, tokens: Sequence[Sequence[int]]) -> Verified:
         """Score the tokens that the verifier has not read yet, in one pass (target "base")."""
-        return self._verify("verify base", self.passes.pad(tokens), [len(row) for row in tokens], from_tokens=True)
+        return self._verify(
+            "verify base", self.passes.pad(tokens), [len(row) for row in tokens], from_tokens=True
+        )
 
     def verify_states(self, states: Sequence[Tensor]) -> Verified:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
