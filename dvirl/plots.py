@@ -108,7 +108,9 @@ def _guide(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.plot(x, y, "--", color="grey", linewidth=1)
 
 
-def learning_curve(metrics: pd.DataFrame, held_out: tuple[float, float] | None = None, save: SavePath = None) -> None:
+def learning_curve(
+    metrics: pd.DataFrame, held_out: tuple[float, float] | None = None, save: SavePath = None
+) -> None:
     """Accept rate, reward and baseline above, the distillation loss below, over response tokens.
 
     Args:

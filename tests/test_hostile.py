@@ -316,7 +316,9 @@ def test_empty_text_is_refused_with_file_and_line(tmp_path, kind):
 def settings_classes() -> list[type[Settings]]:
     """Every settings class of the package."""
     modules = [importlib.import_module(one.name) for one in pkgutil.walk_packages(dvirl.__path__, "dvirl.")]
-    found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)} - {Settings}
+    found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)} - {
+        Settings
+    }
     found -= {Study, Sweep}  # of lists and mappings; tests/test_study.py, test_sweep.py and test_fuzz.py
     return sorted((kind for kind in found if issubclass(kind, Settings)), key=lambda kind: kind.__name__)
 

@@ -504,7 +504,10 @@ def test_a_bad_task_is_one_sentence_and_the_others_rows_stay(tmp_path, capsys):
     )
     assert cli([*command, "--set", "draft_len=3"]) == 2
     said = capsys.readouterr().err
-    assert "out.rows.jsonl: the run there has other settings: base (" in said and "; remove it, or give another" in said
+    assert (
+        "out.rows.jsonl: the run there has other settings: base (" in said
+        and "; remove it, or give another" in said
+    )
 
 
 def test_minutes_stop_before_a_row_and_the_same_command_goes_on(monkeypatch, tmp_path, capsys):

@@ -248,7 +248,9 @@ def test_yaml_names_that_are_no_text_and_bad_cores_are_one_sentence_too(there, c
         cli(["sweep", "s.yaml"]) == 2
         and "grid is {4: [1]}; expected dict[str, list[object]]" in capsys.readouterr().err
     )
-    assert sweep("--threads", "5") == 2 and "threads is 5; expected 1 to the 4 cores" in capsys.readouterr().err
+    assert (
+        sweep("--threads", "5") == 2 and "threads is 5; expected 1 to the 4 cores" in capsys.readouterr().err
+    )
     assert sweep("--threads", "0") == 2 and "threads is 0" in capsys.readouterr().err
     assert cli(["sweep", "none.yaml"]) == 2 and "none.yaml: No such file" in capsys.readouterr().err
 

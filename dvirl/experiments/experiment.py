@@ -105,7 +105,9 @@ def run_experiment(
     path = Path(f"{folder}.json")
     write_json(path, content)
     # The report shows the comparison first, then both evaluations in full.
-    changed = f"What the draft does on {config.questions}, before and after training:\n\n{markdown_table(compared)}"
+    changed = (
+        f"What the draft does on {config.questions}, before and after training:\n\n{markdown_table(compared)}"
+    )
     parts = [describe(content), changed]
     for image in ("training.png", "before/speedup.png", "after/speedup.png"):
         parts.append(f"![]({folder.name}/{image})")

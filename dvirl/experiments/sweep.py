@@ -74,7 +74,9 @@ class Sweep(Settings):
             raise DvirlError("grid is empty; expected values by setting")
         for name, values in self.grid.items():
             if not values or len(set(map(str, values))) < len(values):
-                raise DvirlError(f"grid has {name!s:.80}: {values!r:.80}; expected a list of different values")
+                raise DvirlError(
+                    f"grid has {name!s:.80}: {values!r:.80}; expected a list of different values"
+                )
         if math.prod(map(len, self.grid.values())) > MOST_CELLS:
             raise DvirlError(f"grid makes more than {MOST_CELLS:,} cells")
         taken = {*self.base, *self.grid} & SET_BY_SWEEP | {*self.base} & {*self.grid}
