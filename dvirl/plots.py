@@ -134,11 +134,7 @@ def learning_curve(
             above.plot(ends, held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
             text = "\u25c6 unseen prompts, before and after"
             above.text(0.01, 0.93, text, color=GREEN, transform=above.transAxes)
-        above.set(
-            ylabel="accept rate",
-            ylim=(0, None),
-            title="The draft learns while the model generates",
-        )
+        above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
         _label_end(below, _trend(below, tokens, metrics.loss_kl, "KL", PURPLE))
         below.set(
             xlabel="response tokens (thousands)",
@@ -213,6 +209,7 @@ def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None
     """
     figures = found[found.method != reference]
     names = list(figures.method.unique())
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0}  # keeps numbers readable on lines
     tasks = list(found.task.unique())
     with _figure(
         save,
@@ -230,15 +227,9 @@ def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None
                 colour = PALETTE[place % len(PALETTE)]
                 axes.plot([method.low, method.high], [place, place], color=colour)
                 axes.plot([method.speedup], [place], "o", color=colour, zorder=4)
-                axes.text(
-                    method.speedup,
-                    place - 0.24,
-                    f"{method.speedup:.2f}",
-                    ha="center",
-                    fontsize=7.5,
-                    color=colour,
-                    bbox=dict(facecolor="white", edgecolor="none", pad=0),
-                )
+                text = f"{method.speedup:.2f}"
+                look = {"ha": "center", "fontsize": 7.5, "color": colour, "bbox": box}
+                axes.text(method.speedup, place - 0.24, text, **look)
             # The reference is as fast as itself.
             axes.axvline(1.0, color="grey", linewidth=1)
             axes.margins(x=0.12)
@@ -281,12 +272,7 @@ def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
     methods = list(events.method.unique())
     if not 0 < len(methods) <= len(PALETTE):
         raise DvirlError(f"{len(methods)} methods; a figure shows 1 to {len(PALETTE)}, chosen by --method")
-    # The best group comes first, but positions stay in their order.
-    groups = []
-    for by in FACETS:
-        rates = events.groupby(by).accepted.mean()
-        groups.append(rates.sort_values(ascending=False).index)
-    groups[0] = groups[0].sort_values()
+    groups = _facet_groups(events)
     heights = [len(group) + 0.5 for group in groups]
     with _figure(
         save,
@@ -310,6 +296,16 @@ def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
             labelcolor="linecolor",
             handlelength=0.5,
         )
+
+
+def _facet_groups(events: pd.DataFrame) -> list[pd.Index]:
+    """The groups of every facet, the most accepted first; positions, the first facet, stay in their order."""
+    groups = []
+    for by in FACETS:
+        rates = events.groupby(by).accepted.mean()
+        groups.append(rates.sort_values(ascending=False).index)
+    groups[0] = groups[0].sort_values()
+    return groups
 
 
 def _draw_facet(

@@ -56,7 +56,10 @@ class SGPExperiment(ExperimentSettings, SGPConfig):
     """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
 
 
-def refuse_existing(config: DVIExperiment | SGPExperiment) -> None:
+AnyExperiment = DVIExperiment | SGPExperiment
+
+
+def refuse_existing(config: AnyExperiment) -> None:
     """See that nothing is overwritten.
 
     Raises:
@@ -68,10 +71,7 @@ def refuse_existing(config: DVIExperiment | SGPExperiment) -> None:
 
 
 def run_experiment(
-    config: DVIExperiment | SGPExperiment,
-    draft: Draft,
-    train: Callable[[], Mapping[str, Any]],
-    draw: Callable[..., None],
+    config: AnyExperiment, draft: Draft, train: Callable[[], Mapping[str, Any]], draw: Callable[..., None]
 ) -> Path:
     """Evaluate a draft, train it, evaluate it again; write results and report.
 
@@ -89,14 +89,11 @@ def run_experiment(
     trained = train()
     after = _evaluate(config, draft, "after")
     compared = pd.DataFrame({"before": _overall(before), "after": _overall(after)})
-    figures: dict[str, float] = {}
-    for name, values in compared.iterrows():
-        figures |= {f"{name}_before": values.before, f"{name}_after": values.after}
     content = {
         "settings": asdict(config),
         **provenance(draft.loaded),
         "date": time.strftime("%Y-%m-%d"),
-        "figures": figures,
+        "figures": _flat(compared),
         "before": before.to_dict("records"),
         "after": after.to_dict("records"),
         **trained,
@@ -118,12 +115,20 @@ def run_experiment(
     return path
 
 
-def _folder(config: DVIExperiment | SGPExperiment) -> Path:
+def _flat(compared: pd.DataFrame) -> dict[str, float]:
+    """The comparison as `NAME_before` and `NAME_after`."""
+    figures: dict[str, float] = {}
+    for name, values in compared.iterrows():
+        figures |= {f"{name}_before": values.before, f"{name}_after": values.after}
+    return figures
+
+
+def _folder(config: AnyExperiment) -> Path:
     """Where both evaluations go; the results and the report have its name."""
     return Path(config.results) / Path(config.run_dir).name
 
 
-def _evaluate(config: DVIExperiment | SGPExperiment, draft: Draft, when: str) -> pd.DataFrame:
+def _evaluate(config: AnyExperiment, draft: Draft, when: str) -> pd.DataFrame:
     """`evaluate` with the experiment's settings, into a folder of its own."""
     shared = {spec.name for spec in fields(EvalConfig)} - {"draft", "run_dir"}
     values: dict[str, Any] = {name: getattr(config, name) for name in shared}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from dvirl.config import DVIConfig
 from dvirl.data.stream import load_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.experiments.study import Prompts, Task, free_memory, load_model, trainer_on
+from dvirl.experiments.study import Prompts, Task, VariantRows, free_memory, load_model, trainer_on
 from dvirl.experiments.summary import Row
 from dvirl.rollout import Responses
 from dvirl.runs import checkpoint
@@ -21,46 +23,50 @@ from dvirl.trainer import DVITrainer
 
 Probes = dict[str, Responses]
 """The untouched model's answers to held-out prompts, by domain."""
+Clients = dict[str, tuple[DVIConfig, Prompts]]
+"""Settings and prompts of each client."""
+Curve = dict[str, list[float]]
+"""What was measured during training, by name."""
 
 
-def adaptation(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
+def adaptation(task: Task, folder: Path) -> VariantRows:
     """A stream that changes domain midway: what is learned, what is forgotten, and what a share of old prompts saves.
 
     `extra`: `first` and `then` (prompt settings), `prompts` of each, `probes` a half. Variants: `replay_share`, the
     share of prompts after the switch that are drawn from before it.
     """
-    study = task.study
-    count = study.extra["prompts"]
-    every = count // study.extra["probes"]
-    sources = {name: study.extra[name] for name in ("first", "then")}
+    extra = task.study.extra
+    count = extra["prompts"]
+    every = count // extra["probes"]
+    sources = {name: extra[name] for name in ("first", "then")}
     (old, new), probes = _domains(task, sources, count)
     # Drawn for all variants, also those that are done, so that a study that goes on draws the same.
     rng = random.Random(task.seed)
-    mixed = {name: _mix(old, new, variant["replay_share"], rng) for name, variant in study.variants.items()}
+    mixed: dict[str, Prompts] = {}
+    for name, variant in task.study.variants.items():
+        share = variant["replay_share"]
+        mixed[name] = [rng.choice(old) if rng.random() < share else prompt for prompt in new]
     for name, variant in task.due():
-        changes = {key: value for key, value in variant.items() if key != "replay_share"}
-        config = study.config(task.seed, folder / name, changes, {"num_prompts": 2 * count})
+        changes = {**variant, "num_prompts": 2 * count}
+        del changes["replay_share"]
+        config = task.config(folder / name, changes)
         curve = _probed(config, old + mixed[name], probes, every)
         yield name, [{"figures": adaptation_figures(curve, count), "curve": curve}]
-
-
-def _mix(old: Prompts, new: Prompts, replay_share: float, rng: random.Random) -> Prompts:
-    """The new prompts, a share of them replaced by old ones."""
-    return [rng.choice(old) if rng.random() < replay_share else prompt for prompt in new]
 
 
 def _domains(
     task: Task, sources: Mapping[str, Mapping[str, Any]], count: int
 ) -> tuple[list[Prompts], Probes]:
     """`count` training prompts of every source, and the untouched model's answers to its held-out ones, by name."""
-    loaded = load_model(task.study.config(task.seed, task.shared))
+    loaded = load_model(task.config(task.shared))
     prompts = []
     probes = {}
     for name, settings in sources.items():
-        config = task.study.config(task.seed, task.shared, {**settings, "num_prompts": count})
+        config = task.config(task.shared, settings, {"num_prompts": count})
         split = load_prompts(config, loaded)
         prompts.append(split.stream.take(count))
-        probes[name] = answer(loaded, split.held_out, config.max_new_tokens, len(split.held_out))
+        held_out = split.held_out
+        probes[name] = answer(loaded, held_out, config.max_new_tokens, len(held_out))
         free_memory()
     return prompts, probes
 
@@ -71,10 +77,10 @@ def _advance(trainer: DVITrainer, goal: float) -> None:
         trainer.advance()
 
 
-def _probed(config: DVIConfig, prompts: Prompts, probes: Probes, every: int) -> dict[str, list[float]]:
+def _probed(config: DVIConfig, prompts: Prompts, probes: Probes, every: int) -> Curve:
     """Train, and measure the agreement on all probes before the first prompt and after every `every` prompts."""
     trainer = trainer_on(config, prompts)
-    curve: dict[str, list[float]] = {"prompts": [], **{name: [] for name in probes}}
+    curve: Curve = defaultdict(list)
     while True:
         done = trainer.counters.prompts
         curve["prompts"].append(done)
@@ -87,7 +93,7 @@ def _probed(config: DVIConfig, prompts: Prompts, probes: Probes, every: int) -> 
 
 def adaptation_figures(curve: Mapping[str, Sequence[float]], switch: int) -> dict[str, float]:
     """Agreement on both domains at the switch and at the end, and what of the first was forgotten."""
-    switched = next(index for index, prompts in enumerate(curve["prompts"]) if prompts >= switch)
+    switched = bisect_left(curve["prompts"], switch)  # the first measurement at or after the switch
     figures = {}
     for domain in ("first", "then"):
         figures[f"{domain}_switch"] = curve[domain][switched]
@@ -95,26 +101,28 @@ def adaptation_figures(curve: Mapping[str, Sequence[float]], switch: int) -> dic
     return {**figures, "forgotten": figures["first_switch"] - figures["first_end"]}
 
 
-def federated(task: Task, folder: Path) -> Iterator[tuple[str, list[Row]]]:
+def federated(task: Task, folder: Path) -> VariantRows:
     """Clients with prompts of their own train apart and are averaged by tokens every round; or never; or are one.
 
     `extra`: `clients` (prompt settings by name), `rounds`, `prompts` a client and round. Variants: `mode`, averaged,
     apart or pooled. All start from the same untrained draft; averaging keeps each client's optimizer.
     """
-    study = task.study
-    rounds = study.extra["rounds"]
-    streams, probes = _domains(task, study.extra["clients"], rounds * study.extra["prompts"])
+    extra = task.study.extra
+    rounds = extra["rounds"]
+    streams, probes = _domains(task, extra["clients"], rounds * extra["prompts"])
+    # Pooled prompts alternate between the clients, as if they came in together.
     pooled = [prompt for together in zip(*streams, strict=True) for prompt in together]
-    untrained = _save(trainer_on(study.config(task.seed, folder / "start"), pooled))
+    untrained = _save(trainer_on(task.config(folder / "start"), pooled))
     for name, variant in task.due():
-        by_client = dict(zip(probes, streams, strict=True))
-        if variant["mode"] == "pooled":
-            by_client = {"pooled": pooled}
-        clients = {}
+        mode = variant["mode"]
+        by_client = {"pooled": pooled}
+        if mode != "pooled":
+            by_client = dict(zip(probes, streams, strict=True))
+        clients: Clients = {}
         for client, prompts in by_client.items():
             changes = {"start_from": str(untrained), "num_prompts": len(prompts)}
-            clients[client] = (study.config(task.seed, folder / name / client, changes), prompts)
-        yield name, [_in_rounds(clients, probes, rounds, variant["mode"] == "averaged")]
+            clients[client] = (task.config(folder / name / client, changes), prompts)
+        yield name, [_in_rounds(clients, probes, rounds, mode == "averaged")]
 
 
 def _save(trainer: DVITrainer) -> Path:
@@ -123,12 +131,10 @@ def _save(trainer: DVITrainer) -> Path:
     )
 
 
-def _in_rounds(
-    clients: Mapping[str, tuple[DVIConfig, Prompts]], probes: Probes, rounds: int, average: bool
-) -> Row:
+def _in_rounds(clients: Clients, probes: Probes, rounds: int, average: bool) -> Row:
     """Train clients, by name their settings and prompts; after every round, measure each of them on all probes."""
-    trainers = {client: trainer_on(config, prompts) for client, (config, prompts) in clients.items()}
-    curve: dict[str, list[float]] = {"round": [], "own": [], "all": []}
+    trainers = {client: trainer_on(*of_client) for client, of_client in clients.items()}
+    curve: Curve = defaultdict(list)
     for number in range(1, rounds + 1):
         _train_round(list(trainers.values()), number / rounds, average)
         rates = {}
@@ -136,23 +142,25 @@ def _in_rounds(
             for domain, responses in probes.items():
                 rates[client, domain] = measure_agreement(trainer.model, responses).rate
         # A client's own domain bears its name; pooled clients have all domains for their own.
-        own = [rates.get((domain, domain), rates.get(("pooled", domain), 0.0)) for domain in probes]
+        own = [rates[domain if domain in trainers else "pooled", domain] for domain in probes]
         curve["round"].append(number)
         curve["own"].append(fmean(own))
         curve["all"].append(fmean(rates.values()))
     figures = {"own": curve["own"][-1], "all": curve["all"][-1]}
-    figures |= {f"{client}_on_{domain}": rate for (client, domain), rate in rates.items()}
+    for (client, domain), rate in rates.items():
+        figures[f"{client}_on_{domain}"] = rate
     return {"figures": figures, "curve": curve}
 
 
 def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) -> None:
     """Train every client up to a share of its prompts, then give all of them the mean of their drafts if asked to."""
-    before = [trainer.counters.tokens for trainer in trainers]
+    tokens: list[int] = []
     for trainer in trainers:
-        _advance(trainer, share * trainer.config.num_prompts - 1e-6)
+        before = trainer.counters.tokens
+        _advance(trainer, share * trainer.config.num_prompts - 1e-6)  # the share may be rounded up
+        tokens.append(trainer.counters.tokens - before)
     if not average:
         return
-    tokens = [trainer.counters.tokens - past for trainer, past in zip(trainers, before, strict=True)]
     folders = [_save(trainer) for trainer in trainers]
     mean = average_adapters(folders, tokens, folders[0].with_name(f"mean-{share:.3f}"))
     for trainer in trainers:

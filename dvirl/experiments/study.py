@@ -58,6 +58,7 @@ class Study(Settings):
             raise DvirlError(f"kind is {self.kind!r:.80}; expected one of {', '.join(KINDS)}")
         if not self.seeds or not self.variants:
             raise DvirlError("a study needs at least one seed and one variant")
+        # Anything may stand in quick and extra; whatever does not fit there fails here, before hours of training.
         try:
             if self.kind == "staleness" and not 0 < self.extra["ages"] <= 1000:
                 raise DvirlError(f"extra is {self.extra!r:.80}; expected 'ages' from 1 to 1000")
@@ -89,7 +90,7 @@ class Study(Settings):
         values: dict[str, Any] = {**self.base, "seed": seed, "run_dir": str(run_dir)}
         for change in changes:
             values |= change
-        values.pop("sgp", None)
+        values.pop("sgp", None)  # a start's own, and no setting of DVI
         return from_mapping(DVIConfig, values, "study")
 
     def blank_rows(self, seed: int, start: str, variant: str) -> list[Row]:
@@ -140,6 +141,7 @@ class Task:
         """The variants with missing rows and their settings, as long as there is time to begin them."""
         for name, variant in self.study.variants.items():
             rows = {row_name(row) for row in self.study.blank_rows(self.seed, self.start, name)}
+            # The clock is asked before every variant, since each may take hours.
             if rows - self.done and time.time() < self.deadline:
                 yield name, variant
 
