@@ -134,7 +134,11 @@ def learning_curve(
             above.plot(ends, held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
             text = "\u25c6 unseen prompts, before and after"
             above.text(0.01, 0.93, text, color=GREEN, transform=above.transAxes)
-        above.set(ylabel="accept rate", ylim=(0, None), title="The draft learns while the model generates")
+        above.set(
+            ylabel="accept rate",
+            ylim=(0, None),
+            title="The draft learns while the model generates",
+        )
         _label_end(below, _trend(below, tokens, metrics.loss_kl, "KL", PURPLE))
         below.set(
             xlabel="response tokens (thousands)",
