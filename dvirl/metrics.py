@@ -1,7 +1,7 @@
 """Figures of a run: counters, the baseline, what the served decoder did, and drift."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from dvirl.data.examples import collate
 from dvirl.losses import kl_divergence
 from dvirl.rollout import Judgement, Rollout, verifier_states
 from dvirl.runs import loop
+from kangaroo.decoding.blocks import Verification
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.sgp_lora import lora_parameters
 
@@ -189,44 +190,61 @@ class Baseline:
 
 
 @dataclass
-class Served:
-    """What the served decoder did on the responses since the last step, pooled; in every checkpoint too.
+class Tally:
+    """Acceptance statistics, pooled over verifications; the prefill is none of them.
 
     Attributes:
-        drafted, accepted: scored drafts, and accepted ones.
-        committed, blocks: tokens of the blocks, and their number.
-        tokens, nll: response tokens, and their negative log-likelihood under the verifier, in nats.
-        wall_s: the run's seconds when this account began.
+        drafted: scored drafts, up to and including the first reject of each verification.
+        accepted: accepted drafts.
+        committed: committed tokens, the verifier's own included.
+        blocks: verifications.
     """
 
     drafted: int = 0
     accepted: int = 0
     committed: int = 0
     blocks: int = 0
+
+    def count(self, verifications: Iterable[Verification]) -> None:
+        """Add some verifications."""
+        for block in verifications:
+            self.drafted += block.num_drafted
+            self.accepted += block.num_accepted
+            self.committed += block.block_len
+            self.blocks += 1
+
+    @property
+    def accept_rate(self) -> float:
+        """Accepted over scored drafts; NaN if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else math.nan
+
+    @property
+    def mat(self) -> float:
+        """Mean number of tokens that a verification commits (Spec-Bench); NaN without verifications."""
+        return self.committed / self.blocks if self.blocks else math.nan
+
+
+@dataclass
+class Served(Tally):
+    """What the served decoder did on the responses since the last step, pooled; in every checkpoint too.
+
+    Attributes:
+        tokens, nll: response tokens, and their negative log-likelihood under the verifier, in nats.
+        wall_s: the run's seconds when this account began.
+    """
+
     tokens: int = 0
     nll: float = 0.0
     wall_s: float = 0.0
 
     def add(self, rollout: Rollout, judgement: Judgement) -> None:
         """Add a group of responses; a response's first token comes from the prefill and is in no block."""
-        self.drafted += len(judgement.records)
-        self.accepted += judgement.records.num_accepted
-        self.committed += rollout.num_tokens - len(rollout)
-        self.blocks += sum(map(len, judgement.blocks))
+        for row in judgement.blocks:
+            self.count(row)
         positions = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
         inside = positions < rollout.response_lens[:, None]  # [B, R]
         self.nll -= float(rollout.verifier_confidence[inside].log().sum())
         self.tokens += rollout.num_tokens
-
-    @property
-    def accept_rate(self) -> float:
-        """Accepted drafts over scored ones; NaN if nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else math.nan
-
-    @property
-    def mat(self) -> float:
-        """Mean block length; NaN if there was no block."""
-        return self.committed / self.blocks if self.blocks else math.nan
 
     @property
     def ppl(self) -> float:

@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ from test_spec_bench import write_questions
 from dvirl import cli, run_dvi_experiment
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.runner import EvalConfig, evaluate
-from dvirl.experiments.experiment import DVIExperiment
+from dvirl.experiments.experiment import COMPARED, DVIExperiment, _overall
 from dvirl.models.drafters import load_drafter, open_draft
 from dvirl.runs.checkpoint import newest
 
@@ -133,3 +134,12 @@ def test_a_checkpoint_is_judged_by_three_figures(done, capsys, tmp_path):
 def test_a_folder_without_a_draft_is_said(tmp_path, capsys):
     assert cli.main(["sgp-eval", "--ckpt_dir", str(tmp_path)]) == 2
     assert "no drafter" in capsys.readouterr().err
+
+
+def test_a_set_of_one_task_is_compared_by_that_task():
+    """It has no row for all tasks together."""
+    rows = [{"task": "qa", "method": name, "accept_rate": 0.5, "mat": 1.5, "speedup": 1.2, "tok_per_s": 9.0, "ppl": 2.0,
+             "drift_kl": 0.0} for name in ("plain", "fixed", "dvi")]  # fmt: skip
+    assert _overall(pd.DataFrame(rows)).to_dict() == {name: rows[0][name] for name in COMPARED}
+    several = pd.DataFrame([*rows, *({**row, "task": "overall", "mat": 3.0} for row in rows)])
+    assert _overall(several)["mat"] == 3.0

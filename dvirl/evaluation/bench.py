@@ -106,8 +106,8 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
         tok_per_s=fmean(answer.tok_per_s for answer in answers),
         over_plain=median(answer.tok_per_s / base.tok_per_s for answer, base in pairs),
         over_ideal=median(ideals) if ideals else None,
-        mat=counts.mat if counts.num_blocks else None,
-        accept_rate=counts.accept_rate if counts.num_drafted else None,
+        mat=counts.mat if counts.blocks else None,
+        accept_rate=counts.accept_rate if counts.drafted else None,
         equal=sum(answer.tokens == base.tokens for answer, base in pairs),
         questions=len(answers),
     )

@@ -79,9 +79,9 @@ def measure_acceptance(
         accept_rate=counts.accept_rate,
         mat=counts.mat,
         tok_per_s=fmean(answer.tok_per_s for answer in answers) if answers else math.nan,
-        num_drafted=counts.num_drafted,
-        num_accepted=counts.num_accepted,
-        num_blocks=counts.num_blocks,
+        num_drafted=counts.drafted,
+        num_accepted=counts.accepted,
+        num_blocks=counts.blocks,
         num_tokens=sum(len(answer.tokens) for answer in answers),
         responses=[answer.tokens for answer in answers],
     )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dvirl.metrics import Tally
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.kangaroo_model import KangarooModel
@@ -59,42 +60,12 @@ class Answer:
         return len(self.tokens) / self.wall_s
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Acceptance statistics, pooled over verifications; the prefill is none of them.
-
-    Attributes:
-        num_drafted: scored drafts, up to and including the first reject of each verification.
-        num_accepted: accepted drafts.
-        num_committed: committed tokens, the verifier's own included.
-        num_blocks: verifications.
-    """
-
-    num_drafted: int
-    num_accepted: int
-    num_committed: int
-    num_blocks: int
-
-    @property
-    def accept_rate(self) -> float:
-        """Accepted over scored drafts; NaN if nothing was drafted."""
-        return self.num_accepted / self.num_drafted if self.num_drafted else math.nan
-
-    @property
-    def mat(self) -> float:
-        """Mean number of tokens that a verification commits (Spec-Bench); NaN without verifications."""
-        return self.num_committed / self.num_blocks if self.num_blocks else math.nan
-
-
 def tally(answers: Sequence[Answer]) -> Tally:
-    """Count the drafts and verifications of some answers."""
-    blocks = [block for answer in answers for block in answer.blocks[1:]]
-    return Tally(
-        num_drafted=sum(block.num_drafted for block in blocks),
-        num_accepted=sum(block.num_accepted for block in blocks),
-        num_committed=sum(block.block_len for block in blocks),
-        num_blocks=len(blocks),
-    )
+    """Count the drafts and verifications of some answers; the first block of each is the prefill's."""
+    counts = Tally()
+    for answer in answers:
+        counts.count(answer.blocks[1:])
+    return counts
 
 
 def timed(

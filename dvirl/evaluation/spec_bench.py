@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from dvirl.data.sources import parsed_rows
-from dvirl.evaluation.measure import Answer, Tally, tally
+from dvirl.evaluation.measure import Answer, tally
 from dvirl.evaluation.questions import Question
+from dvirl.metrics import Tally
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text, write_text
 from dvirl.runs.settings import has_type
@@ -58,8 +59,8 @@ def answer_row(
         "prefill_time": [answer.prefill_s for answer in answers],
         "accept_lengths": [length for answer in answers for length in answer.accept_lengths],
         "drafts": [drafts for answer in answers for drafts in answer.drafts],
-        "num_drafted": [counts.num_drafted for counts in tallies],
-        "num_accepted": [counts.num_accepted for counts in tallies],
+        "num_drafted": [counts.drafted for counts in tallies],
+        "num_accepted": [counts.accepted for counts in tallies],
         "nll": [answer.nll for answer in answers],
         "tokens": [answer.tokens for answer in answers],
     }

@@ -212,7 +212,8 @@ def main(argv: Sequence[str]) -> Path:
         "rows": found,
     }
     write_json(out, content)
-    print(summary_table(table, SHOWN))
+    if rows:
+        print(summary_table(table, SHOWN))
     print(f"written: {out}")
     if missing:
         print(f"{len(missing)} rows are missing, {'; '.join(missing)}; the same command goes on with them")
