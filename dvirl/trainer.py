@@ -1,13 +1,14 @@
 """DVI-RL: draft, verify, improve. The trainer of a draft that learns while it generates.
 
-The method, which `TrainingLoop.train` repeats until all prompts are done:
+The method, which `TrainingLoop.train` repeats until all prompts are done::
 
-    for group in trainer.collect():            # the verifier answers a batch of prompts
-        trainer.judge(group)                   # the draft is scored on the answers: records with rewards
-        if enough tokens were accepted:
-            trainer.fast_update(fresh records) # improve the draft: lora_S, drafter, exit head
-            trainer.slow_update(recent ones)   # now and then, the deep layers: lora_D
-    a line of the log for each fast update, a checkpoint when one is due
+    for group in trainer.collect():             # the verifier answers a batch of prompts
+        trainer.judge(group)                    # the draft is scored on the answers: records with rewards
+        if enough_accepted:
+            trainer.fast_update(fresh_records)  # improve the draft: lora_S, drafter, exit head
+            trainer.slow_update(recent_ones)    # now and then, the deep layers: lora_D
+
+Each fast update gives a line of the log; a checkpoint follows when one is due.
 
 Responses are decoded plainly, many at once; the drafts on them follow in one parallel pass and are scored by the block
 rule, which gives the records of drafting step by step (see `dvirl.rollout`).

@@ -145,7 +145,7 @@ class StudyCommand(Settings):
     """Settings of `dvirl study`."""
 
     file: str = positional()
-    """YAML file of a study, see configs/study-*.yaml."""
+    """YAML file of a study, such as configs/study-objectives.yaml."""
     quick: bool = False
     """Run the laptop-size version."""
     seeds: list[int] = several(limits=(0, 2**63 - 1))
