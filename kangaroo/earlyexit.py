@@ -87,9 +87,17 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """The embedding, for weight tying."""
         return self.model.embed_tokens
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding."""
+        self.model.embed_tokens = value
+
     def get_output_embeddings(self) -> nn.Module:
         """The language-model head, for weight tying."""
         return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the language-model head."""
+        self.lm_head = new_embeddings
 
     # Passes without a cache
 

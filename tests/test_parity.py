@@ -125,6 +125,15 @@ def test_rotary_table_grows_and_scales():
         rotary_for(config)
 
 
+def test_embeddings_can_be_resized_as_hugging_faces():
+    theirs, ours = tiny_pair(8)
+    ids = torch.randint(3, 200, (1, 7))
+    for model in (theirs, ours):
+        model.resize_token_embeddings(300)
+    assert ours.lm_head.weight.shape == ours.model.embed_tokens.weight.shape == (300, 32)
+    torch.testing.assert_close(ours(ids).logits[..., :264], theirs(ids).logits[..., :264], atol=1e-4, rtol=0)
+
+
 def test_a_full_cache_and_a_bad_exit_layer_are_said():
     _, ours = tiny_pair(7)
     with pytest.raises(ValueError, match="needs 9 cache slots, the cache has 8"), ours.decoding(8, None):
