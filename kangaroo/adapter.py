@@ -5,6 +5,9 @@ Letters in shapes: B batch, T positions, S key positions, H query heads, G key/v
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 
 DRAFTERS = ("none", "adapter", "layer")
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+"""Ways of scaling rotary positions to a longer context that are computed here, by their names in `rope_scaling`."""
 
 
 class LlamaRotaryEmbedding(nn.Module):
@@ -24,9 +32,10 @@ class LlamaRotaryEmbedding(nn.Module):
 
     Args:
         dim: head size E, even.
-        max_position_embeddings: positions tabulated at first.
+        max_position_embeddings: positions tabulated at first; with "dynamic" scaling the context of training.
         base: `rope_theta`.
-        scaling_factor: linear position scaling; 1 leaves positions as they are.
+        scaling_factor: by how much the context is longer than in training; 1 leaves positions as they are.
+        scaling: how, one of `ROPE_TYPES`, with the parameters of that kind as `rope_scaling` names them.
     """
 
     def __init__(
@@ -35,26 +44,113 @@ class LlamaRotaryEmbedding(nn.Module):
         max_position_embeddings: int = 2048,
         base: float = 10000.0,
         scaling_factor: float = 1.0,
+        scaling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
         self.base = base
         self.scaling_factor = scaling_factor
+        self.scaling = {"rope_type": "linear", **(scaling or {})}
+        self.dynamic = self.scaling["rope_type"] == "dynamic"
+        self.trained_context = self.scaling.get("original_max_position_embeddings") or max_position_embeddings
         self._set_cos_sin_cache(max_position_embeddings, torch.device("cpu"), torch.float32)
 
-    def _set_cos_sin_cache(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Tabulate cos and sin for positions 0…seq_len-1, each `[seq_len, E]`."""
-        # Angle of dimension pair i at position p: p * base^(-2 i / E).
-        inverse = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
-        positions = torch.arange(seq_len, dtype=torch.float32) / self.scaling_factor
-        angles = torch.outer(positions, inverse)
+    def frequencies(self, base: float | Tensor) -> Tensor:
+        """Angle by which one position turns each pair of dimensions, `[…, E / 2]`, before any scaling.
+
+        Args:
+            base: a number, or one for each position, `[P, 1]`.
+        """
+        # Pair i turns by base^(-2 i / E).
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
+        return 1.0 / (base**exponents)
+
+    def _scaled(self, positions: Tensor, whole: bool) -> tuple[Tensor, float]:
+        """Frequencies `[E / 2]` or, if they depend on the position, `[P, E / 2]`; and the factor on cos and sin."""
+        kind = self.scaling["rope_type"]
+        inverse = self.frequencies(self.base)
+        if kind == "dynamic":
+            # A text longer than the training's context gets a larger base (NTK-aware scaling). In decoding each token
+            # keeps the base that the text's length gave when the token came.
+            lengths = (positions.amax().expand_as(positions) if whole else positions) + 1
+            beyond = (lengths / self.trained_context).clamp(min=1)[:, None]
+            stretch = self.scaling_factor * beyond - (self.scaling_factor - 1)
+            return self.frequencies(self.base * stretch ** (self.dim / (self.dim - 2))), 1.0
+        if kind == "llama3":
+            # Llama 3.1: slow pairs are slowed down, fast ones stay, those between are mixed.
+            turns = self.trained_context * inverse / (2 * math.pi)  # over the training's context
+            low = self.scaling["low_freq_factor"]
+            high = self.scaling["high_freq_factor"]
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            return kept * inverse + (1 - kept) * inverse / self.scaling_factor, 1.0
+        if kind == "yarn":
+            kept = self._kept_by_yarn()
+            return kept * inverse + (1 - kept) * inverse / self.scaling_factor, self._yarn_attention()
+        return inverse / self.scaling_factor, 1.0
+
+    def _kept_by_yarn(self) -> Tensor:
+        """Share in which YaRN keeps each pair's frequency (arXiv 2309.00071, Sec. 3.2), `[E / 2]`."""
+
+        def pair_with(turns: float) -> float:
+            """The pair that turns so often over the training's context."""
+            context = self.trained_context / (turns * 2 * math.pi)
+            return self.dim * math.log(context) / (2 * math.log(self.base))
+
+        first = pair_with(self.scaling.get("beta_fast") or 32)
+        last = pair_with(self.scaling.get("beta_slow") or 1)
+        if self.scaling.get("truncate", True):
+            first = math.floor(first)
+            last = math.ceil(last)
+        first = max(first, 0)
+        last = min(last, self.dim - 1)
+        width = last - first or 0.001
+        pairs = torch.arange(self.dim // 2, dtype=torch.float32, device="cpu")
+        return 1 - ((pairs - first) / width).clamp(0, 1)
+
+    def _yarn_attention(self) -> float:
+        """YaRN's factor on queries and keys, which lowers the temperature of attention (Sec. 3.3 there)."""
+
+        def magnitude(weight: float) -> float:
+            return 0.1 * weight * math.log(self.scaling_factor) + 1 if self.scaling_factor > 1 else 1.0
+
+        given = self.scaling.get("attention_factor")
+        if given is not None:
+            return float(given)
+        upper = self.scaling.get("mscale")
+        lower = self.scaling.get("mscale_all_dim")
+        return magnitude(upper) / magnitude(lower) if upper and lower else magnitude(1)
+
+    def _set_cos_sin_cache(
+        self, seq_len: int, device: torch.device, dtype: torch.dtype, whole: bool = False
+    ) -> None:
+        """Tabulate cos and sin for positions 0…seq_len-1, each `[seq_len, E]`.
+
+        Args:
+            whole: as positions of one text that is read at once; matters for dynamic scaling alone.
+        """
+        positions = torch.arange(seq_len, dtype=torch.float32, device="cpu")
+        inverse, magnitude = self._scaled(positions, whole)
+        angles = positions[:, None] * inverse
         angles = torch.cat((angles, angles), dim=-1)
         self.max_seq_len_cached = seq_len
-        self.cos_cached = angles.cos().to(device, dtype)
-        self.sin_cached = angles.sin().to(device, dtype)
+        self.cos_cached = (angles.cos() * magnitude).to(device, dtype)
+        self.sin_cached = (angles.sin() * magnitude).to(device, dtype)
 
-    def forward(self, position_ids: Tensor, highest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cos and sin `[B, 1, T, E]` at `position_ids [B, T]`, whose largest entry is `highest`."""
+    def forward(
+        self, position_ids: Tensor, highest: int, dtype: torch.dtype, whole: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Cos and sin `[B, 1, T, E]`.
+
+        Args:
+            position_ids: `[B, T]`.
+            highest: the largest of them.
+            dtype: of the result.
+            whole: they are a text from its beginning on, read at once.
+        """
+        if whole and self.dynamic and highest >= self.trained_context:
+            rotary = copy.copy(self)  # a table for this length alone
+            rotary._set_cos_sin_cache(highest + 1, position_ids.device, torch.float32, whole)
+            return rotary(position_ids, highest, dtype)
         length = self.max_seq_len_cached
         if highest >= length:
             length = 2 * highest  # doubled, so that a growing text does not make a table at every step
@@ -66,24 +162,23 @@ class LlamaRotaryEmbedding(nn.Module):
 
 
 def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:
-    """The rotary table of a Llama configuration, `rope_theta` and linear `rope_scaling` honoured.
+    """The rotary table of a Llama configuration, `rope_theta`, `head_dim` and `rope_scaling` honoured.
 
     Raises:
-        ValueError: for a `rope_scaling` other than linear.
+        ValueError: for a `rope_scaling` that is not computed here.
     """
-    scaling = config.rope_scaling or {}
-    kind = scaling.get("type", scaling.get("rope_type", "linear"))
-    if kind not in ("linear", "default"):
-        raise ValueError(
-            f"rope_scaling type {kind!r} of the model's config is not supported; expected 'linear'"
-        )
-    head_dim = config.hidden_size // config.num_attention_heads
-    return LlamaRotaryEmbedding(
-        head_dim,
-        config.max_position_embeddings,
-        getattr(config, "rope_theta", 10000.0),
-        scaling.get("factor", 1.0),
-    )
+    scaling = dict(config.rope_scaling or {})
+    kind = scaling["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_scaling has the type {kind!r}; expected one of {', '.join(ROPE_TYPES)}")
+    factor = scaling.get("factor", 1.0) if kind != "default" else 1.0
+    base = getattr(config, "rope_theta", 10000.0)
+    return LlamaRotaryEmbedding(head_dim(config), config.max_position_embeddings, base, factor, scaling)
+
+
+def head_dim(config: LlamaConfig) -> int:
+    """Size E of a head, which a configuration may set apart from the hidden size."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -150,7 +245,7 @@ def plan_uncached(
         itself = torch.eye(length, dtype=torch.bool, device=states.device)
         # A padding row sees itself: seeing nothing would make it not a number.
         mask = _prepare_decoder_attention_mask(positions, positions, window) | itself
-    cos, sin = rotary(positions.clamp(min=0), highest, states.dtype)
+    cos, sin = rotary(positions.clamp(min=0), highest, states.dtype, whole=True)
     return AttentionPlan(cos, sin, mask)
 
 
@@ -161,7 +256,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_key_value_heads
-        self.head_dim = config.hidden_size // self.num_heads
+        self.head_dim = head_dim(config)
         bias = getattr(config, "attention_bias", False)
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
@@ -198,10 +293,12 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.hidden_act = config.hidden_act
+        self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
-        projected: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        projected: Tensor = self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
         return projected
 
 

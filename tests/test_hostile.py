@@ -41,7 +41,7 @@ from dvirl.evaluation.measure import timed
 from dvirl.evaluation.spec_bench import resume_answers
 from dvirl.experiments.study import Study
 from dvirl.experiments.sweep import Sweep
-from dvirl.models.chat import LLAMA2_TAGS, ChatEncoder
+from dvirl.models.chat import ChatEncoder
 from dvirl.models.loading import load
 from dvirl.rollout import generate
 from dvirl.runs.errors import DvirlError
@@ -66,6 +66,7 @@ TEXTS = {
     "emoji": "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1fa\U0001f1f3",
     "template": "{{ messages }}{% set x = 1 %}",
 }
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 WHOLE = {name: text for name, text in TEXTS.items() if name != "lone surrogates"}
 """What a file can hold: JSON that spells half a character is refused."""
 

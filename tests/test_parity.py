@@ -121,7 +121,7 @@ def test_rotary_table_grows_and_scales():
     torch.testing.assert_close(stretched(torch.tensor([[18]]), 18, torch.float32)[0], cos)
     with pytest.raises(ValueError, match="rope_scaling"):
         config = tiny_config()
-        config.rope_scaling = {"type": "dynamic", "factor": 2.0}
+        config.rope_scaling = {"type": "longrope", "factor": 2.0}
         rotary_for(config)
 
 

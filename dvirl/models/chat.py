@@ -1,148 +1,226 @@
-"""Chat formats: conversations become token ids, and a user's text never becomes a control token."""
+"""Chat formats: conversations become token ids, and a user's text never becomes a control token.
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+A format is a Jinja template, the model's own or one of `FORMATS`. It is rendered to text and cut at the control tokens.
+Where a turn itself spells a control token, a guard character breaks the spelling until the text has been cut, so that
+only the template's control tokens count.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dvirl.models.tokenizers import TextEncoder
 from dvirl.runs.errors import DvirlError
 
-DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-"""Plain text to the tokenizer, so a user's turn with one is refused, as Meta's reference code does."""
+FORMATS = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama-3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content.strip() }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "llama-2": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% set system.text = '<<SYS>>\n' ~ m.content ~ "
+        "'\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}{{ bos_token }}[INST] {{ system.text }}"
+        "{{ m.content.strip() }} [/INST]{% set system.text = '' %}{% else %} {{ m.content.strip() }} "
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "vicuna": (
+        "{{ bos_token }}{% if messages[0].role != 'system' %}" + VICUNA_SYSTEM + " {% endif %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}"
+        "USER: {{ m.content }} ASSISTANT:{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+}
+FORMATS["llama-2"] = "{% set system = namespace(text='') %}" + FORMATS["llama-2"]
+"""Formats of families whose models come without a template; none of them but Vicuna's has a default system text."""
+TEMPLATE = "template"
+"""The model's own template."""
+NONE = "none"
+"""No format: the turns as plain text, begun as the tokenizer begins a text."""
+MARKS = re.compile(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>|<\|\w+\|>")
+"""Plain text by which a template may tell turns apart. A user's turn with such a mark is refused."""
+MARK = "\0"
+"""Stands for a turn where only the text around it matters."""
 
 
-@dataclass(frozen=True)
-class Control:
-    """A control token, by its text."""
+def detect_format(tokenizer: Any, name: str, vocab_size: int | None = None) -> tuple[str, str]:
+    """The chat format that a model was trained with, and what tells so.
 
-    token: str
-
-
-Segment = str | Control
-
-
-def _chatml(turns: Sequence[str]) -> list[Segment]:
-    segments: list[Segment] = [
-        Control("<|im_start|>"),
-        f"system\n{DEFAULT_SYSTEM}",
-        Control("<|im_end|>"),
-        "\n",
-    ]
-    for index, turn in enumerate(turns):
-        role = "user" if index % 2 == 0 else "assistant"
-        segments += [Control("<|im_start|>"), f"{role}\n{turn}", Control("<|im_end|>"), "\n"]
-    return [*segments, Control("<|im_start|>"), "assistant\n"]
-
-
-def _vicuna(turns: Sequence[str]) -> list[Segment]:
-    segments: list[Segment] = [Control("<s>")]
-    text = f"{VICUNA_SYSTEM} "
-    for index, turn in enumerate(turns):
-        if index % 2 == 0:
-            text += f"USER: {turn} ASSISTANT:"
-        else:
-            segments += [f"{text} {turn}", Control("</s>")]
-            text = ""
-    return [*segments, text]
-
-
-def _llama2(turns: Sequence[str]) -> list[Segment]:
-    segments: list[Segment] = []
-    for index, turn in enumerate(turns):
-        if index % 2 == 0:
-            for tag in LLAMA2_TAGS:
-                if tag in turn:
-                    raise DvirlError(
-                        f"the prompt {turn!r:.60} spells {tag}, which opens or closes a turn of llama-2"
-                    )
-            segments += [Control("<s>"), f"[INST] {turn.strip()} [/INST]"]
-        else:
-            segments[-1] = f"{segments[-1]} {turn.strip()} "
-            segments.append(Control("</s>"))
-    return segments
-
-
-def _plain(turns: Sequence[str]) -> list[Segment]:
-    return ["\n".join(turns)]
-
-
-FORMATS = {"chatml": _chatml, "vicuna": _vicuna, "llama-2": _llama2, "none": _plain}
-
-
-def detect_format(tokenizer: Any, name: str) -> str:
-    """The chat format that a model was trained with, from its control tokens, template or name."""
+    Args:
+        tokenizer: its tokenizer.
+        name: its name or folder.
+        vocab_size: number of its embeddings; a control token beyond them tells nothing.
+    """
+    if tokenizer.init_kwargs.get("chat_template"):
+        return TEMPLATE, "the model's own chat_template"
     vocabulary = tokenizer.get_vocab()
-    template = str(tokenizer.init_kwargs.get("chat_template") or "")
-    if "<|im_start|>" in vocabulary and ("<|im_start|>" in template or not template):
-        return "chatml"
-    if "[INST]" in template:
-        return "llama-2"
-    lowered = name.lower()
-    if "vicuna" in lowered:
-        return "vicuna"
-    if ("llama-2" in lowered and "chat" in lowered) or ("codellama" in lowered and "instruct" in lowered):
-        return "llama-2"
-    return "none"
+    lowered = Path(name).name.lower()
+    instructed = "chat" in lowered or "instruct" in lowered
+
+    def has(token: str) -> bool:
+        return vocabulary.get(token, -1) in range(vocab_size or len(vocabulary))
+
+    if has("<|im_start|>") and has("<|im_end|>"):
+        return "chatml", "no chat_template, but the token <|im_start|>"
+    if has("<|eot_id|>") and instructed:
+        return "llama-3", "no chat_template, but the token <|eot_id|> and the model's name"
+    names = {"vicuna": True, "zephyr": True, "tinyllama": instructed}
+    names |= {"llama-2": instructed, "codellama": instructed}
+    for family, is_chat in names.items():
+        if family in lowered and is_chat:
+            known = {"tinyllama": "zephyr", "codellama": "llama-2"}.get(family, family)
+            return known, "no chat_template, but the model's name"
+    return NONE, "no chat_template, and no family that is known by its name or tokens"
 
 
 class ChatEncoder:
     """Turns conversations into token ids in one chat format.
 
-    The format's control tokens are looked up by id. All other text goes through a copy of the tokenizer that knows no
-    control tokens, so `<|im_start|>system` in a user's text stays text.
-
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        chat_format: a key of `FORMATS`.
+        chat_format: a key of `FORMATS`, "template" or "none".
+        vocab_size: number of embeddings; tokens beyond them are refused. The tokenizer's own number if not given.
 
     Raises:
-        DvirlError: for an unknown format, or one whose control tokens the tokenizer lacks.
+        DvirlError: for an unknown format, one whose control tokens the tokenizer lacks, or a template that fails.
     """
 
-    def __init__(self, tokenizer: Any, chat_format: str) -> None:
-        if chat_format not in FORMATS:
-            raise DvirlError(f"chat_format is {chat_format!r}; expected one of {', '.join(FORMATS)}")
+    def __init__(self, tokenizer: Any, chat_format: str, vocab_size: int | None = None) -> None:
         self.chat_format = chat_format
         self.tokenizer = tokenizer
-        definition = json.loads(tokenizer.backend_tokenizer.to_str())
-        plain = {**definition, "added_tokens": [], "post_processor": None}
-        self._plain = Tokenizer.from_str(json.dumps(plain))
-        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
-        special = {token["id"] for token in definition["added_tokens"] if token["special"]}
-        self._control = special - {tokenizer.unk_token_id}
+        self._vocab_size = vocab_size or len(tokenizer)
+        self._text = TextEncoder(tokenizer)
+        template = tokenizer.init_kwargs.get("chat_template") if chat_format == TEMPLATE else None
+        template = template or FORMATS.get(chat_format)
+        if not template and chat_format != NONE:
+            known = ", ".join(("auto", TEMPLATE, *FORMATS, NONE))
+            raise DvirlError(
+                f"chat_format is {chat_format!r}; expected {known}; template if the model has one"
+            )
+        self._source: str = template or ""
+        self._control = self._text.special | {token for token in self._text.added if token in self._source}
+        if chat_format in FORMATS:
+            self._check_tokens()
+        self._render = compile_template(self._source, tokenizer.special_tokens_map)
         self.encode([" "])
 
-    def encode(self, turns: Sequence[str]) -> list[int]:
+    def _check_tokens(self) -> None:
+        needed = [token for token in MARKS.findall(self._source) if token.startswith("<|")]
+        needed = [] if self.chat_format == "zephyr" else needed
+        for role in ("bos_token", "eos_token"):
+            if role in self._source:
+                needed.append(getattr(self.tokenizer, role) or role)
+        for token in needed:
+            if token not in self._text.added:
+                raise DvirlError(
+                    f"chat_format {self.chat_format!r} needs the token {token!r}, which the tokenizer lacks"
+                )
+
+    def _prompt_text(self, turns: Sequence[str], system: str, guard: str, ask: bool = True) -> str:
+        """The conversation as text, the turns' own spellings of control tokens broken by the guard."""
+        messages = [{"role": "system", "content": system}] if system else []
+        for index, turn in enumerate(turns):
+            role = "assistant" if index % 2 else "user"
+            messages.append({"role": role, "content": turn})
+        spelled = pattern(self._control)
+        for message in messages:
+            content = message["content"]
+            message["content"] = spelled.sub(lambda found: found[0][0] + guard + found[0][1:], content)
+        return self._render(messages, ask)
+
+    def encode(self, turns: Sequence[str], system: str = "") -> list[int]:
         """Token ids of turns of user, assistant, user, …, an odd number, ready for the assistant's next one.
 
+        Args:
+            turns: the conversation.
+            system: a system text before it.
+
         Raises:
-            DvirlError: for an even number of turns, a format that the tokenizer cannot spell, or a user's text that
-                spells a mark of llama-2.
+            DvirlError: for an even number of turns, a user's text that spells a mark of the format, a template that
+                fails, or a token that the model has no embedding of.
         """
         if len(turns) % 2 == 0:
             raise DvirlError(f"a prompt has {len(turns)} turns; expected an odd number, the user's last")
-        ids: list[int] = []
-        for segment in FORMATS[self.chat_format](turns):
-            if isinstance(segment, Control):
-                if segment.token not in self._vocabulary:
+        if self.chat_format == NONE:
+            before, after = self._text.frame
+            text = "\n".join([system, *turns] if system else turns)
+            return self._checked([*before, *self.plain(text, first=True), *after], text)
+        for turn in turns[::2]:
+            for mark in self._marks:
+                if mark in turn:
                     raise DvirlError(
-                        f"chat_format {self.chat_format!r} needs the token {segment.token!r}, not there"
+                        f"the prompt {turn!r:.60} spells {mark}, which opens or closes a turn of {self.chat_format}"
                     )
-                ids.append(self._vocabulary[segment.token])
+        guard = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in f"{turns}{system}")
+        ids: list[int] = []
+        for index, piece in enumerate(self._pieces(self._prompt_text(turns, system, guard))):
+            token = self._text.added.get(piece)
+            if token is not None and piece in self._control:
+                ids.append(token)
             else:
-                ids += self.plain(segment)
+                ids += self.plain(piece.replace(guard, ""), first=index == 0, continues=False)
+        return self._checked(ids, str(turns))
+
+    def _pieces(self, text: str) -> list[str]:
+        """The text cut before and after its control tokens."""
+        return [piece for piece in pattern(self._control, keep=True).split(text) if piece]
+
+    def _checked(self, ids: list[int], text: str) -> list[int]:
+        beyond = [token for token in ids if token >= self._vocab_size]
+        if beyond:
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise DvirlError(
+                f"the prompt {text!r:.60} has the token {token!r}, {beyond[0]}; the model embeds {self._vocab_size}"
+            )
         return ids
+
+    @cached_property
+    def _marks(self) -> set[str]:
+        found = MARKS.findall(self._source) + MARKS.findall(self._prompt_text([MARK, MARK, MARK], "", ""))
+        return set(found) - self._control
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The control token that ends the assistant's turn, None if the format has none."""
+        if self.chat_format == NONE:
+            return None
+        answered = self._prompt_text(["", MARK], "", "", ask=False)
+        after = self._pieces(answered.rpartition(MARK)[2].lstrip())
+        token = self._text.added.get(after[0]) if after else None
+        return token if token is not None and token < self._vocab_size else None
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of the assistant's answer, to follow those of `encode`, without an end-of-sequence token."""
-        return self.plain(f"\n{text}" if self.chat_format == "none" else text)
+        return self.plain(self._lead + text)
+
+    @cached_property
+    def _lead(self) -> str:
+        """What the format puts between the end of a prompt and the answer's own text."""
+        if self.chat_format == NONE:
+            return "\n"
+        prompt = self._prompt_text([""], "", "")
+        answered = self._prompt_text(["", MARK], "", "", ask=False).rpartition(MARK)[0]
+        return answered.removeprefix(prompt) if answered.startswith(prompt) else ""
 
     def frame(self) -> tuple[list[int], list[int], list[int]]:
         """Token ids before a user's first turn, between a user's turn and the answer, and between answer and next turn.
@@ -150,23 +228,81 @@ class ChatEncoder:
         Raises:
             DvirlError: for the format "none", which has no such places.
         """
-        if self.chat_format == "none":
+        if self.chat_format == NONE:
             raise DvirlError("self-written prompts need a chat format; this model has none (set chat_format)")
-        mark = "\x00"
-        ids = self.encode([mark, mark, mark])
-        mark_id = self.plain(mark)[-1]
+        ids = self.encode([MARK, MARK, MARK])
+        mark_id = self.plain(MARK)[-1]
         first, second, third = (index for index, token in enumerate(ids) if token == mark_id)
         return ids[:first], ids[third + 1 :], ids[second + 1 : third]
 
-    def plain(self, text: str) -> list[int]:
+    def plain(self, text: str, first: bool = False, continues: bool = True) -> list[int]:
         """Token ids of a text, in which nothing is a control token.
+
+        Args:
+            text: the text.
+            first: it is the beginning of a text.
+            continues: it follows other text, and no control token.
 
         Raises:
             DvirlError: if the tokenizer's own model spells one all the same; byte-level BPE never does.
         """
-        ids: list[int] = self._plain.encode(text).ids
-        if not self._control.isdisjoint(ids):
+        ids = self._text.encode(text, self._text.added.keys() - self._control, first, continues)
+        if not self._text.special_ids.isdisjoint(ids):
             raise DvirlError(
                 f"the text {text!r:.60} spells a control token, even to this tokenizer's bare model"
             )
         return ids
+
+
+def pattern(spellings: Collection[str], keep: bool = False) -> re.Pattern[str]:
+    """Matches any of some tokens, the longest first; nothing if there are none."""
+    longest_first = sorted(spellings, key=len, reverse=True)
+    either = "|".join(map(re.escape, longest_first)) or "(?!)"
+    return re.compile(f"({either})" if keep else either)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what is learned from in newer templates; here its content simply stands there."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The nodes of the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def compile_template(source: str, tokens: Mapping[str, Any]) -> Callable[[list[dict[str, str]], bool], str]:
+    """A chat template as a function from messages, and whether the assistant is asked to answer, to text.
+
+    It runs in Jinja's sandbox. A template that asks whether there is a clock finds none and takes its own date, so that
+    prompts are the same every day.
+
+    Args:
+        source: the template.
+        tokens: texts of the special tokens by role (`bos_token`, …).
+
+    Raises:
+        DvirlError: if it cannot be compiled, or when it fails.
+    """
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    if not re.search(r"strftime_now is (not )?defined", source):
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    def render(messages: list[dict[str, str]], ask: bool) -> str:
+        try:
+            return environment.from_string(source).render(
+                messages=messages, add_generation_prompt=ask, tools=None, documents=None, **tokens
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise DvirlError(f"the chat template fails: {error!s:.200}") from error
+
+    return render

@@ -78,7 +78,7 @@ def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
 
 def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     """Whether a drafter was made for this model; errors as in `load_drafter`."""
-    return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
+    return loaded.is_made_of(_drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1])
 
 
 def load_drafter(
@@ -134,7 +134,7 @@ def _load(
         path = in_run
     settings, fingerprint = _drafter_settings(path)
     loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
-    if loaded.fingerprint != fingerprint:
+    if not loaded.is_made_of(fingerprint):
         raise DvirlError(
             f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}"
         )

@@ -1,25 +1,27 @@
 """Models by name: the embedded default, a local folder, or the hub id of any Llama."""
 
-import hashlib
 import json
+import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers import LlamaConfig
+from transformers.utils.hub import cached_file
 
 from dvirl.models.chat import ChatEncoder, detect_format
 from dvirl.models.embedded import EMBEDDED, ensure_embedded
+from dvirl.models.hf_config import end_tokens, read_config
+from dvirl.models.tokenizers import load_tokenizer
+from dvirl.models.weights import FindFile, check_whole, file_fingerprint, load_weights
 from dvirl.runs.errors import DvirlError
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODEL = "smollm2-135m"
-TEXTS = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
-"""Entries that are taken from a model's `tokenizer_config.json`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LoadedModel:
         chat: encodes conversations.
         eos_ids: tokens that end a response.
         name: as asked for.
-        fingerprint: sha256 of the weight files, or the hub's commit.
+        fingerprint: sha256 of the weights as stored, see `load_weights`.
     """
 
     model: EarlyExitLlamaForCausalLM
@@ -41,6 +43,10 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     name: str
     fingerprint: str
+
+    def is_made_of(self, fingerprint: object) -> bool:
+        """Whether a fingerprint on record is that of this model, also one as dvirl 0.1 took it, of a folder's files."""
+        return fingerprint == self.fingerprint or fingerprint == file_fingerprint(source(self.name))
 
     def description(self) -> dict[str, str]:
         """What results say of it: fingerprint, dtype, device and chat format."""
@@ -99,87 +105,73 @@ def load(
         name_or_path: "smollm2-135m" (fetched once), a local Hugging Face folder, or a hub id.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, …
-        chat_format: auto, chatml, vicuna, llama-2 or none.
+        chat_format: auto, template (the model's own), chatml, llama-2, llama-3, vicuna, zephyr or none.
 
     Raises:
-        DvirlError: for another architecture, a missing file, no network, a wrong hash or a full disk.
+        DvirlError: for another architecture, a missing or damaged file, something in the files that is not understood,
+            no network, a wrong hash or a full disk.
     """
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
-    path = source(name_or_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
-        try:
-            config = _config(path)
-            tokenizer = _tokenizer(path)
-            model = EarlyExitLlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=torch_dtype)
-        except DvirlError as error:
-            raise DvirlError(f"{name_or_path}: {error}") from error
-        except (
-            Exception
-        ) as error:  # transformers raises a dozen kinds of error that mean the same to the user
-            raise DvirlError(
-                f"could not load the model {name_or_path!r}: {' '.join(str(error).split())}"
-            ) from error
-    model = model.to(where).requires_grad_(False).eval()
+    if Path(name_or_path).is_file():
+        raise DvirlError(f"{name_or_path} is a file; expected the folder of a model in Hugging Face's layout")
+    find = partial(_find, source(name_or_path))
+    try:
+        config = _config(find)
+        tokenizer = load_tokenizer(find)
+        with torch.device("meta"):  # no memory, and no random numbers, for what the files fill
+            model = EarlyExitLlamaForCausalLM(config)
+        fingerprint = load_weights(model, find, torch_dtype, lambda name: where)
+        chat, why = _chat(tokenizer, name_or_path, chat_format, config.vocab_size)
+        ends = _end_tokens(find, config, chat)
+    except DvirlError as error:
+        raise DvirlError(f"{name_or_path}: {error}") from error
+    except Exception as error:  # what is in other people's files can raise anything
+        reason = " ".join(str(error).split())
+        raise DvirlError(
+            f"could not load the model {name_or_path!r}: {type(error).__name__}, {reason:.300}"
+        ) from error
+    if name_or_path not in EMBEDDED:
+        print(f"{name_or_path}: chat format {chat.chat_format} ({why})", file=sys.stderr)
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape
-    if chat_format == "auto":
-        chat_format = detect_format(tokenizer, name_or_path)
-    chat = ChatEncoder(tokenizer, chat_format)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    eos_ids = tuple(int(token) for token in ends if token is not None)
-    return LoadedModel(model, tokenizer, chat, eos_ids, name_or_path, _fingerprint(path, config))
+    return LoadedModel(model.eval(), tokenizer, chat, ends, name_or_path, fingerprint)
 
 
-def _config(path: str) -> LlamaConfig:
-    """The model's `config.json`, which cannot ask for code here.
-
-    Raises:
-        DvirlError: for another architecture, or a folder that refers to other weights than its own.
-    """
-    file = cached_file(path, "config.json")
-    values = json.loads(Path(file).read_text(encoding="utf-8"))
-    if values.get("model_type") != "llama":
-        raise DvirlError(f"architecture is {values.get('model_type')!r}, expected 'llama'")
-    if _cached(path, "adapter_config.json"):
-        raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
-    config: LlamaConfig = LlamaConfig.from_dict({**values, "_commit_hash": extract_commit_hash(file, None)})
-    return config
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of `tokenizer.json`, with some texts of `tokenizer_config.json`; no class that it names is run.
-
-    Raises:
-        DvirlError: if there is no `tokenizer.json`.
-    """
-    file = _cached(path, "tokenizer.json")
-    if not file:
-        raise DvirlError("no tokenizer.json; expected a model with a fast tokenizer")
-    config_file = _cached(path, "tokenizer_config.json")
-    entries = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
-    texts = {}
-    for name in TEXTS:
-        entry = entries.get(name)
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(text, str):
-            texts[name] = text
-    return PreTrainedTokenizerFast(tokenizer_file=file, clean_up_tokenization_spaces=False, **texts)
-
-
-def _cached(path: str, name: str) -> str | None:
+def _find(path: str, name: str) -> str | None:
     """The path of a file of a model, None if the model does not have it."""
-    file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
+        file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return file
 
 
-def _fingerprint(path: str, config: Any) -> str:
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"commit:{getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for weights in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with weights.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return f"sha256:{digest.hexdigest()}"
+def _config(find: FindFile) -> LlamaConfig:
+    """The model's `config.json`, which cannot ask for code here.
+
+    Raises:
+        DvirlError: for a configuration that is not computed here, or an adapter beside the model.
+    """
+    file = find("config.json")
+    if not file:
+        raise DvirlError("no config.json; expected a model in Hugging Face's layout")
+    check_whole(file)
+    if find("adapter_config.json"):
+        raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
+    return read_config(json.loads(Path(file).read_text(encoding="utf-8-sig")))
+
+
+def _chat(tokenizer: Any, name: str, chat_format: str, vocab_size: int) -> tuple[ChatEncoder, str]:
+    """The encoder of conversations, and why it has its format."""
+    why = "as asked for"
+    if chat_format == "auto":
+        chat_format, why = detect_format(tokenizer, name, vocab_size)
+    return ChatEncoder(tokenizer, chat_format, vocab_size), why
+
+
+def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple[int, ...]:
+    """Tokens that end a response: those of `config.json`, of `generation_config.json` and of the chat format."""
+    file = find("generation_config.json")
+    generation = json.loads(Path(file).read_text(encoding="utf-8-sig")) if file else {}
+    ids = end_tokens(config.eos_token_id, generation.get("eos_token_id"), chat.turn_end)
+    return tuple(token for token in ids if 0 <= token < config.vocab_size)

@@ -276,7 +276,7 @@ def resume(
         )
     trainer = make(config)
     fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
-    if fingerprint != trainer.loaded.fingerprint:
+    if not trainer.loaded.is_made_of(fingerprint):
         raise DvirlError(
             f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}"
         )

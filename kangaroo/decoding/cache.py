@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
-from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_mask
+from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_mask, head_dim
 
 
 class KVCache:
@@ -45,8 +45,7 @@ class KVCache:
         window: int | None = None,
     ) -> None:
         self._config = config
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (batch_size, config.num_key_value_heads, capacity, head_dim)
+        shape = (batch_size, config.num_key_value_heads, capacity, head_dim(config))
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity = capacity
@@ -174,7 +173,8 @@ def plan_cached(
         slots_read = torch.arange(read.start, read.stop, device=cache.device)
         mask = _prepare_decoder_attention_mask(slots, slots_read, cache.window)
     positions = slots  # a chain: every token stands at the position of its slot
-    cos, sin = rotary(positions, max(highest, read.stop - 1), dtype)
+    whole = same_slots and shortest == 0  # the prefill
+    cos, sin = rotary(positions, max(highest, read.stop - 1), dtype, whole)
     bias = _bias(mask, cache, dtype) if fixed and mask is not None else None
     return CachedPass(cos, sin, slots, rows, read, mask, mask is None and length > 1, bias)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
+from transformers.activations import ACT2FN
 
 from kangaroo.adapter import DecoderLayer, apply_rotary
 from kangaroo.decoding.cache import CachedPass, KVCache, attend_cached
@@ -72,7 +73,6 @@ class CachedLayer:
         attention = layer.self_attn
         compile_it = fused and attention.q_proj.weight.is_cuda
         self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if compile_it else apply_rotary
-        self._gate: Callable[..., Tensor] = compiled(_gated) if compile_it else _gated
         self._heads = attention.num_heads
         self._groups = attention.num_groups
         self._head_dim = attention.head_dim
@@ -88,6 +88,8 @@ class CachedLayer:
             self._mlp_norm = rms_norm(layer.post_attention_layernorm, dtype)
             self._gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
             self._down = join(layer.mlp.down_proj)
+            gated = _gated_by(layer.mlp.hidden_act)
+            self._gate: Callable[..., Tensor] = compiled(gated) if compile_it else gated
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
@@ -101,7 +103,7 @@ class CachedLayer:
         keys, values = cache.store(layer, keys, values, plan)
         mixed = attend_cached(queries, keys, values, plan)
         hidden = hidden + self._out(mixed.transpose(1, 2).reshape(batch, length, -1))
-        # Feed-forward, which Kangaroo's adapter does not have: hidden + down(silu(gate) * up).
+        # Feed-forward, which Kangaroo's adapter does not have: hidden + down(activation(gate) * up).
         if self._gate_up is not None:
             hidden = hidden + self._down(self._gate(self._gate_up(self._mlp_norm(hidden))))
         return hidden
@@ -131,9 +133,17 @@ def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
     return product(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
-def _gated(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+@cache
+def _gated_by(hidden_act: str) -> Callable[[Tensor], Tensor]:
+    """The gate of feed-forward blocks with this activation; one for all layers, so that it is compiled once."""
+    activate = ACT2FN[hidden_act]
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated: Tensor = activate(gate)
+        return activated * up
+
+    return gated
 
 
 @cache

@@ -1,0 +1,448 @@
+"""Tokenizers by their files: newer ones are rewritten for the pinned library, sentencepiece models converted.
+
+What a text's ids should be is what the newest transformers says. Where the pinned library cannot keep the meaning, the
+model is refused by the name of what it cannot do.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from dvirl.runs.errors import DvirlError
+
+SPACE = "\u2581"
+"""Stands for a space in sentencepiece's pieces."""
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+NEWER = {
+    "BPE": {"ignore_merges"},
+    "Metaspace": {"prepend_scheme", "split"},
+}
+"""Fields that the pinned library does not know, and that are rewritten here, by the component that has them."""
+KNOWN = {
+    "BPE": {
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "fuse_unk",
+        "byte_fallback",
+        "vocab",
+        "merges",
+    },
+    "Metaspace": {"replacement", "add_prefix_space", "str_rep"},
+    "ByteLevel": {"add_prefix_space", "trim_offsets", "use_regex"},
+    "Split": {"pattern", "behavior", "invert"},
+    "Digits": {"individual_digits"},
+    "Unigram": {"unk_id", "vocab"},
+}
+"""Fields that the pinned library computes with; other components have not changed since."""
+
+
+class TextEncoder:
+    """Encodes plain text by a tokenizer's model, and finds the tokens that were added to it.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer; `prepend_scheme` and `ignore_merges` in its `init_kwargs` mean what
+            newer tokenizers mean by them.
+
+    Attributes:
+        added: ids of the added tokens by their text.
+        special: texts of those of them that are control tokens.
+        special_ids: their ids, without that of the unknown token.
+        frame: ids that the tokenizer puts before and after a text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._tokens = {token["content"]: token for token in definition["added_tokens"]}
+        self.added = {text: token["id"] for text, token in self._tokens.items()}
+        self.special = {text for text, token in self._tokens.items() if token["special"]}
+        self.special_ids = {self.added[text] for text in self.special} - {tokenizer.unk_token_id}
+        self._first_only = tokenizer.init_kwargs.get("prepend_scheme") == "first"
+        self._whole_words = tokenizer.init_kwargs.get("ignore_merges", False)
+        bare = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._begin = Tokenizer.from_str(json.dumps({**definition, **bare}))
+        self._continue = Tokenizer.from_str(json.dumps({**definition, **bare, **_without_prefix(definition)}))
+        self._vocabulary: Mapping[str, int] = definition["model"]["vocab"] if self._whole_words else {}
+        mark = "a"
+        framed = tokenizer.backend_tokenizer.encode(mark).ids
+        inner = tokenizer.backend_tokenizer.encode(mark, add_special_tokens=False).ids
+        length = len(framed) - len(inner)
+        before = next(count for count in range(length + 1) if framed[count : count + len(inner)] == inner)
+        self.frame: tuple[list[int], list[int]] = (framed[:before], framed[before + len(inner) :])
+
+    def encode(
+        self, text: str, tokens: Collection[str], first: bool = False, continues: bool = False
+    ) -> list[int]:
+        """Ids of a text without what the tokenizer puts before and after it.
+
+        Args:
+            text: the text.
+            tokens: added tokens that count as such where the text spells them.
+            first: nothing stands before it.
+            continues: it follows other text, and no added token.
+        """
+        ids: list[int] = []
+        for index, piece in enumerate(self._splitter(frozenset(tokens))(text)):
+            if piece in tokens:
+                ids.append(self.added[piece])
+                continue
+            at_start = index == 0 and first
+            prefixed = at_start or not (self._first_only or (continues and index == 0))
+            ids += self._encode_bare(self._begin if prefixed else self._continue, piece)
+        return ids
+
+    def _splitter(self, tokens: frozenset[str]) -> Callable[[str], list[str]]:
+        """Cuts a text before and after the tokens, white space around them going to those that take it."""
+        if not tokens:
+            return lambda text: [text] if text else []
+        parts = []
+        for token in sorted(tokens, key=len, reverse=True):
+            before = r"\s*" if self._tokens[token]["lstrip"] else ""
+            after = r"\s*" if self._tokens[token]["rstrip"] else ""
+            parts.append(f"{before}({re.escape(token)}){after}")
+        either = re.compile("|".join(parts))
+        return lambda text: [piece for piece in either.split(text) if piece]
+
+    def _encode_bare(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        if not self._whole_words:
+            ids: list[int] = tokenizer.encode(text).ids
+            return ids
+        # A word that is in the vocabulary is one token, whatever the merges would make of it.
+        if tokenizer.normalizer:
+            text = tokenizer.normalizer.normalize_str(text)
+        words = [(text, None)]
+        if tokenizer.pre_tokenizer:
+            words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        found: list[int] = []
+        for word, _ in words:
+            if word in self._vocabulary:
+                found.append(self._vocabulary[word])
+            else:
+                found += [token.id for token in tokenizer.model.tokenize(word)]
+        return found
+
+
+def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
+    """The normalizer and pre-tokenizer of a tokenizer without the space that they put before a text."""
+    changed: dict[str, Any] = {}
+    normalizer = definition["normalizer"] or {}
+    if normalizer.get("type") == "Sequence":
+        steps = [step for step in normalizer["normalizers"] if not _prepends(step)]
+        changed["normalizer"] = {**normalizer, "normalizers": steps}
+    elif _prepends(normalizer):
+        changed["normalizer"] = None
+    if (definition["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        changed["pre_tokenizer"] = {**definition["pre_tokenizer"], "add_prefix_space": False}
+    return changed
+
+
+def _prepends(step: Mapping[str, Any]) -> bool:
+    return (
+        step.get("type") == "Prepend" or step.get("pattern", {}).get("Regex") == DOUBLED["pattern"]["Regex"]
+    )
+
+
+DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
+"""Takes a prepended space away where the text begins with one, as newer Metaspace does not put it there."""
+
+
+class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # transformers is untyped here
+    """A tokenizer whose encoding the pinned library cannot do alone; ids come from `TextEncoder`."""
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self)
+
+    def _batch_encode_plus(
+        self, batch_text_or_text_pairs: list[str], add_special_tokens: bool = True, **how: Any
+    ) -> BatchEncoding:
+        encoder = self._encoder
+        before, after = encoder.frame if add_special_tokens else ([], [])
+        rows = []
+        for text in batch_text_or_text_pairs:
+            row = [*before, *encoder.encode(text, encoder.added, first=True), *after]
+            if how["truncation_strategy"].value != "do_not_truncate":
+                row = row[: how["max_length"]]
+            rows.append(row)
+        return self.pad(
+            {"input_ids": rows},
+            padding=how["padding_strategy"].value,
+            max_length=how["max_length"],
+            pad_to_multiple_of=how["pad_to_multiple_of"],
+            return_attention_mask=how["return_attention_mask"],
+            return_tensors=how["return_tensors"],
+        )
+
+
+def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast:
+    """The tokenizer of `tokenizer.json`, else of `tokenizer.model`; no class that the files name is run.
+
+    Args:
+        find: the path of one of the model's files by its name, None if the model does not have it.
+
+    Raises:
+        DvirlError: if there is none, or one that the pinned library cannot compute.
+    """
+    entries = _read(find("tokenizer_config.json"))
+    texts = {}
+    for name in ROLES:
+        entry = entries.get(name) or _read(find("special_tokens_map.json")).get(name)
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str):
+            texts[name] = text
+    template = chat_template(find, entries)
+    if template:
+        texts["chat_template"] = template
+    file = find("tokenizer.json")
+    if file:
+        definition = _read(file)
+        how = rewrite(definition, entries)
+        backend = _parsed(definition, file)
+    else:
+        file = find("tokenizer.model")
+        if not file:
+            raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
+        backend = from_sentencepiece(file, texts.get("bos_token", "<s>"))
+        how = {"prepend_scheme": "always" if entries.get("legacy") else "first"}
+    _add_tokens(backend, entries, _read(find("added_tokens.json")))
+    # A role whose token is not there would be added beyond the model's embeddings.
+    texts = {
+        role: text
+        for role, text in texts.items()
+        if role not in ROLES or backend.token_to_id(text) is not None
+    }
+    plain = how.get("prepend_scheme") != "first" and not how.get("ignore_merges")
+    kind = PreTrainedTokenizerFast if plain else SegmentedTokenizer
+    return kind(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **how,
+        **texts,
+    )
+
+
+def _read(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict):
+        raise DvirlError(f"{file}: expected an object")
+    return content
+
+
+def chat_template(find: Callable[[str], str | None], entries: Mapping[str, Any]) -> str | None:
+    """The model's chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default."""
+    file = find("chat_template.jinja")
+    if file:
+        return Path(file).read_text(encoding="utf-8-sig")
+    found = entries.get("chat_template") or _read(find("chat_template.json")).get("chat_template")
+    if isinstance(found, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = by_name.get("default") or next(iter(by_name.values()), None)
+    return found if isinstance(found, str) else None
+
+
+def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Change the content of a `tokenizer.json` into what the pinned library reads, its meaning kept.
+
+    Args:
+        definition: the content, changed in place.
+        entries: of `tokenizer_config.json`.
+
+    Returns:
+        What is left for `TextEncoder` to do: `prepend_scheme`, `ignore_merges`.
+
+    Raises:
+        DvirlError: for what cannot be kept.
+    """
+    definition["truncation"] = None
+    definition["padding"] = None
+    model = definition["model"]
+    how = {}
+    if model.pop("ignore_merges", False):
+        how["ignore_merges"] = True
+    if model.get("type") == "BPE":
+        model["merges"] = [_merge(merge) for merge in model["merges"]]
+    scheme = _spaces(definition, entries)
+    if scheme:
+        how["prepend_scheme"] = scheme
+    _refuse_newer(definition)
+    return how
+
+
+def _merge(merge: Any) -> str:
+    """A merge as one text, "left right"."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if len(parts) != 2 or " " in "".join(parts):
+        raise DvirlError(f"tokenizer.json: the merge {merge!r:.60} has spaces in it, which is not supported")
+    return " ".join(parts)
+
+
+def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | None:
+    """Rewrite how spaces become part of tokens.
+
+    Returns:
+        When a space is put before a text (first, always, never); None if the pinned library does what is meant.
+    """
+    normalizer = definition.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    metaspace = definition.get("pre_tokenizer") or {}
+    newer = metaspace.get("type") == "Metaspace" and "prepend_scheme" in metaspace
+    of_llama = str(entries.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+    # Newest transformers builds a Llama tokenizer's spaces anew, by its settings.
+    rebuilt = of_llama and (metaspace.get("type") == "Metaspace" or any(map(_prepends, steps)))
+    if not newer and not rebuilt:
+        return None
+    if rebuilt:
+        scheme = (
+            "never"
+            if entries.get("add_prefix_space") is False
+            else "always"
+            if entries.get("legacy")
+            else "first"
+        )
+    else:
+        scheme = metaspace["prepend_scheme"]
+    decoder = definition.get("decoder") or {}
+    if decoder.get("type") == "Metaspace":
+        definition["decoder"] = {
+            "type": "Metaspace",
+            "replacement": SPACE,
+            "add_prefix_space": scheme != "never",
+        }
+    if newer and not rebuilt and metaspace.get("split", True):
+        definition["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": metaspace["replacement"],
+            "add_prefix_space": scheme != "never",
+        }
+        return str(scheme)
+    kept = [] if rebuilt or not normalizer else steps
+    prefix = [] if scheme == "never" else [{"type": "Prepend", "prepend": SPACE}, DOUBLED]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    definition["normalizer"] = {"type": "Sequence", "normalizers": [*kept, *prefix, spaces]}
+    definition["pre_tokenizer"] = None
+    return str(scheme)
+
+
+def _refuse_newer(part: Any) -> None:
+    """Refuse fields that the pinned library would leave out in silence.
+
+    Raises:
+        DvirlError: with the field's name.
+    """
+    if isinstance(part, list):
+        for member in part:
+            _refuse_newer(member)
+    elif isinstance(part, dict):
+        kind = part.get("type")
+        for name, value in part.items():
+            unknown = kind in KNOWN and name not in KNOWN[kind] and name != "type"
+            if unknown and value not in (None, False):
+                raise DvirlError(f"tokenizer.json: {kind} has {name} = {value!r:.40}, which is not supported")
+            if name not in ("vocab", "merges", "added_tokens"):
+                _refuse_newer(value)
+
+
+def _parsed(definition: dict[str, Any], file: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # the library raises bare exceptions
+        raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
+
+
+def _add_tokens(backend: Tokenizer, entries: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Add the tokens that only `tokenizer_config.json` or `added_tokens.json` list.
+
+    Raises:
+        DvirlError: if one does not get the id that is written there.
+    """
+    listed = {int(token): dict(entry) for token, entry in (entries.get("added_tokens_decoder") or {}).items()}
+    for text, token in more.items():
+        listed.setdefault(int(token), {"content": text})
+    for token, entry in sorted(listed.items()):
+        text = entry["content"]
+        if backend.token_to_id(text) is None:
+            flags = {
+                name: entry.get(name, False) for name in ("lstrip", "rstrip", "single_word", "normalized")
+            }
+            add = backend.add_special_tokens if entry.get("special") else backend.add_tokens
+            add([AddedToken(text, **flags)])
+        if backend.token_to_id(text) != token:
+            raise DvirlError(
+                f"the added token {text!r} is listed as {token}, but is {backend.token_to_id(text)}"
+            )
+
+
+def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
+    """A sentencepiece BPE model as a fast tokenizer with the same ids, which begins a text with `bos_token`.
+
+    Raises:
+        DvirlError: for a damaged file, or another kind of model.
+    """
+    proto = sentencepiece_proto.ModelProto()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=file)
+        proto.ParseFromString(processor.serialized_model_proto())
+    except Exception as error:  # the library raises bare exceptions
+        raise DvirlError(f"{file}: not a sentencepiece model ({error!s:.200})") from error
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise DvirlError(f"{file}: not a BPE model, as Llama's tokenizers are")
+    kinds = sentencepiece_proto.ModelProto.SentencePiece
+    pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    bpe = models.BPE(
+        pieces,
+        _merges(pieces, scores),
+        unk_token=proto.pieces[proto.trainer_spec.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+    strip = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
+    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    own = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in own])
+    if bos_token in pieces:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A", special_tokens=[(bos_token, pieces[bos_token])]
+        )
+    return tokenizer
+
+
+def _merges(pieces: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Merges in the order in which sentencepiece takes them: by the score of the piece that they make."""
+    merges = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            if left in pieces and right in pieces:
+                merges.append((-score, pieces[left], pieces[right], left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)

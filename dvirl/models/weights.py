@@ -1,0 +1,191 @@
+"""Reads a model's weight files: every tensor is there, of the right shape, and nothing is left random."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dvirl.runs.errors import DvirlError
+
+FindFile = Callable[[str], str | None]
+"""The path of one of a model's files by its name, None if the model does not have it."""
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""Weights in one file; with `.index.json` behind the name, the list of several files."""
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""Tensors in older files that are computed and not learned."""
+QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_\w+|weight_(packed|scale\w*))\b")
+PREFIX = re.compile(r"(module|_orig_mod|base_model\.model)\.")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+POINTER = b"version https://git-lfs"
+"""How a file begins that git-lfs has not fetched."""
+
+
+def check_whole(path: str) -> None:
+    """Refuse a file that is only a pointer to its content.
+
+    Raises:
+        DvirlError: for such a file.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise DvirlError(
+                f"{path} is a git-lfs pointer, and not the file; expected its content (git lfs pull)"
+            )
+
+
+def load_weights(
+    model: PreTrainedModel,
+    find: FindFile,
+    dtype: torch.dtype,
+    device_of: Callable[[str], torch.device],
+) -> str:
+    """Fill a model that was made on the meta device, tensor by tensor, each straight onto its device.
+
+    Args:
+        model: whose parameters' names and shapes are expected.
+        find: finds the files.
+        dtype: of the model's parameters.
+        device_of: the device of each parameter, by its name.
+
+    Returns:
+        The fingerprint: the sha256 of all tensors' names, shapes and bytes as they are stored. It depends neither on
+        how they are spread over files nor on `dtype`.
+
+    Raises:
+        DvirlError: for a tensor that is missing, unexpected or mis-shaped, for quantised weights, or a damaged file.
+    """
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stored = _open_all(find)
+    _check_names(expected, stored, tied=model.config.tie_word_embeddings)
+    filled: dict[str, Tensor] = {}
+
+    def fill(name: str) -> str:
+        tensor = stored[name]()
+        if tensor.shape != expected[name] or tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DvirlError(
+                f"tensor {name} is {list(tensor.shape)} of {kind}; expected {list(expected[name])} of 16 or 32 bits"
+            )
+        content = tensor.contiguous().view(torch.uint8).numpy()
+        digest = hashlib.sha256(content).hexdigest()
+        # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
+        filled[name] = tensor.to(device_of(name), dtype, copy=True)
+        return f"{name} {list(tensor.shape)} {tensor.dtype} {digest}\n"
+
+    # Hashing and copying leave Python's lock, so threads share the work.
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as threads:
+        lines = list(threads.map(fill, sorted(expected)))
+    if HEAD not in expected and HEAD in stored and not torch.equal(stored[HEAD](), stored[EMBEDDING]()):
+        raise DvirlError(f"config.json ties {HEAD} to {EMBEDDING}, but the files hold both, and they differ")
+    model.load_state_dict(filled, strict=False, assign=True)
+    model.tie_weights()
+    model.requires_grad_(False)
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor, by the tensor's name.
+
+    Raises:
+        DvirlError: if there are no weights, or a file is missing or damaged.
+    """
+    for name in FILES:
+        file = find(name)
+        if file:
+            return _open(file)
+        index = find(f"{name}.index.json")
+        if index:
+            check_whole(index)
+            files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            stored: dict[str, Callable[[], Tensor]] = {}
+            for part in files:
+                part_file = find(part)
+                if not part_file:
+                    raise DvirlError(f"{part} is missing, which {Path(index).name} names")
+                stored |= _open(part_file)
+            return stored
+    raise DvirlError(f"no weights; expected {' or '.join(FILES)}, or their parts with an index")
+
+
+def _open(file: str) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor of one file; nothing that a pickle asks for is run."""
+    check_whole(file)
+    try:
+        if file.endswith(".safetensors"):
+            handle = safe_open(file, framework="pt")
+            names = handle.keys()
+            return {name: partial(handle.get_tensor, name) for name in names}
+        tensors = _unpickle(file)
+        return {name: partial(tensors.__getitem__, name) for name in tensors}
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        AttributeError,
+    ) as error:
+        raise DvirlError(
+            f"{file}: not a readable file of tensors ({' '.join(str(error).split())!s:.200})"
+        ) from error
+
+
+def _unpickle(file: str) -> Mapping[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+        # torch before 1.6 wrote files that cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise RuntimeError("expected tensors by their names")
+    return tensors
+
+
+def _check_names(expected: Mapping[str, object], stored: Mapping[str, object], tied: bool) -> None:
+    """Compare the tensors' names.
+
+    Raises:
+        DvirlError: if one is missing or unexpected, with why as far as the names tell.
+    """
+    found = {name for name in stored if not COMPUTED.search(name)}
+    if tied:
+        found.discard(HEAD)
+    missing = sorted(set(expected) - found)
+    unexpected = sorted(found - set(expected))
+    for name in unexpected:
+        prefix = PREFIX.match(name)
+        if QUANTISED.search(name):
+            raise DvirlError(f"tensor {name} belongs to quantised weights; expected a model in 16 or 32 bits")
+        if "lora_" in name:
+            raise DvirlError(f"tensor {name} belongs to an adapter; expected a whole model, merged with it")
+        if prefix:
+            raise DvirlError(
+                f"the tensors' names begin with {prefix[0]!r}, as in {name}; expected Hugging Face's names"
+            )
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            others = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise DvirlError(f"the weights do not fit config.json: tensor {names[0]} is {kind}{others}")
+
+
+def file_fingerprint(folder: str) -> str:
+    """The fingerprint of a model's folder in runs of dvirl up to version 0.1: the sha256 of its weight files."""
+    digest = hashlib.sha256()
+    for weights in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]):
+        with weights.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return f"sha256:{digest.hexdigest()}"
