@@ -150,7 +150,7 @@ class LlamaRotaryEmbedding(nn.Module):
         if whole and self.dynamic and highest >= self.trained_context:
             rotary = copy.copy(self)  # a table for this length alone
             rotary._set_cos_sin_cache(highest + 1, position_ids.device, torch.float32, whole)
-            return rotary(position_ids, highest, dtype)
+            return rotary.forward(position_ids, highest, dtype)
         length = self.max_seq_len_cached
         if highest >= length:
             length = 2 * highest  # doubled, so that a growing text does not make a table at every step
@@ -178,7 +178,8 @@ def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:
 
 def head_dim(config: LlamaConfig) -> int:
     """Size E of a head, which a configuration may set apart from the hidden size."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ ROPE_FIELDS = {
     "yarn": ("factor",),
 }
 """What each way of scaling positions cannot do without."""
-ROPE_OPTIONS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
-ROPE_OPTIONS += ("mscale", "mscale_all_dim", "truncate", "finetuned")
+ROPE_OPTIONS = {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+ROPE_OPTIONS |= {"mscale", "mscale_all_dim", "truncate", "finetuned"}
 """What may stand beside them; `finetuned` says only how the model came about."""
 UNDERSTOOD = {*SIZES, "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings"}
 UNDERSTOOD |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
@@ -97,10 +97,10 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     known = {*UNDERSTOOD, *PretrainedConfig().to_dict(), *LlamaConfig().to_dict()}
     if values.get("use_sliding_window") is False:
         known |= {"sliding_window", "max_window_layers"}
-    context = values.get("max_position_embeddings", 0)
+    context: int = values.get("max_position_embeddings") or 0
     for name, value in values.items():
         harmless = name in known or not CHANGES_NUMBERS.search(name) or value in (None, False, 0, [], {})
-        wide = name == "sliding_window" and has_type(value, int) and value >= context
+        wide = name == "sliding_window" and type(value) is int and value >= context
         if not harmless and not wide:
             raise DvirlError(f"config.json: {name} is {value!r:.60}, which is not computed here")
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
@@ -21,11 +21,6 @@ from dvirl.runs.errors import DvirlError
 SPACE = "\u2581"
 """Stands for a space in sentencepiece's pieces."""
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-NEWER = {
-    "BPE": {"ignore_merges"},
-    "Metaspace": {"prepend_scheme", "split"},
-}
-"""Fields that the pinned library does not know, and that are rewritten here, by the component that has them."""
 KNOWN = {
     "BPE": {
         "dropout",
@@ -68,7 +63,12 @@ class TextEncoder:
         self.special_ids = {self.added[text] for text in self.special} - {tokenizer.unk_token_id}
         self._first_only = tokenizer.init_kwargs.get("prepend_scheme") == "first"
         self._whole_words = tokenizer.init_kwargs.get("ignore_merges", False)
-        bare = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        bare: dict[str, Any] = {
+            "added_tokens": [],
+            "post_processor": None,
+            "truncation": None,
+            "padding": None,
+        }
         self._begin = Tokenizer.from_str(json.dumps({**definition, **bare}))
         self._continue = Tokenizer.from_str(json.dumps({**definition, **bare, **_without_prefix(definition)}))
         self._vocabulary: Mapping[str, int] = definition["model"]["vocab"] if self._whole_words else {}
@@ -119,11 +119,11 @@ class TextEncoder:
         # A word that is in the vocabulary is one token, whatever the merges would make of it.
         if tokenizer.normalizer:
             text = tokenizer.normalizer.normalize_str(text)
-        words = [(text, None)]
+        words = [text]
         if tokenizer.pre_tokenizer:
-            words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         found: list[int] = []
-        for word, _ in words:
+        for word in words:
             if word in self._vocabulary:
                 found.append(self._vocabulary[word])
             else:
@@ -146,9 +146,7 @@ def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepends(step: Mapping[str, Any]) -> bool:
-    return (
-        step.get("type") == "Prepend" or step.get("pattern", {}).get("Regex") == DOUBLED["pattern"]["Regex"]
-    )
+    return step.get("type") == "Prepend" or step == DOUBLED
 
 
 DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
@@ -241,11 +239,11 @@ def _read(file: str | None) -> dict[str, Any]:
 
 
 def chat_template(find: Callable[[str], str | None], entries: Mapping[str, Any]) -> str | None:
-    """The model's chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default."""
+    """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default."""
     file = find("chat_template.jinja")
     if file:
         return Path(file).read_text(encoding="utf-8-sig")
-    found = entries.get("chat_template") or _read(find("chat_template.json")).get("chat_template")
+    found = entries.get("chat_template")
     if isinstance(found, list):
         by_name = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = by_name.get("default") or next(iter(by_name.values()), None)
@@ -295,44 +293,31 @@ def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | Non
         When a space is put before a text (first, always, never); None if the pinned library does what is meant.
     """
     normalizer = definition.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    metaspace = definition.get("pre_tokenizer") or {}
-    newer = metaspace.get("type") == "Metaspace" and "prepend_scheme" in metaspace
+    kept = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    pre_tokenizer = definition.get("pre_tokenizer") or {}
+    metaspace = pre_tokenizer if pre_tokenizer.get("type") == "Metaspace" else {}
+    split = metaspace.get("split", True)
+    scheme: str = metaspace.get("prepend_scheme", "")
     of_llama = str(entries.get("tokenizer_class", "")).startswith("LlamaTokenizer")
-    # Newest transformers builds a Llama tokenizer's spaces anew, by its settings.
-    rebuilt = of_llama and (metaspace.get("type") == "Metaspace" or any(map(_prepends, steps)))
-    if not newer and not rebuilt:
+    if of_llama and (metaspace or any(map(_prepends, kept))):
+        # Newest transformers builds a Llama tokenizer's spaces anew, by its settings.
+        kept = []
+        split = False
+        scheme = "always" if entries.get("legacy") else "first"
+        scheme = "never" if entries.get("add_prefix_space") is False else scheme
+    elif not scheme:
         return None
-    if rebuilt:
-        scheme = (
-            "never"
-            if entries.get("add_prefix_space") is False
-            else "always"
-            if entries.get("legacy")
-            else "first"
-        )
-    else:
-        scheme = metaspace["prepend_scheme"]
-    decoder = definition.get("decoder") or {}
-    if decoder.get("type") == "Metaspace":
-        definition["decoder"] = {
-            "type": "Metaspace",
-            "replacement": SPACE,
-            "add_prefix_space": scheme != "never",
-        }
-    if newer and not rebuilt and metaspace.get("split", True):
-        definition["pre_tokenizer"] = {
-            "type": "Metaspace",
-            "replacement": metaspace["replacement"],
-            "add_prefix_space": scheme != "never",
-        }
-        return str(scheme)
-    kept = [] if rebuilt or not normalizer else steps
+    older: dict[str, Any] = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": scheme != "never"}
+    if (definition.get("decoder") or {}).get("type") == "Metaspace":
+        definition["decoder"] = older
+    if split:
+        definition["pre_tokenizer"] = older
+        return scheme
     prefix = [] if scheme == "never" else [{"type": "Prepend", "prepend": SPACE}, DOUBLED]
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     definition["normalizer"] = {"type": "Sequence", "normalizers": [*kept, *prefix, spaces]}
     definition["pre_tokenizer"] = None
-    return str(scheme)
+    return scheme
 
 
 def _refuse_newer(part: Any) -> None:
@@ -390,7 +375,7 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
     Raises:
         DvirlError: for a damaged file, or another kind of model.
     """
-    proto = sentencepiece_proto.ModelProto()
+    proto = ModelProto()
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=file)
         proto.ParseFromString(processor.serialized_model_proto())
@@ -398,7 +383,7 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
         raise DvirlError(f"{file}: not a sentencepiece model ({error!s:.200})") from error
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise DvirlError(f"{file}: not a BPE model, as Llama's tokenizers are")
-    kinds = sentencepiece_proto.ModelProto.SentencePiece
+    kinds = ModelProto.SentencePiece
     pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
     bpe = models.BPE(

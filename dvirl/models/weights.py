@@ -30,6 +30,8 @@ COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_\w+|weight_(packed|scale\w*))\b")
 PREFIX = re.compile(r"(module|_orig_mod|base_model\.model)\.")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError)
+"""What the libraries raise for damaged files."""
 POINTER = b"version https://git-lfs"
 """How a file begins that git-lfs has not fetched."""
 
@@ -75,26 +77,24 @@ def load_weights(
 
     def fill(name: str) -> str:
         tensor = stored[name]()
+        kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.shape != expected[name] or tensor.dtype not in DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise DvirlError(
-                f"tensor {name} is {list(tensor.shape)} of {kind}; expected {list(expected[name])} of 16 or 32 bits"
-            )
-        content = tensor.contiguous().view(torch.uint8).numpy()
-        digest = hashlib.sha256(content).hexdigest()
+            wanted = f"{list(expected[name])} of 16 or 32 bits"
+            raise DvirlError(f"tensor {name} is {list(tensor.shape)} of {kind}; expected {wanted}")
         # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
         filled[name] = tensor.to(device_of(name), dtype, copy=True)
-        return f"{name} {list(tensor.shape)} {tensor.dtype} {digest}\n"
+        content = tensor.contiguous().view(torch.uint8).numpy().data
+        return f"{name} {list(tensor.shape)} {kind} {hashlib.sha256(content).hexdigest()}\n"
 
     # Hashing and copying leave Python's lock, so threads share the work.
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as threads:
-        lines = list(threads.map(fill, sorted(expected)))
+        lines = "".join(threads.map(fill, sorted(expected)))
     if HEAD not in expected and HEAD in stored and not torch.equal(stored[HEAD](), stored[EMBEDDING]()):
         raise DvirlError(f"config.json ties {HEAD} to {EMBEDDING}, but the files hold both, and they differ")
     model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights()
     model.requires_grad_(False)
-    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
 def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
@@ -127,18 +127,10 @@ def _open(file: str) -> dict[str, Callable[[], Tensor]]:
     try:
         if file.endswith(".safetensors"):
             handle = safe_open(file, framework="pt")
-            names = handle.keys()
-            return {name: partial(handle.get_tensor, name) for name in names}
+            return {name: partial(handle.get_tensor, name) for name in handle.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
         tensors = _unpickle(file)
         return {name: partial(tensors.__getitem__, name) for name in tensors}
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise DvirlError(
             f"{file}: not a readable file of tensors ({' '.join(str(error).split())!s:.200})"
         ) from error
