@@ -16,6 +16,7 @@ import torch
 from published import CONFIGS, IDS, TEXTS, TOKENIZERS, TURNS, write_model
 from safetensors.torch import load_file, save_file
 
+from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
 from dvirl.models.chat import ChatEncoder
 from dvirl.models.loading import load
 from dvirl.runs.errors import DvirlError
@@ -371,3 +372,19 @@ def test_loading_makes_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
     loaded_from(folder)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_baseline_of_every_shape_is_plain_greedy_generate(name, tmp_path):
+    """Whatever sampling or penalty the folder asks for."""
+    folder = write_model(tmp_path / name, name)
+    changed(
+        folder,
+        "generation_config.json",
+        do_sample=True,
+        repetition_penalty=3.0,
+        max_length=3,
+        temperature=9.0,
+    )
+    answer = generate_forward(hugging_face(loaded_from(folder)), IDS[:12], 24, ())
+    assert answer.tokens == RECORD["greedy"][name]

@@ -2,20 +2,84 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from dvirl.evaluation.measure import Answer
-from dvirl.models.loading import LoadedModel, source
+from dvirl.models.loading import LoadedModel, load
+from kangaroo.adapter import LlamaRotaryEmbedding, head_dim
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
+
+
+class _Rotary(nn.Module):
+    """Our rotary table under the signature of Hugging Face's, for scaled positions that this transformers lacks."""
+
+    def __init__(self, rotary: LlamaRotaryEmbedding) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, states: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+        whole = states.shape[-2] == seq_len
+        if seq_len > self.rotary.max_seq_len_cached or whole:
+            positions = torch.arange(seq_len, device=states.device)[None]
+            return self.rotary.forward(positions, seq_len - 1, states.dtype, whole)
+        cos = self.rotary.cos_cached[None, None, :seq_len]
+        sin = self.rotary.sin_cached[None, None, :seq_len]
+        return cos.to(states.dtype), sin.to(states.dtype)
 
 
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
-    """Load the untouched model with Hugging Face's class, in the same dtype on the same device."""
-    model = LlamaForCausalLM.from_pretrained(
-        source(loaded.name), config=loaded.model.config, torch_dtype=loaded.model.dtype
+    """The untouched model, loaded anew, in Hugging Face's class, in the same dtype on the same device."""
+    device = str(loaded.model.device)
+    fresh = load(loaded.name, str(loaded.model.dtype).removeprefix("torch."), device, loaded.chat.chat_format)
+    return as_hugging_face(fresh.model)
+
+
+def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
+    """Hugging Face's class over the weights of ours, also for shapes that this transformers does not know.
+
+    Embedding, linear layers, activation and rotary table are ours; attention, cache, norms and loop are theirs.
+    """
+    config = ours.config
+    known = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=1,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
     )
-    return model.to(loaded.model.device).eval()
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(known)
+    theirs.lm_head = ours.lm_head
+    theirs.model.embed_tokens = ours.model.embed_tokens
+    theirs.model.norm.weight = ours.model.norm.weight
+    layers: Any = ours.model.layers
+    for layer, own in zip(theirs.model.layers, layers, strict=True):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            getattr(layer, name).weight = getattr(own, name).weight
+        attention = layer.self_attn
+        attention.num_heads = config.num_attention_heads
+        attention.num_key_value_heads = config.num_key_value_heads
+        attention.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        attention.head_dim = head_dim(config)
+        attention.hidden_size = attention.num_heads * attention.head_dim  # the width of what o_proj reads
+        attention.rotary_emb = _Rotary(ours.rotary)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(attention, name, getattr(own.self_attn, name))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, getattr(own.mlp, name))
+        layer.mlp.act_fn = own.mlp.activation
+    # A folder's own generation_config, with its sampling or penalties, is not greedy decoding.
+    theirs.generation_config = GenerationConfig()
+    return theirs.eval()
 
 
 def generate_forward(
@@ -30,14 +94,14 @@ def generate_forward(
         eos_ids: tokens that end it.
     """
     prompt_ids = torch.tensor([list(prompt)], device=model.device)
-    ends = list(eos_ids)
     start = time.perf_counter()
     output = model.generate(
         prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=limit,
         do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=0,
     )
     tokens = output[0, len(prompt) :].tolist()  # waits for the device
     return Answer(tokens, time.perf_counter() - start)

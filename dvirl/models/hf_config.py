@@ -62,7 +62,7 @@ def read_config(values: Mapping[str, Any]) -> LlamaConfig:
     plain = {name: value for name, value in values.items() if name not in moved}
     config: LlamaConfig = LlamaConfig.from_dict(plain)
     for name in SIZES:
-        size = getattr(config, name, None)
+        size: Any = getattr(config, name, None)
         if not has_type(size, int) or size < 1:
             if name == "head_dim" and size is None:
                 continue

@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,15 @@ def load(
             f"could not load the model {name_or_path!r}: {type(error).__name__}, {reason:.300}"
         ) from error
     if name_or_path not in EMBEDDED:
-        print(f"{name_or_path}: chat format {chat.chat_format} ({why})", file=sys.stderr)
+        _say_once(f"{name_or_path}: chat format {chat.chat_format} ({why})")
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape
     return LoadedModel(model.eval(), tokenizer, chat, ends, name_or_path, fingerprint)
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _find(path: str, name: str) -> str | None:

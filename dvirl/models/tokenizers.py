@@ -266,7 +266,7 @@ def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str,
     definition["truncation"] = None
     definition["padding"] = None
     model = definition["model"]
-    how = {}
+    how: dict[str, Any] = {}
     if model.pop("ignore_merges", False):
         how["ignore_merges"] = True
     if model.get("type") == "BPE":
