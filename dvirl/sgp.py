@@ -159,8 +159,8 @@ class SGPTrainer(TrainingLoop):
         chat = self.loaded.chat
         examples = []
         for record in records:
-            prompt = chat.encode(record.turns)
-            response = [*chat.encode_response(record.response), *self.loaded.eos_ids[:1]]
+            prompt = chat.encode(record.turns, record.system)
+            response = [*chat.encode_response(record.response), *self.loaded.response_end]
             if 0 < len(prompt) < config.max_tokens:
                 examples.append(make_example(prompt, response[: config.max_tokens - len(prompt)]))
         left_out = len(records) - len(examples)

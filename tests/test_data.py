@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
+import pandas as pd
 import pytest
 from conftest import tiny_loaded
 from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import tiny_settings
 
+from dvirl.config import DVIConfig
 from dvirl.data import sources
 from dvirl.data.sources import chatterbot_prompts, read_prompts
 from dvirl.data.stream import PromptStream, load_prompts
@@ -49,8 +52,12 @@ def test_every_schema_is_read(tmp_path, kind, as_lines):
         ("jsonl", "{nonsense", "not valid JSON"),
         ("jsonl", '{"turns": ["a", "b"]}', "odd number"),
         ("jsonl", '{"turns": []}', "list of non-empty strings"),
-        ("sharegpt", '{"conversations": "x"}', "list 'conversations'"),
-        ("sharegpt", '{"conversations": [{"from": "gpt", "value": "x"}]}', "from 'human'"),
+        ("sharegpt", '{"conversations": "x"}', "non-empty list of turns"),
+        (
+            "sharegpt",
+            '{"conversations": [{"from": "gpt", "value": "x"}]}',
+            "expected a turn with the role user",
+        ),
         ("dolly", '{"instruction": "x", "context": 3}', "'context' to be a string"),
         ("spec_bench", '{"turns": ["x"]}', "question_id"),
         ("spec_bench", "[]", "question_id"),
@@ -67,6 +74,112 @@ def test_a_malformed_row_is_named_or_skipped(tmp_path, capsys, kind, line, messa
     assert str(caught.value).startswith(f"{path}:3: ")
     assert [prompt.turns for prompt in read_prompts(kind, str(path), "skip")] == TURNS[kind][:1]
     assert f"skipped {path}:3" in capsys.readouterr().err
+
+
+USER = {"role": "user", "content": "Hi there"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+AGAIN = {"role": "user", "content": "Bye"}
+KIND = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "system", "response"),
+    [
+        ({"messages": [USER, ANSWER]}, ("Hi there",), "", "Hello"),
+        ({"messages": [KIND, USER]}, ("Hi there",), "Be kind.", ""),
+        ({"prompt": [KIND, USER, ANSWER, AGAIN]}, ("Hi there", "Hello", "Bye"), "Be kind.", ""),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, ("Hi",), "", ""),
+        ({"conversation_id": "x", "model": "m", "conversation": [USER, ANSWER, AGAIN, ANSWER]}, ("Hi there",), "", "Hello"),
+        ({"conversations": [USER, ANSWER]}, ("Hi there",), "", "Hello"),
+        ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "Hi"}]}, ("Hi",), "", ""),
+        ({"items": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, ("Hi",), "", "Yo"),
+    ],
+)  # fmt: skip
+def test_conversations_by_every_name(tmp_path, row, turns, system, response):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for kind in ("jsonl", "sharegpt"):
+        if kind == "sharegpt" and "prompt" in row:
+            continue
+        (prompt,) = read_prompts(kind, str(path))
+        assert (prompt.turns, prompt.system, prompt.response) == (turns, system, response)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, "non-empty list of turns"),
+        ({"messages": [ANSWER]}, "expected a turn with the role user"),
+        ({"messages": [USER, USER]}, "turn 2 is user's"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "expected turns by user, .* not 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content to be text"),
+        ({"messages": [{"role": "user", "content": None}]}, "non-empty string 'text'"),
+    ],
+)
+def test_a_bad_conversation_names_its_row_and_skipping_ends_with_a_total(tmp_path, capsys, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in ({"messages": [USER]}, row, {"messages": [AGAIN]})))
+    with pytest.raises(DvirlError, match=f"{path}:2: .*{message}"):
+        read_prompts("jsonl", str(path))
+    assert len(read_prompts("jsonl", str(path), "skip")) == 2
+    assert f"{path}: left out 1 of 3 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, None),
+        ({"messages": [KIND, USER, ANSWER]}, None),
+        ({"messages": [USER]}, "an answer to its first question"),
+        ({"instruction": "Add", "output": ""}, "non-empty string 'output'"),
+        ({"instruction": "Add"}, "non-empty string 'response'"),
+    ],
+)
+def test_supervised_records_of_every_schema(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    if message:
+        with pytest.raises(DvirlError, match=message):
+            read_prompts("supervised", str(path))
+    else:
+        assert read_prompts("supervised", str(path))[0].response in ("3", "Hello")
+
+
+def test_files_as_people_have_them(tmp_path):
+    """Pretty-printed, wrapped, packed, with a byte order mark, or parquet: the same rows."""
+    rows = [{"messages": [USER, ANSWER], "extra": [1]}, {"messages": [AGAIN], "extra": []}]
+    lines = "\n".join(map(json.dumps, rows))
+    files = {
+        "pretty.json": json.dumps(rows, indent=2).encode(),
+        "wrapped.json": json.dumps({"version": 1, "data": rows}, indent=2).encode(),
+        "viewer.json": json.dumps({"rows": [{"row_idx": 0, "row": row} for row in rows]}).encode(),
+        "mark.jsonl": lines.encode("utf-8-sig"),
+        "packed.jsonl.gz": gzip.compress(lines.encode()),
+        "packed.json.gz": gzip.compress(json.dumps(rows).encode()),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    for name in [*files, "rows.parquet"]:
+        assert [prompt.turns for prompt in read_prompts("jsonl", str(tmp_path / name))] == [
+            ("Hi there",),
+            ("Bye",),
+        ]
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=2))
+    assert len(read_prompts("jsonl", str(tmp_path / "one.json"))) == 1
+    for name in ("packed.jsonl.gz", "rows.parquet"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:40])
+        with pytest.raises(DvirlError, match=name):
+            read_prompts("jsonl", str(path))
+
+
+def test_a_limit_that_leaves_no_room_for_a_prompt_says_so():
+    config = DVIConfig(max_new_tokens=400)
+    with pytest.raises(
+        DvirlError, match="max_new_tokens is 400, which leaves no room for a prompt; expected less"
+    ):
+        load_prompts(config, tiny_loaded())
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
@@ -89,12 +202,17 @@ def test_the_hub_is_streamed(monkeypatch):
 
     rows = [{"instruction": f"Do {n}", "context": "", "response": "", "category": "c"} for n in range(5)]
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or iter(rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, **how: asked.append((name, config, how)) or iter(rows)
+    )
     monkeypatch.setattr(sources, "HUB_ROWS", 3)
     assert len(read_prompts("dolly", "owner/name")) == 3
-    assert asked == [("owner/name", {"split": "train", "streaming": True})]
+    assert read_prompts("dolly", "owner/name:big:test") and read_prompts("dolly", "owner/name::test")
+    train = {"split": "train", "streaming": True}
+    test = {"split": "test", "streaming": True}
+    assert asked == [("owner/name", None, train), ("owner/name", "big", test), ("owner/name", None, test)]
 
-    def offline(name, **how):
+    def offline(name, config, **how):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)

@@ -76,8 +76,14 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     Raises:
         DvirlError: for a malformed or empty source, or when nothing is left to train on.
     """
+    context = loaded.model.config.max_position_embeddings
+    most = min(config.max_prompt_tokens, context - config.max_new_tokens)
+    if most < 1:
+        expected = f"expected less than the model's context, {context}"
+        raise DvirlError(
+            f"max_new_tokens is {config.max_new_tokens}, which leaves no room for a prompt; {expected}"
+        )
     encoded = _encoded_prompts(config, loaded)
-    most = min(config.max_prompt_tokens, loaded.model.config.max_position_embeddings - config.max_new_tokens)
     short = [ids for ids in encoded if 0 < len(ids) <= most]
     if len(short) < len(encoded):
         tqdm.write(f"left out {len(encoded) - len(short)} prompts over {most} tokens", file=sys.stderr)
@@ -100,4 +106,4 @@ def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
         prompts = read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)
     else:
         raise DvirlError(f"prompts_source {config.prompts_source!r} needs prompts_path, a file or a hub id")
-    return [loaded.chat.encode(prompt.turns) for prompt in prompts]
+    return [loaded.chat.encode(prompt.turns, prompt.system) for prompt in prompts]

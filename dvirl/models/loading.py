@@ -44,6 +44,12 @@ class LoadedModel:
     name: str
     fingerprint: str
 
+    @property
+    def response_end(self) -> tuple[int, ...]:
+        """The token that ends a response to be learned: that of the chat format, else the first of `eos_ids`."""
+        end = self.chat.turn_end
+        return self.eos_ids[:1] if end is None else (end,)
+
     def is_made_of(self, fingerprint: object) -> bool:
         """Whether a fingerprint on record is that of this model, also one as dvirl 0.1 took it, of a folder's files."""
         return fingerprint == self.fingerprint or fingerprint == file_fingerprint(source(self.name))

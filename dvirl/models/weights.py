@@ -110,7 +110,9 @@ def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
         index = find(f"{name}.index.json")
         if index:
             check_whole(index)
-            files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(
+                set(json.loads(Path(index).read_text(encoding="utf-8-sig"))["weight_map"].values())
+            )
             stored: dict[str, Callable[[], Tensor]] = {}
             for part in files:
                 part_file = find(part)

@@ -1,7 +1,9 @@
 """The log of a run: one JSON object a line, written at once, read as a table."""
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,15 +99,17 @@ def parse_line(where: str, text: str, kind: type = object) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file.
+    """The text of a file, unpacked if its name ends with `.gz`; a byte order mark is no part of it.
 
     Raises:
-        DvirlError: if there is none or it is not UTF-8.
+        DvirlError: if there is none, or it is damaged or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DvirlError(f"{path}: {error.strerror}") from error
+        if str(path).endswith(".gz"):
+            return gzip.decompress(Path(path).read_bytes()).decode("utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DvirlError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except ValueError as error:
         raise DvirlError(f"{path}: not readable as UTF-8 ({error})") from error
 

@@ -95,7 +95,7 @@ class ModelSettings(Settings):
     model_name: str = "smollm2-135m"
     """Embedded name, local folder or hub id of a Llama-architecture model."""
     chat_format: str = "auto"
-    """auto, chatml, vicuna, llama-2 or none."""
+    """auto, template (the model's own), chatml, llama-2, llama-3, vicuna, zephyr or none."""
     dtype: str = "auto"
     """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     device: str = "auto"
