@@ -25,7 +25,7 @@ from dvirl.evaluation.measure import Answer
 from dvirl.evaluation.methods import METHODS
 from dvirl.evaluation.questions import TASKS, Question, prompts_of, read_questions
 from dvirl.evaluation.rejections import read_trace
-from dvirl.evaluation.runner import EvalConfig, answer_question, refuse_longer
+from dvirl.evaluation.runner import EvalConfig, answer_question, fitting
 from dvirl.evaluation.spec_bench import answer_row, answer_table, measures, resume_answers
 from dvirl.models import loading
 from dvirl.models.drafters import open_draft
@@ -137,27 +137,64 @@ def test_a_question_beyond_the_context_is_refused_before_any_is_answered(draft, 
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and not (tmp_path / "run").exists()
     assert re.search(
-        r"question 5: a prompt of \d+ tokens and 8 of answer; expected at most .* context, 256", said[0]
+        r"question 5: up to \d+ tokens with its answers; expected at most .* context, 256", said[0]
     )
 
 
-def test_a_question_that_fills_the_context_is_answered():
+def test_a_question_needs_room_for_every_answer_at_its_longest():
     loaded = tiny_loaded()
-    room = 256 - 8 - len(loaded.chat.encode([""]))
-    refuse_longer([Question(1, "qa", ("x" * room,))], loaded, 8)
-    with pytest.raises(DvirlError, match="question 2: a prompt of 249 tokens and 8 of answer"):
-        refuse_longer([Question(2, "qa", ("x" * (room + 1),))], loaded, 8)
+    room = 256 - len(loaded.chat.encode(["", "", ""])) - 2 * 20
+    fits = Question(1, "qa", ("x" * room, ""))
+    longer = Question(2, "qa", ("x" * room, "x"))
+    assert fitting([fits], loaded, 20, "refuse") == ([fits], [])
+    with pytest.raises(DvirlError, match="question 2: up to 257 tokens with its answers"):
+        fitting([fits, longer], loaded, 20, "refuse")
+    assert fitting([fits, longer], loaded, 20, "skip") == ([fits], [2])
+    assert fitting([fits, longer], loaded, 20, "cut") == ([fits, longer], [2])
+    with pytest.raises(DvirlError, match="none of 1 questions fits"):
+        fitting([longer], loaded, 20, "skip")
+    with pytest.raises(DvirlError, match="answer_tokens is 256; expected less"):
+        fitting([fits], loaded, 256, "cut")
 
 
-def test_answers_that_outgrow_the_context_are_noticed_when_they_do():
-    """A model that says less than it may needs no room for more: two answers of the full length would not fit."""
+def test_a_long_prompt_is_cut_from_the_left():
     loaded = tiny_loaded()
-    asked, room = Question(3, "writing", ("x", "y")), 130
-    refuse_longer([asked], loaded, room)
-    brief = answer_question(asked, lambda _: Answer([EOS], 1.0), loaded, room)
-    assert len(brief[0]) == 2
-    with pytest.raises(DvirlError, match=rf"question 3: a prompt of \d+ tokens and {room} of answer"):
-        answer_question(asked, lambda _: Answer([70] * room, 1.0), loaded, room)
+    question = Question(1, "qa", ("y" * 300,))
+    assert prompts_of(question, [], loaded, 20)[0] == loaded.chat.encode(["y" * 300])[-236:]
+
+
+@pytest.mark.parametrize("too_long", ["skip", "cut"])
+def test_the_report_names_what_was_too_long(draft, tmp_path, too_long):
+    rows = [*ASKED, {"question_id": 5, "category": "qa", "turns": ["x" * 260]}]
+    flags = ["--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl", rows), *TINY]
+    run_dir = tmp_path / "run"
+    assert cli.main(["evaluate", *flags, "--run_dir", str(run_dir), "--too_long", too_long]) == 0
+    assert json.loads((run_dir / "results.json").read_text())["too_long"] == [5]
+    said = "left out: 5." if too_long == "skip" else "cut from the left where it was needed: 5."
+    assert said in (run_dir / "report.md").read_text()
+    answered = (run_dir / "answers/plain-1.jsonl").read_text()
+    assert ('"question_id": 5' in answered) == (too_long == "cut")
+
+
+def test_sampled_answers_follow_settings_and_seed(draft, tmp_path):
+    """The same seed gives the same answers, another one others; every method samples."""
+    flags = ["--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl", ASKED), *TINY]
+    flags += ["--temperature", "1.5", "--top_p", "0.95", "--methods", "generate,plain,kangaroo,fixed"]
+
+    def answers(name, seed):
+        assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / name), "--seed", str(seed)]) == 0
+        rows = {}
+        for path in (tmp_path / name / "answers").iterdir():
+            lines = map(json.loads, path.read_text().splitlines())
+            rows[path.name] = [line["choices"][0]["tokens"] for line in lines]
+        return rows
+
+    first = answers("a", 1)
+    other = answers("b", 2)
+    assert first == answers("c", 1)
+    assert all(first[name] != other[name] for name in first)
+    assert "sampled at temperature 1.5, top_p 0.95, seed 1" in (tmp_path / "a/report.md").read_text()
+    assert cli.main(["evaluate", *flags, "--temperature", "0", "--run_dir", str(tmp_path / "d")]) == 2
 
 
 # Measures

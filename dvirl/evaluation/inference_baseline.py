@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from dvirl.evaluation.measure import Answer
 from dvirl.models.loading import LoadedModel, load
 from kangaroo.adapter import LlamaRotaryEmbedding, head_dim
+from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 
@@ -83,23 +84,39 @@ def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def generate_forward(
-    model: LlamaForCausalLM, prompt: Sequence[int], limit: int, eos_ids: Sequence[int]
+    model: LlamaForCausalLM,
+    prompt: Sequence[int],
+    limit: int,
+    eos_ids: Sequence[int],
+    settings: DecodeConfig = DecodeConfig(0),  # noqa: B008  # it is frozen
+    seed: int = 0,
 ) -> Answer:
-    """Decode one prompt greedily with `generate` and its cache.
+    """Decode one prompt with `generate` and its cache.
 
     Args:
         model: Hugging Face's.
         prompt: token ids.
         limit: most tokens of the answer.
         eos_ids: tokens that end it.
+        settings: how the answer is chosen: greedily, or sampled by temperature, top_k and top_p.
+        seed: of a sampled answer.
     """
+    how: dict[str, Any] = {"do_sample": False}
+    if settings.temperature:
+        torch.manual_seed(seed)
+        how = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+        }
     prompt_ids = torch.tensor([list(prompt)], device=model.device)
     start = time.perf_counter()
     output = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=limit,
-        do_sample=False,
+        **how,
         eos_token_id=list(eos_ids) or None,
         pad_token_id=0,
     )

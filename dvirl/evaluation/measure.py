@@ -74,6 +74,7 @@ def timed(
     limit: int,
     settings: DecodeConfig,
     eos_ids: Sequence[int] = (),
+    seed: int = 0,
 ) -> Answer:
     """Decode one prompt by our loop; the arguments are those of `KangarooModel.decode_blocks`.
 
@@ -82,7 +83,7 @@ def timed(
     """
     captured_s = model.base_model.capture_s
     start = model.now()
-    stream = model.decode_blocks(prompt, limit, settings, eos_ids)
+    stream = model.decode_blocks(prompt, limit, settings, eos_ids, seed=seed)
     try:
         blocks = [next(stream)]
         prefill_s = model.now() - start

@@ -56,6 +56,7 @@ def decoders(
     configs: Mapping[str, DecodeConfig],
     draft: Draft,
     limit: int,
+    seed: int = 0,
 ) -> dict[str, Method]:
     """The methods as functions from a prompt to a timed answer.
 
@@ -64,14 +65,19 @@ def decoders(
         configs: how our own methods draft.
         draft: drafts and verifies.
         limit: most tokens of an answer.
+        seed: of sampled answers.
     """
     eos_ids = draft.loaded.eos_ids
     methods: dict[str, Method] = {}
     for name in names:
         if name == GENERATE:
-            decode = partial(generate_forward, hugging_face(draft.loaded), limit=limit, eos_ids=eos_ids)
+            how = configs[PLAIN] if PLAIN in configs else DecodeConfig(0)
+            theirs = hugging_face(draft.loaded)
+            decode = partial(generate_forward, theirs, limit=limit, eos_ids=eos_ids, settings=how, seed=seed)
         else:
-            decode = partial(timed, draft.model, limit=limit, settings=configs[name], eos_ids=eos_ids)
+            decode = partial(
+                timed, draft.model, limit=limit, settings=configs[name], eos_ids=eos_ids, seed=seed
+            )
         methods[name] = decode
     return methods
 

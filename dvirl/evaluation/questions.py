@@ -113,13 +113,19 @@ class Question:
         return TASKS.get(self.category, self.category or "other")
 
 
-def prompts_of(question: Question, answers: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
-    """The prompts of all turns up to the first one without an answer; later turns see the answers before them."""
+def prompts_of(
+    question: Question, answers: Sequence[str], loaded: LoadedModel, limit: int = 0
+) -> list[list[int]]:
+    """The prompts of all turns up to the first one without an answer; later turns see the answers before them.
+
+    A prompt is cut from the left where `limit` tokens of answer would not fit the model's context after it.
+    """
+    room = loaded.model.config.max_position_embeddings - limit
     prompts = []
     conversation: list[str] = []
     for turn, answer in zip(question.turns, [*answers, ""], strict=False):
         conversation.append(turn)
-        prompts.append(loaded.chat.encode(conversation))
+        prompts.append(loaded.chat.encode(conversation)[-room:])
         conversation.append(answer)
     return prompts
 

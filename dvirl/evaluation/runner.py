@@ -7,7 +7,7 @@ run that was cut off goes on where it stopped.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,14 @@ class EvalSettings(Settings):
     """Confidence below which a draft ends its block, for kangaroo."""
     repeats: int = number(1, 1, 1000)
     """How often every method answers every question."""
+    temperature: float = number(0.0, 0, 100)
+    """Above 0 answers are sampled, by every method from the same distribution; 0 is greedy. Where blocks adapt to the
+    clock, the same seed need not give the same answer."""
+    top_p: float = number(1.0, 1e-6, 1)
+    """Sample only among the fewest tokens that hold this probability."""
+    too_long: str = choice("refuse", ("refuse", "skip", "cut"))
+    """A question that might outgrow the model's context, each answer at its longest, is an error (refuse), left out
+    (skip), or cut from the left (cut)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +91,8 @@ class EvalSettings(Settings):
             raise DvirlError(
                 f"methods is {self.methods!r}; expected the reference {self.reference} in it, none twice"
             )
+        if self.top_p < 1 and not self.temperature:
+            raise DvirlError(f"top_p is {self.top_p}; expected a temperature above 0 beside it")
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class EvalConfig(EvalSettings):
     threads: int = number(2, 1, 1024)
     """CPU threads of torch."""
     seed: int = number(0, 0, 2**63 - 1)
-    """Seed of the bootstrap behind intervals."""
+    """Seed of the bootstrap behind intervals, and of sampled answers."""
     run_dir: str = "runs/evaluate"
     """Folder of this evaluation: config.yaml, answers/, trace.jsonl, results.json, report.md, report.html, figures."""
 
@@ -106,43 +116,52 @@ class EvalConfig(EvalSettings):
 # Answering
 
 
-def refuse_longer(questions: Sequence[Question], loaded: LoadedModel, limit: int) -> None:
-    """Check that the user's turns of each question, and one answer of `limit` tokens, fit the model's context.
+def fitting(
+    questions: Sequence[Question], loaded: LoadedModel, limit: int, too_long: str
+) -> tuple[list[Question], list[int | str]]:
+    """The questions to ask, and the ids of those whose turns might not all fit the model's context.
+
+    A question needs room for its last prompt, with an answer of `limit` tokens to every turn.
+
+    Args:
+        questions: the questions.
+        loaded: encodes them.
+        limit: most tokens of an answer.
+        too_long: "skip" leaves such a question out, "cut" keeps it, to be cut from the left, "refuse" is an error.
 
     Raises:
-        DvirlError: if a question does not fit.
+        DvirlError: if one does not fit and that is refused, or none is left.
     """
-    for question in questions:
-        unanswered = [""] * (len(question.turns) - 1)
-        _refuse_longer(question, prompts_of(question, unanswered, loaded)[-1], loaded, limit)
-
-
-def _refuse_longer(
-    question: Question,
-    prompt: Sequence[int],
-    loaded: LoadedModel,
-    limit: int,
-) -> None:
     context = loaded.model.config.max_position_embeddings
-    if len(prompt) + limit > context:
-        asked = f"question {question.question_id}: a prompt of {len(prompt)} tokens and {limit} of answer"
-        raise DvirlError(f"{asked}; expected at most the model's context, {context}")
+    if limit >= context:
+        raise DvirlError(f"answer_tokens is {limit}; expected less than the model's context, {context}")
+    asked = []
+    longer: list[int | str] = []
+    for question in questions:
+        turns = [turn for user in question.turns for turn in (user, "")][:-1]
+        need = len(loaded.chat.encode(turns)) + limit * len(question.turns)
+        if need > context:
+            longer.append(question.question_id)
+        if need <= context or too_long == "cut":
+            asked.append(question)
+        elif too_long == "refuse":
+            raise DvirlError(
+                f"question {question.question_id}: up to {need} tokens with its answers; expected at most the "
+                f"model's context, {context} (or --too_long skip, or cut)"
+            )
+    if not asked:
+        raise DvirlError(f"none of {len(questions)} questions fits the model's context, {context}")
+    return asked, longer
 
 
 def answer_question(
     question: Question, decode: Method, loaded: LoadedModel, limit: int
 ) -> tuple[list[str], list[Answer]]:
-    """Answer every turn of a question; return the texts and the timed answers.
-
-    Raises:
-        DvirlError: if a turn, after the answers so far, and `limit` tokens more do not fit the model's context.
-    """
+    """Answer every turn of a question; return the texts and the timed answers."""
     texts: list[str] = []
     answers: list[Answer] = []
     for _ in question.turns:
-        prompt = prompts_of(question, texts, loaded)[-1]
-        _refuse_longer(question, prompt, loaded, limit)
-        answer = decode(prompt)
+        answer = decode(prompts_of(question, texts, loaded, limit)[-1])
         answers.append(answer)
         texts.append(loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True))
     return texts, answers
@@ -190,8 +209,11 @@ def answer_all(
     questions: Sequence[Question],
     how: EvalSettings,
     folder: Path,
+    seed: int,
 ) -> tuple[Answers, float]:
     """Answer the questions that the folder has no answers to; each answer is on disk as soon as it is given.
+
+    The seed is that of sampled answers.
 
     Returns:
         All answers, and the fraction of the time that was not spent decoding; NaN if nothing was left to answer.
@@ -202,7 +224,11 @@ def answer_all(
     configs = decode_configs(
         how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target
     )
-    run = decoders(how.methods.split(","), configs, draft, limit)
+    configs = {
+        name: replace(config, temperature=how.temperature, top_p=how.top_p)
+        for name, config in configs.items()
+    }
+    run = decoders(how.methods.split(","), configs, draft, limit, seed)
     processes = Processes(loaded.model.device.type)
     kept = _read_answers(folder, how)
     if processes.first:
@@ -262,6 +288,7 @@ def drifted(
     draft: Draft,
     questions: Sequence[Question],
     answers: dict[int | str, Row],
+    limit: int,
 ) -> pd.DataFrame:
     """How far the verifier is from the untouched model on given answers, pooled by task and overall.
 
@@ -271,7 +298,7 @@ def drifted(
     sums: dict[str, Tensor] = {}
     for question in questions:
         choice = answers[question.question_id]["choices"][0]
-        prompts = prompts_of(question, choice["turns"], draft.loaded)
+        prompts = prompts_of(question, choice["turns"], draft.loaded, limit)
         for turn in zip(prompts, choice["tokens"], strict=True):
             found = verifier_sums(draft.loaded.model, [make_example(*turn)], draft.target)
             for task in (question.task, OVERALL):
@@ -296,22 +323,24 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
-    refuse_longer(questions, draft.loaded, config.answer_tokens)
+    limit = config.answer_tokens
+    questions, longer = fitting(questions, draft.loaded, limit, config.too_long)
     first = Processes(config.device).first
     if first:
         claim(folder, config, draft.loaded)
-    answers, overhead = answer_all(draft, questions, config, folder)
+    answers, overhead = answer_all(draft, questions, config, folder, config.seed)
     if not first:
         return pd.DataFrame()
     figures = measures(answer_table(answers), config.reference, config.seed)
     # All methods share one verifier: its drift is measured once, on the reference's answers.
-    figures = figures.merge(drifted(draft, questions, answers[config.reference, 0]))
+    figures = figures.merge(drifted(draft, questions, answers[config.reference, 0], limit))
     content = {
         "arguments": asdict(config),
         **provenance(draft.loaded),
         "date": time.strftime("%Y-%m-%d"),
         "capture_s": draft.model.base_model.capture_s,
         "overhead": overhead,
+        "too_long": longer,
         "figures": figures.to_dict("records"),
     }
     write_json(folder / "results.json", content)
@@ -328,12 +357,24 @@ def _report(folder: Path, config: EvalConfig, content: dict[str, Any], figures: 
     overall = figures[figures.task == last].drop(columns="task")
     parts = [
         describe(content),
+        _circumstances(config, content["too_long"]),
         markdown_table(overall.set_index("method")),
         f"Speed-up over {config.reference} by task:",
         markdown_table(by_task),
         "![Speed-up by task and method](speedup.png)",
     ]
     write_report(folder / "report", f"{config.draft} on {config.questions}", parts)
+
+
+def _circumstances(config: EvalConfig, longer: Sequence[int | str]) -> str:
+    """How answers were chosen, and which questions did not fit the context, in sentences."""
+    text = "Answers are greedy."
+    if config.temperature:
+        text = f"Answers are sampled at temperature {config.temperature}, top_p {config.top_p}, seed {config.seed}."
+    if longer:
+        what = "left out" if config.too_long == "skip" else "cut from the left where it was needed"
+        text += f" Too long for the model's context, and {what}: {', '.join(map(str, longer))}."
+    return text
 
 
 parse_args = partial(
