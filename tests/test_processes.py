@@ -204,5 +204,8 @@ def test_the_launchers_train(tmp_path, launcher):
     done = subprocess.run(start, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accept rate: ") == 1
+    # On a CPU Accelerate's launcher starts one process, and the command says what starts several.
+    said = {"accelerate": "processes: 1; on a CPU, torchrun", "torchrun": "processes: 2\n"}[launcher]
+    assert done.stdout.startswith(said) and done.stdout.count("processes: ") == 1
     assert read_metrics(tmp_path / "run/metrics.jsonl").step.is_unique
     assert json.loads((newest(tmp_path / "run") / "trainer.json").read_text())["counters"]["prompts"] == 8

@@ -248,6 +248,12 @@ def check_accelerate(words, out):
     assert (Path(out) / {"train": "metrics.jsonl", "evaluate": "results.json"}[line[0]]).exists()
 
 
+def check_torchrun(words, out):
+    """It starts what the other launcher starts."""
+    assert words[0] == "--nproc_per_node"
+    check_accelerate(["launch", "--num_processes", *words[1:]], out)
+
+
 def check_pytest(words, out):
     """It finds the cells of every notebook."""
     assert [word for word in words if word[0] != "-" and not (ROOT / word).exists()] == []
@@ -265,7 +271,7 @@ def check_conda(words, out):
 
 
 RULES = {"make": check_make, "dvirl": check_dvirl, "papermill": check_papermill, "accelerate": check_accelerate,
-         "pytest": check_pytest, "conda": check_conda}  # fmt: skip
+         "torchrun": check_torchrun, "pytest": check_pytest, "conda": check_conda}  # fmt: skip
 
 
 def check(line, out):

@@ -394,7 +394,9 @@ def main(args: Any) -> pd.DataFrame:
     """
     config = from_namespace(EvalConfig, args)
     torch.set_num_threads(config.threads)
-    first = Processes(config.device).first
+    processes = Processes(config.device)
+    processes.announce()
+    first = processes.first
     figures = evaluate(open_draft(config.draft, config.dtype, config.device), config)
     if first:
         run_dir = config.run_dir

@@ -146,6 +146,7 @@ class TrainingLoop(ABC):
             DvirlError: if `run_dir` holds another run, another process uses it, or the disk is full.
         """
         first = self.processes.first
+        self.processes.announce()
         with run_folder.run_lock(self.run_dir) if first else nullcontext(), stoppable() as stop:
             if first:
                 self._start_log()

@@ -4,6 +4,7 @@ All processes hold the same weights, buffer, counters and random generators, so 
 work is shared out: each answers its share of the prompts, and computes the gradient of its share of a batch.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Item = TypeVar("Item")
+LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")
+"""How the environment variables begin that `accelerate launch` and torchrun set."""
 Record = TypeVar("Record", bound="DataclassInstance")
 
 
@@ -45,6 +48,14 @@ class Processes:
         self.count = state.num_processes
         self.first = self.rank == 0
         self._device = state.device
+
+    def announce(self) -> None:
+        """Print the number of processes where a launcher started them."""
+        launched = any(name.startswith(LAUNCHERS) for name in os.environ)
+        if self.first and (self.count > 1 or launched):
+            alone = self.count == 1 and self._device.type == "cpu"
+            hint = "; on a CPU, torchrun --nproc_per_node N starts several" if alone else ""
+            print(f"processes: {self.count}{hint}", flush=True)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's share of a sequence: one of every `count`."""
