@@ -219,6 +219,13 @@ class AttentionPlan:
     sin: Tensor
     mask: Tensor | None
 
+    def on(self, device: torch.device) -> AttentionPlan:
+        """The same plan on a device, for layers that are spread over several."""
+        if self.cos.device == device:
+            return self
+        mask = None if self.mask is None else self.mask.to(device)
+        return AttentionPlan(self.cos.to(device), self.sin.to(device), mask)
+
 
 def plan_uncached(
     rotary: LlamaRotaryEmbedding,
@@ -321,8 +328,10 @@ class DecoderLayer(nn.Module):
             self.mlp = LlamaMLP(config)
 
     def forward(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), plan)
+        """`[B, T, D]` to `[B, T, D]`, on the layer's own device."""
+        device = self.input_layernorm.weight.device
+        hidden = hidden.to(device)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), plan.on(device))
         if self.feed_forward:
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -83,6 +84,10 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """Seconds spent on capturing passes so far; 0 except on CUDA."""
         return sum(self._capture_seconds)
 
+    def layer_devices(self) -> set[torch.device]:
+        """Where the decoder layers lie: one device, or several if they are spread; all else lies with `lm_head`."""
+        return {parameter.device for parameter in self.parameters()}
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, for weight tying."""
         return self.model.embed_tokens
@@ -120,7 +125,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         plan = plan_uncached(self.rotary, hidden, position_ids)
         for layer in self.model.layers[: self.exit_layer]:
             hidden = layer(hidden, plan)
-        return hidden
+        return hidden.to(plan.cos.device)
 
     def forward_deep(self, exit_hidden: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """layers[k:] and the final norm: exit states `[B, T, D]` to what `lm_head` reads, `[B, T, D]`."""
@@ -128,7 +133,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         hidden = exit_hidden
         for layer in self.model.layers[self.exit_layer :]:
             hidden = layer(hidden, plan)
-        normed: Tensor = self.model.norm(hidden)
+        normed: Tensor = self.model.norm(hidden.to(plan.cos.device))
         return normed
 
     def forward_draft_or_large_model(
@@ -188,6 +193,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         states = [hidden]  # hidden_states[0] is the embedding, hidden_states[k] the exit state
         for layer in self.model.layers:
             states.append(layer(states[-1], plan))
+        states = [state.to(hidden.device) for state in states]
         states[-1] = self.model.norm(states[-1])
         return CausalLMOutputWithPast(
             logits=self.lm_head(states[-1]), hidden_states=tuple(states) if output_hidden_states else None
@@ -216,7 +222,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             deterministic: as in `DecodeConfig`.
         """
         # On CUDA capacities are powers of two, so that captured passes fit later texts; padding needs room of its own.
-        on_cuda = self.lm_head.weight.is_cuda
+        # Passes over several cards cannot be captured.
+        on_cuda = self.lm_head.weight.is_cuda and len(self.layer_devices()) == 1
         if on_cuda:
             capacity = view(capacity + PASS_ROWS, 1 << 62)
         elif deterministic or batch_size > 1:
@@ -250,9 +257,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         def stage(name: str, first: int, stop: int) -> Stage:
             weights = self._stage_weights(name, first, stop, fused)
-            return Stage(
-                weights, self.rotary, self._cache(self.config, stop - first, batch_size, capacity), passes
-            )
+            cache = self._cache(self.config, weights, batch_size, capacity)
+            return Stage(weights, self.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
         with self.without_adapters(*(("lora_S",) if target == "base" else ())):
@@ -263,15 +269,20 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             shallow = base  # nothing drafts
         else:
             shallow = base if target == "adapted" else stage("shallow layers, adapted", 0, k)
-        num_layers = len(drafter.weights.layers)
-        cache = self._cache(drafter.config, num_layers, batch_size, capacity, drafter.window)
+        cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
         return Stages(shallow, drafting, base, deep, passes, self.config.hidden_size, drafter.draft_ids)
 
     def _cache(
-        self, config: LlamaConfig, num_layers: int, batch_size: int, capacity: int, window: int | None = None
+        self,
+        config: LlamaConfig,
+        weights: StageWeights,
+        batch_size: int,
+        capacity: int,
+        window: int | None = None,
     ) -> KVCache:
-        return KVCache(config, num_layers, batch_size, capacity, self.model.norm.weight, window)
+        devices = [layer.device for layer in weights.layers]
+        return KVCache(config, devices, batch_size, capacity, self.model.norm.weight, window)
 
     def _stage_weights(self, name: str, first: int, stop: int, fused: bool) -> StageWeights:
         """layers[first:stop] with the embedding or with final norm and head; fused ones are kept while weights last."""

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from dvirl.evaluation.measure import Answer
 from dvirl.models.loading import LoadedModel, load
+from dvirl.models.placement import BALANCED
 from kangaroo.adapter import LlamaRotaryEmbedding, head_dim
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -34,9 +36,15 @@ class _Rotary(nn.Module):
 
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     """The untouched model, loaded anew, in Hugging Face's class, in the same dtype on the same device."""
-    device = str(loaded.model.device)
+    spread = len(loaded.model.layer_devices()) > 1
+    device = BALANCED if spread else str(loaded.model.device)
     fresh = load(loaded.name, str(loaded.model.dtype).removeprefix("torch."), device, loaded.chat.chat_format)
-    return as_hugging_face(fresh.model)
+    theirs = as_hugging_face(fresh.model)
+    if spread:  # Accelerate's hooks move what a layer reads to its device
+        places = {name: parameter.device for name, parameter in theirs.named_parameters()}
+        modules = {name.rpartition(".")[0]: device for name, device in places.items()}
+        theirs = dispatch_model(theirs, modules, main_device=loaded.model.device)
+    return theirs
 
 
 def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:

@@ -104,7 +104,7 @@ class EvalConfig(EvalSettings):
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N, or balanced: the layers spread over all cards."""
     threads: int = number(2, 1, 1024)
     """CPU threads of torch."""
     seed: int = number(0, 0, 2**63 - 1)

@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 from dvirl.models.chat import ChatEncoder, detect_format
 from dvirl.models.embedded import EMBEDDED, ensure_embedded
 from dvirl.models.hf_config import end_tokens, read_config
+from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
 from dvirl.models.weights import FindFile, check_whole, file_fingerprint, load_weights
 from dvirl.runs.errors import DvirlError
@@ -65,17 +66,19 @@ class LoadedModel:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is CUDA if there is a device.
+    """`auto` is CUDA if there is a device, `balanced` the first of several.
 
     Raises:
         DvirlError: for a device that is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == BALANCED:
+        device = "cuda:0"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise DvirlError(f"device is {device!r}; expected auto, cpu or cuda") from error
+        raise DvirlError(f"device is {device!r}; expected auto, cpu, cuda or balanced") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise DvirlError(f"device is {device!r}, but this machine has no CUDA device")
     return resolved
@@ -110,7 +113,7 @@ def load(
     Args:
         name_or_path: "smollm2-135m" (fetched once), a local Hugging Face folder, or a hub id.
         dtype: auto, float32, bfloat16 or float16.
-        device: auto, cpu, cuda, cuda:1, …
+        device: auto, cpu, cuda, cuda:1, …, or balanced, which spreads the layers over all cards.
         chat_format: auto, template (the model's own), chatml, llama-2, llama-3, vicuna, zephyr or none.
 
     Raises:
@@ -127,7 +130,8 @@ def load(
         tokenizer = load_tokenizer(find)
         with torch.device("meta"):  # no memory, and no random numbers, for what the files fill
             model = EarlyExitLlamaForCausalLM(config)
-        fingerprint = load_weights(model, find, torch_dtype, lambda name: where)
+        device_of = placement(model, torch_dtype, where) if device == BALANCED else lambda name: where
+        fingerprint = load_weights(model, find, torch_dtype, device_of)
         chat, why = _chat(tokenizer, name_or_path, chat_format, config.vocab_size)
         ends = _end_tokens(find, config, chat)
     except DvirlError as error:

@@ -99,7 +99,7 @@ class ModelSettings(Settings):
     dtype: str = "auto"
     """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N, or balanced: the layers spread over all cards, for a model larger than one."""
     threads: int = number(2, 1, 1024)
     """Number of torch's CPU threads; more threads than free cores slow each other down."""
     seed: int = number(0, 0, 2**63 - 1)

@@ -9,7 +9,8 @@ up to its own. So nothing has to be erased: padding and rejected drafts stay in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,10 @@ class KVCache:
 
     Args:
         config: the model's, for heads and sizes.
-        num_layers: number of layers.
+        devices: of each layer.
         batch_size: rows B.
         capacity: slots of a row.
-        like: a tensor of the dtype and on the device to use.
+        like: a tensor of the dtype to use, on the device where passes begin.
         window: how many slots back a query sees, its own included; None for all.
 
     Attributes:
@@ -38,7 +39,7 @@ class KVCache:
     def __init__(
         self,
         config: LlamaConfig,
-        num_layers: int,
+        devices: Sequence[torch.device],
         batch_size: int,
         capacity: int,
         like: Tensor,
@@ -46,7 +47,7 @@ class KVCache:
     ) -> None:
         self._config = config
         shape = (batch_size, config.num_key_value_heads, capacity, head_dim(config))
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
+        self.keys = [torch.zeros(shape, dtype=like.dtype, device=device) for device in devices]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity = capacity
         self.window = window
@@ -76,7 +77,8 @@ class KVCache:
 
     def like_one_row(self, capacity: int) -> KVCache:
         """An empty cache of one row for the same layers."""
-        return KVCache(self._config, len(self.keys), 1, capacity, self._like, self.window)
+        devices = [keys.device for keys in self.keys]
+        return KVCache(self._config, devices, 1, capacity, self._like, self.window)
 
     def copy_prefix(self, source: KVCache) -> None:
         """Begin every row with what the only row of `source` holds."""
@@ -134,6 +136,15 @@ class CachedPass:
     mask: Tensor | None
     causal: bool
     bias: Tensor | None
+
+    def on(self, device: torch.device) -> CachedPass:
+        """The same pass on a device, for layers that are spread over several."""
+        if self.cos.device == device:
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def plan_cached(

@@ -76,6 +76,7 @@ class CachedLayer:
         self._heads = attention.num_heads
         self._groups = attention.num_groups
         self._head_dim = attention.head_dim
+        self.device = attention.q_proj.weight.device
         self._input_norm = rms_norm(layer.input_layernorm, dtype)
 
         def join(*projections: nn.Linear) -> Product:

@@ -90,7 +90,9 @@ class Stage:
         if self.weights.layers:
             plan = plan_cached(self.rotary, self.cache, length, states.dtype, self.passes.fixed)
             for index, layer in enumerate(self.weights.layers):
-                states = layer(states, plan, self.cache, index)
+                plan = plan.on(layer.device)
+                states = layer(states.to(layer.device), plan, self.cache, index)
+            states = states.to(self.passes.device)
         self.cache.advance(length)
         return states if self.weights.norm is None else self.weights.norm(states)
 
