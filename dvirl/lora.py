@@ -39,6 +39,8 @@ def attach_draft(
         model = KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
     except ValueError as error:
         raise DvirlError(str(error)) from error
+    for adapter in peft_model.peft_config.values():
+        adapter.base_model_name_or_path = config.model_name  # PEFT notes where this machine keeps the model
     return peft_model, model
 
 

@@ -98,6 +98,7 @@ class DVITrainer(TrainingLoop):
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
         self.slow_optimizer = optim.make_optimizer(self.deep, config.lr_deep)
+        self.optimizers = [self.fast_optimizer, self.slow_optimizer]
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.baseline = Baseline(config.baseline, config.baseline_momentum)
@@ -420,6 +421,8 @@ class DVITrainer(TrainingLoop):
             "generator": self.generator.get_state(),
             **optim.optimizer_tensors(fast=self.fast_optimizer, slow=self.slow_optimizer),
         }
+        if self.config.exit_states == "recomputed":  # the exit states of records are read by no update
+            tensors.pop("buffer.field.hidden", None)
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),

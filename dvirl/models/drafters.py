@@ -1,6 +1,5 @@
 """Drafters by name: those that ship, those in folders, and those of runs; and how one is written to ship."""
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -166,13 +165,10 @@ def export(
         made: how it was made and what it reached, plain numbers and text.
     """
     with run_folder.atomic_directory(folder) as scratch:
+        peft_model.peft_config["lora_S"].base_model_name_or_path = loaded.name
         checkpoint.save_adapters(peft_model, scratch, ["lora_S"])
         weights = scratch / "lora_S/adapter_model.safetensors"
         save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
-        adapter_config = scratch / "lora_S/adapter_config.json"
-        values = json.loads(adapter_config.read_text())
-        values["base_model_name_or_path"] = loaded.name  # PEFT writes a path of this machine
-        adapter_config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         save_file(_halved(model.drafter_state()), scratch / checkpoint.DRAFTER)
         run_folder.write_config(scratch, config, loaded, made=made)
 

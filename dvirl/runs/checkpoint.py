@@ -25,6 +25,18 @@ DRAFTER = "drafter.safetensors"
 """Weights of the drafter and the exit head, and the draft vocabulary."""
 STATE = ("trainer.safetensors", "trainer.json")
 """Tensors and numbers of the trainer's state."""
+PORTABLE = (
+    "base_model_name_or_path",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+)
+"""Entries of an adapter's configuration that are not every PEFT's defaults; every PEFT knows them."""
 MANIFEST = "manifest.json"
 """The checksum of every other file of a checkpoint."""
 
@@ -212,9 +224,15 @@ def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
 
 
 def save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
-    """Write all or some adapters as plain PEFT folders."""
+    """Write all or some adapters as PEFT folders that any PEFT reads, and that hold no path of this machine."""
     peft_model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    for path in folder.glob("*/adapter_config.json"):
+        values = json.loads(path.read_text())
+        # PEFT refuses entries that it does not know, and every release knows others.
+        portable = {name: values[name] for name in PORTABLE}
+        portable["target_modules"].sort()  # PEFT's order is a set's
+        path.write_text(json.dumps(portable, indent=2) + "\n")
 
 
 def newest(run_dir: str | Path) -> Path:

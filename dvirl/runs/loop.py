@@ -3,7 +3,7 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dvirl.runs import checkpoint
@@ -18,6 +19,7 @@ from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import cut_log, log_line
+from dvirl.runs.optim import OPTIMIZERS
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import ModelSettings, from_mapping, read_yaml
 from dvirl.runs.trackers import Track, installed_trackers, tracking
@@ -56,6 +58,7 @@ class TrainingLoop(ABC):
     Attributes:
         model, peft_model: the model with its draft, and PEFT's view of the same weights, for saving the adapters.
         counters: how far the run is.
+        optimizers: those that it steps.
         length, unit: size of the whole run, and in what it is counted.
         processes: those that train together, of which this is one; only the first writes files and speaks.
         resumed: whether this run was begun by another trainer.
@@ -70,6 +73,7 @@ class TrainingLoop(ABC):
     model: KangarooModel
     peft_model: PeftModel
     counters: Counters
+    optimizers: Iterable[Optimizer]
     length: int
     unit = "step"
 
@@ -223,6 +227,10 @@ class TrainingLoop(ABC):
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands, and remove old ones; return its folder."""
         step = self.counters.step
+        if self.finished:
+            # Two thirds of a checkpoint are moments of optimizers, and no step will read them any more.
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
         if self.processes.first:
             checkpoint.save(self.run_dir, step, self.peft_model, self.model, self.state_dict())
             if self._keep_checkpoints:
@@ -235,7 +243,11 @@ class TrainingLoop(ABC):
         Raises:
             DvirlError: if it is incomplete or belongs to another model or settings.
         """
-        self.load_state_dict(checkpoint.load(Path(folder), self.peft_model, self.model))
+        state = checkpoint.load(Path(folder), self.peft_model, self.model)
+        self.load_state_dict(state)
+        has_moments = any(name.startswith(OPTIMIZERS) for name in state["tensors"])
+        if self.counters.step and not has_moments and not self.finished:
+            self.say(f"{folder}: the run was done; it goes on with optimizers that begin anew")
 
     def load_newest(self) -> None:
         """Continue from the newest checkpoint in `run_dir`, or from the beginning if there is none yet."""

@@ -2,13 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
+OPTIMIZERS = ("fast.", "slow.", "muon.")
+"""What the names of the optimizers' tensors begin with, in a trainer's state."""
 COSINE_FLOOR = 0.1
 """Share of the peak rate that the cosine schedule ends with."""
 
@@ -68,6 +70,9 @@ class Optimizers:
         self._muon = muon
         if matrices:
             self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        return iter(self._parts.values())
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
