@@ -2,8 +2,6 @@
 
 import warnings
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,13 +10,6 @@ if TYPE_CHECKING:
     from dvirl.trainer import DVITrainer
 
 __all__ = ["DVIConfig", "DVITrainer", "ReplayBuffer"]
-
-# Python looks in the working directory first, and a clone of the original Kangaroo may have a package of the same name.
-_kangaroo = find_spec("kangaroo")
-if _kangaroo and _kangaroo.origin != str(Path(__file__).parents[1] / "kangaroo/__init__.py"):
-    raise ImportError(
-        f"{_kangaroo.origin} hides dvirl's own package kangaroo; start elsewhere, or set PYTHONSAFEPATH=1"
-    )
 
 # transformers 4.33 registers its outputs by a name that torch has since renamed, and warns of it when it is imported.
 warnings.filterwarnings("ignore", message=".*_register_pytree_node.*")

@@ -94,6 +94,9 @@ class DVITrainer(TrainingLoop):
         except ValueError as error:
             raise DvirlError(str(error)) from error
         self.peft_model, self.model = lora.attach_draft(loaded.model, config, self._count_tokens(), deep=True)
+        if config.start_from:
+            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
+            self.config = lora.with_drafter(config, self.model)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
@@ -106,8 +109,6 @@ class DVITrainer(TrainingLoop):
         self.served = Served()
         self.rates: list[float] = []
         self.answer: Answer = self._generate
-        if config.start_from:
-            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
 
     def _count_tokens(self) -> Tensor | None:
         """The untouched model's response tokens that the draft vocabulary is counted on; None if it covers all."""

@@ -22,6 +22,11 @@ _FIELDS = (
 )
 
 
+def is_published(folder: Path) -> bool:
+    """Whether a folder has the files of the published layout."""
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in WEIGHTS)
+
+
 def read_published(folder: Path, hidden_size: int) -> AdapterModel:
     """The adapter in `folder`, float32 on the CPU: full attention; heads, epsilon and rope as its own config says.
 

@@ -19,6 +19,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import atomic_directory, discard
 from dvirl.runs.log import parse_line, read_text
 from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.published import is_published
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
 DRAFTER = "drafter.safetensors"
@@ -189,10 +190,15 @@ def load_weights(
 ) -> None:
     """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
 
+    A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is.
+
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    _refuse_missing(folder, [*adapters, DRAFTER])
+    if is_published(folder):
+        adapters = []
+    else:
+        _refuse_missing(folder, [*adapters, DRAFTER])
     if (folder / MANIFEST).exists():  # what ships has none
         verify(folder)
     try:

@@ -19,7 +19,6 @@ from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import cut_log, log_line
-from dvirl.runs.optim import OPTIMIZERS
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import ModelSettings, from_mapping, read_yaml
 from dvirl.runs.trackers import Track, installed_trackers, tracking
@@ -243,10 +242,9 @@ class TrainingLoop(ABC):
         Raises:
             DvirlError: if it is incomplete or belongs to another model or settings.
         """
-        state = checkpoint.load(Path(folder), self.peft_model, self.model)
-        self.load_state_dict(state)
-        has_moments = any(name.startswith(OPTIMIZERS) for name in state["tensors"])
-        if self.counters.step and not has_moments and not self.finished:
+        self.load_state_dict(checkpoint.load(Path(folder), self.peft_model, self.model))
+        begun = self.counters.step and not self.finished
+        if begun and not any(optimizer.state for optimizer in self.optimizers):
             self.say(f"{folder}: the run was done; it goes on with optimizers that begin anew")
 
     def load_newest(self) -> None:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
-OPTIMIZERS = ("fast.", "slow.", "muon.")
-"""What the names of the optimizers' tensors begin with, in a trainer's state."""
 COSINE_FLOOR = 0.1
 """Share of the peak rate that the cosine schedule ends with."""
 

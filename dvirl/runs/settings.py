@@ -162,11 +162,10 @@ def narrowed(kind: type[Config], settings: Any) -> Config:
 def _shipped(path: str | Path) -> Path:
     """The settings file of that path, or else the one that ships as `configs/NAME.yaml`, by this path or its name."""
     given = Path(path)
-    if not given.exists() and str(given.parent) in (".", "configs") and given.suffix in ("", ".yaml"):
-        for root in CONFIGS:
-            file = root / f"{given.stem}.yaml"
-            if file.exists():
-                return file
+    for root in CONFIGS:
+        file = root / f"{given.name.removesuffix('.yaml')}.yaml"
+        if not given.exists() and str(given.parent) in (".", "configs") and file.exists():
+            return file
     return given
 
 
