@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import in_child, scramble_lora, timeless, tiny_loaded, tiny_split
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -322,6 +324,25 @@ def test_other_settings_are_refused_unless_accepted(whole):
     with pytest.raises(DvirlError, match="the run is of the model sha256:tiny, and this one is sha256:other"):
         loaded = tiny_loaded()
         resume(folder, None, type(loaded)(**{**vars(loaded), "fingerprint": "sha256:other"}), tiny_split())
+
+
+def test_a_setting_that_came_after_the_run_had_its_default(whole, tmp_path):
+    """Of a run that goes on, and of an evaluation."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content["config"].pop("kl_kind")
+    content["config"]["run_dir"] = str(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    assert resume(folder, None, tiny_loaded(), tiny_split()).config.kl_kind == "forward"
+    run_folder.claim(folder, settings(folder), tiny_loaded())
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    other = settings(folder, kl_kind="reverse")
+    said = r"other settings: kl_kind \('forward', now 'reverse'\)"
+    with pytest.raises(DvirlError, match=said):
+        resume(folder, other, tiny_loaded(), tiny_split())
+    with pytest.raises(DvirlError, match=said):
+        run_folder.claim(folder, other, tiny_loaded())
 
 
 def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):

@@ -20,7 +20,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import cut_log, log_line
 from dvirl.runs.processes import Processes
-from dvirl.runs.settings import ModelSettings, from_mapping, read_yaml
+from dvirl.runs.settings import ModelSettings, defaults, from_mapping, read_yaml
 from dvirl.runs.trackers import Track, installed_trackers, tracking
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -278,7 +278,7 @@ def resume(
         DvirlError: if the folder holds no run, or one of other settings or another model, or a broken checkpoint.
     """
     path = Path(run_dir) / "config.yaml"
-    before = {**run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
+    before = {**defaults(kind), **run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
         run_folder.refuse_other_settings(

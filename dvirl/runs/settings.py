@@ -152,6 +152,11 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     return args
 
 
+def defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of all settings that have a plain one: what a file meant that was written before they came."""
+    return {spec.name: spec.default for spec in dataclasses.fields(kind) if spec.default is not MISSING}
+
+
 def narrowed(kind: type[Config], settings: Any) -> Config:
     """A settings object of a class that the class of `settings` extends, with the same values."""
     specs = dataclasses.fields(kind)  # type: ignore[arg-type]
