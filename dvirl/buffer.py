@@ -185,15 +185,17 @@ class ReplayBuffer:
         """Restore what `state_dict` gave; other tensors are ignored, and `hidden` is NaN if it was left out."""
         tensors = state["tensors"]
         numbers = state["numbers"]
-        names = [name for name in FIELDS if f"buffer.field.{name}" in tensors]  # none if the buffer was empty
-        self._fields = {name: tensors[f"buffer.field.{name}"] for name in names}
+        stored = [
+            name for name in FIELDS if f"buffer.field.{name}" in tensors
+        ]  # none if the buffer was empty
+        self._fields = {name: tensors[f"buffer.field.{name}"] for name in stored}
         self._responses = {}
         for key, prompt_len in numbers["prompt_lens"].items():
             response = f"buffer.response.{key}."
             tokens = tensors[f"{response}tokens"]
             hidden = tensors[f"{response}verifier_hidden"]
             self._responses[int(key)] = Response(tokens, prompt_len, hidden)
-        if names:
+        if self._fields:
             unknown = hidden.new_full((len(self), hidden.shape[1]), math.nan)
             self._fields.setdefault("hidden", unknown)
         self._next_response = numbers["next_response"]

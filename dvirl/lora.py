@@ -1,20 +1,16 @@
 """LoRA and draft on a model, and which parameters each update may step."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dvirl.config import DraftSettings, DVIConfig
+from dvirl.config import DraftSettings
 from dvirl.runs.errors import DvirlError
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_lora, lora_parameters
-
-OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
-"""What a trained drafter shares with its model; a published adapter has its own."""
 
 
 def attach_draft(
@@ -38,38 +34,15 @@ def attach_draft(
     if tokens is None:
         tokens = torch.empty(0)
     draft_vocab = draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab)
+    base.name_or_path = (
+        config.model_name
+    )  # what adapters note, in place of where this machine keeps the model
     try:
         peft_model = inject_lora(base, config.exit_layer, config.lora_rank, config.lora_alpha, targets, deep)
         model = KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
     except ValueError as error:
         raise DvirlError(str(error)) from error
-    for adapter in peft_model.peft_config.values():
-        adapter.base_model_name_or_path = config.model_name  # PEFT notes where this machine keeps the model
     return peft_model, model
-
-
-def with_drafter(config: DVIConfig, model: KangarooModel) -> DVIConfig:
-    """The settings of a run whose model has loaded a draft; those of a published adapter follow from it.
-
-    Raises:
-        DvirlError: if such an adapter has not the shape of its model, in which what a run trains is read again.
-    """
-    base = model.base_model.config
-    adapter = model.adapter_model
-    if adapter.config is base:
-        return config
-    for name in OF_BASE:
-        own, expected = (getattr(shape, name) for shape in (adapter.config, base))
-        if own != expected:
-            raise DvirlError(
-                f"{config.start_from}: {name} is {own}; expected the model's {expected} to train it"
-            )
-    return replace(
-        config,
-        drafter=adapter.kind,
-        drafter_layers=len(adapter.layers),
-        adapter_window=base.max_position_embeddings,  # it sees the whole text
-    )
 
 
 def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[nn.Parameter]:

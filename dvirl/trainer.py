@@ -44,6 +44,7 @@ from dvirl.metrics import (
     drift,
     drift_suspected,
 )
+from dvirl.models.drafters import with_drafter
 from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Answer, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
 from dvirl.runs import checkpoint, optim
@@ -96,7 +97,7 @@ class DVITrainer(TrainingLoop):
         self.peft_model, self.model = lora.attach_draft(loaded.model, config, self._count_tokens(), deep=True)
         if config.start_from:
             checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
-            self.config = lora.with_drafter(config, self.model)
+            self.config = with_drafter(config, self.model)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.config import DraftSettings
+from dvirl.config import DraftSettings, DVIConfig
 from dvirl.lora import attach_draft
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs import checkpoint
@@ -20,6 +20,9 @@ from kangaroo.published import is_published
 
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
+
+OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
+"""What a trained drafter shares with its model; a published adapter has its own."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,8 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
     raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected}")
 
 
-def _settings_of(folder: Path) -> tuple[DraftSettings, str | None]:
-    """The settings of a drafter or checkpoint, and the fingerprint of the model that it was made for."""
-    path = folder / "config.yaml"
-    in_run = folder.absolute().parent.parent / "config.yaml"
-    if in_run.exists() and not path.exists():
-        path = in_run
+def _drafter_settings(path: Path) -> tuple[DraftSettings, str | None]:
+    """The settings in a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
     content = read_yaml(path)
     try:
         values = {spec.name: content["config"][spec.name] for spec in fields(DraftSettings)}
@@ -91,13 +90,20 @@ def _settings_of(folder: Path) -> tuple[DraftSettings, str | None]:
         raise DvirlError(f"{path}: expected a drafter's settings under 'config' and 'model'") from error
 
 
+def _config_of(folder: Path) -> Path:
+    """The `config.yaml` of a drafter; a checkpoint's is its run's."""
+    path = folder / "config.yaml"
+    in_run = folder.absolute().parent.parent / "config.yaml"
+    return in_run if in_run.exists() and not path.exists() else path
+
+
 def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     """Whether a drafter was made for this model; errors as in `load_drafter`."""
-    return _settings_of(drafter_folder(name_or_folder))[1] == loaded.fingerprint
+    return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
 
 
 def _published_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
-    """The settings by which a published adapter drafts, in the form of `_settings_of`; its model it does not name."""
+    """The settings by which a published adapter drafts, as `_drafter_settings` gives them; no fingerprint is known."""
     if not has_model or not exit_layer:
         raise DvirlError(
             f"{folder}: a published Kangaroo adapter names neither its model nor its exit layer; "
@@ -132,7 +138,7 @@ def load_drafter(
     if is_published(folder):
         settings, fingerprint = _published_settings(folder, bool(loaded or model_name), exit_layer)
     else:
-        settings, fingerprint = _settings_of(folder)
+        settings, fingerprint = _drafter_settings(_config_of(folder))
     if exit_layer not in (0, settings.exit_layer):
         raise DvirlError(f"exit_layer is {exit_layer}; {folder} was made for {settings.exit_layer}")
     loaded = loaded or load(model_name or settings.model_name, dtype, device, settings.chat_format)
@@ -174,6 +180,30 @@ def open_draft(
     drafter = load_drafter(folder, *options, deep=(folder / "lora_D").is_dir())
     settings = run_folder.run_settings(name)
     return replace(drafter, target=settings.get("target", drafter.target))
+
+
+def with_drafter(config: DVIConfig, model: KangarooModel) -> DVIConfig:
+    """The settings of a run whose model has loaded a draft; those of a published adapter follow from it.
+
+    Raises:
+        DvirlError: if such an adapter has not the shape of its model, in which what a run trains is read again.
+    """
+    base = model.base_model.config
+    adapter = model.adapter_model
+    if adapter.config is base:
+        return config
+    for name in OF_BASE:
+        own, expected = (getattr(shape, name) for shape in (adapter.config, base))
+        if own != expected:
+            raise DvirlError(
+                f"{config.start_from}: {name} is {own}; expected the model's {expected} to train it"
+            )
+    return replace(
+        config,
+        drafter=adapter.kind,
+        drafter_layers=len(adapter.layers),
+        adapter_window=base.max_position_embeddings,  # it sees the whole text
+    )
 
 
 def export(
