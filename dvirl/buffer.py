@@ -1,5 +1,6 @@
 """The replay buffer: scored drafts, accepted and rejected, and the responses that they stood in."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -181,16 +182,22 @@ class ReplayBuffer:
         return {"tensors": tensors, "numbers": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; other tensors are ignored."""
+        """Restore what `state_dict` gave; other tensors are ignored, and `hidden` is NaN if it was left out."""
         tensors = state["tensors"]
         numbers = state["numbers"]
-        names = [name for name in FIELDS if f"buffer.field.{name}" in tensors]  # none if the buffer was empty
-        self._fields = {name: tensors[f"buffer.field.{name}"] for name in names}
+        stored = [
+            name for name in FIELDS if f"buffer.field.{name}" in tensors
+        ]  # none if the buffer was empty
+        self._fields = {name: tensors[f"buffer.field.{name}"] for name in stored}
         self._responses = {}
         for key, prompt_len in numbers["prompt_lens"].items():
             response = f"buffer.response.{key}."
             tokens = tensors[f"{response}tokens"]
-            self._responses[int(key)] = Response(tokens, prompt_len, tensors[f"{response}verifier_hidden"])
+            hidden = tensors[f"{response}verifier_hidden"]
+            self._responses[int(key)] = Response(tokens, prompt_len, hidden)
+        if self._fields:
+            unknown = hidden.new_full((len(self), hidden.shape[1]), math.nan)
+            self._fields.setdefault("hidden", unknown)
         self._next_response = numbers["next_response"]
         self.num_fresh = numbers["num_fresh"]
         self.accepted_since_update = numbers["accepted_since_update"]

@@ -84,7 +84,8 @@ class DVIConfig(TrainSettings):
     # Where it starts, and the prompts
 
     start_from: str = ""
-    """Checkpoint or drafter folder whose lora_S and drafter the run starts from; with the same drafter settings."""
+    """Checkpoint or drafter folder whose lora_S and drafter the run starts from, with the same drafter settings; or a
+    published Kangaroo adapter, from which drafter, drafter_layers and adapter_window follow (exit_layer does not)."""
     prompts_source: str = choice("chatterbot", SOURCES)
     """chatterbot, magpie, sharegpt, dolly, jsonl or spec_bench."""
     prompts_path: str = ""

@@ -149,6 +149,7 @@ class SGPTrainer(TrainingLoop):
         self.peft_model, self.model = lora.attach_draft(loaded.model, config, tokens)
         self.parameters = lora.shallow_parameters(self.model, config.lora_shallow)
         self.optimizer = optim.make_optimizer(self.parameters, config.lr)
+        self.optimizers = [self.optimizer]
         self.stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
         self.counters = Counters()
         self.before: dict[str, float] = {}

@@ -44,6 +44,7 @@ from dvirl.metrics import (
     drift,
     drift_suspected,
 )
+from dvirl.models.drafters import with_drafter
 from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Answer, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
 from dvirl.runs import checkpoint, optim
@@ -94,10 +95,14 @@ class DVITrainer(TrainingLoop):
         except ValueError as error:
             raise DvirlError(str(error)) from error
         self.peft_model, self.model = lora.attach_draft(loaded.model, config, self._count_tokens(), deep=True)
+        if config.start_from:
+            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
+            self.config = with_drafter(config, self.model)
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
         self.slow_optimizer = optim.make_optimizer(self.deep, config.lr_deep)
+        self.optimizers = [self.fast_optimizer, self.slow_optimizer]
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.baseline = Baseline(config.baseline, config.baseline_momentum)
@@ -105,8 +110,6 @@ class DVITrainer(TrainingLoop):
         self.served = Served()
         self.rates: list[float] = []
         self.answer: Answer = self._generate
-        if config.start_from:
-            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
 
     def _count_tokens(self) -> Tensor | None:
         """The untouched model's response tokens that the draft vocabulary is counted on; None if it covers all."""
@@ -420,6 +423,8 @@ class DVITrainer(TrainingLoop):
             "generator": self.generator.get_state(),
             **optim.optimizer_tensors(fast=self.fast_optimizer, slow=self.slow_optimizer),
         }
+        if self.config.exit_states == "recomputed":  # the exit states of records are read by no update
+            tensors.pop("buffer.field.hidden", None)
         numbers = {
             "counters": asdict(self.counters),
             "served": asdict(self.served),

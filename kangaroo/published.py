@@ -17,9 +17,13 @@ _FIELDS = (
     "num_key_value_heads",
     "rms_norm_eps",
     "rope_theta",
-    "rope_scaling",
     "max_position_embeddings",
 )
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder has the files of the published layout."""
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in WEIGHTS)
 
 
 def read_published(folder: Path, hidden_size: int) -> AdapterModel:
@@ -62,6 +66,7 @@ def _build(path: Path, hidden_size: int, most: int) -> AdapterModel:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = LlamaConfig(**{name: raw[name] for name in _FIELDS if name in _NEEDED or name in raw})
+        config.rope_scaling = raw.get("rope_scaling")
         if config.hidden_size != hidden_size:
             raise ValueError(f"its hidden_size is {config.hidden_size}, the base model's {hidden_size}")
         heads = config.num_attention_heads

@@ -128,6 +128,8 @@ def inject_lora(
     if rank < 1:
         raise ValueError(f"LoRA rank is {rank}; expected at least 1")
     shared = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "layers_pattern": "layers"}
+    # With a task type a saved adapter names no class of ours, which only our own code could import.
+    shared["task_type"] = "CAUSAL_LM"
     shallow_config = LoraConfig(layers_to_transform=list(range(exit_layer)), **shared)
     peft_model = get_peft_model(base_model, shallow_config, adapter_name="lora_S")
     if deep:

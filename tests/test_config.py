@@ -11,6 +11,7 @@ import pytest
 from dvirl.config import DVIConfig
 from dvirl.evaluation.runner import EvalConfig
 from dvirl.experiments.notebook import DECLARED, assigned_names, new_run_dir, notebook_config
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import field_docs, from_mapping, from_namespace, narrowed, read_yaml
 from dvirl.train_dvi import parse_args
@@ -162,3 +163,25 @@ def test_a_file_whose_config_is_no_mapping_is_one_sentence(tmp_path):
     (tmp_path / "x.yaml").write_text("config: 5\n")
     with pytest.raises(DvirlError, match="unknown setting config"):
         parse_args(["--config", str(tmp_path / "x.yaml")])
+
+
+@pytest.mark.parametrize(
+    "name", ["configs/reinforce-argmax.yaml", "reinforce-argmax.yaml", "reinforce-argmax"]
+)
+@pytest.mark.parametrize("room", ["configs", "dvirl_configs"])
+def test_a_settings_file_that_ships_is_found_from_everywhere(tmp_path, monkeypatch, name, room):
+    """In a wheel it lies in dvirl_configs, beside the packages."""
+    (tmp_path / room).mkdir()
+    shipped = tmp_path / room / "reinforce-argmax.yaml"
+    shipped.write_text((ROOT / "configs/reinforce-argmax.yaml").read_text())
+    monkeypatch.setattr(settings, "CONFIGS", tuple(tmp_path / each for each in ("configs", "dvirl_configs")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    expected = from_mapping(DVIConfig, read_yaml(shipped), "")
+    assert narrowed(DVIConfig, parse_args(["--config", name])) == expected != DVIConfig()
+    Path("configs").mkdir()
+    Path(name).write_text("seed: 7")  # a file that is there comes first
+    assert parse_args(["--config", name]).seed == 7
+    for missing in ("runs/reinforce-argmax.yaml", "configs/reinforce-argmax.json", "nothing"):
+        with pytest.raises(DvirlError, match=f"{missing}: No such file"):
+            read_yaml(missing)

@@ -228,13 +228,14 @@ def test_the_wheel_holds_every_package_and_the_data_that_they_read():
         for n in ("dvirl", "kangaroo")
         for p in (ROOT / n).rglob("__init__.py")
     }
-    assert set(setup["packages"]) == tree | {"dvirl_weights"}
-    assert setup["package-dir"] == {"dvirl_weights": "weights"} and (ROOT / "weights/README.md").exists()
+    assert set(setup["packages"]) == tree | {"dvirl_weights", "dvirl_configs"}
+    assert setup["package-dir"] == {"dvirl_weights": "weights", "dvirl_configs": "configs"}
+    assert (ROOT / "weights/README.md").exists()
     packed = set()
     for name, patterns in setup["package-data"].items():
         folder = ROOT / setup["package-dir"].get(name, name.replace(".", "/"))
         packed |= {path for pattern in patterns for path in folder.glob(pattern)}
-    for folder in (ROOT / "dvirl", ROOT / "weights"):
+    for folder in (ROOT / "dvirl", ROOT / "weights", ROOT / "configs"):
         data = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
         assert data and data <= packed
 

@@ -250,8 +250,8 @@ def test_safetensors_and_our_own_layout_give_the_same_adapter(tmp_path):
         (lambda f: configure(f, num_key_value_heads=2), r"k_proj.weight is \[16, 32\], expected \[8, 32\]"),
         (lambda f: configure(f, num_hidden_layers=2), "tensor layers.1.input_layernorm.weight is missing"),
         (
-            lambda f: configure(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
-            "rope_scaling type 'dynamic'",
+            lambda f: configure(f, rope_scaling={"type": "longrope", "factor": 2.0}),
+            "rope_scaling has the type 'longrope'",
         ),
         (lambda f: alter(f, norm__weight=None), "tensor norm.weight is missing"),
         (lambda f: alter(f, layers__0__mlp__up_proj__weight=torch.ones(2)), "mlp.up_proj.weight is foreign"),

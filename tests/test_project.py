@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -27,6 +29,47 @@ def test_environment_yml_takes_its_pins_from_pyproject():
     pins = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
     assert project["requires-python"] == ">=3.11,<3.12"
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What the working directory is in a clone of the original Kangaroo; run Python there, as it is installed."""
+    (tmp_path / "kangaroo").mkdir()
+    for name in ("adapter", "earlyexit", "kangaroo_model"):
+        (tmp_path / f"kangaroo/{name}.py").write_text("foreign = True\n")
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def python(*words, **environment):
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={**plain, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return python
+
+
+DVIRL = Path(sys.executable).parent / "dvirl"
+OURS = "import kangaroo.adapter, dvirl; assert kangaroo.adapter.DRAFTERS"
+
+
+def test_a_folder_kangaroo_in_the_working_directory_hides_nothing(clone):
+    """Holds by the way of installing that pyproject.toml sets: `make setup`, or any `pip install -e`."""
+    for words in (["-c", OURS], ["-m", "dvirl.cli", "cost", "--help"], [DVIRL, "cost", "--help"]):
+        found = clone(*words)
+        assert found.returncode == 0, found.stderr
+
+
+def test_a_package_kangaroo_in_the_working_directory_can_be_left_out(clone, tmp_path):
+    """Python looks there first for `-m`, `-c` and notebooks; for a script it looks in the script's own folder."""
+    (tmp_path / "kangaroo/__init__.py").touch()
+    assert clone("-c", OURS).returncode
+    assert clone(DVIRL, "cost", "--help").returncode == 0
+    for words in (["-c", OURS], ["-m", "dvirl.cli", "cost", "--help"]):
+        found = clone(*words, PYTHONSAFEPATH="1")
+        assert found.returncode == 0, found.stderr
 
 
 def imported(path):

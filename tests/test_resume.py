@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -15,16 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_child, timeless, tiny_loaded, tiny_split
+import yaml
+from conftest import in_child, scramble_lora, timeless, tiny_loaded, tiny_split
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_models import save_tiny
 from test_sgp import flags as sgp_flags
 from test_sgp import pairs, sgp_settings, write_rows
 from test_trainer import tiny_settings
+from transformers import LlamaForCausalLM
 
 from dvirl import cli, trainer
 from dvirl.config import SGPConfig
 from dvirl.evaluation.questions import spread
+from dvirl.models import loading
 from dvirl.runs import checkpoint, errors, loop
 from dvirl.runs import folder as run_folder
 from dvirl.runs import log as run_log
@@ -228,6 +233,84 @@ def test_every_random_generator_goes_on(tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+# What a checkpoint holds
+
+
+def test_a_run_that_is_done_keeps_no_moments_and_begins_them_anew_with_more_prompts(whole, tmp_path, capsys):
+    """They are two thirds of a checkpoint; one of a run under way has them, since it goes on bit for bit."""
+    trainers = ("fast.", "slow.")
+    under_way = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+    under_way.advance()
+    held = load_file(under_way.save_checkpoint() / "trainer.safetensors")
+    assert under_way.counters.step and any(name.startswith(trainers) for name in held)
+    done = newest(whole[0])
+    assert not any(name.startswith(trainers) for name in load_file(done / "trainer.safetensors"))
+    run = DVITrainer(settings(tmp_path / "more", num_prompts=48), tiny_loaded(), tiny_split())
+    run.load_checkpoint(done)
+    assert f"{done}: the run was done; it goes on with optimizers that begin anew" in capsys.readouterr().err
+    step = run.counters.step
+    run.train(show_progress=False)
+    assert run.counters.prompts == 48 and run.counters.step > step
+
+
+@pytest.mark.parametrize("exit_states", ["recomputed", "stored"])
+def test_exit_states_of_records_are_kept_only_where_updates_read_them(tmp_path, exit_states):
+    run = DVITrainer(settings(tmp_path / "run", exit_states=exit_states), tiny_loaded(), tiny_split())
+    run.advance()
+    folder = run.save_checkpoint()
+    held = load_file(folder / "trainer.safetensors")
+    assert ("buffer.field.hidden" in held) == (exit_states == "stored")
+    other = DVITrainer(settings(tmp_path / "other", exit_states=exit_states), tiny_loaded(), tiny_split())
+    other.load_checkpoint(folder)
+    mine, its = (one.buffer.field("hidden") for one in (run, other))
+    assert mine.shape == its.shape and mine.dtype == its.dtype
+    assert torch.equal(mine, its) if exit_states == "stored" else its.isnan().all()
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
+    """It has the exit states of its records, whatever reads them, and the adapters' whole configurations."""
+    run = DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split())
+    run.advance()
+    state = run.state_dict()
+    state["tensors"]["buffer.field.hidden"] = run.buffer.field("hidden")
+    folder = checkpoint.save(tmp_path / "old", run.counters.step, run.peft_model, run.model, state)
+    (folder / "manifest.json").unlink()
+    run.peft_model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "manifest.json").write_text(json.dumps(checkpoint._checksums(folder)))
+    other = DVITrainer(settings(tmp_path / "other"), tiny_loaded(), tiny_split())
+    other.load_checkpoint(folder)
+    assert torch.equal(other.buffer.field("hidden"), run.buffer.field("hidden"))
+    for each in (run, other):
+        each.advance()
+    mine, its = (one.state_dict()["tensors"] for one in (run, other))
+    assert mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_adapters_of_a_checkpoint_load_with_plain_peft_and_name_the_model_as_it_was_given(tmp_path):
+    """Old and new releases of PEFT refuse entries that they do not know, and a class of ours they cannot import."""
+    source = tmp_path / "somebody/models/tiny"
+    loaded = loading.load(str(save_tiny(source)), dtype="float32", device="cpu")
+    named = settings(tmp_path / "run", model_name="smollm2-135m")
+    run = DVITrainer(named, loaded, tiny_split())
+    scramble_lora(run.model, ["lora_S", "lora_D"], 0.1)
+    folder = run.save_checkpoint()
+    known = {"base_model_name_or_path", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+             "peft_type", "r", "target_modules", "task_type"}  # fmt: skip
+    for name in ("lora_S", "lora_D"):
+        values = json.loads((folder / name / "adapter_config.json").read_text())
+        assert set(values) == known and values["task_type"] == "CAUSAL_LM"
+        assert values["base_model_name_or_path"] == "smollm2-135m"
+        assert values["target_modules"] == sorted(values["target_modules"])
+    for path in folder.rglob("*.json"):
+        assert "somebody" not in path.read_text() and str(Path.home()) not in path.read_text()
+    plain = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(source), folder / "lora_S", "lora_S")
+    plain.load_adapter(folder / "lora_D", "lora_D")
+    plain.base_model.set_adapter(["lora_S", "lora_D"])
+    ids = torch.arange(5, 25)[None]
+    expected = run.loaded.model(ids).logits
+    torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 # Settings
 
 
@@ -241,6 +324,25 @@ def test_other_settings_are_refused_unless_accepted(whole):
     with pytest.raises(DvirlError, match="the run is of the model sha256:tiny, and this one is sha256:other"):
         loaded = tiny_loaded()
         resume(folder, None, type(loaded)(**{**vars(loaded), "fingerprint": "sha256:other"}), tiny_split())
+
+
+def test_a_setting_that_came_after_the_run_had_its_default(whole, tmp_path):
+    """Of a run that goes on, and of an evaluation."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content["config"].pop("kl_kind")
+    content["config"]["run_dir"] = str(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    assert resume(folder, None, tiny_loaded(), tiny_split()).config.kl_kind == "forward"
+    run_folder.claim(folder, settings(folder), tiny_loaded())
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    other = settings(folder, kl_kind="reverse")
+    said = r"other settings: kl_kind \('forward', now 'reverse'\)"
+    with pytest.raises(DvirlError, match=said):
+        resume(folder, other, tiny_loaded(), tiny_split())
+    with pytest.raises(DvirlError, match=said):
+        run_folder.claim(folder, other, tiny_loaded())
 
 
 def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):

@@ -53,7 +53,12 @@ def test_a_spread_model_decodes_and_answers_as_one_on_one_device():
     ids = torch.tensor([IDS], device=TWO[0])
     with torch.no_grad():
         logits = base(ids).logits
-    ways = [DecodeConfig(0), DecodeConfig(4), DecodeConfig(4, target="adapted"), DecodeConfig(6, source="hybrid")]
+    ways = [
+        DecodeConfig(0),
+        DecodeConfig(4),
+        DecodeConfig(4, target="adapted"),
+        DecodeConfig(6, source="hybrid"),
+    ]
     answers = [model.generate_batch([IDS[:9], IDS[3:20]], 16, way) for way in ways]
     spread(base, TWO)
     with torch.no_grad():

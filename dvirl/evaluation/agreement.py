@@ -22,6 +22,7 @@ from dvirl.runs.settings import number, positional
 from dvirl.scale.corpus import answer
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.published import WEIGHTS
 
 BINS = 15
 """Bins of equal width for the expected calibration error (Guo et al. 2017)."""
@@ -170,7 +171,9 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     Raises:
         DvirlError: for a drafter, file or setting that does not fit.
     """
-    drafter = load_drafter(config.drafter, dtype="float32", device=config.device)
+    drafter = load_drafter(
+        config.drafter, None, "float32", config.device, config.model_name, config.exit_layer
+    )
     loaded = drafter.loaded
     config = replace(config, questions=asked_for(config, drafter))
     sets = question_sets(loaded, config.questions, config.own, config.seed)
@@ -184,7 +187,9 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     table = table.rename(columns={"rate": "agreement"}).drop(columns="answers")
     print(table.to_string(float_format="{:.3f}".format))
     if config.out:
-        paths = [from_here(drafter.folder / DRAFTER), *config.questions]
+        weights = [drafter.folder / name for name in (DRAFTER, *WEIGHTS)]
+        paths = [from_here(path) for path in weights if path.exists()]
+        paths += config.questions
         content = {
             "arguments": asdict(config),
             "files": {path: _sha256(path) for path in paths},

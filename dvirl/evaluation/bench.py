@@ -215,7 +215,9 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         DvirlError: for bad input.
     """
     torch.set_num_threads(config.threads)
-    drafter = load_drafter(config.drafter, dtype=config.dtype, device=config.device)
+    drafter = load_drafter(
+        config.drafter, None, config.dtype, config.device, config.model_name, config.exit_layer
+    )
     if config.hostile:
         _be_hostile(drafter, config.drafter)
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)

@@ -167,8 +167,8 @@ def step_parts(
 class CostConfig(MeasureSettings):
     """Settings of `dvirl cost`."""
 
-    model_name: str = DEFAULT_MODEL
-    """The model, or llama-7b for random weights of that shape."""
+    model_name: str = ""
+    """The model, smollm2-135m by default, or llama-7b for random weights of that shape; also of a --check."""
     exit_layers: list[int] = several(1, 2, 4, 6, 8, 12, limits=(1, MANY))
     """k, one or several."""
     drafter: str = "layer"
@@ -200,7 +200,8 @@ class CostConfig(MeasureSettings):
 @torch.no_grad()
 def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checked]:
     """Compare the cost model with the clock on a drafter's own questions, at some draft lengths."""
-    drafter = load_drafter(config.check, dtype=config.dtype, device=config.device)
+    model_name = "" if config.model_name in SHAPES else config.model_name
+    drafter = load_drafter(config.check, None, config.dtype, config.device, model_name, config.exit_layer)
     model = drafter.model
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     prompts = spread([*chain(*sets.values())], config.num_questions)
@@ -238,7 +239,7 @@ def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
     if config.model_name in SHAPES:  # no file, and so no provenance
         base = random_model(config.model_name, resolve_dtype(config.dtype, device), device)
     else:
-        loaded = load(config.model_name, config.dtype, config.device)
+        loaded = load(config.model_name or DEFAULT_MODEL, config.dtype, config.device)
         base = loaded.model
         circumstances = provenance(loaded)
     covered = range(config.draft_vocab) if 0 < config.draft_vocab < base.config.vocab_size else None

@@ -324,8 +324,8 @@ class CheckConfig(MeasureSettings):
     """Choose each block by acceptance and step costs."""
     deterministic: bool = False
     """Run passes of one size, in both decoders."""
-    model_name: str = DEFAULT_MODEL
-    """With --answers: the model that gave them."""
+    model_name: str = ""
+    """Model under the draft, its own by default; with --answers the model that gave them, smollm2-135m by default."""
     dtype: str = "auto"
     """Of the decoders: auto, float32, bfloat16 or float16."""
 
@@ -335,7 +335,7 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
     if bool(config.draft) == bool(config.answers):
         raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
     if config.answers:
-        loaded = load(config.model_name, "float32", config.device)
+        loaded = load(config.model_name or DEFAULT_MODEL, "float32", config.device)
         dtype = resolve_dtype(config.dtype, loaded.model.device)
         reference, candidate = config.answers
         report = compare_files(reference, candidate, config.questions, loaded, dtype, config.max_new_tokens)
@@ -350,7 +350,7 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
         )
     except ValueError as error:
         raise DvirlError(str(error)) from error
-    draft = open_draft(config.draft, config.dtype, config.device)
+    draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
     loaded = draft.loaded
     circumstances = provenance(loaded)  # in the dtype of the decoders; the judge is in float32
     prompts = question_sets(loaded, config.questions, config.own, config.seed)

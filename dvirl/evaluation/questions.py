@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import parse_spec_bench, parsed_rows, read_prompts
-from dvirl.models.drafters import LoadedDrafter
+from dvirl.models.drafters import DrafterOptions, LoadedDrafter
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import Settings, has_type, number, several
+from dvirl.runs.settings import has_type, number, several
 
 HELD_OUT = "held-out.jsonl"
 """Questions that come with a shipped drafter; the default of commands that measure one."""
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class MeasureSettings(Settings):
+class MeasureSettings(DrafterOptions):
     """What a command measures on; the base of such commands' settings."""
 
     questions: list[str] = several()

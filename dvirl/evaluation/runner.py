@@ -26,7 +26,7 @@ from dvirl.evaluation.rejections import accept_events, token_texts
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import OVERALL, Row, answer_row, answer_table, measures, resume_answers
 from dvirl.metrics import verifier_figures, verifier_sums
-from dvirl.models.drafters import Draft, open_draft
+from dvirl.models.drafters import Draft, DrafterOptions, open_draft
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
@@ -96,7 +96,7 @@ class EvalSettings(Settings):
 
 
 @dataclass(frozen=True)
-class EvalConfig(EvalSettings):
+class EvalConfig(EvalSettings, DrafterOptions):
     """Everything that an evaluation depends on."""
 
     draft: str = "smollm2-135m-k2"
@@ -397,7 +397,8 @@ def main(args: Any) -> pd.DataFrame:
     processes = Processes(config.device)
     processes.announce()
     first = processes.first
-    figures = evaluate(open_draft(config.draft, config.dtype, config.device), config)
+    draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
+    figures = evaluate(draft, config)
     if first:
         run_dir = config.run_dir
         print((Path(run_dir) / "report.md").read_text(encoding="utf-8"))

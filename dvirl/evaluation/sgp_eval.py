@@ -14,30 +14,25 @@ from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
 from dvirl.metrics import verifier_figures, verifier_sums
-from dvirl.models.drafters import LoadedDrafter, load_drafter
-from dvirl.models.loading import load
+from dvirl.models.drafters import DrafterOptions, LoadedDrafter, load_drafter
 from dvirl.runs import errors, settings
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance, run_settings
 from dvirl.runs.log import write_json
-from dvirl.runs.settings import Settings, from_mapping, number, required
+from dvirl.runs.settings import from_mapping, number, required
 from dvirl.train_dvi import make_trainer
 from kangaroo.decoding.blocks import DecodeConfig
 
 
 @dataclass(frozen=True)
-class SGPEvalConfig(Settings):
+class SGPEvalConfig(DrafterOptions):
     """Settings of `dvirl sgp-eval`."""
 
     ckpt_dir: str = required()
-    """Folder of a checkpoint, of a run (its newest checkpoint), or of a drafter."""
+    """Folder of a checkpoint, of a run (its newest checkpoint), of a drafter, or of a published Kangaroo adapter."""
     held_out: bool = False
     """Instead decode held-out prompts of the run in ckpt_dir, before and after training, with the run's settings."""
-    model_name: str = ""
-    """Model to load the checkpoint into; its own by default."""
-    exit_layer: int = number(0, 0)
-    """Refuse a checkpoint of another exit layer; 0 takes any."""
     n_samples: int = number(32, 1)
     """Number of prompts, the first ones: openings and replies of chatterbot-corpus, or held-out prompts."""
     max_new_tokens: int = number(64, 1)
@@ -112,12 +107,7 @@ def _load(config: SGPEvalConfig) -> LoadedDrafter:
     folder = Path(config.ckpt_dir)
     if (folder / "checkpoints").is_dir():
         folder = newest(folder)
-    model = load(config.model_name, config.dtype, config.device) if config.model_name else None
-    drafter = load_drafter(folder, model, config.dtype, config.device)
-    exit_layer = drafter.loaded.model.exit_layer
-    if config.exit_layer not in (0, exit_layer):
-        raise DvirlError(f"exit_layer is {config.exit_layer}; {folder} was made for {exit_layer}")
-    return drafter
+    return load_drafter(folder, None, config.dtype, config.device, config.model_name, config.exit_layer)
 
 
 def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:

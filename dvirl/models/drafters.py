@@ -1,6 +1,5 @@
 """Drafters by name: those that ship, those in folders, and those of runs; and how one is written to ship."""
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,31 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.config import DraftSettings
+from dvirl.config import DraftSettings, DVIConfig
 from dvirl.lora import attach_draft
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import from_mapping, read_yaml
+from dvirl.runs.settings import Settings, from_mapping, number, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.published import is_published
 
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
+
+OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
+"""What a trained drafter shares with its model; a published adapter has its own."""
+
+
+@dataclass(frozen=True)
+class DrafterOptions(Settings):
+    """What a published Kangaroo adapter leaves open; the base of settings of commands that take a drafter."""
+
+    model_name: str = ""
+    """Model under the drafter: its own by default, which a published Kangaroo adapter does not name."""
+    exit_layer: int = number(0, 0, 1000)
+    """k of a published Kangaroo adapter, which does not say it. Another drafter has its own: 0 takes any."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +70,17 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
         DvirlError: if there is none; the message lists the names.
     """
     for folder in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)):
-        if (folder / checkpoint.DRAFTER).exists():
+        if (folder / checkpoint.DRAFTER).exists() or is_published(folder):
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
-    expected = f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, or one of the shipped ones"
-    raise DvirlError(
-        f"no drafter {str(name_or_folder)!r}; expected {expected} ({', '.join(names) or 'none are'})"
+    expected = (
+        f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, a published Kangaroo adapter, "
+        f"or one of the shipped ones ({', '.join(names) or 'none are'})"
     )
+    raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected}")
 
 
-def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
+def _drafter_settings(path: Path) -> tuple[DraftSettings, str | None]:
     """The settings in a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
     content = read_yaml(path)
     try:
@@ -76,9 +90,27 @@ def _drafter_settings(path: Path) -> tuple[DraftSettings, str]:
         raise DvirlError(f"{path}: expected a drafter's settings under 'config' and 'model'") from error
 
 
+def _config_of(folder: Path) -> Path:
+    """The `config.yaml` of a drafter; a checkpoint's is its run's."""
+    path = folder / "config.yaml"
+    in_run = folder.absolute().parent.parent / "config.yaml"
+    return in_run if in_run.exists() and not path.exists() else path
+
+
 def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     """Whether a drafter was made for this model; errors as in `load_drafter`."""
     return loaded.is_made_of(_drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1])
+
+
+def _published_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
+    """The settings by which a published adapter drafts, as `_drafter_settings` gives them; no fingerprint is known."""
+    if not has_model or not exit_layer:
+        raise DvirlError(
+            f"{folder}: a published Kangaroo adapter names neither its model nor its exit layer; "
+            "expected --model_name and --exit_layer"
+        )
+    # As published, the exit head is the model's own lm_head. A fresh lora_S computes nothing.
+    return DraftSettings(exit_layer=exit_layer, lora_rank=1, head="frozen", draft_vocab=0), None
 
 
 def load_drafter(
@@ -86,66 +118,92 @@ def load_drafter(
     loaded: LoadedModel | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    model_name: str = "",
+    exit_layer: int = 0,
+    deep: bool = False,
 ) -> LoadedDrafter:
-    """Load a drafter that `export` wrote, or that of a run's checkpoint, and its model.
+    """Load a drafter that `export` wrote, that of a run's checkpoint, or a published Kangaroo adapter, and its model.
 
     Args:
         name_or_folder: a shipped name or a folder.
-        loaded: a freshly loaded model, which is changed in place; the one it was made for if not given.
+        loaded: a freshly loaded model, which is changed in place; `model_name` if not given.
         dtype, device: with which that model is loaded, as in `load`.
+        model_name, exit_layer: see `DrafterOptions`.
+        deep: load a checkpoint's lora_D as well.
 
     Raises:
-        DvirlError: if there is no such drafter, or it is incomplete or was made for another model.
+        DvirlError: if there is no such drafter, or it is incomplete or was made for another model or exit layer.
     """
-    return _load(drafter_folder(name_or_folder), loaded, dtype, device, ["lora_S"])
+    folder = drafter_folder(name_or_folder)
+    if is_published(folder):
+        settings, fingerprint = _published_settings(folder, bool(loaded or model_name), exit_layer)
+    else:
+        settings, fingerprint = _drafter_settings(_config_of(folder))
+    if exit_layer not in (0, settings.exit_layer):
+        raise DvirlError(f"exit_layer is {exit_layer}; {folder} was made for {settings.exit_layer}")
+    loaded = loaded or load(model_name or settings.model_name, dtype, device, settings.chat_format)
+    if fingerprint is not None and not loaded.is_made_of(fingerprint):
+        raise DvirlError(
+            f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}"
+        )
+    try:
+        # The draft starts with any vocabulary of the right size; its own is read with its weights.
+        peft_model, model = attach_draft(loaded.model, settings, deep=deep)
+    except DvirlError as error:
+        raise DvirlError(f"{folder}: {error}") from error
+    checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
+    model.requires_grad_(False)
+    return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder)
 
 
-def open_draft(name: str, dtype: str, device: str) -> LoadedDrafter:
-    """What drafts under this name: a run with its newest checkpoint, or a drafter, shipped or in a folder.
+def open_draft(
+    name: str,
+    dtype: str,
+    device: str,
+    model_name: str = "",
+    exit_layer: int = 0,
+) -> LoadedDrafter:
+    """What drafts under this name: a run with its newest checkpoint, or a drafter as in `load_drafter`.
 
     A run brings its verifier: lora_D if it was trained, and what the deep layers read.
 
     Raises:
         DvirlError: if there is none.
     """
+    options = (None, dtype, device, model_name, exit_layer)
     shipped = Path(name) / "drafter"
     if shipped.is_dir():  # a distillation exports its drafter into its run's folder
-        return load_drafter(shipped, None, dtype, device)
+        return load_drafter(shipped, *options)
     if not (Path(name) / "checkpoints").is_dir():
-        return load_drafter(name, None, dtype, device)
+        return load_drafter(name, *options)
     folder = checkpoint.newest(name)
-    adapters = [adapter for adapter in ("lora_S", "lora_D") if (folder / adapter).is_dir()]
-    drafter = _load(folder, None, dtype, device, adapters)
+    drafter = load_drafter(folder, *options, deep=(folder / "lora_D").is_dir())
     settings = run_folder.run_settings(name)
     return replace(drafter, target=settings.get("target", drafter.target))
 
 
-def _load(
-    folder: Path,
-    loaded: LoadedModel | None,
-    dtype: str,
-    device: str,
-    adapters: list[str],
-) -> LoadedDrafter:
-    """Load drafter and adapters of a folder that ships a drafter, or of a checkpoint, whose settings are its run's."""
-    path = folder / "config.yaml"
-    in_run = folder.absolute().parent.parent / "config.yaml"
-    if in_run.exists() and not path.exists():
-        path = in_run
-    settings, fingerprint = _drafter_settings(path)
-    loaded = loaded or load(settings.model_name, dtype, device, settings.chat_format)
-    if not loaded.is_made_of(fingerprint):
-        raise DvirlError(
-            f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}"
-        )
-    try:
-        # The draft starts with any vocabulary of the right size; its own is read with its weights.
-        peft_model, model = attach_draft(loaded.model, settings, deep="lora_D" in adapters)
-    except DvirlError as error:
-        raise DvirlError(f"{folder}: {error}") from error
-    checkpoint.load_weights(folder, peft_model, model, adapters)
-    model.requires_grad_(False)
-    return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder)
+def with_drafter(config: DVIConfig, model: KangarooModel) -> DVIConfig:
+    """The settings of a run whose model has loaded a draft; those of a published adapter follow from it.
+
+    Raises:
+        DvirlError: if such an adapter has not the shape of its model, in which what a run trains is read again.
+    """
+    base = model.base_model.config
+    adapter = model.adapter_model
+    if adapter.config is base:
+        return config
+    for name in OF_BASE:
+        own, expected = (getattr(shape, name) for shape in (adapter.config, base))
+        if own != expected:
+            raise DvirlError(
+                f"{config.start_from}: {name} is {own}; expected the model's {expected} to train it"
+            )
+    return replace(
+        config,
+        drafter=adapter.kind,
+        drafter_layers=len(adapter.layers),
+        adapter_window=base.max_position_embeddings,  # it sees the whole text
+    )
 
 
 def export(
@@ -166,13 +224,10 @@ def export(
         made: how it was made and what it reached, plain numbers and text.
     """
     with run_folder.atomic_directory(folder) as scratch:
+        peft_model.peft_config["lora_S"].base_model_name_or_path = loaded.name
         checkpoint.save_adapters(peft_model, scratch, ["lora_S"])
         weights = scratch / "lora_S/adapter_model.safetensors"
         save_file(_halved(load_file(weights)), weights, metadata={"format": "pt"})
-        adapter_config = scratch / "lora_S/adapter_config.json"
-        values = json.loads(adapter_config.read_text())
-        values["base_model_name_or_path"] = loaded.name  # PEFT writes a path of this machine
-        adapter_config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         save_file(_halved(model.drafter_state()), scratch / checkpoint.DRAFTER)
         run_folder.write_config(scratch, config, loaded, made=made)
 

@@ -19,12 +19,25 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import atomic_directory, discard
 from dvirl.runs.log import parse_line, read_text
 from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.published import is_published
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
 DRAFTER = "drafter.safetensors"
 """Weights of the drafter and the exit head, and the draft vocabulary."""
 STATE = ("trainer.safetensors", "trainer.json")
 """Tensors and numbers of the trainer's state."""
+PORTABLE = (
+    "base_model_name_or_path",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+)
+"""Entries of an adapter's configuration that are not every PEFT's defaults; every PEFT knows them."""
 MANIFEST = "manifest.json"
 """The checksum of every other file of a checkpoint."""
 
@@ -177,10 +190,15 @@ def load_weights(
 ) -> None:
     """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
 
+    A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is.
+
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    _refuse_missing(folder, [*adapters, DRAFTER])
+    if is_published(folder):
+        adapters = []
+    else:
+        _refuse_missing(folder, [*adapters, DRAFTER])
     if (folder / MANIFEST).exists():  # what ships has none
         verify(folder)
     try:
@@ -212,9 +230,15 @@ def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
 
 
 def save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
-    """Write all or some adapters as plain PEFT folders."""
+    """Write all or some adapters as PEFT folders that any PEFT reads, and that hold no path of this machine."""
     peft_model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    for path in folder.glob("*/adapter_config.json"):
+        values = json.loads(path.read_text())
+        # PEFT refuses entries that it does not know, and every release knows others.
+        portable = {name: values[name] for name in PORTABLE}
+        portable["target_modules"].sort()  # PEFT's order is a set's
+        path.write_text(json.dumps(portable, indent=2) + "\n")
 
 
 def newest(run_dir: str | Path) -> Path:

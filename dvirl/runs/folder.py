@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import write_text
-from dvirl.runs.settings import Settings, read_yaml
+from dvirl.runs.settings import Settings, defaults, read_yaml
 
 PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 """Packages whose versions a result depends on."""
@@ -141,7 +141,8 @@ def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:
     """
     path = run_dir / "config.yaml"
     if path.exists():
-        refuse_other_settings(path, read_yaml(path).get("config", {}), asdict(config))
+        before = {**defaults(config), **read_yaml(path).get("config", {})}
+        refuse_other_settings(path, before, asdict(config))
     write_config(run_dir, config, loaded)
 
 

@@ -3,7 +3,7 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dvirl.runs import checkpoint
@@ -19,7 +20,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import cut_log, log_line
 from dvirl.runs.processes import Processes
-from dvirl.runs.settings import ModelSettings, from_mapping, read_yaml
+from dvirl.runs.settings import ModelSettings, defaults, from_mapping, read_yaml
 from dvirl.runs.trackers import Track, installed_trackers, tracking
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -56,6 +57,7 @@ class TrainingLoop(ABC):
     Attributes:
         model, peft_model: the model with its draft, and PEFT's view of the same weights, for saving the adapters.
         counters: how far the run is.
+        optimizers: those that it steps.
         length, unit: size of the whole run, and in what it is counted.
         processes: those that train together, of which this is one; only the first writes files and speaks.
         resumed: whether this run was begun by another trainer.
@@ -70,6 +72,7 @@ class TrainingLoop(ABC):
     model: KangarooModel
     peft_model: PeftModel
     counters: Counters
+    optimizers: Iterable[Optimizer]
     length: int
     unit = "step"
 
@@ -224,6 +227,10 @@ class TrainingLoop(ABC):
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the run as it stands, and remove old ones; return its folder."""
         step = self.counters.step
+        if self.finished:
+            # Two thirds of a checkpoint are moments of optimizers, and no step will read them any more.
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
         if self.processes.first:
             checkpoint.save(self.run_dir, step, self.peft_model, self.model, self.state_dict())
             if self._keep_checkpoints:
@@ -237,6 +244,9 @@ class TrainingLoop(ABC):
             DvirlError: if it is incomplete or belongs to another model or settings.
         """
         self.load_state_dict(checkpoint.load(Path(folder), self.peft_model, self.model))
+        begun = self.counters.step and not self.finished
+        if begun and not any(optimizer.state for optimizer in self.optimizers):
+            self.say(f"{folder}: the run was done; it goes on with optimizers that begin anew")
 
     def load_newest(self) -> None:
         """Continue from the newest checkpoint in `run_dir`, or from the beginning if there is none yet."""
@@ -269,7 +279,7 @@ def resume(
         DvirlError: if the folder holds no run, or one of other settings or another model, or a broken checkpoint.
     """
     path = Path(run_dir) / "config.yaml"
-    before = {**run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
+    before = {**defaults(kind), **run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
         run_folder.refuse_other_settings(

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class Optimizers:
         self._muon = muon
         if matrices:
             self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        return iter(self._parts.values())
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -24,6 +24,8 @@ MOST_BITS = 999
 TRUE = ("true", "yes", "t", "y", "1")
 FALSE = ("false", "no", "f", "n", "0")
 """How the command line spells a value that is on or off."""
+CONFIGS = tuple(Path(__file__).parents[2] / name for name in ("configs", "dvirl_configs"))
+"""Where the settings files that ship lie: in the repository, and beside the packages of a wheel."""
 Config = TypeVar("Config")
 
 
@@ -150,6 +152,11 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     return args
 
 
+def defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of all settings that have a plain one: what a file meant that was written before they came."""
+    return {spec.name: spec.default for spec in dataclasses.fields(kind) if spec.default is not MISSING}
+
+
 def narrowed(kind: type[Config], settings: Any) -> Config:
     """A settings object of a class that the class of `settings` extends, with the same values."""
     specs = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -157,13 +164,23 @@ def narrowed(kind: type[Config], settings: Any) -> Config:
     return kind(**values)
 
 
+def _shipped(path: str | Path) -> Path:
+    """The settings file of that path, or else the one that ships as `configs/NAME.yaml`, by this path or its name."""
+    given = Path(path)
+    for root in CONFIGS:
+        file = root / f"{given.name.removesuffix('.yaml')}.yaml"
+        if not given.exists() and str(given.parent) in (".", "configs") and file.exists():
+            return file
+    return given
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The names and values of a YAML settings file.
+    """The names and values of a YAML settings file; `configs/NAME.yaml` and NAME also name one that ships.
 
     Raises:
         DvirlError: if it cannot be read, is no mapping, or has aliases, by which a short file can stand for a huge one.
     """
-    text = read_text(path)
+    text = read_text(_shipped(path))
     try:
         yaml.compose(text)  # ends early where nesting is too deep, which the next line would take long over
         for event in yaml.parse(text):

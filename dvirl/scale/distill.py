@@ -198,6 +198,7 @@ class Distiller(TrainingLoop):
 
     config: DistillConfig
     counters: DistillCounters
+    optimizers: Optimizers
     unit = "update"
 
     def __init__(self, config: DistillConfig, loaded: LoadedModel) -> None:
