@@ -16,6 +16,7 @@ from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex
 from kangaroo.decoding.generate import Decoded, decode_texts
+from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
 from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
@@ -294,20 +295,20 @@ class KangarooModel(nn.Module):
 
     def decode_rows(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Ids],
         max_new_tokens: int,
         settings: DecodeConfig,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Ends = (),
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Iterator[dict[int, Verification]]:
         """Decode prompts together, each advancing as far as its own drafts are accepted.
 
         Args:
-            prompts: token ids, at least one each.
+            prompts: token ids, at least one each; lists or tensors, `[T]` or `[1, T]`.
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
-            eos_ids: tokens that end a response.
+            eos_ids: tokens that end a response, or one such token, or None.
             noise: uniform `[max_new_tokens]`, one number for each position of the response, for sampled drafts; drawn
                 if the answer is sampled, too, and none is given.
             seed: of what sampling draws, for all prompts or one each; a response does not depend on other prompts.
@@ -317,30 +318,32 @@ class KangarooModel(nn.Module):
             verifications are the prefill's.
 
         Raises:
-            ValueError: for an empty prompt, a limit below 1, or logits that are not finite.
+            ValueError: for a prompt that `check_prompt` refuses, a limit below 1, or logits that are not finite.
         """
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise ValueError("the prompt is empty; expected at least one token")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
+        if not rows:
+            raise ValueError("there is no prompt; expected at least one")
+        ends = end_ids(eos_ids)
+        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         texts = []
-        for prompt, text_seed in zip(prompts, seeds, strict=True):
-            policy = self.block_policy(settings, len(prompts))
+        for prompt, text_seed in zip(rows, seeds, strict=True):
+            policy = self.block_policy(settings, len(rows))
             text = Text(LookupIndex(prompt), len(prompt) + max_new_tokens, policy, noise)
             if settings.temperature:
                 text.seed(text_seed, max_new_tokens if settings.draft_temperature else 0)
             texts.append(text)
         capacity = max(text.stop for text in texts)
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic) as stages:
-            yield from decode_texts(stages, texts, settings, eos_ids)
+            yield from decode_texts(stages, texts, settings, ends)
 
     def decode_blocks(
         self,
-        prompt: Sequence[int],
+        prompt: Ids,
         max_new_tokens: int,
         settings: DecodeConfig,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Ends = (),
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Iterator[Verification]:
@@ -353,10 +356,10 @@ class KangarooModel(nn.Module):
 
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Ids,
         max_new_tokens: int,
         settings: DecodeConfig,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Ends = (),
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Decoded:
@@ -365,10 +368,10 @@ class KangarooModel(nn.Module):
 
     def generate_batch(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Ids],
         max_new_tokens: int,
         settings: DecodeConfig,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Ends = (),
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
     ) -> list[Decoded]:

@@ -213,7 +213,7 @@ def hostile_prompts() -> dict[str, list[int]]:
         for name, text in TEXTS.items()
         for one in (chat, bare)
     }
-    lengths = {f"{count} of one letter": bare.encode(["a" * count]) for count in (1, 255, 256, 300)}
+    lengths = {f"{count} of one letter": bare.encode(["a" * count]) for count in (1, 255, 256)}
     others = {"empty turn": chat.encode([""]), "control tokens": [0, 1, 2, 1, 1], "last id": [VOCAB - 1]}
     return {**prompts, **lengths, **others}
 
@@ -237,9 +237,7 @@ def test_drafts_change_no_answer_to_a_hostile_prompt(model, name, prompt):
 
 def test_an_empty_prompt_is_refused():
     assert ChatEncoder(tiny_tokenizer(), "none").encode([""]) == []
-    with pytest.raises(
-        DvirlError, match="a prompt of 0 tokens: the prompt is empty; expected at least one token"
-    ):
+    with pytest.raises(DvirlError, match="the prompt is empty; expected at least one token"):
         timed(tiny_kangaroo(), [], 4, DecodeConfig(2))
 
 

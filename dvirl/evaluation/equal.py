@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.data.sources import parsed_rows
+from dvirl.evaluation.measure import timed
 from dvirl.evaluation.questions import MeasureSettings, Question, prompts_of, question_sets, read_questions
 from dvirl.evaluation.spec_bench import parse_answer
 from dvirl.models.drafters import open_draft
@@ -195,8 +196,8 @@ def compare_decoders(
             for index, prompt in enumerate(
                 tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)
             ):
-                reference = model.generate(prompt, limit, plain, eos_ids).tokens
-                candidate = model.generate(prompt, limit, how, eos_ids).tokens
+                reference = timed(model, prompt, limit, plain, eos_ids).tokens
+                candidate = timed(model, prompt, limit, how, eos_ids).tokens
                 after = partial(last_logits, model, prompt, target=how.target)
                 comparisons.append(
                     partial(compare, f"{name} {index}", reference, candidate, limit, eos_ids, dtype, after)

@@ -1,7 +1,6 @@
 """Decoding by Hugging Face's `generate`, the baseline that is not ours."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from dvirl.evaluation.measure import Answer
 from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import BALANCED
+from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import LlamaRotaryEmbedding, head_dim
 from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 
@@ -86,6 +87,7 @@ def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(layer.mlp, name, getattr(own.mlp, name))
         layer.mlp.act_fn = own.mlp.activation
+    theirs.config.rope_scaling = config.rope_scaling  # says how long the context is; the table is ours
     # A folder's own generation_config, with its sampling or penalties, is not greedy decoding.
     theirs.generation_config = GenerationConfig()
     return theirs.eval()
@@ -93,9 +95,9 @@ def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
 
 def generate_forward(
     model: LlamaForCausalLM,
-    prompt: Sequence[int],
+    prompt: Ids,
     limit: int,
-    eos_ids: Sequence[int],
+    eos_ids: Ends = (),
     settings: DecodeConfig = DecodeConfig(0),  # noqa: B008  # it is frozen
     seed: int = 0,
 ) -> Answer:
@@ -103,11 +105,14 @@ def generate_forward(
 
     Args:
         model: Hugging Face's.
-        prompt: token ids.
+        prompt: token ids, a list or a tensor, `[T]` or `[1, T]`.
         limit: most tokens of the answer.
-        eos_ids: tokens that end it.
+        eos_ids: tokens that end it, or one such token, or None.
         settings: how the answer is chosen: greedily, or sampled by temperature, top_k and top_p.
         seed: of a sampled answer.
+
+    Raises:
+        DvirlError: for a prompt that cannot be read, or that leaves no room for the answer.
     """
     how: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
@@ -118,15 +123,19 @@ def generate_forward(
             "top_p": settings.top_p,
             "top_k": settings.top_k,
         }
-    prompt_ids = torch.tensor([list(prompt)], device=model.device)
+    try:
+        prompt_ids = torch.tensor([check_prompt(prompt, model, limit)], device=model.device)
+        ends = end_ids(eos_ids)
+    except ValueError as error:
+        raise DvirlError(str(error)) from error
     start = time.perf_counter()
     output = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=limit,
         **how,
-        eos_token_id=list(eos_ids) or None,
+        eos_token_id=ends or None,
         pad_token_id=0,
     )
-    tokens = output[0, len(prompt) :].tolist()  # waits for the device
+    tokens = output[0, prompt_ids.shape[1] :].tolist()  # waits for the device
     return Answer(tokens, time.perf_counter() - start)

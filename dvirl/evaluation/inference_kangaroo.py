@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from dvirl.evaluation.measure import Answer, tally, timed
 from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.inputs import Ends, Ids
 from kangaroo.kangaroo_model import KangarooModel
 
 
@@ -36,10 +37,10 @@ class Acceptance:
 
 def kangaroo_forward(
     model: KangarooModel,
-    prompt: Sequence[int],
+    prompt: Ids,
     max_new_tokens: int,
     settings: DecodeConfig,
-    eos_ids: Sequence[int] = (),
+    eos_ids: Ends = (),
 ) -> Answer:
     """Decode one prompt by the clock, with early exit, drafter and threshold.
 
@@ -48,27 +49,33 @@ def kangaroo_forward(
     verified too. The end of an answer differs from the published code in three ways, on purpose. That code stops as
     soon as fewer than `draft_len + 1` tokens have room, where shorter blocks fill the limit here. It reads on after
     an end-of-sequence token that the prefill gives. It cuts prompt and response at 2,048 tokens together.
+
+    Raises:
+        DvirlError: for a prompt that cannot be read or leaves no room for the answer, or logits that are not finite.
     """
     return timed(model, prompt, max_new_tokens, settings, eos_ids)
 
 
 def measure_acceptance(
     model: KangarooModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     max_new_tokens: int,
     settings: DecodeConfig,
-    eos_ids: Sequence[int] = (),
+    eos_ids: Ends = (),
     show_progress: bool = True,
 ) -> Acceptance:
     """Decode every prompt step by step, and pool the acceptance statistics.
 
     Args:
         model: drafts and verifies.
-        prompts: token ids.
+        prompts: token ids; lists or tensors, `[T]` or `[1, T]`.
         max_new_tokens: most tokens of a response.
         settings: how to draft and verify.
-        eos_ids: tokens that end a response.
+        eos_ids: tokens that end a response, or one such token, or None.
         show_progress: draw a progress bar.
+
+    Raises:
+        DvirlError: as `kangaroo_forward` does.
     """
     answers: list[Answer] = []
     with model.base_model.merged():

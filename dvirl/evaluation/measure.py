@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dvirl.metrics import Tally
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.inputs import Ends, Ids, check_prompt
 from kangaroo.kangaroo_model import KangarooModel
 
 
@@ -70,26 +71,27 @@ def tally(answers: Sequence[Answer]) -> Tally:
 
 def timed(
     model: KangarooModel,
-    prompt: Sequence[int],
+    prompt: Ids,
     limit: int,
     settings: DecodeConfig,
-    eos_ids: Sequence[int] = (),
+    eos_ids: Ends = (),
     seed: int = 0,
 ) -> Answer:
     """Decode one prompt by our loop; the arguments are those of `KangarooModel.decode_blocks`.
 
     Raises:
-        DvirlError: if the prompt is empty or logits are not finite.
+        DvirlError: for a prompt that cannot be read or leaves no room for the answer, or logits that are not finite.
     """
     captured_s = model.base_model.capture_s
-    start = model.now()
-    stream = model.decode_blocks(prompt, limit, settings, eos_ids, seed=seed)
     try:
+        ids = check_prompt(prompt, model.base_model, limit)
+        start = model.now()
+        stream = model.decode_blocks(ids, limit, settings, eos_ids, seed=seed)
         blocks = [next(stream)]
         prefill_s = model.now() - start
         blocks += stream
     except ValueError as error:
-        raise DvirlError(f"a prompt of {len(prompt)} tokens: {error}") from error
+        raise DvirlError(str(error)) from error
     # Capturing CUDA graphs is paid once a process, not once an answer.
     wall_s = model.now() - start - (model.base_model.capture_s - captured_s)
     tokens = [token for block in blocks for token in block.committed]
