@@ -22,6 +22,7 @@ from dvirl.evaluation.rejections import (
     token_class,
     token_texts,
 )
+from dvirl.experiments.notebook import show_blocks
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import cut_log, log_line, read_metrics
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
@@ -146,6 +147,29 @@ def test_a_token_keeps_its_space_and_control_tokens_say_nothing():
     assert [token_texts(llama)(token) for token in range(6)] == ["", ".", " cat", "cat", " ", "\n"]
     tiny = tiny_tokenizer()
     assert [token_texts(tiny)(token) for token in (EOS, *tiny.encode(" é"))] == ["", " ", "\ufffd", "\ufffd"]
+
+
+def test_tables_show_a_piece_of_a_character_by_its_bytes():
+    pieces = tiny_tokenizer().encode("é")
+    assert [token_class(token_texts(tiny_tokenizer())(token)) for token in pieces] == ["other"] * 2
+    spelled = token_texts(tiny_tokenizer(), spell_bytes=True)
+    assert [spelled(token) for token in (EOS, *pieces)] == ["", "<0xC3>", "<0xA9>"]
+    assert "&lt;0xC3&gt;" in show_blocks([block(0, (pieces[0],))], spelled).data
+
+    # Whole characters beside a piece of one stay, and a text's own replacement character is one.
+    # By byte-level letters, the bytes of " ", f0, 9f and of U+FFFD itself.
+    vocabulary = {"\u0120\u00f0\u0141": 0, ".": 1, "\u00ef\u00bf\u00bd": 2}
+    byte_level = Tokenizer(models.BPE(vocabulary, []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    words = token_texts(PreTrainedTokenizerFast(tokenizer_object=byte_level), spell_bytes=True)
+    assert [words(token) for token in (0, 2)] == [" <0xF0><0x9F>", "\ufffd"]
+
+    entries = {".": 0, "<0xE6>": 1, "<0x0A>": 2, "\ufffd": 3}
+    fallback = Tokenizer(models.BPE(entries, [], byte_fallback=True))
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    words = token_texts(PreTrainedTokenizerFast(tokenizer_object=fallback), spell_bytes=True)
+    assert [words(token) for token in (1, 2, 3)] == ["<0xE6>", "\n", "\ufffd"]
 
 
 GOOD = {**ABOUT, **{name: [] for name in EVENT}}

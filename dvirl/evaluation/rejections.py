@@ -1,5 +1,6 @@
 """Where drafts are rejected: accept events of answers, their trace files, and `dvirl trace FILE`."""
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,9 +10,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from dvirl import plots
 from dvirl.metrics import FACETS, accept_rates
+from dvirl.models.streaming import UNDECODED
 from dvirl.rollout import Rollout, draft_rollout, response_index, score_drafts
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
@@ -21,6 +24,8 @@ from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.kangaroo_model import KangarooModel
 
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The byte of each letter in byte-level vocabularies."""
 ANSWER = ("method", "question_id", "category")
 """What a trace notes of every answer, at least."""
 EVENT: dict[str, Any] = {
@@ -32,16 +37,32 @@ EVENT: dict[str, Any] = {
 """What it notes of every scored draft, see `accept_events`, and the type of each list."""
 
 
-def token_texts(tokenizer: Any) -> Callable[[int], str]:
+def token_texts(tokenizer: Any, spell_bytes: bool = False) -> Callable[[int], str]:
     """What each token of a Hugging Face tokenizer adds to a text, "" for control tokens.
 
     In SentencePiece vocabularies (Llama, Vicuna) a token that is decoded alone loses its leading space, so each is
     decoded after a full stop.
+
+    Args:
+        tokenizer: the tokenizer.
+        spell_bytes: show a piece of a character by its bytes, such as <0xF0><0x9F>, rather than as U+FFFD.
     """
     stop = tokenizer.encode(".", add_special_tokens=False)
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     prefix = len(decode(stop))
-    return lambda token: str(decode([*stop, token]))[prefix:]
+
+    def text_of(token: int) -> str:
+        text = str(decode([*stop, token]))[prefix:]
+        if not spell_bytes or UNDECODED not in text:
+            return text
+        piece = tokenizer.convert_ids_to_tokens(token)
+        # SentencePiece names a byte <0xF0>; byte-level BPE has a letter for each.
+        if piece.startswith("<0x") or UNDECODED in piece:
+            return str(piece)
+        spelled = bytes(BYTES[letter] for letter in piece).decode(errors="surrogateescape")
+        return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", spelled)
+
+    return text_of
 
 
 def token_class(text: str, before: str = "") -> str:
