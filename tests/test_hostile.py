@@ -615,4 +615,4 @@ def test_a_draft_that_is_not_finite_changes_no_answer():
 
 def test_prompts_that_leave_no_room_for_an_answer_leave_none_to_train_on():
     with pytest.raises(DvirlError, match="has 0 prompts; held_out=8 leaves none for training"):
-        load_prompts(tiny_settings(max_new_tokens=256), tiny_loaded())
+        load_prompts(tiny_settings(max_new_tokens=255), tiny_loaded())

@@ -12,6 +12,7 @@ from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import chatterbot_prompts, read_prompts
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
+from kangaroo.decoding.inputs import context_length
 
 
 class PromptStream:
@@ -76,7 +77,7 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     Raises:
         DvirlError: for a malformed or empty source, or when nothing is left to train on.
     """
-    context = loaded.model.config.max_position_embeddings
+    context = context_length(loaded.model.config)
     most = min(config.max_prompt_tokens, context - config.max_new_tokens)
     if most < 1:
         expected = f"expected less than the model's context, {context}"

@@ -17,6 +17,16 @@ from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
+KNOWN: tuple[str, ...] = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+)
+KNOWN += ("rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of a configuration that this transformers computes with as it is."""
+
 
 class _Rotary(nn.Module):
     """Our rotary table under the signature of Hugging Face's, for scaled positions that this transformers lacks."""
@@ -54,18 +64,8 @@ def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
     Embedding, linear layers, activation and rotary table are ours; attention, cache, norms and loop are theirs.
     """
     config = ours.config
-    known = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=1,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-    )
+    # Heads are set below; this transformers knows none whose sizes do not add up to the hidden size.
+    known = LlamaConfig(**{name: getattr(config, name) for name in KNOWN}, num_attention_heads=1)
     with torch.device("meta"):
         theirs = LlamaForCausalLM(known)
     theirs.lm_head = ours.lm_head

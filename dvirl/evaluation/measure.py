@@ -21,12 +21,14 @@ class Answer:
             which CUDA graphs were captured is left out (`capture_s` of the model).
         prefill_s: the part of `wall_s` before the first token; NaN where it is not known.
         blocks: every verification, the prefill's first; none if another decoder gave the answer.
+        sampled: the tokens were drawn.
     """
 
     tokens: list[int]
     wall_s: float
     prefill_s: float = math.nan
     blocks: Sequence[Verification] = ()
+    sampled: bool = False
 
     @property
     def accept_lengths(self) -> list[int]:
@@ -43,8 +45,8 @@ class Answer:
 
     @property
     def nll(self) -> float:
-        """Negative log-likelihood of the tokens under the verifier, in nats; NaN without blocks."""
-        if not self.blocks:
+        """Negative log-likelihood of the tokens under the verifier, in nats; NaN if sampled, or without blocks."""
+        if self.sampled or not self.blocks:
             return math.nan
         # A verifier's confidence covers the whole block; what was rejected is not part of the answer.
         committed = [block.verifier_confidence[: block.block_len].tolist() for block in self.blocks]
@@ -95,7 +97,7 @@ def timed(
     # Capturing CUDA graphs is paid once a process, not once an answer.
     wall_s = model.now() - start - (model.base_model.capture_s - captured_s)
     tokens = [token for block in blocks for token in block.committed]
-    return Answer(tokens, wall_s, prefill_s, blocks)
+    return Answer(tokens, wall_s, prefill_s, blocks, settings.temperature > 0)
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:

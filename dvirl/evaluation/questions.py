@@ -11,6 +11,7 @@ from dvirl.models.drafters import DrafterOptions, LoadedDrafter
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import has_type, number, several
+from kangaroo.decoding.inputs import context_length
 
 HELD_OUT = "held-out.jsonl"
 """Questions that come with a shipped drafter; the default of commands that measure one."""
@@ -120,7 +121,7 @@ def prompts_of(
 
     A prompt is cut from the left where `limit` tokens of answer would not fit the model's context after it.
     """
-    room = loaded.model.config.max_position_embeddings - limit
+    room = context_length(loaded.model.config) - limit
     prompts = []
     conversation: list[str] = []
     for turn, answer in zip(question.turns, [*answers, ""], strict=False):

@@ -34,6 +34,8 @@ from dvirl.runs.folder import claim, provenance
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import Settings, choice, from_namespace, number
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.inputs import context_length
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
 """Answers by question id, by method and repeat."""
@@ -132,7 +134,7 @@ def fitting(
     Raises:
         DvirlError: if one does not fit and that is refused, or none is left.
     """
-    context = loaded.model.config.max_position_embeddings
+    context = context_length(loaded.model.config)
     if limit >= context:
         raise DvirlError(f"answer_tokens is {limit}; expected less than the model's context, {context}")
     asked = []
@@ -221,14 +223,7 @@ def answer_all(
     loaded = draft.loaded
     base = draft.model.base_model
     limit = how.answer_tokens
-    configs = decode_configs(
-        how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, draft.target
-    )
-    configs = {
-        name: replace(config, temperature=how.temperature, top_p=how.top_p)
-        for name, config in configs.items()
-    }
-    run = decoders(how.methods.split(","), configs, draft, limit, seed)
+    run = decoders(how.methods.split(","), _how_to_decode(how, draft.target), draft, limit, seed)
     processes = Processes(loaded.model.device.type)
     kept = _read_answers(folder, how)
     if processes.first:
@@ -252,6 +247,13 @@ def answer_all(
                     log_line(folder / file, line)
         overhead = 1 - (decoded_s + base.capture_s) / (time.perf_counter() - start)
     return _read_answers(folder, how), overhead if left else math.nan
+
+
+def _how_to_decode(how: EvalSettings, target: str) -> dict[str, DecodeConfig]:
+    """How our own methods draft and choose tokens; where answers are sampled, so are learned drafts."""
+    configs = decode_configs(how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, target)
+    sampled = {"temperature": how.temperature, "draft_temperature": how.temperature}
+    return {name: replace(config, top_p=how.top_p, **sampled) for name, config in configs.items()}  # type: ignore[arg-type]
 
 
 def _answer_lines(

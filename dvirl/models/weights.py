@@ -78,13 +78,14 @@ def load_weights(
     def fill(name: str) -> str:
         tensor = stored[name]()
         kind = str(tensor.dtype).removeprefix("torch.")
-        if tensor.shape != expected[name] or tensor.dtype not in DTYPES:
-            wanted = f"{list(expected[name])} of 16 or 32 bits"
-            raise DvirlError(f"tensor {name} is {list(tensor.shape)} of {kind}; expected {wanted}")
+        wanted = list(expected[name])
+        if list(tensor.shape) != wanted or tensor.dtype not in DTYPES:
+            found = f"{list(tensor.shape)} of {kind}"
+            raise DvirlError(f"tensor {name} is {found}; expected {wanted} of 16 or 32 bits")
         # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
         filled[name] = tensor.to(device_of(name), dtype, copy=True)
         content = tensor.contiguous().view(torch.uint8).numpy().data
-        return f"{name} {list(tensor.shape)} {kind} {hashlib.sha256(content).hexdigest()}\n"
+        return f"{name} {wanted} {kind} {hashlib.sha256(content).hexdigest()}\n"
 
     # Hashing and copying leave Python's lock, so threads share the work.
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as threads:
