@@ -59,10 +59,7 @@ def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
 
 
 def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
-    """Hugging Face's class over the weights of ours, also for shapes that this transformers does not know.
-
-    Embedding, linear layers, activation and rotary table are ours; attention, cache, norms and loop are theirs.
-    """
+    """Hugging Face's attention, cache and loop over our weights, activation and rotary table, for every shape."""
     config = ours.config
     # Heads are set below; this transformers knows none whose sizes do not add up to the hidden size.
     known = LlamaConfig(**{name: getattr(config, name) for name in KNOWN}, num_attention_heads=1)
@@ -114,15 +111,10 @@ def generate_forward(
     Raises:
         DvirlError: for a prompt that cannot be read, or that leaves no room for the answer.
     """
-    how: dict[str, Any] = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": settings.temperature > 0}
     if settings.temperature:
         torch.manual_seed(seed)
-        how = {
-            "do_sample": True,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-        }
+        how |= {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
     try:
         prompt_ids = torch.tensor([check_prompt(prompt, model, limit)], device=model.device)
         ends = end_ids(eos_ids)

@@ -145,7 +145,7 @@ def load(
         _say_once(f"{name_or_path}: chat format {chat.chat_format} ({why})")
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape
-    return LoadedModel(model.eval(), tokenizer, chat, ends, name_or_path, fingerprint)
+    return LoadedModel(model.requires_grad_(False).eval(), tokenizer, chat, ends, name_or_path, fingerprint)
 
 
 @cache

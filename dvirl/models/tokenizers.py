@@ -212,12 +212,9 @@ def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast
         backend = from_sentencepiece(file, texts.get("bos_token", "<s>"))
         how = {"prepend_scheme": "always" if entries.get("legacy") else "first"}
     _add_tokens(backend, entries, _read(find("added_tokens.json")))
-    # A role whose token is not there would be added beyond the model's embeddings.
-    texts = {
-        role: text
-        for role, text in texts.items()
-        if role not in ROLES or backend.token_to_id(text) is not None
-    }
+    for role in ROLES:  # a role whose token is not there would be added beyond the model's embeddings
+        if backend.token_to_id(texts.get(role, "")) is None:
+            texts.pop(role, None)
     plain = how.get("prepend_scheme") != "first" and not how.get("ignore_merges")
     kind = PreTrainedTokenizerFast if plain else SegmentedTokenizer
     return kind(

@@ -64,8 +64,7 @@ def load_weights(
         device_of: the device of each parameter, by its name.
 
     Returns:
-        The fingerprint: the sha256 of all tensors' names, shapes and bytes as they are stored. It depends neither on
-        how they are spread over files nor on `dtype`.
+        The fingerprint: the sha256 of all tensors' names, shapes and bytes as stored, whatever the files or `dtype`.
 
     Raises:
         DvirlError: for a tensor that is missing, unexpected or mis-shaped, for quantised weights, or a damaged file.
@@ -77,15 +76,14 @@ def load_weights(
 
     def fill(name: str) -> str:
         tensor = stored[name]()
-        kind = str(tensor.dtype).removeprefix("torch.")
-        wanted = list(expected[name])
-        if list(tensor.shape) != wanted or tensor.dtype not in DTYPES:
-            found = f"{list(tensor.shape)} of {kind}"
-            raise DvirlError(f"tensor {name} is {found}; expected {wanted} of 16 or 32 bits")
+        found = f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.shape != expected[name] or tensor.dtype not in DTYPES:
+            wanted = f"{list(expected[name])} of 16 or 32 bits"
+            raise DvirlError(f"tensor {name} is {found}; expected {wanted}")
         # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
         filled[name] = tensor.to(device_of(name), dtype, copy=True)
         content = tensor.contiguous().view(torch.uint8).numpy().data
-        return f"{name} {wanted} {kind} {hashlib.sha256(content).hexdigest()}\n"
+        return f"{name} {found} {hashlib.sha256(content).hexdigest()}\n"
 
     # Hashing and copying leave Python's lock, so threads share the work.
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as threads:
@@ -94,7 +92,6 @@ def load_weights(
         raise DvirlError(f"config.json ties {HEAD} to {EMBEDDING}, but the files hold both, and they differ")
     model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights()
-    model.requires_grad_(False)
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
