@@ -35,7 +35,8 @@ def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> N
         for key, value in tensors.items():
             if key.startswith(f"{name}."):
                 _, parameter, field = key.split(".")
-                state[int(parameter)][field] = value
+                # A step count stays on the CPU, where AdamW began it: parameters may lie on several devices.
+                state[int(parameter)][field] = value.cpu() if field == "step" else value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 

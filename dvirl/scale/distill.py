@@ -210,6 +210,9 @@ class Distiller(TrainingLoop):
         self.length = self.num_steps
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
+        # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
+        base = loaded.model
+        self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = []
         if config.muon:
@@ -384,9 +387,9 @@ class Distiller(TrainingLoop):
         return f"agreement {line['agreement']:.3f}, {line['tok_per_s']:,.0f} tok/s"
 
     def _memory_gb(self) -> float:
-        """Highest memory use so far, of the accelerator if there is one."""
+        """Highest memory use so far, of all accelerators together if there is one."""
         if self.loaded.model.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e9
+            return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 1e9
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
     # Batches
@@ -431,10 +434,10 @@ class Distiller(TrainingLoop):
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses, left out if it is not finite; its loss, agreement and gradient norm."""
-        loss, agreement = self.objective(*self._positions(batch, states, states.is_cuda))
+        loss, agreement = self.objective(*self._positions(batch, states, self._use_cuda_graphs))
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = clip_grad_norm_(self.parameters, self.config.grad_clip)
+        norm = clip_grad_norm_(self.parameters, self.config.grad_clip).to(loss.device)
         lr = self.lr
         self.counters.step += 1
         self.counters.tokens += int((batch.response_lens - 1).sum())
@@ -469,7 +472,7 @@ class Distiller(TrainingLoop):
         width = inputs[0].shape[1]
         if width not in self._captured:
             objective: Any = _Objective(self.model, self.config)
-            if inputs[0].is_cuda:
+            if self._use_cuda_graphs:
                 objective = torch.cuda.make_graphed_callables(objective, inputs, allow_unused_input=True)
             self._captured[width] = objective
         loss, agreement = self._captured[width](*inputs)
