@@ -141,7 +141,7 @@ class DVIConfig(TrainSettings):
     # When updates happen, and on how much
 
     rollout_batch: int = number(64, 1, 65536)
-    """Number of prompts that the verifier answers in one batch, in each process."""
+    """Number of prompts that the verifier answers in one batch, in each process; in several if the memory is short."""
     judge_batch: int = number(2, 1, 65536)
     """Number of responses that the current draft is judged on at once, in each process."""
     fast_batch: int = number(8, 1)

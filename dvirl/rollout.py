@@ -10,13 +10,15 @@ Letters in shapes: B prompts, P prompt positions, R response positions, N record
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dvirl.models.placement import fitting
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
@@ -24,6 +26,7 @@ from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
+Rows = TypeVar("Rows", bound="Responses")
 Answer = Callable[[list[list[int]]], "Rollout"]
 """Responses for a batch of prompts."""
 Drafts = tuple[Tensor, Tensor]
@@ -113,6 +116,16 @@ class Rollout(Responses):
         return [tokens[start : start + length] for tokens, start, length in spans]
 
 
+def join(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, in order, padded to the longest."""
+    joined: dict[str, Any] = {}
+    for name, value in vars(parts[0]).items():
+        if isinstance(value, Tensor):
+            rows = [row for part in parts for row in getattr(part, name)]
+            joined[name] = pad_sequence(rows, batch_first=True) if value.ndim > 1 else torch.stack(rows)
+    return replace(parts[0], **joined)
+
+
 @dataclass(frozen=True)
 class Records:
     """Scored drafts, one a row: every drafted position up to and including the first reject.
@@ -167,7 +180,7 @@ def generate(
     sampler: Sampler | None = None,
     keep_states: bool = True,
 ) -> Rollout:
-    """The verifier's own responses, all prompts in one batch.
+    """The verifier's own responses, all prompts in one batch if the free memory holds it, else in several.
 
     Args:
         model: lora_S is left out if `target` is "base"; lora_D counts.
@@ -180,7 +193,7 @@ def generate(
 
     Raises:
         ValueError: for an empty prompt or a limit below 1.
-        DvirlError: if the model's logits are not finite.
+        DvirlError: if the model's logits are not finite, or not even one prompt fits into the free memory.
     """
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
         expected = "prompts of at least one token and max_new_tokens >= 1"
@@ -191,6 +204,12 @@ def generate(
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     with model.merged():
         capacity = tokens.shape[1] + max_new_tokens
+        layers = model.model.layers
+        size = fitting("prompts", len(prompts), model, layers, capacity, model.config.vocab_size)
+        if size < len(prompts):
+            batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+            settings = (max_new_tokens, eos_ids, target, sampler, keep_states)
+            return join([generate(model, batch, *settings) for batch in batches])
         stages = model.new_stages(capacity, None, target, len(tokens), fused=False)
         batch = PlainBatch(stages, tokens, prompt_lens)
         answers = decode_plainly(batch, max_new_tokens, ends, sampler, keep_states)

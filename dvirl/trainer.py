@@ -46,6 +46,7 @@ from dvirl.metrics import (
 )
 from dvirl.models.drafters import with_drafter
 from dvirl.models.loading import LoadedModel
+from dvirl.models.placement import fitting
 from dvirl.rollout import Answer, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
 from dvirl.runs import checkpoint, optim
 from dvirl.runs.errors import DvirlError
@@ -103,6 +104,7 @@ class DVITrainer(TrainingLoop):
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
         self.slow_optimizer = optim.make_optimizer(self.deep, config.lr_deep)
         self.optimizers = [self.fast_optimizer, self.slow_optimizer]
+        self._refuse_too_large()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.baseline = Baseline(config.baseline, config.baseline_momentum)
@@ -110,6 +112,22 @@ class DVITrainer(TrainingLoop):
         self.served = Served()
         self.rates: list[float] = []
         self.answer: Answer = self._generate
+
+    def _refuse_too_large(self) -> None:
+        """Say now, and not after hours, if the updates' batches do not fit into the memory."""
+        config = self.config
+        base = self.loaded.model
+        layers = base.model.layers
+        longest = max(map(len, self.split.stream.prompts)) + config.max_new_tokens
+        logits = config.max_new_tokens * base.config.vocab_size
+        # The drafter's layers are as large as those of the model that they start from.
+        drafting = layers[: config.exit_layer + config.drafter_layers]
+        count = min(config.judge_batch, config.num_prompts)
+        fitting("judge_batch", count, base, drafting, longest, logits, self.shallow)
+        if config.slow_every:
+            count = min(config.slow_batch, config.num_prompts)
+            deep = layers[config.exit_layer :]
+            fitting("slow_batch", count, base, deep, longest, logits, self.deep)
 
     def _count_tokens(self) -> Tensor | None:
         """The untouched model's response tokens that the draft vocabulary is counted on; None if it covers all."""

@@ -1,17 +1,28 @@
-"""Where a model's parameters lie: on one device, or its layers spread over the cards of a host."""
+"""What fits where: a model's layers on the cards of a host, and texts into the memory that is left."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import psutil
 import torch
-from accelerate import infer_auto_device_map
+from accelerate import PartialState, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dvirl.runs.errors import DvirlError
+from kangaroo.adapter import head_dim
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 BALANCED = "balanced"
 """The device by which layers are spread over all cards."""
 LAYER = "DecoderLayer"
+SHARE = 0.8
+"""Share of a device's free memory that is given away. The rest of a card that takes weights is for the draft, caches,
+logits and training; the rest of a device that takes texts, for what the estimate of their size leaves out."""
+LOGIT_COPIES = 6
+"""Float32 tensors as large as the logits that are held at once where tokens are chosen, or a loss is differentiated."""
 
 
 def placement(
@@ -26,16 +37,20 @@ def placement(
         model: on the meta device.
         dtype: of its weights to be.
         device: the first card.
-        memory: bytes to use on each card; as Accelerate balances what is free if not given.
+        memory: bytes to use on each card; if not given, `SHARE` of what is free, as Accelerate balances it.
 
     Returns:
         The device of a parameter, by its name.
 
     Raises:
-        DvirlError: if the cards together are too small.
+        DvirlError: if the cards together are too small, or several processes would share them.
     """
+    if PartialState().num_processes > 1:
+        raise DvirlError("device is 'balanced', which takes every card; expected one process")
     if memory is None:
-        memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=[LAYER])
+        cards = range(torch.cuda.device_count())
+        free = {card: int(SHARE * free_memory(torch.device("cuda", card))) for card in cards}
+        memory = get_balanced_memory(model, free, [LAYER], dtype)
     found = infer_auto_device_map(model, dict(memory), no_split_module_classes=[LAYER], dtype=dtype)
     elsewhere = sorted(name for name, where in found.items() if not isinstance(where, int))
     if elsewhere:
@@ -52,3 +67,58 @@ def placement(
         return torch.device(device.type, int(found[module]))
 
     return device_of
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, with those that torch keeps in reserve there; of any other, the host's."""
+    if device.type != "cuda":
+        available: int = psutil.virtual_memory().available
+        return available
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def fitting(
+    name: str,
+    wanted: int,
+    model: EarlyExitLlamaForCausalLM,
+    layers: Iterable[Any],
+    positions: int,
+    logits: int,
+    trained: Sequence[Tensor] = (),
+) -> int:
+    """How many texts of a batch fit into the free memory at once, by an estimate; at most as many as are wanted.
+
+    Args:
+        name: of the setting that says how many are wanted.
+        wanted: number of texts.
+        model: says sizes and devices.
+        layers: decoder layers that keep something of each text: keys and values, or what their gradients need.
+        positions: tokens of the longest text.
+        logits: numbers of logits that are computed at once for a text.
+        trained: parameters that learn from the batch, which then cannot be split.
+
+    Raises:
+        DvirlError: if a batch that learns does not fit, or not even one text of another.
+    """
+    config = model.config
+    size = positions * model.dtype.itemsize
+    # What a layer computes for a position: states around its norms and products, and attention's weights.
+    computed = 10 * config.hidden_size + 4 * config.intermediate_size + config.num_attention_heads * positions
+    # Keys and values, with room for the copy that is made of half of them when rows that have ended are dropped.
+    cached = 3 * config.num_key_value_heads * head_dim(config)
+    needed = Counter({model.device: LOGIT_COPIES * 4 * logits})
+    for layer in layers:
+        needed[layer.input_layernorm.weight.device] += size * (computed if trained else cached)
+    # AdamW keeps two moments of every trained number, beside its gradient.
+    state = 12 * sum(parameter.numel() for parameter in trained)
+    least = wanted if trained else 1
+    for device, kept in needed.items():
+        free = free_memory(device)
+        each = kept + size * computed
+        fits = max(0, int((SHARE * free - state) // each))
+        if fits < least:
+            takes = f"each takes about {each / 1e9:.3g} GB on {device}, where {free / 1e9:.3g} GB are free"
+            raise DvirlError(f"{name} puts {least} texts together; expected at most {fits}, since {takes}")
+        wanted = min(wanted, fits)
+    return wanted

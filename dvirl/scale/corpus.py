@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvirl.data.selfwritten import Openers, sample_turns
 from dvirl.models.loading import LoadedModel
-from dvirl.rollout import Responses, generate
+from dvirl.rollout import Responses, generate, join
 from dvirl.runs.errors import DvirlError
 
 NGRAM = 13
@@ -23,17 +22,6 @@ MULTIPLIER = 6364136223846793005
 """Of Knuth's linear congruential generator MMIX."""
 SCANNED = 16384
 """Number of rows hashed at once."""
-
-
-def join(parts: Sequence[Responses]) -> Responses:
-    """The rows of all parts, in order, padded to one width."""
-    width = max(part.tokens.shape[1] for part in parts)
-    padded = [F.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
-    return Responses(
-        tokens=torch.cat(padded),
-        prompt_lens=torch.cat([part.prompt_lens for part in parts]),
-        response_lens=torch.cat([part.response_lens for part in parts]),
-    )
 
 
 def answer(

@@ -22,12 +22,14 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from dvirl.config import DraftSettings
+from dvirl.data.selfwritten import TURN_TOKENS
 from dvirl.data.sources import read_prompts
 from dvirl.lora import attach_draft, shallow_parameters, train_only
 from dvirl.losses import distillation_loss
 from dvirl.models.drafters import export
 from dvirl.models.loading import LoadedModel, load
-from dvirl.rollout import Responses, response_index, verifier_states
+from dvirl.models.placement import fitting
+from dvirl.rollout import Responses, join, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
@@ -36,7 +38,6 @@ from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
 from dvirl.scale.corpus import (
-    join,
     overlapping,
     read_shard,
     without_repeats,
@@ -86,7 +87,7 @@ class DistillConfig(DraftSettings):
     follow_up: float = number(0.25, 0, 1)
     """Share of answers that get a second turn and another answer."""
     write_batch: int = number(4096, 1, 65536)
-    """Responses generated at once."""
+    """Responses generated at once, at most; fewer where fewer fit into the memory."""
     exclude: str = ""
     """Question files in Spec-Bench's schema, by commas: what shares a run of 13 tokens with a question is dropped."""
     passes: int = number(1, 1, 10_000)
@@ -203,6 +204,13 @@ class Distiller(TrainingLoop):
 
     def __init__(self, config: DistillConfig, loaded: LoadedModel) -> None:
         super().__init__(config, loaded, config.checkpoint_every)
+        base = loaded.model
+        # Said now, and not when the responses are written: a batch that will not fit.
+        layers = base.model.layers[: config.exit_layer + config.drafter_layers]
+        positions = 2 * (TURN_TOKENS + config.answer_tokens)
+        logits = config.answer_tokens * (config.draft_vocab or base.config.vocab_size)
+        drafter = list(layers[config.exit_layer :].parameters())
+        fitting("batch", config.batch, base, layers, positions, logits, drafter)
         run_folder.claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
         self.longest = int(self.responses.response_lens.max())
@@ -211,7 +219,6 @@ class Distiller(TrainingLoop):
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
-        base = loaded.model
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         matrices = []
