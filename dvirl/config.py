@@ -66,7 +66,8 @@ class TrainSettings(DraftSettings):
     """Settings that every training has."""
 
     on_bad_row: str = choice("refuse", ("refuse", "skip"))
-    """A malformed row is an error (refuse) or is reported and left out (skip)."""
+    """A row that is malformed, or that the chat format cannot spell, is an error (refuse), or is reported and left out
+    (skip)."""
     warmup_steps: int = number(10, 0)
     """Steps (fast updates) over which the rate (lr_shallow) grows from 0."""
     grad_clip: float = number(1.0, 1e-9, MANY)
@@ -89,7 +90,8 @@ class DVIConfig(TrainSettings):
     prompts_source: str = choice("chatterbot", SOURCES)
     """chatterbot, magpie, sharegpt, dolly, jsonl or spec_bench."""
     prompts_path: str = ""
-    """File (JSON or JSONL) or hub id for the sources that need one; magpie: kinds of prompts, by commas, or all."""
+    """File (JSON, JSONL, either with .gz, or parquet) or hub data set (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT) for the
+    sources that need one; magpie: kinds of prompts, by commas, or all."""
     num_prompts: int = number(256, 1)
     """Number of prompts to train on; if there are fewer, the stream starts over in another order."""
     held_out: int = number(64, 0)
@@ -218,7 +220,8 @@ class SGPConfig(TrainSettings):
     run_dir: str = "runs/sgp"
     """Folder of this run: config.yaml, metrics.jsonl, checkpoints/."""
     records_path: str = ""
-    """JSON or JSONL file or hub id of supervised records, in Dolly's or self-instruct's schema."""
+    """File or hub data set, as in `dvirl train`, of supervised records: in Dolly's, Alpaca's or self-instruct's schema,
+    or conversations, of which the first question and its answer are taken."""
     held_out_share: float = number(0.1, 0, 0.9)
     """Share of the records kept out of training, for evaluation before and after; 0 evaluates nothing."""
     max_tokens: int = number(256, 2)

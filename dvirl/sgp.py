@@ -17,7 +17,7 @@ from dvirl import lora
 from dvirl.config import SGPConfig
 from dvirl.data.examples import collate, make_example
 from dvirl.data.sources import Prompt
-from dvirl.data.stream import PromptStream
+from dvirl.data.stream import PromptStream, encode_prompts
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import checkpoint, optim
 from dvirl.runs.errors import DvirlError
@@ -159,15 +159,16 @@ class SGPTrainer(TrainingLoop):
         config = self.config
         chat = self.loaded.chat
         examples = []
-        for record in records:
-            prompt = chat.encode(record.turns, record.system)
+        too_long = 0
+        for record, prompt in encode_prompts(records, self.loaded, config.on_bad_row):
             response = [*chat.encode_response(record.response), *self.loaded.response_end]
             if 0 < len(prompt) < config.max_tokens:
                 examples.append(make_example(prompt, response[: config.max_tokens - len(prompt)]))
-        left_out = len(records) - len(examples)
-        if left_out:
+            else:
+                too_long += 1
+        if too_long:
             tqdm.write(
-                f"left out {left_out} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr
+                f"left out {too_long} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr
             )
         random.Random(config.seed).shuffle(examples)
         count = math.ceil(config.held_out_share * len(examples))

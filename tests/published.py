@@ -193,7 +193,7 @@ NEWER_CHAT = (
     "{%- for message in messages -%}\n    {%- if message.role == 'tool' %}{% continue %}{% endif -%}\n"
     "    {{- '<s>' + message.role + ':' -}}\n    {%- if message.role == 'assistant' -%}\n"
     "    {% generation %}{{ message.content + '</s>' }}{% endgeneration %}\n    {%- else -%}\n"
-    "    {{- message.content -}}\n    {%- endif -%}\n{%- endfor -%}\n"
+    "    {{- message.content | tojson -}}\n    {%- endif -%}\n{%- endfor -%}\n"
     "{%- if add_generation_prompt -%}{{- '<s>assistant:' -}}{%- endif -%}"
 )
 NAMED_CHAT = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TINYLLAMA_CHAT}]
@@ -210,6 +210,11 @@ TOKENIZERS: dict[str, tuple[dict, dict]] = {
     "metaspace-always": (piece_tokenizer({**METASPACE, "prepend_scheme": "always"}), {**FAST, "chat_template": NEWER_CHAT}),
     "metaspace-never": (piece_tokenizer({**METASPACE, "prepend_scheme": "never"}), FAST),
     "metaspace-split": (piece_tokenizer({**METASPACE, "split": True}), FAST),
+    "codellama": (piece_tokenizer(), {**LLAMA, "tokenizer_class": "CodeLlamaTokenizer", "chat_template": LLAMA2_CHAT}),
+    "codellama-legacy": (piece_tokenizer(), {**LLAMA, "tokenizer_class": "CodeLlamaTokenizer", "legacy": True}),
+    "llama-fast-of-bytes": (byte_tokenizer(), {**META, "tokenizer_class": "LlamaTokenizerFast", "chat_template": LLAMA3_CHAT}),
+    "no-class": (byte_tokenizer(), {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>"}),
+    "backend-class": (piece_tokenizer(), {**LLAMA, "tokenizer_class": "TokenizersBackend", "chat_template": TINYLLAMA_CHAT}),
     "added-token": (piece_tokenizer(), {**LLAMA, "pad_token": "[PAD]", "added_tokens_decoder": {
         str(len(piece_tokenizer()["model"]["vocab"])): {"content": "[PAD]", "special": True}}}),
 }  # fmt: skip

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from conftest import tiny_loaded
 from hypothesis import given
 from hypothesis import strategies as st
+from test_models import save_tiny
+from test_sgp import sgp_settings
 from test_trainer import tiny_settings
 
+from dvirl import train_dvi
 from dvirl.config import DVIConfig
 from dvirl.data import sources
-from dvirl.data.sources import chatterbot_prompts, read_prompts
+from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts
 from dvirl.data.stream import PromptStream, load_prompts
+from dvirl.models.chat import ChatEncoder
 from dvirl.runs.errors import DvirlError
+from dvirl.sgp import SGPTrainer
 
 ROWS = {
     "sharegpt": [{"id": "a", "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Hi there"},
@@ -110,10 +116,17 @@ def test_conversations_by_every_name(tmp_path, row, turns, system, response):
     [
         ({"messages": []}, "non-empty list of turns"),
         ({"messages": [ANSWER]}, "expected a turn with the role user"),
-        ({"messages": [USER, USER]}, "turn 2 is user's"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "expected turns by user, .* not 'tool'"),
+        ({"messages": [USER, USER]}, "turn 2 is by 'user'"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "expected a turn with the role user or from human, not only .'tool'",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content to be text"),
-        ({"messages": [{"role": "user", "content": None}]}, "non-empty string 'text'"),
+        ({"messages": [{"role": "user", "content": None}]}, "expected turn 1 to have a non-empty text"),
+        ({"messages": [{"role": "user", "content": []}]}, "expected turn 1 to have a non-empty text"),
+        ({"messages": [USER, ANSWER, KIND, AGAIN]}, "turn 3 is by 'system'"),
+        ({"messages": "Hi"}, "list of turns under one of messages, .* not 'Hi'"),
+        ({"messages": None}, "expected an object with one of prompt, turns, messages"),
     ],
 )
 def test_a_bad_conversation_names_its_row_and_skipping_ends_with_a_total(tmp_path, capsys, row, message):
@@ -130,7 +143,9 @@ def test_a_bad_conversation_names_its_row_and_skipping_ends_with_a_total(tmp_pat
     [
         ({"instruction": "Add", "input": "1 2", "output": "3"}, None),
         ({"messages": [KIND, USER, ANSWER]}, None),
-        ({"messages": [USER]}, "an answer to its first question"),
+        ({"messages": [USER]}, "an answer after its first question"),
+        ({"messages": [USER, ANSWER, AGAIN]}, None),
+        ({"instruction": "Add", "output": "3", "response": None}, None),
         ({"instruction": "Add", "output": ""}, "non-empty string 'output'"),
         ({"instruction": "Add"}, "non-empty string 'response'"),
     ],
@@ -145,6 +160,56 @@ def test_supervised_records_of_every_schema(tmp_path, row, message):
         assert read_prompts("supervised", str(path))[0].response in ("3", "Hello")
 
 
+LATER = [
+    [USER, USER, ANSWER],
+    [USER, {"role": "assistant", "content": ""}, AGAIN, ANSWER],
+    [USER, {"role": "assistant", "content": None, "tool_calls": [1]}, {"role": "tool", "content": "x"}, ANSWER],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turns", LATER)
+def test_turns_that_no_prompt_needs_are_not_looked_at(tmp_path, turns):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"conversations": turns}]))
+    (prompt,) = read_prompts("sharegpt", str(path))
+    assert (prompt.turns, prompt.response) == (("Hi there",), "")
+
+
+def test_system_texts_are_joined_and_empty_ones_are_none(tmp_path):
+    developer = {"role": "developer", "content": "Be brief."}
+    nobody = {"role": "system", "content": ""}
+    speaker = {"role": "User", "content": "Hello!"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"messages": turns}) for turns in ([KIND, developer, USER], [nobody, speaker]))
+    )
+    assert [(prompt.system, prompt.turns) for prompt in read_prompts("jsonl", str(path))] == [
+        ("Be kind.\nBe brief.", ("Hi there",)),
+        ("", ("Hello!",)),
+    ]
+
+
+def test_a_table_has_null_where_a_row_has_nothing(tmp_path):
+    path = str(tmp_path / "rows.parquet")
+    other = {"from": "human", "value": "Yes?"}
+    rows = [{"prompt": "One", "category": "c"}, {"messages": [USER]}, {"messages": [other]}]
+    pd.DataFrame(rows).to_parquet(path)
+    assert [(prompt.turns, prompt.category) for prompt in read_prompts("jsonl", path)] == [
+        (("One",), "c"),
+        (("Hi there",), ""),
+        (("Yes?",), ""),
+    ]
+
+
+def test_a_table_without_a_usable_column_says_what_it_has(tmp_path):
+    path = str(tmp_path / "rows.parquet")
+    pd.DataFrame({"text": ["x"], "label": [1]}).to_parquet(path)
+    expected = "row 1: expected an object with one of prompt, .*, not {'text': 'x', 'label': 1}"
+    with pytest.raises(DvirlError, match=expected) as caught:
+        read_prompts("jsonl", path)
+    assert "\n" not in str(caught.value)
+
+
 def test_files_as_people_have_them(tmp_path):
     """Pretty-printed, wrapped, packed, with a byte order mark, or parquet: the same rows."""
     rows = [{"messages": [USER, ANSWER], "extra": [1]}, {"messages": [AGAIN], "extra": []}]
@@ -152,16 +217,19 @@ def test_files_as_people_have_them(tmp_path):
     files = {
         "pretty.json": json.dumps(rows, indent=2).encode(),
         "wrapped.json": json.dumps({"version": 1, "data": rows}, indent=2).encode(),
-        "viewer.json": json.dumps({"rows": [{"row_idx": 0, "row": row} for row in rows]}).encode(),
+        "viewer.json": json.dumps({"features": [{"feature_idx": 0, "name": "messages"}], "num_rows_total": 2,
+                                   "rows": [{"row_idx": 0, "row": row} for row in rows]}).encode(),
+        "items.json": json.dumps({"items": rows}).encode(),
+        "conversations.json": json.dumps({"conversations": [{"id": 1}, *rows]}).encode(),
         "mark.jsonl": lines.encode("utf-8-sig"),
         "packed.jsonl.gz": gzip.compress(lines.encode()),
         "packed.json.gz": gzip.compress(json.dumps(rows).encode()),
-    }
+    }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
     for name in [*files, "rows.parquet"]:
-        assert [prompt.turns for prompt in read_prompts("jsonl", str(tmp_path / name))] == [
+        assert [prompt.turns for prompt in read_prompts("jsonl", str(tmp_path / name), "skip")] == [
             ("Hi there",),
             ("Bye",),
         ]
@@ -180,6 +248,44 @@ def test_a_limit_that_leaves_no_room_for_a_prompt_says_so():
         DvirlError, match="max_new_tokens is 400, which leaves no room for a prompt; expected less"
     ):
         load_prompts(config, tiny_loaded())
+
+
+@pytest.mark.parametrize("changes", [{"max_prompt_tokens": 2}, {"max_new_tokens": 254}])
+def test_a_limit_that_no_prompt_fits_is_not_blamed_on_the_source(changes):
+    with pytest.raises(
+        DvirlError, match=r"none of \d+ prompts has 2 tokens or fewer \(max_prompt_tokens is "
+    ):
+        load_prompts(tiny_settings(**changes), tiny_loaded())
+
+
+def test_prompts_that_the_chat_format_cannot_spell_are_skipped_too(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    texts = ("One", "Say [INST]", "Two")
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    loaded = tiny_loaded()
+    loaded = replace(loaded, chat=ChatEncoder(loaded.tokenizer, "llama-2"))
+    settings = dict(prompts_source="jsonl", prompts_path=str(path), held_out=1)
+    with pytest.raises(DvirlError, match=r"'Say \[INST\]' spells \[INST\]"):
+        load_prompts(tiny_settings(**settings), loaded)
+    assert len(load_prompts(tiny_settings(on_bad_row="skip", **settings), loaded).stream) == 1
+    assert "left out 1 of 3 prompts" in capsys.readouterr().err
+    records = [Prompt((text,), response="Yes") for text in texts]
+    trainer = SGPTrainer(sgp_settings(on_bad_row="skip"), loaded, records)
+    assert len(trainer.train_set) + len(trainer.held_out) == 2
+    said = capsys.readouterr().err
+    assert "left out 1 of 3 prompts" in said and "records" not in said
+
+
+def test_a_fast_batch_that_is_never_reached_is_said(tmp_path, capsys):
+    model = save_tiny(tmp_path / "m")
+    config = tiny_settings(
+        model_name=str(model), run_dir=str(tmp_path / "run"), num_prompts=4, fast_batch=10**6
+    )
+    trainer = train_dvi.main(config)
+    said = capsys.readouterr().out
+    accepted = trainer.buffer.accepted_since_update
+    assert f"nothing was learned: {accepted} drafts were accepted in all" in said
+    assert "fast_batch = 1000000; lower it, or give more prompts" in said and "accept rate" not in said
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

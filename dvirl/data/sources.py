@@ -22,16 +22,17 @@ Parsed = TypeVar("Parsed")
 CONVERSATIONS = ("messages", "conversations", "conversation", "items")
 """Where a row holds a conversation: OpenAI's name, ShareGPT's, that of LMSYS-Chat-1M and WildChat, old ShareGPT's."""
 ROLES = {
-    "user": "user",
     "human": "user",
-    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "developer": "system",
 }
-ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
-"""Who speaks, by the names in use."""
-ROW_FIELDS = {*CONVERSATIONS, "prompt", "turns", "instruction", "question_id"}
-"""One of these a row has; an object without them stands around the rows."""
+"""Who speaks, by the other names in use."""
+ROW_FIELDS = {"prompt", "turns", "instruction", "question_id"}
+"""A row has one of these or a conversation; an object without these may stand around the rows."""
 HUB_ROWS = 10_000
 """Rows streamed from a hub data set at most."""
 
@@ -92,7 +93,9 @@ def _parquet_rows(source: str) -> list[Any]:
     try:
         rows: list[Any] = parquet.read_table(source).to_pylist()
     except Exception as error:  # the library raises many kinds of error that mean the same to the user
-        raise DvirlError(f"{source}: not a readable parquet file ({error!s:.200})") from error
+        raise DvirlError(
+            f"{source}: not a readable parquet file ({' '.join(str(error).split()):.200})"
+        ) from error
     return rows
 
 
@@ -106,14 +109,23 @@ def _json_rows(source: str) -> list[Any] | None:
             parse_line(source, text)  # says what is wrong
         return None
     if isinstance(value, dict) and ROW_FIELDS.isdisjoint(value):
-        # An object around the rows, such as {"data": [...]}; the hub's viewer puts each into another object.
-        lists = [member for member in value.values() if has_type(member, list[dict[str, Any]])]
+        lists = [rows for rows in map(_wrapped_rows, value.values()) if rows]
         if len(lists) == 1:
-            return [row.get("row", row) for row in lists[0]]
+            return lists[0]
     if "\n" not in text.strip() and not isinstance(value, list):
         return None  # a JSONL file of one line
     parse_line(source, text)  # half characters are refused
     return value if isinstance(value, list) else [value]
+
+
+def _wrapped_rows(member: Any) -> list[Any]:
+    """The rows that a member of an object holds, as "data" of {"data": [...]} does; none if it holds something else."""
+    if not has_type(member, list[dict[str, Any]]):
+        return []
+    rows = [row.get("row", row) for row in member]  # the hub's viewer puts each into another object
+    fields = ROW_FIELDS.union(CONVERSATIONS)
+    # The turns of a conversation are objects too, but have no field of a row.
+    return rows if any(has_type(row, dict[str, Any]) and fields & row.keys() for row in rows) else []
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
@@ -163,46 +175,53 @@ def _category(row: dict[str, Any]) -> str:
     return category
 
 
-def parse_conversation(row: Any) -> Prompt:
+def parse_conversation(row: Any, exchange: bool = False) -> Prompt:
     """A conversation under one of `CONVERSATIONS`: turns with role and content, or with from and value.
 
     One that ends with the user's turn is a prompt as it stands. Of another the first question is the prompt, and the
-    first answer the response. A system text at the beginning counts in both.
+    answer that follows it the response; later turns are not looked at. System texts before the question count in both.
+
+    Args:
+        row: the object that holds it.
+        exchange: take the first question and its answer, whoever has the last turn.
     """
-    name = next((name for name in CONVERSATIONS if isinstance(row, dict) and name in row), None)
-    turns = row[name] if name else None
+    named = [row[name] for name in CONVERSATIONS if isinstance(row, dict) and name in row]
+    turns = named[0] if named else None
     if not turns or not has_type(turns, list[dict[str, Any]]):
-        raise DvirlError(f"expected an object with a non-empty list of turns {', '.join(CONVERSATIONS)}")
-    texts: list[str] = []
-    system = ""
-    for turn in turns:
-        role = ROLES.get(str(turn.get("role") or turn.get("from")))
-        if role is None:
+        expected = f"expected a non-empty list of turns under one of {', '.join(CONVERSATIONS)}"
+        raise DvirlError(f"{expected}, not {turns!r:.40}")
+    names = [str(turn.get("role") or turn.get("from")).lower() for turn in turns]
+    roles = [ROLES.get(name, name) for name in names]
+    if "user" not in roles:
+        raise DvirlError(f"expected a turn with the role user or from human, not only {roles!r:.80}")
+    first = roles.index("user")
+    system = [_content(turn) for role, turn in zip(roles, turns[:first], strict=False) if role == "system"]
+    last = len(turns) if roles[-1] == "user" and not exchange else first + 1
+    texts = []
+    for index in range(first, last):
+        if roles[index] != ("assistant" if (index - first) % 2 else "user"):
             raise DvirlError(
-                f"expected turns by {', '.join(ROLES)}, not {turn.get('role', turn.get('from'))!r}"
+                f"expected turns of user and assistant in turn; turn {index + 1} is by {roles[index]!r:.40}"
             )
-        text = _content(turn.get("content", turn.get("value")))
-        if role == "system" and not texts:
-            system = text
-        elif role == ("assistant" if len(texts) % 2 else "user"):
-            texts.append(text)
-        elif texts:  # what comes before the user's first turn is passed over
-            raise DvirlError(
-                f"expected turns of user and assistant in turn; turn {len(texts) + 1} is {role}'s"
-            )
-    if not texts:
-        raise DvirlError("expected a turn with the role user (or from human)")
-    if len(texts) % 2:
-        return Prompt(tuple(texts), system=system)
-    return Prompt((texts[0],), response=texts[1], system=system)
+        text = _content(turns[index])
+        if not text.strip():
+            raise DvirlError(f"expected turn {index + 1} to have a non-empty text")
+        texts.append(text)
+    answers = [] if last == len(turns) or roles[last] != "assistant" else [_content(turns[last])]
+    return Prompt(tuple(texts), response="".join(answers), system="\n".join(system).strip())
 
 
-def _content(content: Any) -> str:
+def _content(turn: dict[str, Any]) -> str:
     """A turn's text, which may be a list of parts."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if not has_type(parts, list[dict[str, Any]]) or any(part.get("type") != "text" for part in parts):
-        raise DvirlError("expected a turn's content to be text")
-    texts = [_text(part, "text") for part in parts]
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DvirlError(f"expected a turn's content to be text, not {part!r:.80}")
+        texts.append(part["text"])
     return "\n".join(texts)
 
 
@@ -222,7 +241,10 @@ def parse_jsonl(row: Any) -> Prompt:
         return parse_conversation({"messages": row["prompt"]})
     if isinstance(row, dict) and not row.keys().isdisjoint(CONVERSATIONS):
         return parse_conversation(row)
-    has_turns = isinstance(row, dict) and "turns" in row
+    if not isinstance(row, dict) or row.keys().isdisjoint(("prompt", "turns")):
+        fields = ", ".join(("prompt", "turns", *CONVERSATIONS))
+        raise DvirlError(f"expected an object with one of {fields}, not {row!r:.80}")
+    has_turns = "turns" in row
     turns = _texts(row["turns"], "turns") if has_turns else (_text(row, "prompt"),)
     if len(turns) % 2 == 0:
         raise DvirlError(f"'turns' has {len(turns)} entries; expected an odd number, the user's last")
@@ -247,9 +269,9 @@ def parse_supervised(row: Any) -> list[Prompt]:
     `{"instruction", "instances": [{"input", "output"}]}`, or the first exchange of a conversation.
     """
     if isinstance(row, dict) and not row.keys().isdisjoint(CONVERSATIONS):
-        prompt = parse_conversation(row)
-        if not prompt.response:
-            raise DvirlError("expected a conversation with an answer to its first question, at its end")
+        prompt = parse_conversation(row, exchange=True)
+        if not prompt.response.strip():
+            raise DvirlError("expected a conversation with an answer after its first question")
         return [prompt]
     if not isinstance(row, dict) or "instances" not in row:
         answer = (
@@ -320,7 +342,14 @@ def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Pro
         DvirlError: for a malformed row, with its file and line, or when no prompt is left.
     """
     prompts: dict[str, Prompt] = {}
-    for _, parsed in parsed_rows(source, PARSERS[kind], on_bad_row):
+
+    def parse(row: Any) -> Prompt | list[Prompt]:
+        # Tables have every column in every row, and null where a row has nothing.
+        if isinstance(row, dict):
+            row = {name: value for name, value in row.items() if value is not None}
+        return PARSERS[kind](row)
+
+    for _, parsed in parsed_rows(source, parse, on_bad_row):
         for prompt in parsed if isinstance(parsed, list) else [parsed]:
             prompts.setdefault(prompt.key, prompt)
     if not prompts:

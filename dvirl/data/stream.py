@@ -2,14 +2,14 @@
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from dvirl.config import DVIConfig
 from dvirl.data.selfwritten import Openers, write_prompts
-from dvirl.data.sources import chatterbot_prompts, read_prompts
+from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.inputs import context_length
@@ -88,6 +88,11 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     short = [ids for ids in encoded if 0 < len(ids) <= most]
     if len(short) < len(encoded):
         tqdm.write(f"left out {len(encoded) - len(short)} prompts over {most} tokens", file=sys.stderr)
+    if encoded and not short:
+        limits = f"max_prompt_tokens is {config.max_prompt_tokens}, max_new_tokens {config.max_new_tokens}"
+        raise DvirlError(
+            f"none of {len(encoded)} prompts has {most} tokens or fewer ({limits}, the context {context})"
+        )
     random.Random(config.seed).shuffle(short)
     held_out = short[: config.held_out]
     training = short[config.held_out :]
@@ -107,4 +112,27 @@ def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
         prompts = read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)
     else:
         raise DvirlError(f"prompts_source {config.prompts_source!r} needs prompts_path, a file or a hub id")
-    return [loaded.chat.encode(prompt.turns, prompt.system) for prompt in prompts]
+    return [ids for _, ids in encode_prompts(prompts, loaded, config.on_bad_row)]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], loaded: LoadedModel, on_bad_row: str
+) -> Iterator[tuple[Prompt, list[int]]]:
+    """Prompts with their token ids; `on_bad_row` holds for those that the chat format cannot spell.
+
+    Raises:
+        DvirlError: for such a prompt, with its first letters.
+    """
+    skipped = 0
+    for prompt in prompts:
+        try:
+            ids = loaded.chat.encode(prompt.turns, prompt.system)
+        except DvirlError as error:
+            if on_bad_row == "refuse":
+                raise
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        yield prompt, ids
+    if skipped:
+        tqdm.write(f"left out {skipped} of {len(prompts)} prompts", file=sys.stderr)

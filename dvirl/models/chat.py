@@ -5,10 +5,11 @@ Where a turn itself spells a control token, a guard character breaks the spellin
 only the template's control tokens count.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def compile_template(source: str, tokens: Mapping[str, Any]) -> Callable[[list[d
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.globals["raise_exception"] = raise_exception
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own writes for HTML
     if not re.search(r"strftime_now is (not )?defined", source):
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 

@@ -295,7 +295,7 @@ def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | Non
     metaspace = pre_tokenizer if pre_tokenizer.get("type") == "Metaspace" else {}
     split = metaspace.get("split", True)
     scheme: str = metaspace.get("prepend_scheme", "")
-    of_llama = str(entries.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+    of_llama = str(entries.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
     if of_llama and (metaspace or any(map(_prepends, kept))):
         # Newest transformers builds a Llama tokenizer's spaces anew, by its settings.
         kept = []
