@@ -246,7 +246,7 @@ def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
      ("02_acceptance", "draft_len = 0", "draft_len is 0; expected a number from 1 to 64"),
      ("04_slow_update", "beta = 0.5", "unknown notebook parameter beta; known are"),
      ("04_slow_update", "beta_kl = -1.0", "beta_kl is -1.0; expected a number from 0 to 1e"),
-     ("05_evaluate", "exit_layer = 6", "unknown notebook parameter exit_layer; known are"),
+     ("05_evaluate", "exit_layr = 6", "unknown notebook parameter exit_layr; known are"),
      ("05_evaluate", "answer_tokens = 1", "answer_tokens is 1; expected a number from 2 to"),
      ("06_sgp", "fast_batch = 6", "unknown notebook parameter fast_batch; known are"),
      ("06_sgp", "beta_exit = -1.0", "beta_exit is -1.0; expected a number from 0 to 1e")],
