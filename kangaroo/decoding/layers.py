@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from transformers.activations import ACT2FN
 
 from kangaroo.adapter import DecoderLayer, apply_rotary
 from kangaroo.decoding.cache import CachedPass, KVCache, attend_cached
+
+if TYPE_CHECKING:
+    from kangaroo.decoding.kernels import FusedLayer
 
 Product = Callable[[Tensor], Tensor]
 Made = TypeVar("Made")
@@ -77,6 +80,7 @@ class CachedLayer:
         self._groups = attention.num_groups
         self._head_dim = attention.head_dim
         self.device = attention.q_proj.weight.device
+        self.kernels = _kernels_for(layer, dtype) if compile_it else None
         self._input_norm = rms_norm(layer.input_layernorm, dtype)
 
         def join(*projections: nn.Linear) -> Product:
@@ -108,6 +112,15 @@ class CachedLayer:
         if self._gate_up is not None:
             hidden = hidden + self._down(self._gate(self._gate_up(self._mlp_norm(hidden))))
         return hidden
+
+
+def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
+    """The layer by our own kernels, if they compute its shape."""
+    if not has_triton():
+        return None
+    from kangaroo.decoding.kernels import FusedLayer, supports
+
+    return FusedLayer(layer, dtype) if supports(layer, dtype, LARGE) else None
 
 
 def rms_norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:
