@@ -147,5 +147,11 @@ def test_plans_read_whole_chunks():
     config = tiny_config(hidden_size=64)
     cache = KVCache(config, [DEVICE], 1, CAPACITY, torch.empty(0, device=DEVICE))
     states = torch.zeros(1, 3, 64, device=DEVICE)
-    plan = plan_fused(rotary_for(config), cache, states, FixedShape(torch.tensor([4], device=DEVICE), 100), 4)
-    assert plan.chunks == 2 and plan.cos.shape == (3, 16) and len(plan.partial) == 3 * 4 * 2 * 16
+    plan = plan_fused(
+        rotary_for(config).table(CAPACITY, DEVICE),
+        cache,
+        states,
+        FixedShape(torch.tensor([4], device=DEVICE), 100),
+        4,
+    )
+    assert plan.chunks == 2 and plan.cos.shape[1] == 16 and len(plan.partial) == 3 * 4 * 2 * 16

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kangaroo.adapter import DecoderLayer, LlamaRotaryEmbedding
+from kangaroo.adapter import DecoderLayer
 from kangaroo.decoding.cache import FixedShape, KVCache
 
 ROWS = 16
@@ -41,7 +41,7 @@ EVERYTHING = 1 << 30
 """A window that no text fills."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _project(
     x, weight, bias, residual, out, rows, eps,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -83,6 +83,15 @@ def _project(
         scale = 1.0 / tl.sqrt(squares / K + eps)
         total *= scale[:, None]
         total_up *= scale[:, None]
+    _write(total, total_up, bias, residual, out, row, column, rows, N, GATE, BIAS, ADD)
+
+
+@triton.jit
+def _write(
+    total, total_up, bias, residual, out, row, column, rows,
+    N: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Store sums of a product `[16, columns]`, after bias, gate and residual."""
     kept = (row[:, None] < rows) & (column[None, :] < N)
     if BIAS:
         total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
@@ -90,14 +99,14 @@ def _project(
             total_up += tl.load(bias + N + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     if GATE:
         total = total / (1.0 + tl.exp(-total)) * total_up
-    place_out = row[:, None] * N + column[None, :]
+    place = row[:, None] * N + column[None, :]
     if ADD:
-        total += tl.load(residual + place_out, mask=kept, other=0.0).to(tl.float32)
-    tl.store(out + place_out, total.to(out.dtype.element_ty), mask=kept)
+        total += tl.load(residual + place, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def _rotated(base, row, row_mask, column, cos, sin, cos_row, E: tl.constexpr):
+def _rotated(base, row, row_mask, column, cos, sin, position, E: tl.constexpr):
     """Rows of queries or keys, turned by their positions, `[rows, E]` float32."""
     half: tl.constexpr = E // 2
     partner = tl.where(column < half, column + half, column - half)
@@ -105,31 +114,56 @@ def _rotated(base, row, row_mask, column, cos, sin, cos_row, E: tl.constexpr):
     mask = row_mask[:, None] & (column[None, :] < E)
     own = tl.load(base + row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     other = tl.load(base + row[:, None] + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-    turn = cos_row[:, None] * E + column[None, :]
+    turn = position[:, None] * E + column[None, :]
     c = tl.load(cos + turn, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin + turn, mask=mask, other=0.0).to(tl.float32)
     return own * c + sign[None, :] * other * s
 
 
 @triton.jit
+def _chunk(
+    qkv, cos, sin, keys, values, text, group, start, slot, column, T, capacity, writes,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a chunk of slots, `[CHUNK, E]`, from the cache or new; new ones are stored if asked for."""
+    width: tl.constexpr = (H + 2 * G) * E
+    fresh = slot - start
+    is_new = (fresh >= 0) & (fresh < T)
+    row = (text * T + fresh) * width
+    in_head = column[None, :] < E
+    new_key = _rotated(qkv + (H + group) * E, row, is_new, column, cos, sin, slot, E).to(
+        keys.dtype.element_ty
+    )
+    place = (H + G + group) * E + row[:, None] + column[None, :]
+    new_value = tl.load(qkv + place, mask=is_new[:, None] & in_head, other=0.0)
+    stored = ((text * G + group) * capacity + slot)[:, None] * E + column[None, :]
+    is_old = (slot < start)[:, None] & in_head
+    old_key = tl.load(keys + stored, mask=is_old, other=0.0)
+    old_value = tl.load(values + stored, mask=is_old, other=0.0)
+    if writes:
+        fits = is_new[:, None] & in_head & (slot < capacity)[:, None]
+        tl.store(keys + stored, new_key, mask=fits)
+        tl.store(values + stored, new_value, mask=fits)
+    key = tl.where(is_new[:, None], new_key, old_key)
+    value = tl.where(is_new[:, None], new_value, old_value)
+    return key, value
+
+
+@triton.jit(do_not_specialize=["T", "capacity", "window"])
 def _attend(
-    qkv, cos, sin, starts, keys, values, partial, statistics,
-    T, capacity, window, scale,
+    qkv, cos, sin, starts, keys, values, partial, statistics, T, capacity, window, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one tile of a text's tokens on one chunk of slots; the new keys and values go into the cache.
 
-    A slot's key comes from the cache if it was there before this pass, else from the new tokens. Both lie in the same
-    place of the same chunk, so that sums are taken in the same order whichever it is.
+    Old and new keys lie in the places of their slots, so that sums are always taken in the same order.
     """
     chunk = tl.program_id(0)
     head = tl.program_id(1)
-    tiles = tl.cdiv(T, 16)
-    text = tl.program_id(2) // tiles
-    tile = tl.program_id(2) % tiles
+    text = tl.program_id(2) // tl.cdiv(T, 16)
+    tile = tl.program_id(2) % tl.cdiv(T, 16)
     group = head // (H // G)
-    width: tl.constexpr = (H + 2 * G) * E
     column = tl.arange(0, E2)
     token = tile * 16 + tl.arange(0, 16)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -138,35 +172,17 @@ def _attend(
     start = tl.load(starts + text)
     own = token < T
     place = text * T + token
-    statistic = statistics + ((text * T + token) * H + head) * CHUNKS * 2 + chunk * 2
+    position = start + token
+    statistic = statistics + (place * H + head) * CHUNKS * 2 + chunk * 2
     if chunk * CHUNK >= start + T:
         return
-    query = _rotated(qkv + head * E, place * width, own, column, cos, sin, place, E)
-    # Keys and values of the chunk: from the cache, or new.
-    fresh = slot - start
-    is_new = (fresh >= 0) & (fresh < T)
-    is_old = slot < start
-    new_row = (text * T + fresh) * width
-    new_key = _rotated(qkv + (H + group) * E, new_row, is_new, column, cos, sin, text * T + fresh, E)
-    new_key = new_key.to(keys.dtype.element_ty)
-    in_head = column[None, :] < E
-    new_value = tl.load(
-        qkv + (H + G + group) * E + new_row[:, None] + column[None, :],
-        mask=is_new[:, None] & in_head,
-        other=0.0,
+    query = _rotated(qkv + head * E, place * ((H + 2 * G) * E), own, column, cos, sin, position, E)
+    writes = (head % (H // G) == 0) & (tile == 0)
+    key, value = _chunk(
+        qkv, cos, sin, keys, values, text, group, start, slot, column, T, capacity, writes, H, G, E
     )
-    stored = ((text * G + group) * capacity + slot)[:, None] * E + column[None, :]
-    old_key = tl.load(keys + stored, mask=is_old[:, None] & in_head, other=0.0)
-    old_value = tl.load(values + stored, mask=is_old[:, None] & in_head, other=0.0)
-    key = tl.where(is_new[:, None], new_key, old_key)
-    value = tl.where(is_new[:, None], new_value, old_value)
-    if (head % (H // G) == 0) & (tile == 0):
-        fits = is_new[:, None] & in_head & (slot < capacity)[:, None]
-        tl.store(keys + stored, new_key, mask=fits)
-        tl.store(values + stored, new_value, mask=fits)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     scores = tl.dot(query.to(key.dtype), tl.trans(key), input_precision=precision) * scale
-    position = start + token
     seen = (slot[None, :] <= position[:, None]) & (slot[None, :] > position[:, None] - window)
     scores = tl.where(seen, scores, float("-inf"))
     if PDL:
@@ -178,13 +194,14 @@ def _attend(
     tl.store(statistic, highest, mask=own)
     tl.store(statistic + 1, tl.sum(weights, axis=1), mask=own)
     where = (((place * H + head) * CHUNKS + chunk) * E)[:, None] + column[None, :]
-    tl.store(partial + where, mixed, mask=own[:, None] & in_head)
+    tl.store(partial + where, mixed, mask=own[:, None] & (column[None, :] < E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _merge(
     partial, statistics, starts, out, T,
-    H: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNKS2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the sums of its chunks put together, in the chunks' order."""
     row = tl.program_id(0)
@@ -196,15 +213,14 @@ def _merge(
         gdc_launch_dependents()
     length = tl.load(starts + row // T) + row % T + 1
     place = (row * H + head) * CHUNKS
-    highest = float("-inf")
-    for chunk in range(CHUNKS):
-        live = chunk * CHUNK < length  # chunks beyond hold nothing that this row sees
-        highest = tl.maximum(
-            highest, tl.load(statistics + (place + chunk) * 2, mask=live, other=float("-inf"))
-        )
+    every = tl.arange(0, CHUNKS2)  # chunks beyond the row's length hold nothing that it sees
+    live_chunks = (every < CHUNKS) & (every * CHUNK < length)
+    tops = tl.load(statistics + (place + every) * 2, mask=live_chunks, other=float("-inf"))
+    highest = tl.max(tops, axis=0)
     total = 0.0
     mixed = tl.zeros((E2,), dtype=tl.float32)
-    for chunk in range(CHUNKS):
+    # In the chunks' order, however many there are: a sum of all at once would depend on their number.
+    for chunk in tl.range(0, CHUNKS, loop_unroll_factor=8):
         live = chunk * CHUNK < length
         local = tl.load(statistics + (place + chunk) * 2, mask=live, other=float("-inf"))
         share = tl.exp(local - highest)
@@ -213,7 +229,7 @@ def _merge(
     tl.store(out + (row * H + head) * E + column, (mixed / total).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _choose(
     x, weight, highest, index, sums, rows,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
@@ -274,13 +290,12 @@ def _launch(
     kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], warps: int, stages: int, **constants: Any
 ) -> None:
     device = arguments[0].device
-    programmatic = _programmatic(device)
-    how = (
-        {"num_warps": warps, "num_stages": stages, "launch_pdl": programmatic}
-        if device.type == "cuda"
-        else {}
-    )
-    kernel[grid](*arguments, PDL=programmatic, **constants, **how)
+    if device.type != "cuda":  # Triton's interpreter, in tests
+        kernel[grid](*arguments, PDL=False, **constants)
+        return
+    early = _programmatic(device)
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, PDL=early, num_warps=warps, num_stages=stages, launch_pdl=early, **constants)
 
 
 def _tiles(rows: int) -> int:
@@ -335,7 +350,7 @@ class FusedPass:
     """What all layers of a stage share in one pass.
 
     Attributes:
-        cos, sin: rotary factors of the new tokens, `[B T, E]`.
+        cos, sin: rotary factors of all positions, float32 `[P, E]`.
         starts: `[B]`, the slot of each text's first new token.
         length: T.
         chunks: chunks of slots that are read.
@@ -354,29 +369,17 @@ class FusedPass:
 
 
 def plan_fused(
-    rotary: LlamaRotaryEmbedding, cache: KVCache, states: Tensor, fixed: FixedShape, num_heads: int
+    table: tuple[Tensor, Tensor], cache: KVCache, states: Tensor, fixed: FixedShape, num_heads: int
 ) -> FusedPass:
-    """Plan a pass over new tokens `states [B, T, D]`."""
+    """Plan a pass over new tokens `states [B, T, D]`, their positions by the rotary table."""
     batch, length, _ = states.shape
-    steps = torch.arange(length, device=states.device)
-    positions = (fixed.starts[:, None] + steps).clamp(max=cache.capacity - 1)
-    cos, sin = rotary(positions, cache.capacity - 1, states.dtype)
-    size = cos.shape[-1]
+    cos, sin = table
     chunks = -(-fixed.num_slots // CHUNK)
-    space = torch.empty(batch * length, num_heads, chunks, size + 2, device=states.device)
-    partial = space.flatten()[: batch * length * num_heads * chunks * size]
-    statistics = space.flatten()[len(partial) :]
+    sums = batch * length * num_heads * chunks
+    space = torch.empty(sums * (cos.shape[-1] + 2), device=states.device)
+    partial = space[: sums * cos.shape[-1]]
     window = cache.window or EVERYTHING
-    return FusedPass(
-        cos.reshape(-1, size),
-        sin.reshape(-1, size),
-        fixed.starts,
-        length,
-        chunks,
-        window,
-        partial,
-        statistics,
-    )
+    return FusedPass(cos, sin, fixed.starts, length, chunks, window, partial, space[len(partial) :])
 
 
 class FusedLayer:
@@ -415,7 +418,7 @@ class FusedLayer:
         _launch(_attend, grid, (*arguments, *scalars), 4, 1, G=self.groups, EXACT=exact, **shape)
         mixed = hidden.new_empty(rows, self.heads * self.size)
         parts = (plan.partial, plan.statistics, plan.starts, mixed, plan.length)
-        _launch(_merge, (rows, self.heads), parts, 1, 1, **shape)
+        _launch(_merge, (rows, self.heads), parts, 1, 1, CHUNKS2=triton.next_power_of_2(plan.chunks), **shape)
         hidden = self._out(mixed, hidden)
         if self._gate_up is None:  # Kangaroo's adapter has no feed-forward half
             return hidden

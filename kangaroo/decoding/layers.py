@@ -74,13 +74,15 @@ class CachedLayer:
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype, fused: bool = True) -> None:
         attention = layer.self_attn
-        compile_it = fused and attention.q_proj.weight.is_cuda
+        on_cuda = fused and attention.q_proj.weight.is_cuda
+        self.kernels = _kernels_for(layer, dtype) if on_cuda else None
+        # Where our kernels run, the library's only read prompts, which is not worth a compilation.
+        compile_it = on_cuda and self.kernels is None
         self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if compile_it else apply_rotary
         self._heads = attention.num_heads
         self._groups = attention.num_groups
         self._head_dim = attention.head_dim
         self.device = attention.q_proj.weight.device
-        self.kernels = _kernels_for(layer, dtype) if compile_it else None
         self._input_norm = rms_norm(layer.input_layernorm, dtype)
 
         def join(*projections: nn.Linear) -> Product:

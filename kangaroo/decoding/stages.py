@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ class Stage:
         self.rotary = rotary
         self.cache = cache
         self.passes = passes
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
@@ -110,7 +112,9 @@ class Stage:
         from kangaroo.decoding.kernels import plan_fused
 
         layers = [layer.kernels for layer in self.weights.layers if layer.kernels]
-        plan = plan_fused(self.rotary, self.cache, states, fixed, layers[0].heads)
+        if self._table is None:  # kept, since captured passes read it
+            self._table = self.rotary.table(self.cache.capacity, states.device)
+        plan = plan_fused(self._table, self.cache, states, fixed, layers[0].heads)
         hidden = states.flatten(0, 1)
         for layer, keys, values in zip(layers, self.cache.keys, self.cache.values, strict=True):
             hidden = layer(hidden, plan, keys, values)
@@ -163,6 +167,17 @@ class Verified:
     tokens: list[list[int]]
     confidence: list[list[float]]
     logits: Tensor
+
+
+def packed(tokens: Tensor, confidence: Tensor) -> Tensor:
+    """Token ids and their probabilities as one tensor, `[2, …]` float64: one transfer to the host instead of two."""
+    return torch.stack([tokens.double(), confidence.double()])
+
+
+def unpacked(chosen: Tensor) -> tuple[Any, Any]:
+    """Token ids and their probabilities on the host, as nested lists."""
+    tokens, confidence = chosen.cpu()
+    return tokens.long().tolist(), confidence.tolist()
 
 
 @dataclass
@@ -235,7 +250,7 @@ class Stages:
             else:
                 probabilities = hidden[:, :0]
                 chosen, confidence = self.drafter.best(hidden)
-            return self.token_ids(chosen), confidence, probabilities, states
+            return packed(self.token_ids(chosen), confidence), probabilities, states
 
         counts = [len(tokens) for tokens in unread]
         inputs = [self.passes.pad(unread), torch.tensor([max(0, count - 1) for count in counts])]
@@ -243,8 +258,9 @@ class Stages:
             inputs.append(torch.tensor(noise, dtype=torch.float64))
         caches = [self.shallow.cache, self.drafter.cache]
         name = ("draft", config.draft_temperature, top_k, top_p)
-        tokens, confidence, probabilities, states = self.passes.run(name, run, caches, counts, *inputs)
-        return Drafted(tokens.tolist(), confidence.tolist(), probabilities if sampled else None, states)
+        chosen, probabilities, states = self.passes.run(name, run, caches, counts, *inputs)
+        tokens, confidence = unpacked(chosen)
+        return Drafted(tokens, confidence, probabilities.clone() if sampled else None, states.clone())
 
     def verify(self, tokens: Sequence[Sequence[int]], sampled: bool) -> Verified:
         """Score the tokens that the verifier has not read yet, in one pass (target "base").
@@ -269,18 +285,18 @@ class Stages:
             if last:  # of the prompts only what follows their last token matters
                 hidden = hidden[torch.arange(len(hidden), device=hidden.device), last[0]][:, None]
             if not sampled:
-                return (*self.deep.best(hidden), hidden[..., :0])
+                return packed(*self.deep.best(hidden)), hidden[..., :0]
             logits = self.deep.logits(hidden).float()  # [B, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return tokens, confidence, logits
+            return packed(tokens, confidence), logits
 
         last = [] if self.passes.begun else [torch.tensor([count - 1 for count in counts])]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        tokens, confidence, logits = self.passes.run(
-            ("verify", from_tokens, sampled), run, caches, counts, inputs, *last
-        )
+        name = ("verify", from_tokens, sampled)
+        chosen, logits = self.passes.run(name, run, caches, counts, inputs, *last)
         self.passes.begun = True
-        return Verified(tokens.tolist(), confidence.tolist(), logits)
+        tokens, confidence = unpacked(chosen)
+        return Verified(tokens, confidence, logits)
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
