@@ -136,6 +136,13 @@ class LlamaRotaryEmbedding(nn.Module):
         self.cos_cached = (angles.cos() * magnitude).to(device, dtype)
         self.sin_cached = (angles.sin() * magnitude).to(device, dtype)
 
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cos and sin of at least the positions 0…length-1, float32 `[P, E]`."""
+        length = max(length, self.max_seq_len_cached)
+        if length > self.max_seq_len_cached or self.cos_cached.device != device:
+            self._set_cos_sin_cache(length, device, torch.float32)
+        return self.cos_cached, self.sin_cached
+
     def forward(
         self, position_ids: Tensor, highest: int, dtype: torch.dtype, whole: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -151,14 +158,10 @@ class LlamaRotaryEmbedding(nn.Module):
             rotary = copy.copy(self)  # a table for this length alone
             rotary._set_cos_sin_cache(highest + 1, position_ids.device, torch.float32, whole)
             return rotary.forward(position_ids, highest, dtype)
-        length = self.max_seq_len_cached
-        if highest >= length:
-            length = 2 * highest  # doubled, so that a growing text does not make a table at every step
-        if length > self.max_seq_len_cached or self.cos_cached.device != position_ids.device:
-            self._set_cos_sin_cache(length, position_ids.device, torch.float32)
-        cos = self.cos_cached[position_ids].to(dtype)
-        sin = self.sin_cached[position_ids].to(dtype)
-        return cos.unsqueeze(1), sin.unsqueeze(1)
+        # Doubled, so that a growing text does not make a table at every step.
+        length = 2 * highest if highest >= self.max_seq_len_cached else 0
+        cos, sin = self.table(length, position_ids.device)
+        return cos[position_ids].to(dtype).unsqueeze(1), sin[position_ids].to(dtype).unsqueeze(1)
 
 
 def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:

@@ -294,7 +294,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
             head = product(self.lm_head.weight) if fused else self.lm_head
-            return StageWeights(cached, norm=rms_norm(self.model.norm, dtype), head=head)
+            norm = rms_norm(self.model.norm, dtype)
+            return StageWeights(cached, norm=norm, head=head, head_weight=self.lm_head.weight)
 
         if not fused:
             return make()

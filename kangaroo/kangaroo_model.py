@@ -201,7 +201,9 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head = head + self.head_up @ self.head_down
         layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
-        return StageWeights(layers, norm=rms_norm(self.exit_norm, dtype), head=product(head.to(dtype)))
+        head = head.to(dtype)
+        norm = rms_norm(self.exit_norm, dtype)
+        return StageWeights(layers, norm=norm, head=product(head), head_weight=head)
 
     def drafter_states(self, exit_hidden: Tensor) -> Tensor:
         """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`, with gradients."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from transformers.activations import ACT2FN
 
 from kangaroo.adapter import DecoderLayer, apply_rotary
 from kangaroo.decoding.cache import CachedPass, KVCache, attend_cached
+
+if TYPE_CHECKING:
+    from kangaroo.decoding.kernels import FusedLayer
 
 Product = Callable[[Tensor], Tensor]
 Made = TypeVar("Made")
@@ -71,7 +74,10 @@ class CachedLayer:
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype, fused: bool = True) -> None:
         attention = layer.self_attn
-        compile_it = fused and attention.q_proj.weight.is_cuda
+        on_cuda = fused and attention.q_proj.weight.is_cuda
+        self.kernels = _kernels_for(layer, dtype) if on_cuda else None
+        # Where our kernels run, the library's only read prompts, which is not worth a compilation.
+        compile_it = on_cuda and self.kernels is None
         self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if compile_it else apply_rotary
         self._heads = attention.num_heads
         self._groups = attention.num_groups
@@ -108,6 +114,15 @@ class CachedLayer:
         if self._gate_up is not None:
             hidden = hidden + self._down(self._gate(self._gate_up(self._mlp_norm(hidden))))
         return hidden
+
+
+def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
+    """The layer by our own kernels, if they compute its shape."""
+    if not has_triton():
+        return None
+    from kangaroo.decoding.kernels import FusedLayer, supports
+
+    return FusedLayer(layer, dtype) if supports(layer, dtype, LARGE) else None
 
 
 def rms_norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:

@@ -83,7 +83,7 @@ class Passes:
             inputs: tensors on the host or the device, the first one `[B, T, …]`.
 
         Returns:
-            What the function returns, on the device.
+            What the function returns, on the device, until the next pass.
         """
         # The prefill reads and writes what it needs; every later pass can have a fixed shape.
         before = caches[0].lengths
@@ -123,6 +123,7 @@ class Passes:
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
+    pinned: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...]
 
 
@@ -139,16 +140,21 @@ class CudaGraphs:
         self._seconds = seconds
 
     def __call__(self, key: Hashable, run: Pass, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """`run(*inputs)`, by replaying what was captured for this key and these shapes."""
+        """`run(*inputs)`, by replaying what was captured for this key and these shapes.
+
+        The next replay writes over the outputs.
+        """
         # A captured graph reads and writes fixed memory: copy inputs in, replay, copy outputs out.
         key = (key, *(tensor.shape for tensor in inputs))
         if key not in self._captured:
             self._captured[key] = self._capture(run, inputs)
         captured = self._captured[key]
-        for static, tensor in zip(captured.inputs, inputs, strict=True):
+        for static, pinned, tensor in zip(captured.inputs, captured.pinned, inputs, strict=True):
+            if pinned is not None:  # copied without waiting; the host waits for every pass's outputs
+                tensor = pinned.copy_(tensor)
             static.copy_(tensor, non_blocking=True)
         captured.graph.replay()
-        return tuple(output.clone() for output in captured.outputs)  # the next replay writes over them
+        return captured.outputs
 
     def _capture(self, run: Pass, inputs: tuple[Tensor, ...]) -> _Captured:
         torch.cuda.synchronize()  # what is still running is not part of it
@@ -166,4 +172,8 @@ class CudaGraphs:
         self._pool = graph.pool()
         torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - began)
-        return _Captured(graph, static, outputs)
+        pinned = tuple(
+            torch.empty_like(tensor).pin_memory() if tensor.device.type == "cpu" else None
+            for tensor in inputs
+        )
+        return _Captured(graph, static, pinned, outputs)

@@ -54,9 +54,9 @@ def spec_decode_step(
 
     # 2. Verify: the last committed token and all drafts, in one pass of the deep layers.
     if config.target == "base":
-        verified = stages.verify(unread_tokens(drafts, stages.deep))
+        verified = stages.verify(unread_tokens(drafts, stages.deep), config.temperature > 0)
     else:
-        verified = stages.verify_states(adapted_states(stages, drafts))
+        verified = stages.verify_states(adapted_states(stages, drafts), config.temperature > 0)
 
     # 3. Accept: the longest prefix that the verifier agrees with, then one token of its own.
     verifications = [accept(draft, verified, row, stages, config) for row, draft in enumerate(drafts)]

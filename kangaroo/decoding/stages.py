@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ from transformers import LlamaConfig
 
 from kangaroo.adapter import LlamaRotaryEmbedding
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.cache import KVCache, plan_cached
+from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached
 from kangaroo.decoding.layers import CachedLayer, Product
 from kangaroo.decoding.passes import Passes
-from kangaroo.decoding.sampling import choose_tokens, distribution, inverse_cdf
+from kangaroo.decoding.sampling import distribution, inverse_cdf
 
 
 @dataclass
@@ -34,12 +35,19 @@ class StageWeights:
         embed: token ids to states, for stages that begin with tokens.
         norm: after the layers.
         head: from normed states to logits.
+        head_weight: `[V, D]`, its weight, in the dtype to compute in.
     """
 
     layers: list[CachedLayer]
     embed: Callable[[Tensor], Tensor] | None = None
     norm: Product | None = None
     head: Product | None = None
+    head_weight: Tensor | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether our own kernels compute it."""
+        return bool(self.layers) and all(layer.kernels for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Stage:
         self.rotary = rotary
         self.cache = cache
         self.passes = passes
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
@@ -87,7 +96,9 @@ class Stage:
         """
         states = inputs if self.weights.embed is None else self.weights.embed(inputs)
         length = states.shape[1]
-        if self.weights.layers:
+        if self.passes.fixed and self.weights.fused:
+            states = self._run_fused(states, self.passes.fixed)
+        elif self.weights.layers:
             plan = plan_cached(self.rotary, self.cache, length, states.dtype, self.passes.fixed)
             for index, layer in enumerate(self.weights.layers):
                 plan = plan.on(layer.device)
@@ -95,6 +106,30 @@ class Stage:
             states = states.to(self.passes.device)
         self.cache.advance(length)
         return states if self.weights.norm is None else self.weights.norm(states)
+
+    def _run_fused(self, states: Tensor, fixed: FixedShape) -> Tensor:
+        """The same by our own kernels, for a pass of fixed shape."""
+        from kangaroo.decoding.kernels import plan_fused
+
+        layers = [layer.kernels for layer in self.weights.layers if layer.kernels]
+        if self._table is None:  # kept, since captured passes read it
+            self._table = self.rotary.table(self.cache.capacity, states.device)
+        plan = plan_fused(self._table, self.cache, states, fixed, layers[0].heads)
+        hidden = states.flatten(0, 1)
+        for layer, keys, values in zip(layers, self.cache.keys, self.cache.values, strict=True):
+            hidden = layer(hidden, plan, keys, values)
+        return hidden.view(states.shape)
+
+    def best(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each normed state `[…, D]`, and its probability in float32."""
+        weight = self.weights.head_weight
+        if self.passes.fixed and self.weights.fused and weight is not None:
+            from kangaroo.decoding.kernels import best_tokens
+
+            tokens, confidence = best_tokens(states.flatten(0, -2).contiguous(), weight)
+            return tokens.view(states.shape[:-1]), confidence.view(states.shape[:-1])
+        confidence, tokens = self.logits(states).float().softmax(dim=-1).max(dim=-1)
+        return tokens, confidence
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits of normed states `[…, D]`, in their dtype: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
@@ -126,12 +161,23 @@ class Verified:
     Attributes:
         tokens: `B x (n + 1)` vocabulary ids, its argmax.
         confidence: `B x (n + 1)`, its probability of them.
-        logits: `[B, n + 1, V]` float32.
+        logits: `[B, n + 1, V]` float32; empty for greedy answers.
     """
 
     tokens: list[list[int]]
     confidence: list[list[float]]
     logits: Tensor
+
+
+def packed(tokens: Tensor, confidence: Tensor) -> Tensor:
+    """Token ids and their probabilities as one tensor, `[2, …]` float64: one transfer to the host instead of two."""
+    return torch.stack([tokens.double(), confidence.double()])
+
+
+def unpacked(chosen: Tensor) -> tuple[Any, Any]:
+    """Token ids and their probabilities on the host, as nested lists."""
+    tokens, confidence = chosen.cpu()
+    return tokens.long().tolist(), confidence.tolist()
 
 
 @dataclass
@@ -195,15 +241,16 @@ class Stages:
         def run(tokens: Tensor, last: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
             states = self.shallow(tokens)  # [B, T, D]
             rows = torch.arange(len(tokens), device=tokens.device)
-            logits = self.drafter.logits(self.drafter(states)[rows, last]).float()  # [B, V']
+            hidden = self.drafter(states)[rows, last]
             if sampled:
+                logits = self.drafter.logits(hidden).float()  # [B, V']
                 probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
                 chosen = inverse_cdf(probabilities, uniform[0])
                 confidence = probabilities.amax(dim=-1)
             else:
-                probabilities = logits[:, :0]
-                chosen, confidence = choose_tokens(logits)
-            return self.token_ids(chosen), confidence, probabilities, states
+                probabilities = hidden[:, :0]
+                chosen, confidence = self.drafter.best(hidden)
+            return packed(self.token_ids(chosen), confidence), probabilities, states
 
         counts = [len(tokens) for tokens in unread]
         inputs = [self.passes.pad(unread), torch.tensor([max(0, count - 1) for count in counts])]
@@ -211,37 +258,45 @@ class Stages:
             inputs.append(torch.tensor(noise, dtype=torch.float64))
         caches = [self.shallow.cache, self.drafter.cache]
         name = ("draft", config.draft_temperature, top_k, top_p)
-        tokens, confidence, probabilities, states = self.passes.run(name, run, caches, counts, *inputs)
-        return Drafted(tokens.tolist(), confidence.tolist(), probabilities if sampled else None, states)
+        chosen, probabilities, states = self.passes.run(name, run, caches, counts, *inputs)
+        tokens, confidence = unpacked(chosen)
+        return Drafted(tokens, confidence, probabilities.clone() if sampled else None, states.clone())
 
-    def verify(self, tokens: Sequence[Sequence[int]]) -> Verified:
-        """Score the tokens that the verifier has not read yet, in one pass (target "base")."""
-        return self._verify(
-            "verify base", self.passes.pad(tokens), [len(row) for row in tokens], from_tokens=True
-        )
+    def verify(self, tokens: Sequence[Sequence[int]], sampled: bool) -> Verified:
+        """Score the tokens that the verifier has not read yet, in one pass (target "base").
 
-    def verify_states(self, states: Sequence[Tensor]) -> Verified:
+        Args:
+            tokens: of each text.
+            sampled: whether the answer is drawn, for which all logits are needed.
+        """
+        return self._verify(self.passes.pad(tokens), [len(row) for row in tokens], True, sampled)
+
+    def verify_states(self, states: Sequence[Tensor], sampled: bool) -> Verified:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
         padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
         missing = self.passes.width(padded.shape[1]) - padded.shape[1]
         padded = torch.nn.functional.pad(padded, (0, 0, 0, missing))
-        return self._verify("verify adapted", padded, [len(row) for row in states], from_tokens=False)
+        return self._verify(padded, [len(row) for row in states], False, sampled)
 
-    def _verify(self, name: str, inputs: Tensor, counts: list[int], from_tokens: bool) -> Verified:
+    def _verify(self, inputs: Tensor, counts: list[int], from_tokens: bool, sampled: bool) -> Verified:
         def run(inputs: Tensor, *last: Tensor) -> tuple[Tensor, ...]:
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
             if last:  # of the prompts only what follows their last token matters
                 hidden = hidden[torch.arange(len(hidden), device=hidden.device), last[0]][:, None]
+            if not sampled:
+                return packed(*self.deep.best(hidden)), hidden[..., :0]
             logits = self.deep.logits(hidden).float()  # [B, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return tokens, confidence, logits
+            return packed(tokens, confidence), logits
 
         last = [] if self.passes.begun else [torch.tensor([count - 1 for count in counts])]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        tokens, confidence, logits = self.passes.run(name, run, caches, counts, inputs, *last)
+        name = ("verify", from_tokens, sampled)
+        chosen, logits = self.passes.run(name, run, caches, counts, inputs, *last)
         self.passes.begun = True
-        return Verified(tokens.tolist(), confidence.tolist(), logits)
+        tokens, confidence = unpacked(chosen)
+        return Verified(tokens, confidence, logits)
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""

@@ -1,0 +1,157 @@
+"""Our own GPU kernels compute what the layers compute; here in Triton's interpreter, on the CPU.
+
+On a GPU (`python tests/test_kernels.py`) the same checks run on the device, in bfloat16 too.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+from conftest import tiny_config
+
+from kangaroo.adapter import DecoderLayer, rotary_for
+from kangaroo.decoding.cache import FixedShape, KVCache
+from kangaroo.decoding.kernels import FusedLayer, best_tokens, plan_fused, supports
+from kangaroo.decoding.layers import CachedLayer
+from kangaroo.decoding.passes import Passes
+from kangaroo.decoding.stages import Stage, StageWeights
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+CAPACITY = 192
+
+
+def random_layer(config, feed_forward: bool, seed: int) -> DecoderLayer:
+    torch.manual_seed(seed)
+    layer = DecoderLayer(config, feed_forward).to(DEVICE).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5 + (parameter.dim() == 1))
+    return layer
+
+
+def stages(layer: DecoderLayer, config, rows: int, window=None, dtype=torch.float32) -> tuple[Stage, Stage]:
+    """The layer as a stage by our kernels, and by torch's products, over equal caches."""
+    found = []
+    for fused in (True, False):
+        like = torch.empty(0, dtype=dtype, device=DEVICE)
+        cache = KVCache(config, [DEVICE], rows, CAPACITY, like, window)
+        cached = CachedLayer(layer, dtype)
+        cached.kernels = FusedLayer(layer, dtype) if fused else None
+        passes = Passes(DEVICE, positions=1)
+        found.append(Stage(StageWeights([cached]), rotary_for(config), cache, passes))
+    torch.manual_seed(7)
+    for own, other in zip(
+        found[0].cache.keys + found[0].cache.values, found[1].cache.keys + found[1].cache.values, strict=True
+    ):
+        own.copy_(torch.randn_like(own))
+        other.copy_(own)
+    return found[0], found[1]
+
+
+def run(stage: Stage, states: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    stage.cache.lengths = list(starts)
+    stage.passes.fixed = FixedShape(torch.tensor(starts, device=DEVICE), CAPACITY)
+    return stage(states)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same bits on a GPU; the interpreter's products, NumPy's, round rows differently by their place."""
+    if DEVICE.type == "cuda":
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+SHAPES = [
+    dict(hidden_size=64),
+    dict(hidden_size=64, heads=4, groups=1),
+    dict(hidden_size=48, heads=3, groups=3),
+    dict(hidden_size=64, head_dim=24),
+    dict(hidden_size=64, attention_bias=True, mlp_bias=True),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("starts", "length"), [([5], 1), ([63], 3), ([30, 100], 2), ([70], 20)])
+def test_a_layer_is_that_of_the_library(shape, starts, length):
+    config = tiny_config(**shape)
+    layer = random_layer(config, feed_forward=True, seed=length)
+    ours, theirs = stages(layer, config, len(starts))
+    states = torch.randn(len(starts), length, config.hidden_size, device=DEVICE)
+    torch.testing.assert_close(run(ours, states, starts), run(theirs, states, starts), atol=2e-4, rtol=1e-4)
+    for row, start in enumerate(starts):  # and the cache holds the same
+        for own, other in zip(
+            ours.cache.keys + ours.cache.values, theirs.cache.keys + theirs.cache.values, strict=True
+        ):
+            torch.testing.assert_close(
+                own[row, :, : start + length], other[row, :, : start + length], atol=1e-4, rtol=1e-4
+            )
+
+
+def test_kangaroos_adapter_layer_with_a_window():
+    config = tiny_config(hidden_size=64)
+    layer = random_layer(config, feed_forward=False, seed=1)
+    ours, theirs = stages(layer, config, 1, window=40)
+    states = torch.randn(1, 3, 64, device=DEVICE)
+    torch.testing.assert_close(run(ours, states, [90]), run(theirs, states, [90]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [1, 40, 62, 63, 64, 65, 120])
+def test_a_row_has_the_same_bits_alone_and_among_others(start):
+    """Plain decoding, drafts and other texts: what a token computes depends on its own text alone."""
+    config = tiny_config(hidden_size=64)
+    layer = random_layer(config, feed_forward=True, seed=3)
+    states = torch.randn(1, 16, 64, device=DEVICE)
+    ours, _ = stages(layer, config, 1)
+    together = run(ours, states, [start])
+    alone, _ = stages(layer, config, 1)
+    one_by_one = [run(alone, states[:, [step]], [start + step]) for step in range(16)]
+    assert_same(torch.cat(one_by_one, dim=1), together)
+    pair, _ = stages(layer, config, 2)
+    fresh, _ = stages(layer, config, 1)
+    for own, other in zip(
+        pair.cache.keys + pair.cache.values, fresh.cache.keys + fresh.cache.values, strict=True
+    ):
+        own[0] = other[0]
+    batch = torch.cat([states, torch.randn_like(states)])
+    assert_same(run(pair, batch, [start, 77])[:1], together)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_the_likeliest_token_and_its_probability(rows):
+    states = torch.randn(rows, 40, device=DEVICE)
+    head = torch.randn(300, 40, device=DEVICE)
+    tokens, confidence = best_tokens(states, head)
+    expected, index = (states @ head.T).softmax(dim=-1).max(dim=-1)
+    assert torch.equal(tokens, index)
+    torch.testing.assert_close(confidence, expected, atol=1e-5, rtol=1e-4)
+    again, _ = best_tokens(states[:1].contiguous(), head)
+    assert torch.equal(again, tokens[:1])
+
+
+def test_shapes_that_are_not_computed_are_known():
+    layer = random_layer(tiny_config(hidden_size=64), feed_forward=True, seed=0)
+    assert supports(layer, torch.float32, 1 << 22) and not supports(layer, torch.float16, 1 << 22)
+    assert not supports(layer, torch.float32, 100)
+    other = random_layer(tiny_config(hidden_size=64, hidden_act="gelu"), feed_forward=True, seed=0)
+    small = random_layer(tiny_config(hidden_size=32), feed_forward=True, seed=0)
+    assert not supports(other, torch.float32, 1 << 22) and not supports(small, torch.float32, 1 << 22)
+
+
+def test_plans_read_whole_chunks():
+    config = tiny_config(hidden_size=64)
+    cache = KVCache(config, [DEVICE], 1, CAPACITY, torch.empty(0, device=DEVICE))
+    states = torch.zeros(1, 3, 64, device=DEVICE)
+    plan = plan_fused(
+        rotary_for(config).table(CAPACITY, DEVICE),
+        cache,
+        states,
+        FixedShape(torch.tensor([4], device=DEVICE), 100),
+        4,
+    )
+    assert plan.chunks == 2 and plan.cos.shape[1] == 16 and len(plan.partial) == 3 * 4 * 2 * 16
