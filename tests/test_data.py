@@ -135,7 +135,7 @@ def test_a_bad_conversation_names_its_row_and_skipping_ends_with_a_total(tmp_pat
     with pytest.raises(DvirlError, match=f"{path}:2: .*{message}"):
         read_prompts("jsonl", str(path))
     assert len(read_prompts("jsonl", str(path), "skip")) == 2
-    assert f"{path}: left out 1 of 3 rows" in capsys.readouterr().err
+    assert f"left out 1 of 3 rows of {path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

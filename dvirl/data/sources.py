@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -18,6 +18,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text
 from dvirl.runs.settings import has_type
 
+Item = TypeVar("Item")
 Parsed = TypeVar("Parsed")
 CONVERSATIONS = ("messages", "conversations", "conversation", "items")
 """Where a row holds a conversation: OpenAI's name, ShareGPT's, that of LMSYS-Chat-1M and WildChat, old ShareGPT's."""
@@ -66,7 +67,7 @@ class Prompt:
 def read_rows(source: str) -> Iterator[tuple[str, Any]]:
     """Rows of a file or hub data set, each after its place, which messages name.
 
-    A file is JSONL, JSON (an array, one row, or an object around the rows), either with `.gz` behind its name, or
+    A file is JSONL, JSON (an array, one row, or an object around the rows), either with `.gz` after its name, or
     parquet. For a line that is not JSON, the row is the error.
 
     Raises:
@@ -311,24 +312,46 @@ def parsed_rows(
     Raises:
         DvirlError: for a malformed row, with its file and line.
     """
-    total = 0
-    skipped = 0
-    for where, row in read_rows(source):
-        total += 1
+
+    def parsed(place: tuple[str, Any]) -> tuple[str, Parsed]:
+        where, row = place
         try:
             if isinstance(row, DvirlError):
                 raise row
-            parsed = parse(row)
+            return where, parse(row)
         except DvirlError as error:
             message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            raise DvirlError(message) from error
+
+    return usable(read_rows(source), parsed, on_bad_row, f"rows of {source}")
+
+
+def usable(
+    items: Iterable[Item], make: Callable[[Item], Parsed], on_bad_row: str, items_name: str
+) -> Iterator[Parsed]:
+    """What is made of each item, or of those of which it can be made.
+
+    Args:
+        items: rows, or prompts.
+        make: raises a DvirlError for an item that is of no use.
+        on_bad_row: "refuse" raises the first such error, "skip" says it on standard error and goes on.
+        items_name: what the items are, for the total that is said at the end.
+    """
+    total = 0
+    skipped = 0
+    for item in items:
+        total += 1
+        try:
+            made = make(item)
+        except DvirlError as error:
             if on_bad_row == "refuse":
-                raise DvirlError(message) from error
-            tqdm.write(f"skipped {message}", file=sys.stderr)
+                raise
+            tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
             continue
-        yield where, parsed
+        yield made
     if skipped:
-        tqdm.write(f"{source}: left out {skipped} of {total} rows", file=sys.stderr)
+        tqdm.write(f"left out {skipped} of {total} {items_name}", file=sys.stderr)
 
 
 def read_prompts(kind: str, source: str, on_bad_row: str = "refuse") -> list[Prompt]:

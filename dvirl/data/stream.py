@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dvirl.config import DVIConfig
 from dvirl.data.selfwritten import Openers, write_prompts
-from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts
+from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts, usable
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.inputs import context_length
@@ -123,16 +123,8 @@ def encode_prompts(
     Raises:
         DvirlError: for such a prompt, with its first letters.
     """
-    skipped = 0
-    for prompt in prompts:
-        try:
-            ids = loaded.chat.encode(prompt.turns, prompt.system)
-        except DvirlError as error:
-            if on_bad_row == "refuse":
-                raise
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            skipped += 1
-            continue
-        yield prompt, ids
-    if skipped:
-        tqdm.write(f"left out {skipped} of {len(prompts)} prompts", file=sys.stderr)
+
+    def encoded(prompt: Prompt) -> tuple[Prompt, list[int]]:
+        return prompt, loaded.chat.encode(prompt.turns, prompt.system)
+
+    return usable(prompts, encoded, on_bad_row, "prompts")
