@@ -185,9 +185,8 @@ class ReplayBuffer:
         """Restore what `state_dict` gave; other tensors are ignored, and `hidden` is NaN if it was left out."""
         tensors = state["tensors"]
         numbers = state["numbers"]
-        stored = [
-            name for name in FIELDS if f"buffer.field.{name}" in tensors
-        ]  # none if the buffer was empty
+        # None if the buffer was empty.
+        stored = [name for name in FIELDS if f"buffer.field.{name}" in tensors]
         self._fields = {name: tensors[f"buffer.field.{name}"] for name in stored}
         self._responses = {}
         for key, prompt_len in numbers["prompt_lens"].items():

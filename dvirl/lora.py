@@ -34,9 +34,8 @@ def attach_draft(
     if tokens is None:
         tokens = torch.empty(0)
     draft_vocab = draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab)
-    base.name_or_path = (
-        config.model_name
-    )  # what adapters note, in place of where this machine keeps the model
+    # Adapters note this, in place of where this machine keeps the model.
+    base.name_or_path = config.model_name
     try:
         peft_model = inject_lora(base, config.exit_layer, config.lora_rank, config.lora_alpha, targets, deep)
         model = KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)

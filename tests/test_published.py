@@ -168,6 +168,10 @@ def test_files_that_are_not_weights_are_refused(tmp_path):
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(DvirlError, match="git-lfs pointer"):
         loaded_from(folder)
+    tokenizer = write_model(tmp_path / "other") / "tokenizer.json"
+    tokenizer.write_bytes(weights.read_bytes())
+    with pytest.raises(DvirlError, match="tokenizer.json is a git-lfs pointer"):
+        loaded_from(tokenizer.parent)
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(DvirlError, match="not a readable file of tensors"):
         loaded_from(folder)

@@ -25,7 +25,7 @@ from dvirl.evaluation.measure import Answer
 from dvirl.evaluation.methods import METHODS
 from dvirl.evaluation.questions import TASKS, Question, prompts_of, read_questions
 from dvirl.evaluation.rejections import read_trace
-from dvirl.evaluation.runner import EvalConfig, answer_question, fitting
+from dvirl.evaluation.runner import EvalConfig, answer_question, questions_that_fit
 from dvirl.evaluation.spec_bench import answer_row, answer_table, measures, resume_answers
 from dvirl.models import loading
 from dvirl.models.drafters import open_draft
@@ -146,15 +146,15 @@ def test_a_question_needs_room_for_every_answer_at_its_longest():
     room = 256 - len(loaded.chat.encode(["", "", ""])) - 2 * 20
     fits = Question(1, "qa", ("x" * room, ""))
     longer = Question(2, "qa", ("x" * room, "x"))
-    assert fitting([fits], loaded, 20, "refuse") == ([fits], [])
+    assert questions_that_fit([fits], loaded, 20, "refuse") == ([fits], [])
     with pytest.raises(DvirlError, match="question 2: up to 257 tokens with its answers"):
-        fitting([fits, longer], loaded, 20, "refuse")
-    assert fitting([fits, longer], loaded, 20, "skip") == ([fits], [2])
-    assert fitting([fits, longer], loaded, 20, "cut") == ([fits, longer], [2])
+        questions_that_fit([fits, longer], loaded, 20, "refuse")
+    assert questions_that_fit([fits, longer], loaded, 20, "skip") == ([fits], [2])
+    assert questions_that_fit([fits, longer], loaded, 20, "cut") == ([fits, longer], [2])
     with pytest.raises(DvirlError, match="none of 1 questions fits"):
-        fitting([longer], loaded, 20, "skip")
+        questions_that_fit([longer], loaded, 20, "skip")
     with pytest.raises(DvirlError, match="answer_tokens is 256; expected less"):
-        fitting([fits], loaded, 256, "cut")
+        questions_that_fit([fits], loaded, 256, "cut")
 
 
 def test_a_long_prompt_is_cut_from_the_left():

@@ -17,14 +17,8 @@ from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
-KNOWN: tuple[str, ...] = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "max_position_embeddings",
-)
-KNOWN += ("rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+KNOWN = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"}
+KNOWN |= {"rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Fields of a configuration that this transformers computes with as it is."""
 
 

@@ -118,7 +118,7 @@ class EvalConfig(EvalSettings, DrafterOptions):
 # Answering
 
 
-def fitting(
+def questions_that_fit(
     questions: Sequence[Question], loaded: LoadedModel, limit: int, too_long: str
 ) -> tuple[list[Question], list[int | str]]:
     """The questions to ask, and the ids of those whose turns might not all fit the model's context.
@@ -326,7 +326,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
     limit = config.answer_tokens
-    questions, longer = fitting(questions, draft.loaded, limit, config.too_long)
+    questions, longer = questions_that_fit(questions, draft.loaded, limit, config.too_long)
     first = Processes(config.device).first
     if first:
         claim(folder, config, draft.loaded)

@@ -154,7 +154,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
         if fields.get("general.architecture") != "llama":
             raise ValueError(f"architecture is {fields.get('general.architecture')!r:.80}, expected 'llama'")
-        config = hf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+        config = gguf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
         if config.num_hidden_layers > len(reader.tensors):
             raise ValueError(f"{config.num_hidden_layers} layers, but {len(reader.tensors)} tensors in all")
         weights = read_weights(reader, config)
@@ -169,7 +169,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def hf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
+def gguf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
     """The Llama configuration that GGUF's metadata gives."""
     heads = int(fields["llama.attention.head_count"])
     return LlamaConfig(

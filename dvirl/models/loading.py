@@ -17,12 +17,14 @@ from dvirl.models.embedded import EMBEDDED, ensure_embedded
 from dvirl.models.hf_config import end_tokens, read_config
 from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
-from dvirl.models.weights import FindFile, check_whole, file_fingerprint, load_weights
+from dvirl.models.weights import FindFile, file_fingerprint, load_weights
 from dvirl.runs.errors import DvirlError
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODEL = "smollm2-135m"
+POINTER = b"version https://git-lfs"
+"""How a file begins that git-lfs has not fetched."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,18 @@ def _say_once(sentence: str) -> None:
 
 
 def _find(path: str, name: str) -> str | None:
-    """The path of a file of a model, None if the model does not have it."""
+    """The path of a file of a model, None if the model does not have it.
+
+    Raises:
+        DvirlError: for a file that is only a pointer to its content.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*resume_download.*", category=FutureWarning)
         file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    if file:
+        with open(file, "rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                raise DvirlError(f"{file} is a git-lfs pointer; expected the file itself (git lfs pull)")
     return file
 
 
@@ -170,7 +180,6 @@ def _config(find: FindFile) -> LlamaConfig:
     file = find("config.json")
     if not file:
         raise DvirlError("no config.json; expected a model in Hugging Face's layout")
-    check_whole(file)
     if find("adapter_config.json"):
         raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
     return read_config(json.loads(Path(file).read_text(encoding="utf-8-sig")))

@@ -20,6 +20,8 @@ from dvirl.runs.errors import DvirlError
 
 SPACE = "\u2581"
 """Stands for a space in sentencepiece's pieces."""
+DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
+"""Takes a prepended space away where the text begins with one, as newer Metaspace does not put it there."""
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 KNOWN = {
     "BPE": {
@@ -147,10 +149,6 @@ def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
 
 def _prepends(step: Mapping[str, Any]) -> bool:
     return step.get("type") == "Prepend" or step == DOUBLED
-
-
-DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
-"""Takes a prepended space away where the text begins with one, as newer Metaspace does not put it there."""
 
 
 class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # transformers is untyped here
