@@ -1,6 +1,6 @@
 """Our own GPU kernels compute what the layers compute; here in Triton's interpreter, on the CPU.
 
-On a GPU (`python tests/test_kernels.py`) the same checks run on the device, in bfloat16 too.
+On a machine with a GPU the same checks run there, and rows have the same bits.
 """
 
 from __future__ import annotations

@@ -193,10 +193,11 @@ def test_two_cards_compute_a_pass():
     [
         DecodeConfig(4),
         DecodeConfig(3, target="adapted"),
+        DecodeConfig(6, source="hybrid"),
         DecodeConfig(4, deterministic=True),
         DecodeConfig(3, temperature=0.8, draft_temperature=0.9),
     ],
-    ids=["greedy", "adapted", "deterministic", "sampled"],
+    ids=["greedy", "adapted", "hybrid", "deterministic", "sampled"],
 )
 def test_two_cards_decode(how):
     prompts = random_prompts(3, 4)

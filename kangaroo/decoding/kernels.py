@@ -13,6 +13,7 @@ drafts and among other texts.
 
 The weight of a norm is multiplied into the weights after it, and its scale is applied after the product. Letters:
 M rows, D hidden, I feed-forward width, H query heads, G key/value heads, E head size, B texts, T tokens of a text.
+A kernel takes every pointer and size by itself: Triton knows no records.
 """
 
 from __future__ import annotations
