@@ -134,7 +134,10 @@ def load(
             model = EarlyExitLlamaForCausalLM(config)
         device_of = placement(model, torch_dtype, where) if device == BALANCED else lambda name: where
         fingerprint = load_weights(model, find, torch_dtype, device_of)
-        chat, why = _chat(tokenizer, name_or_path, chat_format, config.vocab_size)
+        why = "as asked for"
+        if chat_format == "auto":
+            chat_format, why = detect_format(tokenizer, name_or_path, config.vocab_size)
+        chat = ChatEncoder(tokenizer, chat_format, config.vocab_size)
         ends = _end_tokens(find, config, chat)
     except DvirlError as error:
         raise DvirlError(f"{name_or_path}: {error}") from error
@@ -183,14 +186,6 @@ def _config(find: FindFile) -> LlamaConfig:
     if find("adapter_config.json"):
         raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
     return read_config(json.loads(Path(file).read_text(encoding="utf-8-sig")))
-
-
-def _chat(tokenizer: Any, name: str, chat_format: str, vocab_size: int) -> tuple[ChatEncoder, str]:
-    """The encoder of conversations, and why it has its format."""
-    why = "as asked for"
-    if chat_format == "auto":
-        chat_format, why = detect_format(tokenizer, name, vocab_size)
-    return ChatEncoder(tokenizer, chat_format, vocab_size), why
 
 
 def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple[int, ...]:
