@@ -112,6 +112,10 @@ class FixedShape:
     starts: Tensor
     num_slots: int
 
+    def after(self, counts: Tensor) -> FixedShape:
+        """The pass that follows on the device once every row has read `counts [B]` tokens."""
+        return FixedShape(self.starts + counts, self.num_slots)
+
 
 @dataclass(frozen=True)
 class CachedPass:

@@ -84,7 +84,8 @@ class LookupIndex:
 class BlockPolicy:
     """What each block drafts; this one always drafts as many tokens as the settings say.
 
-    A block calls `begin`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees the outcome.
+    A block calls `begin`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees the outcome. Where
+    a look costs as much as a draft, it makes as many drafts as `at_once` says before it asks for each whether to go on.
     Texts that are decoded together need a policy each. With source "hybrid" this one looks up where `SURE_NGRAM` tokens
     match, and drafts elsewhere.
 
@@ -111,8 +112,18 @@ class BlockPolicy:
         self._room = min(self.config.draft_len, room)
         self._drafts = []
 
-    def keep_drafting(self, token: int, confidence: float) -> bool:
-        """Whether to draft another token after this one (Kangaroo's second exit)."""
+    def at_once(self) -> int:
+        """Drafts to make before looking at the first of them."""
+        return max(1, self._room - len(self._drafts))
+
+    def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
+        """Whether to draft another token after this one (Kangaroo's second exit).
+
+        Args:
+            token: the draft.
+            confidence: in it.
+            made: drafts after it that are made already.
+        """
         self._drafts.append(token)
         return confidence >= self.config.threshold
 
@@ -139,7 +150,11 @@ class ScriptedPolicy(BlockPolicy):
         """As in `BlockPolicy`."""
         return min(self.num_learned, room)
 
-    def keep_drafting(self, token: int, confidence: float) -> bool:
+    def at_once(self) -> int:
+        """As in `BlockPolicy`."""
+        return max(1, self.num_learned)
+
+    def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
         """As in `BlockPolicy`."""
         return True
 
@@ -231,7 +246,23 @@ class AdaptivePolicy(BlockPolicy):
                 self._source = source
         return self._room if self._source == "learned" else 0
 
-    def keep_drafting(self, token: int, confidence: float) -> bool:
+    def at_once(self) -> int:
+        """As in `BlockPolicy`: as many as are worth their time if each is accepted as usual."""
+        depth = len(self._drafts)
+        chance = self._records["learned", self._matched].acceptance
+        survival = self._survival * chance
+        count = 1
+        while depth + count < self._room and survival * chance > self.rate * self._cost(depth + count, False):
+            survival *= chance
+            count += 1
+        return count
+
+    def _cost(self, depth: int, is_made: bool) -> float:
+        """Milliseconds that a learned draft after `depth` others adds to its block."""
+        row = self.costs.verify[depth + 1] - self.costs.verify[depth]
+        return row if is_made else row + self.costs.draft
+
+    def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
         """As in `BlockPolicy`: while one more learned draft adds more than its time is worth."""
         self._drafts.append(token)
         # The chance that all drafts so far are accepted: confidences, corrected by past outcomes.
@@ -245,8 +276,7 @@ class AdaptivePolicy(BlockPolicy):
             matched = self._index.propose(1, self._drafts)[1]
             chance -= self._records["lookup", matched].acceptance if matched else 0.0
         # Worth it if the expected token is more than the time of draft and row yields elsewhere.
-        cost = self.costs.draft + self.costs.verify[depth + 1] - self.costs.verify[depth]
-        return self._survival * chance > self.rate * cost
+        return self._survival * chance > self.rate * self._cost(depth, made > 0)
 
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`: as many tokens as are worth their rows."""

@@ -65,6 +65,11 @@ class Passes:
             longest = PADDING_STEP * math.ceil((longest - 1) / PADDING_STEP) + 1
         return max(self.positions, longest)
 
+    def follow(self, counts: Tensor) -> None:
+        """Within a pass of fixed shape: let what comes next be read after `counts [B]` tokens."""
+        assert self.fixed
+        self.fixed = self.fixed.after(counts)
+
     def run(
         self,
         name: Hashable,
@@ -72,6 +77,7 @@ class Passes:
         caches: Sequence[KVCache],
         counts: Sequence[int],
         *inputs: Tensor,
+        ahead: int = 0,
     ) -> tuple[Tensor, ...]:
         """Run a pass that adds `counts` tokens, row by row, to some equally long caches.
 
@@ -81,6 +87,7 @@ class Passes:
             caches: those that it writes to.
             counts: tokens of each row; the next pass overwrites what padding wrote.
             inputs: tensors on the host or the device, the first one `[B, T, …]`.
+            ahead: tokens that it reads after its inputs, each chosen on the device; they are not counted.
 
         Returns:
             What the function returns, on the device, until the next pass.
@@ -88,7 +95,7 @@ class Passes:
         # The prefill reads and writes what it needs; every later pass can have a fixed shape.
         before = caches[0].lengths
         if caches[0].length and (self.graphs or self.positions):
-            needed = max(before) + inputs[0].shape[1]
+            needed = max(before) + inputs[0].shape[1] + ahead
             slots = caches[0].capacity if self.positions else view(needed, caches[0].capacity)
             outputs = self._run_fixed(name, function, caches, slots, *inputs)
         else:

@@ -48,7 +48,7 @@ def spec_decode_step(
         for draft in drafts:
             draft.begin()
         while any(draft.wants_more for draft in drafts):
-            draft_one_token(stages, drafts, config)
+            draft_tokens(stages, drafts, config)
         for draft in drafts:
             draft.look_up()
 
@@ -66,18 +66,18 @@ def spec_decode_step(
     return verifications
 
 
-def draft_one_token(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) -> None:
-    """Let the shallow layers draft the next token of every block that wants one."""
+def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) -> None:
+    """Let the shallow layers draft the next token of every block that wants one, or the next few at once."""
     unread = unread_tokens(drafts, stages.shallow)
     for row, draft in enumerate(drafts):
         if not draft.wants_more:
             unread[row] = []
+    count = stages.drafts_at_once(max(draft.wanted() for draft in drafts))
     sampled = config.draft_temperature > 0
-    noise = [draft.noise() if sampled and draft.wants_more else 0.0 for draft in drafts]
+    noise = [draft.noise(count) if sampled and draft.wants_more else [0.0] * count for draft in drafts]
     drafted = stages.draft(unread, config, noise)
-    for row, draft in enumerate(drafts):
-        if draft.wants_more:
-            draft.append(drafted, row, len(unread[row]))
+    taken = [draft.take(drafted, row, len(unread[row])) for row, draft in enumerate(drafts)]
+    stages.count_drafts([max(0, count - 1) for count in taken])  # nothing has read the last one
 
 
 def unread_tokens(drafts: Sequence[Draft], stage: Stage) -> list[list[int]]:
@@ -182,7 +182,8 @@ class Draft:
         text: the text.
         tokens: the drafts so far.
         wants_more: whether the shallow layers draft another token.
-        read_states: the exit states of every token that they read for this block, `[T, D]` a pass.
+        read_states: the exit states of every token that they read for this block, `[T, D]` a draft; only for target
+            "adapted".
     """
 
     def __init__(self, text: Text) -> None:
@@ -192,6 +193,7 @@ class Draft:
         self.read_states: list[Tensor] = []
         self._limit = 0
         self._confidence: list[float] = []
+        self._exit_hidden: list[Tensor] = []
         self._probabilities: list[Tensor] = []
 
     def begin(self) -> None:
@@ -200,8 +202,14 @@ class Draft:
             self._limit = self.text.policy.begin(self.text.index, self.text.room - 1)
         self.wants_more = self._limit > 0
 
-    def noise(self) -> float:
-        """The number in [0, 1) by which the next token is sampled.
+    def wanted(self) -> int:
+        """Tokens to draft before the policy looks at them."""
+        if not self.wants_more:
+            return 0
+        return min(self._limit - len(self.tokens), self.text.policy.at_once())
+
+    def noise(self, count: int) -> list[float]:
+        """The numbers in [0, 1) by which the next `count` tokens are sampled.
 
         Raises:
             ValueError: if the text has none.
@@ -209,19 +217,31 @@ class Draft:
         if self.text.noise is None:
             raise ValueError("sampled drafts need noise")
         position = len(self.text.tokens) - self.text.prompt_len + len(self.tokens)
-        return float(self.text.noise[min(position, len(self.text.noise) - 1)])
+        last = len(self.text.noise) - 1
+        return [float(self.text.noise[min(position + step, last)]) for step in range(count)]
 
-    def append(self, drafted: Drafted, row: int, num_read: int) -> None:
-        """Take the token drafted for this text, by a pass that read `num_read` of its tokens."""
-        token = drafted.tokens[row]
-        confidence = drafted.confidence[row]
-        self.tokens.append(token)
-        self._confidence.append(confidence)
-        self.read_states.append(drafted.states[row, :num_read])
+    def take(self, drafted: Drafted, row: int, num_read: int) -> int:
+        """Take the tokens drafted for this text up to where its policy stops; the first was made by reading `num_read`.
+
+        Returns:
+            How many.
+        """
+        before = len(self.tokens)
+        tokens = drafted.tokens[row]
+        for step, (token, confidence) in enumerate(zip(tokens, drafted.confidence[row], strict=True)):
+            if not self.wants_more:
+                break
+            self.tokens.append(token)
+            self._confidence.append(confidence)
+            keeps_drafting = self.text.policy.keep_drafting(token, confidence, len(tokens) - step - 1)
+            self.wants_more = keeps_drafting and len(self.tokens) < self._limit
+        count = len(self.tokens) - before
+        self._exit_hidden.append(drafted.exit_hidden[row, :count])
+        for step, states in enumerate(drafted.states[:count]):
+            self.read_states.append(states[row, : num_read if step == 0 else 1])
         if drafted.probabilities is not None:
-            self._probabilities.append(drafted.probabilities[row])
-        keeps_drafting = self.text.policy.keep_drafting(token, confidence)
-        self.wants_more = keeps_drafting and len(self.tokens) < self._limit
+            self._probabilities.append(drafted.probabilities[row, :count])
+        return count
 
     def look_up(self) -> None:
         """Add what the policy takes from a lookup, as far as there is room."""
@@ -246,7 +266,7 @@ class Draft:
         drafted = torch.tensor(self.tokens, dtype=torch.long, device=target.device)
         proposed = torch.nn.functional.one_hot(drafted, target.shape[-1]).to(target.dtype)
         if self._probabilities:
-            drawn = torch.stack(self._probabilities)  # [m, V']
+            drawn = torch.cat(self._probabilities)  # [m, V']
             covered = stages.token_ids(torch.arange(drawn.shape[1], device=target.device))
             proposed[: len(drawn)] = 0.0
             proposed[: len(drawn), covered] = drawn
@@ -256,11 +276,9 @@ class Draft:
         """The block as records and policies see it."""
         num_looked_up = len(self.tokens) - len(self._confidence)
         exit_hidden = torch.empty(0, stages.hidden_size)
-        if self.read_states:  # each draft comes from the last token that its pass read
-            exit_hidden = torch.stack([states[-1] for states in self.read_states])
         return DraftBlock(
             tokens=torch.tensor(self.tokens, dtype=torch.long),
             confidence=torch.tensor([*self._confidence, *[float("nan")] * num_looked_up]),
-            exit_hidden=exit_hidden,
-            probabilities=torch.stack(self._probabilities) if self._probabilities else None,
+            exit_hidden=torch.cat(self._exit_hidden) if self._exit_hidden else exit_hidden,
+            probabilities=torch.cat(self._probabilities) if self._probabilities else None,
         )

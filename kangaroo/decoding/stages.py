@@ -139,19 +139,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One drafted token for each text.
+    """The next n tokens of each text, drafted in one go.
 
     Attributes:
-        tokens: B vocabulary ids.
-        confidence: B, the policy's largest probability.
-        probabilities: `[B, V']`, what sampled drafts were drawn from; None for argmax drafts.
-        states: `[B, T, D]`, the exit states of every token that this pass read.
+        tokens: `B x n` vocabulary ids.
+        confidence: `B x n`, the policy's largest probability.
+        probabilities: `[B, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
+        exit_hidden: `[B, n, D]`, the exit state that each draft was made from.
+        states: `[B, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
     """
 
-    tokens: list[int]
-    confidence: list[float]
+    tokens: list[list[int]]
+    confidence: list[list[float]]
     probabilities: Tensor | None
-    states: Tensor
+    exit_hidden: Tensor
+    states: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -225,42 +227,78 @@ class Stages:
         """Vocabulary ids of rows of the exit head."""
         return rows if self.draft_ids is None else self.draft_ids[rows]
 
-    def draft(self, unread: Sequence[Sequence[int]], config: DecodeConfig, noise: Sequence[float]) -> Drafted:
-        """Read the tokens that the shallow layers have not read yet, and draft the next token of every text.
+    def drafts_at_once(self, wanted: int) -> int:
+        """Drafts to make in one go: one, after which the host looks; where passes are captured, all that are wanted."""
+        captured = self.passes.graphs is not None and self.shallow.cache.length > 0
+        return wanted if captured else 1
+
+    def draft(
+        self, unread: Sequence[Sequence[int]], config: DecodeConfig, noise: Sequence[Sequence[float]]
+    ) -> Drafted:
+        """Read the tokens that the shallow layers have not read yet, and draft the next n tokens of every text.
+
+        Of the drafts they read all but the last, but do not count them: see `count_drafts`.
 
         Args:
             unread: tokens of each text; none for a text that drafts nothing.
             config: how drafts are drawn.
-            noise: for sampled drafts, a number in [0, 1) for each text.
+            noise: `B x n`, for sampled drafts, numbers in [0, 1).
         """
-        sampled = config.draft_temperature > 0
+        count = len(noise[0])
+        choose = self._chooser(config)
+        adapted = config.target == "adapted"
+
+        def run(tokens: Tensor, last: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+            rows = torch.arange(len(tokens), device=tokens.device)
+            read, exits, drafted = [], [], []
+            for step in range(count):
+                states = self.shallow(tokens)  # [B, T, D]
+                hidden = self.drafter(states)
+                chosen = choose(hidden[rows, last] if step == 0 else hidden[:, 0], uniform[:, step])
+                read.append(states)
+                exits.append(states[rows, last] if step == 0 else states[:, 0])
+                drafted.append(chosen)
+                if step + 1 < count:  # the next draft is made after this one, on the device
+                    self.passes.follow(last + 1 if step == 0 else torch.ones_like(last))
+                    tokens = chosen[0][:, None]
+            found, confidence, probabilities = (torch.stack(each, dim=1) for each in zip(*drafted, strict=True))
+            return packed(found, confidence), probabilities, torch.stack(exits, dim=1), *read[: adapted * count]
+
+        counts = [len(tokens) for tokens in unread]
+        last = torch.tensor([max(0, count - 1) for count in counts])
+        uniform = torch.tensor(noise, dtype=torch.float64)
+        caches = [self.shallow.cache, self.drafter.cache]
+        name = ("draft", config.draft_temperature, config.temperature, config.top_k, config.top_p, adapted)
+        chosen, probabilities, exits, *states = self.passes.run(
+            name, run, caches, counts, self.passes.pad(unread), last, uniform, ahead=count - 1
+        )
+        tokens, confidence = unpacked(chosen)
+        drawn = probabilities.clone() if config.draft_temperature else None
+        return Drafted(tokens, confidence, drawn, exits.clone(), [state.clone() for state in states])
+
+    def _chooser(self, config: DecodeConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """What chooses drafts from normed states `[B, D]`: their ids, confidence and, if drawn, distributions `[B, V']`."""
         # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
         top_k = config.top_k if config.temperature else 0
         top_p = config.top_p if config.temperature else 1.0
 
-        def run(tokens: Tensor, last: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
-            states = self.shallow(tokens)  # [B, T, D]
-            rows = torch.arange(len(tokens), device=tokens.device)
-            hidden = self.drafter(states)[rows, last]
-            if sampled:
-                logits = self.drafter.logits(hidden).float()  # [B, V']
-                probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
-                chosen = inverse_cdf(probabilities, uniform[0])
-                confidence = probabilities.amax(dim=-1)
-            else:
-                probabilities = hidden[:, :0]
-                chosen, confidence = self.drafter.best(hidden)
-            return packed(self.token_ids(chosen), confidence), probabilities, states
+        def argmax(hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            chosen, confidence = self.drafter.best(hidden)
+            return self.token_ids(chosen), confidence, confidence[:, None]
 
-        counts = [len(tokens) for tokens in unread]
-        inputs = [self.passes.pad(unread), torch.tensor([max(0, count - 1) for count in counts])]
-        if sampled:
-            inputs.append(torch.tensor(noise, dtype=torch.float64))
-        caches = [self.shallow.cache, self.drafter.cache]
-        name = ("draft", config.draft_temperature, top_k, top_p)
-        chosen, probabilities, states = self.passes.run(name, run, caches, counts, *inputs)
-        tokens, confidence = unpacked(chosen)
-        return Drafted(tokens, confidence, probabilities.clone() if sampled else None, states.clone())
+        def draw(hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.drafter.logits(hidden).float()  # [B, V']
+            probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
+            chosen = inverse_cdf(probabilities, uniform)
+            return self.token_ids(chosen), probabilities.amax(dim=-1), probabilities
+
+        return draw if config.draft_temperature else argmax
+
+    def count_drafts(self, counts: Sequence[int]) -> None:
+        """Count the first tokens of what was just drafted as read, row by row."""
+        for stage in (self.shallow, self.drafter):
+            lengths = stage.cache.lengths
+            stage.cache.lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
 
     def verify(self, tokens: Sequence[Sequence[int]], sampled: bool) -> Verified:
         """Score the tokens that the verifier has not read yet, in one pass (target "base").
