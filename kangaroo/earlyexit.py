@@ -209,6 +209,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         target: str = "base",
         batch_size: int = 1,
         deterministic: bool = False,
+        chains: int = 1,
     ) -> Iterator[Stages]:
         """Stages with empty caches for one decoding; inside this context they are `past_key_values`.
 
@@ -220,16 +221,17 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             target: "base" or "adapted", as in `DecodeConfig`.
             batch_size: texts B.
             deterministic: as in `DecodeConfig`.
+            chains: of drafts that a block may have, 1 or 2.
         """
         # On CUDA capacities are powers of two, so that captured passes fit later texts; padding needs room of its own.
         # Passes over several cards cannot be captured.
         on_cuda = self.lm_head.weight.is_cuda and len(self.layer_devices()) == 1
         if on_cuda:
             capacity = view(capacity + PASS_ROWS, 1 << 62)
-        elif deterministic or batch_size > 1:
+        elif deterministic or batch_size > 1 or chains > 1:
             capacity += PASS_ROWS  # room for padding
         with self.merged():
-            stages = self.new_stages(capacity, drafter, target, batch_size)
+            stages = self.new_stages(capacity, drafter, target, batch_size, chains)
             if on_cuda:
                 stages = self._reused(stages)
             stages.passes.positions = PASS_ROWS if deterministic else 0
@@ -245,6 +247,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         drafter: DrafterParts | None = None,
         target: str = "base",
         batch_size: int = 1,
+        chains: int = 1,
         fused: bool = True,
     ) -> Stages:
         """Stages with empty caches, their adapters as they are now; arguments as in `decoding`.
@@ -257,7 +260,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         def stage(name: str, first: int, stop: int) -> Stage:
             weights = self._stage_weights(name, first, stop, fused)
-            cache = self._cache(self.config, weights, batch_size, capacity)
+            verifies = target == "adapted" or name != "shallow layers, adapted"
+            cache = self._cache(self.config, weights, batch_size, capacity, chains=chains if verifies else 1)
             return Stage(weights, self.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
@@ -280,9 +284,10 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         batch_size: int,
         capacity: int,
         window: int | None = None,
+        chains: int = 1,
     ) -> KVCache:
         devices = [layer.device for layer in weights.layers]
-        return KVCache(config, devices, batch_size, capacity, self.model.norm.weight, window)
+        return KVCache(config, devices, batch_size, capacity, self.model.norm.weight, window, chains)
 
     def _stage_weights(self, name: str, first: int, stop: int, fused: bool) -> StageWeights:
         """layers[first:stop] with the embedding or with final norm and head; fused ones are kept while weights last."""
@@ -338,9 +343,9 @@ def _continue(stage: Stage, inputs: Tensor, position_ids: Tensor | None) -> Tens
     return stage(inputs)
 
 
-def _shape(stages: Stages) -> list[tuple[int, int, int | None, int]]:
+def _shape(stages: Stages) -> list[tuple[int, int, int | None, int, int]]:
     """What captured passes depend on: the weights, and the shapes of the caches."""
     return [
-        (id(stage.weights), stage.cache.capacity, stage.cache.window, len(stage.cache.lengths))
-        for stage in (stages.shallow, stages.drafter, stages.base, stages.deep)
+        (id(one.weights), one.cache.capacity, one.cache.window, one.cache.batch_size, one.cache.chains)
+        for one in (stages.shallow, stages.drafter, stages.base, stages.deep)
     ]

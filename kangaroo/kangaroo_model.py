@@ -255,10 +255,16 @@ class KangarooModel(nn.Module):
     # Decoding
 
     def decoding(
-        self, capacity: int, target: str = "base", batch_size: int = 1, deterministic: bool = False
+        self,
+        capacity: int,
+        target: str = "base",
+        batch_size: int = 1,
+        deterministic: bool = False,
+        chains: int = 1,
     ) -> AbstractContextManager[Stages]:
         """Stages with empty caches, this draft's among them; arguments as in `EarlyExitLlamaForCausalLM.decoding`."""
-        return self.base_model.decoding(capacity, self.drafter_parts(), target, batch_size, deterministic)
+        parts = self.drafter_parts()
+        return self.base_model.decoding(capacity, parts, target, batch_size, deterministic, chains)
 
     def block_policy(self, config: DecodeConfig, batch_size: int = 1) -> BlockPolicy:
         """What decides on the blocks of a text: fixed, or by what earlier texts have shown.
@@ -288,7 +294,7 @@ class KangarooModel(nn.Module):
             context: tokens in the caches.
             rows: texts at once.
         """
-        with self.decoding(context + longest + 2, batch_size=rows) as stages:
+        with self.decoding(context + longest + 2, batch_size=rows, chains=2 if rows == 1 else 1) as stages:
             return measure_costs(stages, longest, repeats, context)
 
     def now(self) -> float:
@@ -337,7 +343,8 @@ class KangarooModel(nn.Module):
                 text.seed(text_seed, max_new_tokens if settings.draft_temperature else 0)
             texts.append(text)
         capacity = max(text.stop for text in texts)
-        with self.decoding(capacity, settings.target, len(texts), settings.deterministic) as stages:
+        chains = 2 if settings.source == "hybrid" and settings.target == "base" else 1
+        with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:
             yield from decode_texts(stages, texts, settings, ends)
 
     def decode_blocks(

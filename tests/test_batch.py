@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
+import torch
 from conftest import EOS, random_prompts, tiny_kangaroo
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
+from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.passes import SHORTEST_VIEW, view
 from kangaroo.decoding.stages import Stage
 
@@ -102,6 +106,48 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
         found = model.generate_batch(prompts[start : start + rows], 24, how, (EOS,), seed=3)
         assert [one.tokens for one in found] == alone[start : start + rows]
     assert all(one.passes.graphs.held for one in held.values())
+
+
+def test_what_drafts_goes_on_from_the_committed_text_alone(monkeypatch):
+    """Whichever chain was right, and however many drafts were made at once: a fresh decoding drafts the same."""
+    how = DecodeConfig(4, source="hybrid")
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double()
+    fresh = model.base_model.new_stages
+    captured = fresh(SHORTEST_VIEW, model.drafter_parts(), "base", 1, 2)
+    captured.passes.graphs = Recorded()
+    seen = Counter()
+    for prompt in random_prompts(4, 2):
+        text = list(prompt)
+        own = text + model.generate(prompt, 40, DecodeConfig(0)).tokens
+
+        def beside(policy, own=own):
+            """A lookup that is right in every second block."""
+            start = len(policy._index.tokens)
+            return own[start : start + 3] if start % 2 and policy._room > 3 else [7, 7][: policy._room]
+
+        monkeypatch.setattr(BlockPolicy, "beside", beside)
+        monkeypatch.setattr(model.base_model, "new_stages", lambda *args: captured)
+        captured.reset()
+        for block in model.decode_blocks(prompt, 40, how):
+            first = block.first_chain.draft
+            if first.num_learned:
+                assert first.tokens.tolist() == step_by_step(model, text, first.num_learned)
+            second = block.second_chain
+            seen["first" if second is None else "second is right" if second is block else "second"] += 1
+            text += block.committed
+        assert text == own
+        monkeypatch.setattr(model.base_model, "new_stages", fresh)
+    assert seen["second is right"] > 2 and seen["second"] > 2
+
+
+def step_by_step(model, text, count):
+    """The next drafts after a text, each from scratch."""
+    drafts = []
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*text, *drafts]])).exit_logits[0, -1]
+        drafts.append(int(model.token_ids(logits.argmax())))
+    return drafts
 
 
 def test_a_batch_that_is_empty_or_holds_an_empty_prompt_is_refused():

@@ -123,16 +123,17 @@ def test_what_is_looked_up_is_verified_and_has_no_confidence():
 def test_fixed_choices_by_hand():
     def block(index, room, *settings, **more):
         chooser = BlockPolicy(DecodeConfig(*settings, **more))
-        return chooser.begin(index, room), chooser.look_up()
+        return chooser.begin(index, room), chooser.look_up(), chooser.beside()
 
     index, one = LookupIndex([1, 2, 3, 4, 1, 2]), LookupIndex([1, 2, 3, 1])
-    assert block(index, 9, 3) == (3, [])
-    assert block(index, 2, 3, source="lookup") == (0, [3, 4])
-    assert block(index, 9, 3, source="hybrid") == (0, [3, 4, 1])
-    assert block(one, 9, 3, source="hybrid") == (3, [])
-    assert block(one, 9, 2, source="lookup") == (0, [2, 3])
-    assert block(LookupIndex([1, 2]), 9, 2, source="lookup") == (0, [])
-    assert block(index, 0, 2) == (0, [])
+    assert block(index, 9, 3) == (3, [], [])
+    assert block(index, 2, 3, source="lookup") == (0, [3, 4], [])
+    assert block(index, 9, 3, source="hybrid") == (3, [], [3, 4, 1])
+    assert block(index, 9, 3, source="hybrid", target="adapted") == (0, [3, 4, 1], [])
+    assert block(one, 9, 3, source="hybrid") == (3, [], [])
+    assert block(one, 9, 2, source="lookup") == (0, [2, 3], [])
+    assert block(LookupIndex([1, 2]), 9, 2, source="lookup") == (0, [], [])
+    assert block(index, 0, 2) == (0, [], [])
 
 
 def test_a_lookup_behind_drafts_is_one_in_the_text_that_they_would_make():

@@ -13,13 +13,18 @@ from conftest import random_prompts, tiny_config, tiny_kangaroo
 
 from kangaroo.decoding import speculate
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.sampling import distribution, inverse_cdf, speculative_sampling
+from kangaroo.decoding.sampling import (
+    distribution,
+    inverse_cdf,
+    speculative_sampling,
+    speculative_sampling_of_chains,
+)
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 VOCAB, LENGTH, DRAWS, ROWS = 5, 3, 50_000, 2_000
-PROMPT = [1, 3, 0, 1, 3]
-"""Ends as it began, so that there is something to look up."""
+PROMPT = [0, 4, 4, 3, 4, 2, 4, 1, 4, 0, 3, 3, 2, 3, 1, 3, 0, 2, 2, 1, 2, 0, 1, 1, 0, 0]
+"""Every pair of tokens once, so that there is always something to look up."""
 
 
 def by_hand(logits: np.ndarray, how: DecodeConfig) -> np.ndarray:
@@ -119,6 +124,21 @@ def test_a_planted_error_is_found(monkeypatch):
     monkeypatch.setattr(speculate, "speculative_sampling", wrong)
     how = DecodeConfig(3, temperature=0.9, draft_temperature=1.4)
     assert p_value(five_tokens(draft_vocab=[0, 3]), how, 10_000)[0] < 1e-6
+
+
+def test_a_planted_error_among_two_chains_is_found(monkeypatch):
+    """The control: a second chain that is held against p again, rather than against what the first has left over."""
+
+    def wrong(targets, proposed, drafted, uniform):
+        counts, token = speculative_sampling_of_chains(targets, proposed, drafted, uniform)
+        first, second = (int(one[0]) for one in drafted)
+        if not any(counts) and second != first and uniform[-1] < float(targets[1][0][second]):
+            return [0, 0], second
+        return counts, token
+
+    monkeypatch.setattr(speculate, "speculative_sampling_of_chains", wrong)
+    how = DecodeConfig(3, temperature=3.0, source="hybrid", draft_temperature=0.7)
+    assert p_value(five_tokens(), how, 10_000)[0] < 1e-6
 
 
 def test_samples_are_seeded_and_cold_ones_are_greedy():

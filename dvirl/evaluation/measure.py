@@ -38,10 +38,15 @@ class Answer:
         return [1] * (len(self.tokens) - 1)
 
     @property
-    def drafts(self) -> list[tuple[int, int]]:
-        """Number of learned and of looked-up drafts of each verification, without the prefill."""
-        drafts = [block.draft for block in self.blocks[1:]]
-        return [(draft.num_learned, len(draft.tokens) - draft.num_learned) for draft in drafts]
+    def drafts(self) -> list[tuple[int, int, int]]:
+        """Learned and looked-up drafts of each verification, and those of a second chain; without the prefill."""
+        found = []
+        for block in self.blocks[1:]:
+            first = block.first_chain.draft
+            second = block.second_chain
+            looked_up = len(first.tokens) - first.num_learned
+            found.append((first.num_learned, looked_up, len(second.draft.tokens) if second else 0))
+        return found
 
     @property
     def nll(self) -> float:

@@ -30,7 +30,7 @@ class DecodeConfig:
     """0 drafts by argmax; above 0 drafts are sampled from the policy at this temperature, given noise."""
     source: str = "learned"
     """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
-    "hybrid", block by block one of them."""
+    "hybrid", both, in one verification where that pays."""
     adaptive: bool = False
     """Choose source and length of each block by acceptance and step costs, up to `draft_len`; False drafts always.
     Several texts at once share each pass; their blocks are not adapted."""
@@ -67,19 +67,21 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class DraftBlock:
-    """What is drafted before one verification: n tokens, the first m of them by the shallow layers.
+    """A chain of drafts for one verification: n tokens, the first m of them by the shallow layers.
 
     Attributes:
         tokens: `[n]` int64, vocabulary ids.
         confidence: `[n]`, the policy's largest probability at each position; NaN for tokens that were looked up.
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
         probabilities: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
+        is_second: it stands beside the chain of the shallow layers.
     """
 
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     confidence: Tensor = field(default_factory=lambda: torch.empty(0))
     exit_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     probabilities: Tensor | None = None
+    is_second: bool = False
 
     @property
     def num_learned(self) -> int:
@@ -98,6 +100,7 @@ class Verification:
         num_accepted: accepted drafts.
         draft: the block; its first `num_drafted` entries are scored. Empty where a rollout replays blocks.
         verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position; likewise.
+        beside: what became of the block's other chain, if it had two; it commits nothing.
     """
 
     start: int
@@ -106,6 +109,17 @@ class Verification:
     num_accepted: int
     draft: DraftBlock = field(default_factory=DraftBlock)
     verifier_confidence: Tensor = field(default_factory=lambda: torch.empty(0))
+    beside: Verification | None = None
+
+    @property
+    def first_chain(self) -> Verification:
+        """The outcome of the learned chain."""
+        return self.beside if self.beside is not None and self.draft.is_second else self
+
+    @property
+    def second_chain(self) -> Verification | None:
+        """The outcome of the chain beside it, if there was one."""
+        return self if self.draft.is_second else self.beside
 
     @property
     def block_len(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,17 +24,21 @@ from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_ma
 class KVCache:
     """Preallocated keys and values of some layers; rolling back means lowering `lengths`.
 
+    The rows in use are the first ones. A text whose block has two chains of drafts has a second row while they are
+    verified: `fork` begins it where the text ends, and `join` goes on from the chain that was right.
+
     Args:
         config: the model's, for heads and sizes.
         devices: of each layer.
-        batch_size: rows B.
+        batch_size: texts B.
         capacity: slots of a row.
         like: a tensor of the dtype to use, on the device where passes begin.
         window: how many slots back a query sees, its own included; None for all.
+        chains: rows of a text, 1 or 2.
 
     Attributes:
-        keys, values: one `[B, G, capacity, E]` tensor a layer.
-        lengths: slots filled so far, row by row.
+        keys, values: one `[B * chains, G, capacity, E]` tensor a layer.
+        lengths: slots filled so far, of each row in use.
     """
 
     def __init__(
@@ -44,17 +49,30 @@ class KVCache:
         capacity: int,
         like: Tensor,
         window: int | None = None,
+        chains: int = 1,
     ) -> None:
         self._config = config
-        shape = (batch_size, config.num_key_value_heads, capacity, head_dim(config))
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=device) for device in devices]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        shape = (batch_size * chains, config.num_key_value_heads, capacity, head_dim(config))
+        # All layers on a device lie in one tensor, so that slots of all of them are copied at once.
+        self._stores = [
+            torch.zeros(2, len(list(layers)), *shape, dtype=like.dtype, device=device)
+            for device, layers in groupby(devices)
+        ]
+        self.keys = [keys for store in self._stores for keys in store[0]]
+        self.values = [values for store in self._stores for values in store[1]]
+        self.batch_size = batch_size
+        self.chains = chains
         self.capacity = capacity
         self.window = window
         self.device = like.device
         self._like = like
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
-        self.lengths = [0] * batch_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; every text is in use again."""
+        self.lengths = [0] * self.batch_size
+        self._second = [0] * self.batch_size  # slots of each text that its second row holds, too
 
     @property
     def length(self) -> int:
@@ -68,12 +86,38 @@ class KVCache:
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget every slot from `lengths` on, row by row."""
         self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        self._second = [min(pair) for pair in zip(self._second, lengths, strict=True)]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        """Drop all rows but these, which move to the front."""
+        for stored in self.keys + self.values:
+            stored[: len(rows)] = stored[rows]
         self.lengths = [self.lengths[row] for row in rows]
+        self._second = [0] * len(rows)
+
+    def fork(self) -> None:
+        """Give every text a second row, after those of all texts, with the same slots."""
+        texts = len(self.lengths)
+        for row, length in enumerate(self.lengths):
+            self._copy(row, texts + row, self._second[row], length)
+        self._second = self.lengths
+        self.lengths = self.lengths * 2
+
+    def join(self, lengths: Sequence[int], from_second: Sequence[bool]) -> None:
+        """Go on with one row a text, rolled back to `lengths`: the first, or what the second read since the fork on."""
+        texts = len(lengths)
+        self.lengths = [min(pair) for pair in zip(self.lengths[:texts], lengths, strict=True)]
+        for row, moved in enumerate(from_second):
+            if moved:
+                self._copy(texts + row, row, self._second[row], lengths[row])
+                self.lengths[row] = self._second[row] = lengths[row]
+        self._second = [min(pair) for pair in zip(self._second, self.lengths, strict=True)]
+
+    def _copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy slots of a row to another, in all layers."""
+        if start < stop:
+            for store in self._stores:
+                store[:, :, target, :, start:stop] = store[:, :, source, :, start:stop]
 
     def like_one_row(self, capacity: int) -> KVCache:
         """An empty cache of one row for the same layers."""
@@ -88,8 +132,8 @@ class KVCache:
 
     def store(self, layer: int, keys: Tensor, values: Tensor, plan: CachedPass) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, G, T, E]` of this pass; return the slots that its queries read."""
-        stored_keys = self.keys[layer]
-        stored_values = self.values[layer]
+        stored_keys = self.keys[layer][: len(keys)]
+        stored_values = self.values[layer][: len(keys)]
         if plan.rows is None:  # all rows write the same slots: one slice
             start = self.lengths[0]
             stored_keys[:, :, start : start + keys.shape[2]] = keys

@@ -14,14 +14,18 @@ class StepCosts:
     Attributes:
         verify: milliseconds of a verification of n drafts that cost nothing; `verify[0]` is a plain step.
         draft: milliseconds of drafting one token.
+        forked: the same as `verify` with two chains of up to n drafts each; empty if that was not measured.
     """
 
     verify: tuple[float, ...]
     draft: float
+    forked: tuple[float, ...] = ()
 
-    def block(self, learned: int, looked_up: int = 0) -> float:
-        """Milliseconds of a block with this many learned and looked-up drafts."""
-        return self.verify[learned + looked_up] + learned * self.draft
+    def block(self, learned: int, looked_up: int = 0, second: int = 0) -> float:
+        """Milliseconds of a block with this many learned and looked-up drafts, and drafts of a second chain."""
+        first = learned + looked_up
+        verifying = self.forked[max(first, second)] if second else self.verify[first]
+        return verifying + learned * self.draft
 
     def speedup(self, acceptance: float, count: int) -> float:
         """Speed of blocks of `count` learned drafts over plain steps, each draft accepted with the same chance."""

@@ -84,13 +84,13 @@ class LookupIndex:
 class BlockPolicy:
     """What each block drafts; this one always drafts as many tokens as the settings say.
 
-    A block calls `begin`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees the outcome. Where
-    a look costs as much as a draft, it makes as many drafts as `at_once` says before it asks for each whether to go on.
-    Texts that are decoded together need a policy each. With source "hybrid" this one looks up where `SURE_NGRAM` tokens
-    match, and drafts elsewhere.
+    A block calls `begin` and `beside`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees
+    the outcome. Where a look costs as much as a draft, it makes as many drafts as `at_once` says before it asks for
+    each whether to go on. Texts that are decoded together need a policy each. With source "hybrid" this one always
+    drafts, and where `SURE_NGRAM` tokens match, what a lookup knows is verified beside it.
 
     Args:
-        config: `source`, `draft_len` and `threshold`.
+        config: `source`, `draft_len`, `threshold` and `target`.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -98,19 +98,33 @@ class BlockPolicy:
         self._index = LookupIndex()
         self._room = 0
         self._drafts: list[int] = []
+        self._second: list[int] = []
+
+    @property
+    def extends(self) -> bool:
+        """Whether `look_up` may add to learned drafts."""
+        return False
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """Begin a block after the text of `index` with room for `room` drafts; return how many to draft at most."""
         self._start(index, room)
-        source = self.config.source
-        if source == "learned" or (source == "hybrid" and not self.look_up()):
+        if self.config.source == "learned":
             return self._room
-        return 0
+        found = self.look_up()
+        if self.config.source == "lookup" or (found and self.config.target == "adapted"):
+            return 0
+        self._second = found
+        return self._room
 
     def _start(self, index: LookupIndex, room: int) -> None:
         self._index = index
         self._room = min(self.config.draft_len, room)
         self._drafts = []
+        self._second = []
+
+    def beside(self) -> list[int]:
+        """Another chain of drafts, to be verified beside the learned one."""
+        return self._second
 
     def at_once(self) -> int:
         """Drafts to make before looking at the first of them."""
@@ -129,7 +143,7 @@ class BlockPolicy:
 
     def look_up(self) -> list[int]:
         """Tokens to verify after the learned drafts."""
-        if self.config.source == "learned" or self._drafts:
+        if self.config.source == "learned" or self._drafts or self._second:
             return []
         needed = SURE_NGRAM if self.config.source == "hybrid" else 1
         proposed, matched = self._index.propose(self._room)
@@ -140,11 +154,23 @@ class BlockPolicy:
 
 
 class ScriptedPolicy(BlockPolicy):
-    """Drafts a given number of tokens, whatever their confidence, then has given tokens verified: for measurements."""
+    """Drafts a given number of tokens, whatever their confidence, then has given tokens verified: for measurements.
 
-    def __init__(self, num_learned: int, looked_up: Sequence[int] = ()) -> None:
+    Args:
+        num_learned: drafts of the shallow layers.
+        looked_up: tokens after them.
+        second: a chain beside them.
+    """
+
+    def __init__(self, num_learned: int, looked_up: Sequence[int] = (), second: Sequence[int] = ()) -> None:
         self.num_learned = num_learned
         self._looked_up = list(looked_up)
+        self._second = list(second)
+
+    @property
+    def extends(self) -> bool:
+        """As in `BlockPolicy`."""
+        return bool(self._looked_up)
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """As in `BlockPolicy`."""
@@ -194,9 +220,9 @@ class AdaptivePolicy(BlockPolicy):
     A block is worth its tokens less those that its time would yield elsewhere, at the recent speed (the ratio objective
     of Dinkelbach 1967). Records are kept by source and by the length of the ending that a lookup knows, since that says
     most about both sources. Learned drafting goes on while the next token's chance is worth its time; the chance comes
-    from the confidences so far, corrected by how drafts of such confidence turned out before. A hybrid then adds what a
-    lookup knows, since rows of a verification are cheap. The same costs and texts give the same blocks. `threshold`
-    does not count here: it is the fixed form of the same question.
+    from the confidences so far, corrected by how drafts of such confidence turned out before. A hybrid drafts, looks
+    up, or does both side by side; to a single chain of learned drafts it adds what a lookup knows after them. The same
+    costs and texts give the same blocks. `threshold` does not count here: it is the fixed form of the same question.
 
     Args:
         config: `source` and `draft_len`, the longest block.
@@ -211,6 +237,10 @@ class AdaptivePolicy(BlockPolicy):
         for matched in range(LONGEST_NGRAM + 1):
             self._add_start("learned", matched, 0.7, first, costs.block(first))
             self._add_start("lookup", matched, 0.25 + 0.1 * matched, first, costs.block(0, first))
+            if costs.forked and config.target == "base":
+                self._add_start(
+                    "both", matched, 0.7 + 0.05 * matched, first, costs.block(first, second=first)
+                )
         self._records = {kind: replace(start) for kind, start in self._starts.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]
@@ -226,6 +256,11 @@ class AdaptivePolicy(BlockPolicy):
         self._starts[source, matched] = _Record(acceptance, 1.0, expected_tokens(acceptance, length), cost)
 
     @property
+    def extends(self) -> bool:
+        """As in `BlockPolicy`."""
+        return self.config.source == "hybrid" and not self._second
+
+    @property
     def rate(self) -> float:
         """Recent tokens a millisecond, at least those of plain steps."""
         return max(self._recent_tokens / self._recent_cost, 1.0 / self.costs.verify[0])
@@ -238,13 +273,28 @@ class AdaptivePolicy(BlockPolicy):
         self._source = ""
         self._survival = 1.0
         best = 1.0 - self.rate * self.costs.verify[0]  # gain of a plain step
-        sources = ("learned", "lookup") if self.config.source == "hybrid" else (self.config.source,)
+        sources = ("learned", "lookup", "both") if self.config.source == "hybrid" else (self.config.source,)
         for source in sources if self._room else ():
+            if (source, self._matched) not in self._records or (source != "learned" and not self._matched):
+                continue
             gain = self._records[source, self._matched].gain(self.rate)
-            if gain > best and (source == "learned" or self._matched):
+            if gain > best:
                 best = gain
                 self._source = source
-        return self._room if self._source == "learned" else 0
+        if self._source == "both":
+            self._second = self._worth(index.propose(self._room)[0], self._matched, 0, self.costs.forked)
+        return self._room if self._source in ("learned", "both") else 0
+
+    def _worth(self, proposed: list[int], matched: int, depth: int, costs: Sequence[float]) -> list[int]:
+        """As many tokens of a lookup, after `depth` drafts, as are worth their rows."""
+        self._lookup_kind = ("lookup", matched)
+        acceptance = self._records[self._lookup_kind].acceptance
+        survival = self._survival
+        for count in range(len(proposed)):
+            survival *= acceptance
+            if survival < self.rate * (costs[depth + count + 1] - costs[depth + count]):
+                return proposed[:count]
+        return proposed
 
     def at_once(self) -> int:
         """As in `BlockPolicy`: as many as are worth their time if each is accepted as usual."""
@@ -259,7 +309,8 @@ class AdaptivePolicy(BlockPolicy):
 
     def _cost(self, depth: int, is_made: bool) -> float:
         """Milliseconds that a learned draft after `depth` others adds to its block."""
-        row = self.costs.verify[depth + 1] - self.costs.verify[depth]
+        second = len(self._second)
+        row = self.costs.block(0, depth + 1, second) - self.costs.block(0, depth, second)
         return row if is_made else row + self.costs.draft
 
     def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
@@ -272,7 +323,10 @@ class AdaptivePolicy(BlockPolicy):
         if depth >= self._room:
             return False
         chance = self._records["learned", self._matched].acceptance
-        if self.config.source == "hybrid":  # only what the draft adds to a lookup that costs nothing
+        # Only what the draft adds to a lookup counts, beside it or after it.
+        if self._second:
+            chance *= 1.0 - self._records["lookup", self._matched].acceptance ** (depth + 1)
+        elif self.config.source == "hybrid":
             matched = self._index.propose(1, self._drafts)[1]
             chance -= self._records["lookup", matched].acceptance if matched else 0.0
         # Worth it if the expected token is more than the time of draft and row yields elsewhere.
@@ -281,24 +335,18 @@ class AdaptivePolicy(BlockPolicy):
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`: as many tokens as are worth their rows."""
         depth = len(self._drafts)
-        if self.config.source == "learned" or not self._source:
+        if self.config.source == "learned" or not self._source or self._second:
             return []
         proposed, matched = self._index.propose(self._room - depth, self._drafts)
-        self._lookup_kind = ("lookup", matched)
-        acceptance = self._records[self._lookup_kind].acceptance
-        survival = self._survival
-        for count in range(len(proposed)):
-            survival *= acceptance
-            cost = self.costs.verify[depth + count + 1] - self.costs.verify[depth + count]
-            if survival < self.rate * cost:
-                return proposed[:count]
-        return proposed
+        return self._worth(proposed, matched, depth, self.costs.verify)
 
     def observe(self, verification: Verification) -> None:
         """As in `BlockPolicy`."""
-        learned = verification.draft.num_learned
-        looked_up = len(verification.draft.tokens) - learned
-        cost = self.costs.block(learned, looked_up)
+        first = verification.first_chain
+        second = verification.second_chain
+        learned = first.draft.num_learned
+        looked_up = len(first.draft.tokens) - learned
+        cost = self.costs.block(learned, looked_up, len(second.draft.tokens) if second else 0)
         self._recent_tokens = RATE_DECAY * self._recent_tokens + verification.block_len
         self._recent_cost = RATE_DECAY * self._recent_cost + cost
         # Records of other kinds drift back to their start, so that they are tried again.
@@ -311,12 +359,14 @@ class AdaptivePolicy(BlockPolicy):
             record.cost += cost
             record.blocks += 1.0
         if learned:
-            self._count_learned(self._records[kind], verification)
+            self._count_learned(self._records["learned", self._matched], first)
         # Looked-up drafts are scored only if all learned ones before them were accepted.
-        if looked_up and verification.num_drafted > learned:
+        if second or (looked_up and first.num_drafted > learned):
+            before = 0 if second else learned
+            chain = second or first
             record = self._records[self._lookup_kind]
-            record.accepted += verification.num_accepted - learned
-            record.scored += verification.num_drafted - learned
+            record.accepted += chain.num_accepted - before
+            record.scored += chain.num_drafted - before
 
     def _count_learned(self, record: _Record, verification: Verification) -> None:
         """Count the scored learned drafts, in the record and by their confidence."""

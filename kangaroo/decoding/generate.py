@@ -56,10 +56,11 @@ def decode_texts(
         yield committed
         for place, verification in committed.items():
             _commit(running[place], verification, eos_ids)
-        # Texts that are over leave the batch, unless its shape is captured.
-        is_over = [not text.room for text in running.values()]
-        if any(is_over) and not all(is_over) and not stages.passes.graphs:
-            stages.keep([row for row, over in enumerate(is_over) if not over])
+        # Texts that are over leave the batch; where passes are captured, half of it at a time, so that few are.
+        left = [row for row, text in enumerate(running.values()) if text.room]
+        most = len(running) // 2 if stages.passes.graphs else len(running) - 1
+        if 0 < len(left) <= most:
+            stages.keep(left)
             running = {place: text for place, text in running.items() if text.room}
 
 

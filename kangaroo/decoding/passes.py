@@ -24,7 +24,7 @@ WARM_UPS = 3
 SHORTEST_VIEW = 256
 """Slots that a captured pass reads at least."""
 PADDING_STEP = 8
-"""Captured passes of more than two tokens have a multiple of this many drafts, so that few shapes are captured."""
+"""Captured passes of more than two tokens have a multiple of this many, so that few shapes are captured."""
 
 
 def view(needed: int, capacity: int) -> int:
@@ -54,15 +54,16 @@ class Passes:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids `[B, T]` on the host, zeros after each row's own."""
-        width = self.width(max(1, *map(len, rows)))
+        width = self.width(max(1, *map(len, rows)), len(rows))
         return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
-    def width(self, longest: int) -> int:
-        """Positions T of a pass whose longest row has this many tokens."""
+    def width(self, longest: int, rows: int) -> int:
+        """Positions T of a pass over some rows, the longest of which has this many tokens."""
         if not self.begun or not (self.graphs or self.positions):
             return longest
-        if longest > 2:
-            longest = PADDING_STEP * math.ceil((longest - 1) / PADDING_STEP) + 1
+        if longest > 2:  # one row has room for eight drafts; two of eight tokens are a tile of our kernels
+            spare = 1 if rows == 1 else 0
+            longest = PADDING_STEP * math.ceil((longest - spare) / PADDING_STEP) + spare
         return max(self.positions, longest)
 
     def follow(self, counts: Tensor) -> None:
@@ -128,9 +129,20 @@ class Passes:
 
 @dataclass(frozen=True)
 class _Captured:
+    """A captured pass and the memory that it reads and writes.
+
+    Attributes:
+        graph: replays it.
+        inputs: what it reads.
+        pinned: for inputs that come from the host, where they are put together there.
+        staging: all of them, on the host and on the device: one copy serves all.
+        outputs: what it writes.
+    """
+
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    pinned: tuple[Tensor | None, ...]
+    inputs: list[Tensor]
+    pinned: list[Tensor | None]
+    staging: tuple[Tensor, Tensor]
     outputs: tuple[Tensor, ...]
 
 
@@ -151,22 +163,41 @@ class CudaGraphs:
 
         The next replay writes over the outputs.
         """
-        # A captured graph reads and writes fixed memory: copy inputs in, replay, copy outputs out.
+        # A captured graph reads and writes fixed memory: copy inputs in, replay.
         key = (key, *(tensor.shape for tensor in inputs))
         if key not in self._captured:
             self._captured[key] = self._capture(run, inputs)
         captured = self._captured[key]
         for static, pinned, tensor in zip(captured.inputs, captured.pinned, inputs, strict=True):
-            if pinned is not None:  # copied without waiting; the host waits for every pass's outputs
-                tensor = pinned.copy_(tensor)
-            static.copy_(tensor, non_blocking=True)
+            if pinned is None:
+                static.copy_(tensor)
+            else:
+                pinned.copy_(tensor)
+        host, device = captured.staging
+        device.copy_(
+            host, non_blocking=True
+        )  # the host waits for every block's outputs before it writes here again
         captured.graph.replay()
         return captured.outputs
 
     def _capture(self, run: Pass, inputs: tuple[Tensor, ...]) -> _Captured:
         torch.cuda.synchronize()  # what is still running is not part of it
         began = time.perf_counter()
-        static = tuple(tensor.cuda() if tensor.device.type == "cpu" else tensor.clone() for tensor in inputs)
+        host = torch.empty(sum(map(_room, inputs)), dtype=torch.uint8).pin_memory()
+        device = host.cuda()
+        static: list[Tensor] = []
+        pinned: list[Tensor | None] = []
+        offset = 0
+        for tensor in inputs:
+            if tensor.device.type == "cpu":
+                stop = offset + tensor.nbytes
+                pinned.append(host[offset:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor))
+                static.append(device[offset:stop].view(tensor.dtype).view(tensor.shape))
+                offset += _room(tensor)
+            else:
+                pinned.append(None)
+                static.append(tensor.clone())
+        device.copy_(host)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -179,8 +210,9 @@ class CudaGraphs:
         self._pool = graph.pool()
         torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - began)
-        pinned = tuple(
-            torch.empty_like(tensor).pin_memory() if tensor.device.type == "cpu" else None
-            for tensor in inputs
-        )
-        return _Captured(graph, static, pinned, outputs)
+        return _Captured(graph, static, pinned, (host, device), outputs)
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes that a host tensor takes among others, each of which begins at a multiple of 16; 0 for others."""
+    return -(-tensor.nbytes // 16) * 16 if tensor.device.type == "cpu" else 0

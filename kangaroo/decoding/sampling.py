@@ -90,3 +90,43 @@ def speculative_sampling(
         if float(residual.sum()) > 0.0:  # p equals q but for rounding: nothing is left over, so draw from p
             weights = residual
     return accepted, int(inverse_cdf(weights[None], uniform[count:]))
+
+
+def speculative_sampling_of_chains(
+    targets: Sequence[Tensor], proposed: Sequence[Tensor], drafted: Sequence[Tensor], uniform: Sequence[float]
+) -> tuple[list[int], int]:
+    """The same for several chains of drafts after one text, by recursive rejection over siblings.
+
+    SpecInfer (Miao et al. 2024, arXiv 2305.09781). At each position the chains that were right so far propose in turn;
+    after a reject the next one is held against what the target has left over.
+
+    Args:
+        targets, proposed, drafted: as in `speculative_sampling`, of each chain.
+        uniform: numbers in [0, 1), one for each draft and one more.
+
+    Returns:
+        The number of accepted drafts of each chain, and the verifier's own token that follows the longest.
+    """
+    noise = iter(uniform)
+    counts = [0] * len(drafted)
+    alive = list(range(len(drafted)))
+    for depth in range(max(map(len, drafted)) + 1):
+        weights = targets[alive[0]][depth]
+        accepted: int | None = None
+        for chain in alive:
+            if depth == len(drafted[chain]):
+                continue
+            token = int(drafted[chain][depth])
+            chances = proposed[chain][depth]
+            if next(noise) * float(chances[token] * weights.sum()) < float(weights[token]):
+                accepted = token
+                break
+            residual = (weights / weights.sum() - chances).clamp(min=0.0)
+            if float(residual.sum()) > 0.0:  # else p equals q but for rounding
+                weights = residual
+        if accepted is None:
+            break
+        alive = [chain for chain in alive if drafted[chain][depth : depth + 1].tolist() == [accepted]]
+        for chain in alive:
+            counts[chain] = depth + 1
+    return counts, int(inverse_cdf(weights[None], weights.new_tensor([next(noise)])))

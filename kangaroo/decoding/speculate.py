@@ -10,14 +10,19 @@ Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite
 from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
-from kangaroo.decoding.sampling import count_accepted, distribution, speculative_sampling
+from kangaroo.decoding.sampling import (
+    count_accepted,
+    distribution,
+    speculative_sampling,
+    speculative_sampling_of_chains,
+)
 from kangaroo.decoding.stages import Drafted, Stage, Stages, Verified
 
 
@@ -42,7 +47,7 @@ def spec_decode_step(
     Raises:
         ValueError: if a logit of the verifier is not finite.
     """
-    # 1. Draft: up to draft_len tokens for each text, by the shallow layers, by lookup, or by both.
+    # 1. Draft: up to draft_len tokens for each text, by the shallow layers, by lookup, or by both side by side.
     drafts = [Draft(text) for text in texts]
     if stages.passes.begun:
         for draft in drafts:
@@ -53,16 +58,15 @@ def spec_decode_step(
             draft.look_up()
 
     # 2. Verify: the last committed token and all drafts, in one pass of the deep layers.
-    if config.target == "base":
-        verified = stages.verify(unread_tokens(drafts, stages.deep), config.temperature > 0)
-    else:
-        verified = stages.verify_states(adapted_states(stages, drafts), config.temperature > 0)
+    if not stages.is_verifying:
+        begin_verifying(stages, drafts, config)
+    verified = stages.verified()
 
-    # 3. Accept: the longest prefix that the verifier agrees with, then one token of its own.
+    # 3. Accept: of each text the longest chain that the verifier agrees with, then one token of its own.
     verifications = [accept(draft, verified, row, stages, config) for row, draft in enumerate(drafts)]
 
     # 4. Roll back: forget the keys and values of what was rejected.
-    stages.truncate([0 if result is None else result.start + result.num_accepted for result in verifications])
+    stages.roll_back(verifications)
     return verifications
 
 
@@ -76,8 +80,24 @@ def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) 
     sampled = config.draft_temperature > 0
     noise = [draft.noise(count) if sampled and draft.wants_more else [0.0] * count for draft in drafts]
     drafted = stages.draft(unread, config, noise)
+    # Where nothing follows these drafts, whatever they are, the verifier reads them before the host does.
+    if count > 1 and config.target == "base" and all(draft.ends_after(count) for draft in drafts):
+        begin_verifying(stages, drafts, config, drafted)
     taken = [draft.take(drafted, row, len(unread[row])) for row, draft in enumerate(drafts)]
     stages.count_drafts([max(0, count - 1) for count in taken])  # nothing has read the last one
+
+
+def begin_verifying(
+    stages: Stages, drafts: Sequence[Draft], config: DecodeConfig, drafted: Drafted | None = None
+) -> None:
+    """Let the verifier read the last committed token and the drafts of every text, `drafted` still on the device."""
+    sampled = config.temperature > 0
+    if config.target == "adapted":
+        stages.begin_verifying_states(adapted_states(stages, drafts), sampled)
+        return
+    lengths = stages.deep.cache.lengths
+    second = [draft.second_after(length) for draft, length in zip(drafts, lengths, strict=True)]
+    stages.begin_verifying(unread_tokens(drafts, stages.deep), second, sampled, drafted)
 
 
 def unread_tokens(drafts: Sequence[Draft], stage: Stage) -> list[list[int]]:
@@ -97,7 +117,7 @@ def adapted_states(stages: Stages, drafts: Sequence[Draft]) -> list[Tensor]:
 def accept(
     draft: Draft, verified: Verified, row: int, stages: Stages, config: DecodeConfig
 ) -> Verification | None:
-    """What one text commits.
+    """What one text commits: of its chains of drafts the one that goes furthest, and a token of the verifier's own.
 
     Greedy: accept drafts while they are the verifier's argmax. Sampling: accept draft x with probability
     min(1, p(x) / q(x)), see `speculative_sampling`.
@@ -105,28 +125,53 @@ def accept(
     if not draft.text.room:
         return None
     start = len(draft.text.tokens)
-    count = len(draft.tokens)
-    confidence = verified.confidence[row][: count + 1]
-    refuse_not_finite(confidence, start)
+    chains = draft.chains()
+    texts = len(verified.tokens) // (2 if verified.is_forked else 1)
+    rows = [row + texts * place for place in range(len(chains))]
+    confidence = [verified.confidence[at][: len(chain) + 1] for at, chain in zip(rows, chains, strict=True)]
+    for chances in confidence:
+        refuse_not_finite(chances, start)
     if config.temperature == 0:
-        own_tokens = verified.tokens[row]
-        num_accepted = count_accepted(draft.tokens, own_tokens)
-        next_token = own_tokens[num_accepted]
+        own = [verified.tokens[at] for at in rows]
+        counts = [count_accepted(chain, tokens) for chain, tokens in zip(chains, own, strict=True)]
+        best = counts.index(max(counts))
+        next_token = own[best][counts[best]]
     else:
-        logits = verified.logits[row, : count + 1]
-        target = distribution(logits, config.temperature, config.top_k, config.top_p)  # p, [n + 1, V]
-        proposed = draft.proposed(target, stages)  # q, [n, V]
-        drafted = torch.tensor(draft.tokens, dtype=torch.long, device=target.device)
-        uniform = draft.text.uniform(count + 1).to(target.device)
-        num_accepted, next_token = speculative_sampling(target, proposed, drafted, uniform)
-    return Verification(
-        start=start,
-        committed=(*draft.tokens[:num_accepted], next_token),
-        num_drafted=min(count, num_accepted + 1),
-        num_accepted=num_accepted,
-        draft=draft.block(stages),
-        verifier_confidence=torch.tensor(confidence),
+        counts, next_token = sample_accepted(draft, [verified.logits[at] for at in rows], stages, config)
+        best = counts.index(max(counts))
+    results = [
+        Verification(
+            start=start,
+            committed=(*chain[: counts[best]], next_token) if place == best else (),
+            num_drafted=min(len(chain), counts[place] + 1),
+            num_accepted=counts[place],
+            draft=draft.block(place, stages),
+            verifier_confidence=torch.tensor(confidence[place]),
+        )
+        for place, chain in enumerate(chains)
+    ]
+    winner = results.pop(best)
+    return replace(winner, beside=results[0]) if results else winner
+
+
+def sample_accepted(
+    draft: Draft, logits: Sequence[Tensor], stages: Stages, config: DecodeConfig
+) -> tuple[list[int], int]:
+    """Accepted drafts of each chain, and the token after them, by logits `[n + 1, V]` of each chain."""
+    targets, proposed, drafted = [], [], []
+    for place, chain in enumerate(draft.chains()):
+        rows = logits[place][: len(chain) + 1]
+        targets.append(distribution(rows, config.temperature, config.top_k, config.top_p))  # p, [n + 1, V]
+        proposed.append(draft.proposed(place, targets[-1], stages))  # q, [n, V]
+        drafted.append(torch.tensor(chain, dtype=torch.long, device=rows.device))
+    count = max(map(len, drafted)) + 1
+    if len(drafted) > 1:
+        uniform = draft.text.uniform(2 * count)
+        return speculative_sampling_of_chains(targets, proposed, drafted, uniform.tolist())
+    accepted, token = speculative_sampling(
+        targets[0], proposed[0], drafted[0], draft.text.uniform(count).to(targets[0].device)
     )
+    return [accepted], token
 
 
 @dataclass
@@ -181,6 +226,7 @@ class Draft:
     Attributes:
         text: the text.
         tokens: the drafts so far.
+        second: another chain of drafts after the text, verified beside the first; none for most blocks.
         wants_more: whether the shallow layers draft another token.
         read_states: the exit states of every token that they read for this block, `[T, D]` a draft; only for target
             "adapted".
@@ -189,6 +235,7 @@ class Draft:
     def __init__(self, text: Text) -> None:
         self.text = text
         self.tokens: list[int] = []
+        self.second: list[int] = []
         self.wants_more = False
         self.read_states: list[Tensor] = []
         self._limit = 0
@@ -200,13 +247,22 @@ class Draft:
         """Ask the policy how many tokens to draft; one token of the text's room is left to the verifier."""
         if self.text.room:
             self._limit = self.text.policy.begin(self.text.index, self.text.room - 1)
+            self.second = self.text.policy.beside()
         self.wants_more = self._limit > 0
+
+    def chains(self) -> list[list[int]]:
+        """The chains of drafts that are verified."""
+        return [self.tokens, self.second] if self.second else [self.tokens]
 
     def wanted(self) -> int:
         """Tokens to draft before the policy looks at them."""
         if not self.wants_more:
             return 0
         return min(self._limit - len(self.tokens), self.text.policy.at_once())
+
+    def ends_after(self, count: int) -> bool:
+        """Whether the first `count` drafts of the block are all of it, whatever they are."""
+        return not self.tokens and count >= self._limit and not self.text.policy.extends
 
     def noise(self, count: int) -> list[float]:
         """The numbers in [0, 1) by which the next `count` tokens are sampled.
@@ -227,8 +283,8 @@ class Draft:
             How many.
         """
         before = len(self.tokens)
-        tokens = drafted.tokens[row]
-        for step, (token, confidence) in enumerate(zip(tokens, drafted.confidence[row], strict=True)):
+        tokens = drafted.by_text[row]
+        for step, (token, confidence) in enumerate(tokens):
             if not self.wants_more:
                 break
             self.tokens.append(token)
@@ -256,24 +312,33 @@ class Draft:
         drafts = self.tokens[max(0, length - len(self.text.tokens)) :]
         return [*self.text.tokens[length:], *drafts]
 
-    def proposed(self, target: Tensor, stages: Stages) -> Tensor:
-        """q, `[n, V]`: the distribution that each draft was drawn from, one-hot where it was not drawn.
+    def second_after(self, length: int) -> list[int]:
+        """The same with the second chain; nothing if there is none."""
+        return [*self.text.tokens[length:], *self.second] if self.second else []
+
+    def proposed(self, place: int, target: Tensor, stages: Stages) -> Tensor:
+        """q, `[n, V]`: the distribution that each draft of a chain was drawn from, one-hot where it was not drawn.
 
         Args:
+            place: of the chain.
             target: p, `[n + 1, V]`, for shape, dtype and device.
             stages: map rows of the exit head to token ids.
         """
-        drafted = torch.tensor(self.tokens, dtype=torch.long, device=target.device)
+        drafted = torch.tensor(self.chains()[place], dtype=torch.long, device=target.device)
         proposed = torch.nn.functional.one_hot(drafted, target.shape[-1]).to(target.dtype)
-        if self._probabilities:
+        if self._probabilities and place == 0:
             drawn = torch.cat(self._probabilities)  # [m, V']
             covered = stages.token_ids(torch.arange(drawn.shape[1], device=target.device))
             proposed[: len(drawn)] = 0.0
             proposed[: len(drawn), covered] = drawn
         return proposed
 
-    def block(self, stages: Stages) -> DraftBlock:
-        """The block as records and policies see it."""
+    def block(self, place: int, stages: Stages) -> DraftBlock:
+        """A chain as records and policies see it."""
+        if place == 1:
+            return DraftBlock(
+                torch.tensor(self.second), torch.full((len(self.second),), float("nan")), is_second=True
+            )
         num_looked_up = len(self.tokens) - len(self._confidence)
         exit_hidden = torch.empty(0, stages.hidden_size)
         return DraftBlock(

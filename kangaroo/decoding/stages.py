@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from kangaroo.adapter import LlamaRotaryEmbedding
-from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached
 from kangaroo.decoding.layers import CachedLayer, Product
 from kangaroo.decoding.passes import Passes
@@ -139,36 +140,44 @@ class Stage:
 
 @dataclass(frozen=True)
 class Drafted:
-    """The next n tokens of each text, drafted in one go.
+    """The next n tokens of each text, drafted in one go; the host waits for them when it first looks at them.
 
     Attributes:
-        tokens: `B x n` vocabulary ids.
-        confidence: `B x n`, the policy's largest probability.
+        chosen: their ids and confidences, `packed`, `[2, B, n]`.
         probabilities: `[B, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
         exit_hidden: `[B, n, D]`, the exit state that each draft was made from.
         states: `[B, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
     """
 
-    tokens: list[list[int]]
-    confidence: list[list[float]]
+    chosen: Tensor
     probabilities: Tensor | None
     exit_hidden: Tensor
     states: list[Tensor]
+
+    @cached_property
+    def by_text(self) -> list[list[tuple[int, float]]]:
+        """`B x n` vocabulary ids, each with the policy's largest probability."""
+        tokens, confidence = unpacked(self.chosen)
+        return [list(zip(*pair, strict=True)) for pair in zip(tokens, confidence, strict=True)]
 
 
 @dataclass(frozen=True)
 class Verified:
     """What the verifier says after the last committed token and after each draft.
 
+    The rows are the B texts' first chains, then, if there are any, their second ones.
+
     Attributes:
-        tokens: `B x (n + 1)` vocabulary ids, its argmax.
-        confidence: `B x (n + 1)`, its probability of them.
-        logits: `[B, n + 1, V]` float32; empty for greedy answers.
+        tokens: `rows x (n + 1)` vocabulary ids, its argmax.
+        confidence: `rows x (n + 1)`, its probability of them.
+        logits: `[rows, n + 1, V]` float32; empty for greedy answers.
+        is_forked: there are second chains.
     """
 
     tokens: list[list[int]]
     confidence: list[list[float]]
     logits: Tensor
+    is_forked: bool
 
 
 def packed(tokens: Tensor, confidence: Tensor) -> Tensor:
@@ -200,6 +209,8 @@ class Stages:
     passes: Passes
     hidden_size: int
     draft_ids: Tensor | None = None
+    _begun: tuple[Tensor, ...] | None = None  # a verification that the host has not looked at
+    _is_forked: bool = False  # whether it reads second chains
 
     def caches(self) -> list[KVCache]:
         """Every cache once."""
@@ -209,9 +220,24 @@ class Stages:
         return [stage.cache for stage in stages]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Roll back: forget the keys and values of every token from `lengths` on, row by row."""
+        """Forget the keys and values of every token from `lengths` on, text by text."""
         for cache in self.caches():
             cache.truncate(lengths)
+
+    def roll_back(self, results: Sequence[Verification | None]) -> None:
+        """Forget the keys and values of all rejected drafts, and everything of texts that are over."""
+        committed = [result.start + result.num_accepted if result else 0 for result in results]
+        from_second = [result is not None and result.draft.is_second for result in results]
+        for cache in {id(stage.cache): stage.cache for stage in (self.base, self.deep)}.values():
+            if self._is_forked:
+                cache.join(committed, from_second)
+            else:
+                cache.truncate(committed)
+        # What drafts has read the first chain only.
+        first = [result.first_chain.num_accepted if result else 0 for result in results]
+        read = [result.start + count if result else 0 for result, count in zip(results, first, strict=True)]
+        for stage in (self.shallow, self.drafter):
+            stage.cache.truncate(read)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all texts but these."""
@@ -220,7 +246,9 @@ class Stages:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.truncate([0] * len(self.deep.cache.lengths))
+        for cache in self.caches():
+            cache.clear()
+        self._begun = None
         self.passes.begun = False
 
     def token_ids(self, rows: Tensor) -> Tensor:
@@ -261,8 +289,15 @@ class Stages:
                 if step + 1 < count:  # the next draft is made after this one, on the device
                     self.passes.follow(last + 1 if step == 0 else torch.ones_like(last))
                     tokens = chosen[0][:, None]
-            found, confidence, probabilities = (torch.stack(each, dim=1) for each in zip(*drafted, strict=True))
-            return packed(found, confidence), probabilities, torch.stack(exits, dim=1), *read[: adapted * count]
+            found, confidence, probabilities = (
+                torch.stack(each, dim=1) for each in zip(*drafted, strict=True)
+            )
+            return (
+                packed(found, confidence),
+                probabilities,
+                torch.stack(exits, dim=1),
+                *read[: adapted * count],
+            )
 
         counts = [len(tokens) for tokens in unread]
         last = torch.tensor([max(0, count - 1) for count in counts])
@@ -272,12 +307,12 @@ class Stages:
         chosen, probabilities, exits, *states = self.passes.run(
             name, run, caches, counts, self.passes.pad(unread), last, uniform, ahead=count - 1
         )
-        tokens, confidence = unpacked(chosen)
+        # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
         drawn = probabilities.clone() if config.draft_temperature else None
-        return Drafted(tokens, confidence, drawn, exits.clone(), [state.clone() for state in states])
+        return Drafted(chosen.clone(), drawn, exits.clone(), [state.clone() for state in states])
 
     def _chooser(self, config: DecodeConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """What chooses drafts from normed states `[B, D]`: their ids, confidence and, if drawn, distributions `[B, V']`."""
+        """What chooses by normed states `[B, D]`: ids, confidence and, for drawn drafts, distributions `[B, V']`."""
         # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
         top_k = config.top_k if config.temperature else 0
         top_p = config.top_p if config.temperature else 1.0
@@ -300,41 +335,84 @@ class Stages:
             lengths = stage.cache.lengths
             stage.cache.lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
 
-    def verify(self, tokens: Sequence[Sequence[int]], sampled: bool) -> Verified:
-        """Score the tokens that the verifier has not read yet, in one pass (target "base").
+    def begin_verifying(
+        self,
+        tokens: Sequence[Sequence[int]],
+        second: Sequence[Sequence[int]],
+        sampled: bool,
+        drafted: Drafted | None = None,
+    ) -> None:
+        """Start a pass over the tokens that the verifier has not read; `verified` waits for it (target "base").
 
         Args:
             tokens: of each text.
+            second: the same with the text's second chain of drafts, none without one.
             sampled: whether the answer is drawn, for which all logits are needed.
+            drafted: drafts that follow `tokens` and that the host may not have seen yet.
         """
-        return self._verify(self.passes.pad(tokens), [len(row) for row in tokens], True, sampled)
+        rows = [list(row) for row in tokens]
+        self._is_forked = any(second)
+        if drafted is not None:
+            ahead = drafted.chosen.shape[2]
+            rows = [row + [0] * ahead if row else row for row in rows]
+        if self._is_forked:
+            for stage in (self.base, self.deep):
+                stage.cache.fork()
+            rows += [list(row) for row in second]
+        self._begun = self._verify(self.passes.pad(rows), list(map(len, rows)), True, sampled, drafted)
 
-    def verify_states(self, states: Sequence[Tensor], sampled: bool) -> Verified:
+    def begin_verifying_states(self, states: Sequence[Tensor], sampled: bool) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
         padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-        missing = self.passes.width(padded.shape[1]) - padded.shape[1]
+        missing = self.passes.width(padded.shape[1], len(states)) - padded.shape[1]
         padded = torch.nn.functional.pad(padded, (0, 0, 0, missing))
-        return self._verify(padded, [len(row) for row in states], False, sampled)
+        self._is_forked = False
+        self._begun = self._verify(padded, [len(row) for row in states], False, sampled)
 
-    def _verify(self, inputs: Tensor, counts: list[int], from_tokens: bool, sampled: bool) -> Verified:
-        def run(inputs: Tensor, *last: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def is_verifying(self) -> bool:
+        """Whether a verification has been started that the host has not looked at."""
+        return self._begun is not None
+
+    def verified(self) -> Verified:
+        """What the verification that was started says."""
+        assert self._begun is not None
+        chosen, logits = self._begun
+        self._begun = None
+        return Verified(*unpacked(chosen), logits, self._is_forked)
+
+    def _verify(
+        self,
+        inputs: Tensor,
+        counts: list[int],
+        from_tokens: bool,
+        sampled: bool,
+        drafted: Drafted | None = None,
+    ) -> tuple[Tensor, ...]:
+        ahead = 0 if drafted is None else drafted.chosen.shape[2]
+
+        def run(inputs: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+            if ahead:  # after the last committed token
+                inputs[: len(extra[0][0]), 1 : 1 + ahead] = extra[0][0]
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
-            if last:  # of the prompts only what follows their last token matters
-                hidden = hidden[torch.arange(len(hidden), device=hidden.device), last[0]][:, None]
+            if first:  # of the prompts only what follows their last token matters
+                hidden = hidden[torch.arange(len(hidden), device=hidden.device), extra[0]][:, None]
             if not sampled:
                 return packed(*self.deep.best(hidden)), hidden[..., :0]
-            logits = self.deep.logits(hidden).float()  # [B, n + 1, V]
+            logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
             return packed(tokens, confidence), logits
 
-        last = [] if self.passes.begun else [torch.tensor([count - 1 for count in counts])]
+        first = not self.passes.begun
+        extra = [torch.tensor([count - 1 for count in counts])] if first else []
+        if drafted is not None:
+            extra = [drafted.chosen]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        name = ("verify", from_tokens, sampled)
-        chosen, logits = self.passes.run(name, run, caches, counts, inputs, *last)
+        name = ("verify", from_tokens, sampled, ahead)
+        results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
-        tokens, confidence = unpacked(chosen)
-        return Verified(tokens, confidence, logits)
+        return results
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""

@@ -28,7 +28,8 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
     """Time blocks of all lengths after `context` tokens, in turn; medians, fitted so that they never fall.
 
     Args:
-        stages: the model, its caches empty and with room for `context + longest + 2` tokens.
+        stages: the model, its caches empty and with room for `context + longest + 2` tokens; with room for two chains
+            of a text their verification is timed, too.
         longest: drafts of a block, at most.
         repeats: rounds that count.
         context: tokens in the caches.
@@ -39,21 +40,25 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
     prompt = LookupIndex(index.tokens[:-1])
     spec_decode_step(stages, [Text(prompt, context + 1, ScriptedPolicy(0))] * rows, config)
 
-    def block_ms(num_learned: int, num_looked_up: int) -> float:
+    def block_ms(num_learned: int, num_looked_up: int, num_second: int = 0) -> float:
         stages.truncate([context] * rows)
-        policy = ScriptedPolicy(num_learned, index.tokens[:num_looked_up])
+        tokens = index.tokens
+        policy = ScriptedPolicy(num_learned, tokens[:num_looked_up], tokens[:num_second])
         began = now(stages.passes.device)
         spec_decode_step(stages, [Text(index, context + longest + 2, policy)] * rows, config)
         return 1e3 * (now(stages.passes.device) - began)
 
-    verify_ms: list[list[float]] = [[] for _ in range(longest + 1)]
-    draft_ms: list[float] = []
-    for round_ in range(repeats + UNCOUNTED_ROUNDS):
-        times = [block_ms(0, count) for count in range(longest + 1)]
+    lengths = range(longest + 1)
+    rounds: list[tuple[list[float], float, list[float]]] = []
+    for _ in range(repeats + UNCOUNTED_ROUNDS):
+        verify_ms = [block_ms(0, count) for count in lengths]
         block_ms(1, 0)  # brings the draft's caches up to the context
-        drafting = (block_ms(longest, 0) - times[-1]) / longest
-        if round_ >= UNCOUNTED_ROUNDS:
-            draft_ms.append(drafting)
-            for kept, time_ms in zip(verify_ms, times, strict=True):
-                kept.append(time_ms)
-    return StepCosts(monotone([median(times) for times in verify_ms]), max(0.0, median(draft_ms)))
+        draft_ms = (block_ms(longest, 0) - verify_ms[-1]) / longest
+        forked_ms = [block_ms(0, count, count) for count in lengths] if stages.deep.cache.chains > 1 else []
+        rounds.append((verify_ms, draft_ms, forked_ms))
+    verify, draft, forked = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
+    return StepCosts(
+        monotone([median(times) for times in zip(*verify, strict=True)]),
+        max(0.0, median(draft)),
+        monotone([median(times) for times in zip(*forked, strict=True)]),
+    )
