@@ -209,6 +209,10 @@ def _prepare_decoder_attention_mask(position_ids: Tensor, slots: Tensor, window:
     return visible if window is None else visible & (keys > queries - window)
 
 
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Rotated keys and values `[B, G, T, E]` of several passes."""
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """What all layers share in one pass without a cache.
@@ -260,6 +264,31 @@ def plan_uncached(
     return AttentionPlan(cos, sin, mask)
 
 
+def plan_unrolled(
+    rotary: LlamaRotaryEmbedding, states: Tensor, depth: int, window: int | None = None
+) -> AttentionPlan:
+    """Plan the pass of drafts that stand at one depth of their blocks, at all positions of a text at once.
+
+    The keys are those of depth 1, 2, …, each over all positions. The draft at position t and depth j belongs to the
+    block whose first draft stands at t - j + 1: up to there it sees keys of depth 1, after it those of its own block.
+
+    Args:
+        rotary: gives the factors.
+        states: `[B, T, …]`, for length, dtype and device.
+        depth: j, from 1.
+        window: as in `_prepare_decoder_attention_mask`.
+    """
+    if depth == 1:
+        return plan_uncached(rotary, states, window=window)
+    positions = torch.arange(states.shape[1], device=states.device)
+    back = positions[:, None] - positions  # [T, T], positions from the key to the query
+    seen = [back >= depth - 1, *(back == depth - step for step in range(2, depth + 1))]
+    if window is not None:
+        seen = [mask & (back < window) for mask in seen]
+    plan = plan_uncached(rotary, states)
+    return AttentionPlan(plan.cos, plan.sin, torch.cat(seen, dim=1)[None, None])
+
+
 class LlamaAttention(nn.Module):
     """Multi-head attention with grouped queries and rotary positions, Llama's parameter names."""
 
@@ -274,8 +303,15 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attend among the positions of `hidden [B, T, D]`; the same shape comes back."""
+    def forward(self, hidden: Tensor, plan: AttentionPlan, earlier: KeysValues | None = None) -> Tensor:
+        """Attend among the positions of `hidden [B, T, D]`; the same shape comes back.
+
+        Args:
+            hidden: the states.
+            plan: its mask says which keys a query sees.
+            earlier: keys and values of earlier passes over the same positions, which stand before the own ones; these
+                are appended.
+        """
         batch, length, _ = hidden.shape
         queries = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
         keys = self.k_proj(hidden).view(batch, length, self.num_groups, self.head_dim).transpose(1, 2)
@@ -283,6 +319,10 @@ class LlamaAttention(nn.Module):
         # Positions enter by rotating queries and keys; values carry none.
         queries = apply_rotary(queries, plan.cos, plan.sin)
         keys = apply_rotary(keys, plan.cos, plan.sin)
+        if earlier is not None:
+            earlier.append((keys, values))
+            keys = torch.cat([keys for keys, _ in earlier], dim=2)
+            values = torch.cat([values for _, values in earlier], dim=2)
         mixed = F.scaled_dot_product_attention(
             queries,
             keys,
@@ -330,14 +370,19 @@ class DecoderLayer(nn.Module):
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = LlamaMLP(config)
 
-    def forward(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`, on the layer's own device."""
+    def forward(self, hidden: Tensor, plan: AttentionPlan, earlier: KeysValues | None = None) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`, on the layer's own device; arguments as in `LlamaAttention`."""
         device = self.input_layernorm.weight.device
         hidden = hidden.to(device)
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), plan.on(device))
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), plan.on(device), earlier)
         if self.feed_forward:
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden
+
+
+def before(states: Tensor) -> Tensor:
+    """The states `[B, T, D]` of the positions before; zeros before the first."""
+    return F.pad(states, (0, 0, 1, 0))[:, :-1]
 
 
 class AdapterModel(nn.Module):
@@ -351,10 +396,17 @@ class AdapterModel(nn.Module):
         kind: "none", "adapter" or "layer".
         window: positions back that the drafter's attention sees, its own included; None for all.
         num_layers: layers of that kind; "none" has no layer in any case.
+        feedback: it also reads, through `fuse`, the verifier's last state of the position before; within a block, where
+            the verifier has not been yet, its own stands in (EAGLE, arXiv 2401.15077).
     """
 
     def __init__(
-        self, config: LlamaConfig, kind: str = "adapter", window: int | None = 64, num_layers: int = 1
+        self,
+        config: LlamaConfig,
+        kind: str = "adapter",
+        window: int | None = 64,
+        num_layers: int = 1,
+        feedback: bool = False,
     ) -> None:
         super().__init__()
         if kind not in DRAFTERS:
@@ -370,12 +422,46 @@ class AdapterModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, feed_forward=kind == "layer") for _ in range(count))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = rotary_for(config)
+        self.fuse = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False) if feedback else None
+        if self.fuse is not None:  # a fresh one leaves the exit state as it is
+            self.fuse.weight.data = torch.eye(config.hidden_size, 2 * config.hidden_size)
+
+    def forward_unrolled(self, exit_states: Tensor, feedback: Tensor, depths: int) -> list[Tensor]:
+        """What the exit head reads for the first, second, … draft of a block, at every position of a verified text.
+
+        The first draft at a position reads `feedback`, a later one the drafter's own state of the draft before.
+        Training unrolls the steps of decoding like this (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840).
+
+        Args:
+            exit_states: `[B, T, D]`.
+            feedback: `[B, T, D]`, the verifier's states of the positions before.
+            depths: drafts of a block.
+
+        Returns:
+            `[B, T, D]` for each depth, normed.
+        """
+        found: list[Tensor] = []
+        earlier: list[KeysValues] = [[] for _ in self.layers]
+        for depth in range(1, depths + 1):
+            hidden = self.fused(exit_states, feedback)
+            plan = plan_unrolled(self.rotary, hidden, depth, self.window)
+            for layer, kept in zip(self.layers, earlier, strict=True):
+                hidden = layer(hidden, plan, kept)
+            found.append(self.norm(hidden))
+            feedback = before(found[-1])
+        return found
+
+    def fused(self, exit_states: Tensor, feedback: Tensor) -> Tensor:
+        """What the first layer reads, `[…, D]`, by exit states and states of the positions before."""
+        assert self.fuse is not None
+        fused: Tensor = self.fuse(torch.cat([exit_states, feedback], dim=-1))
+        return fused
 
     def forward_early_stop(self, inputs_embeds: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """What the exit head reads, without a cache; decoding runs the same layers as a stage.
 
         Args:
-            inputs_embeds: `[B, T, D]`, exit states.
+            inputs_embeds: `[B, T, D]`, exit states; with feedback what `fused` makes of them.
             position_ids: `[B, T]`, as in `plan_uncached`.
 
         Returns:

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from kangaroo.adapter import DecoderLayer, LlamaRotaryEmbedding, plan_uncached, rotary_for
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.cache import KVCache
+from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm
 from kangaroo.decoding.passes import CudaGraphs, Passes, view
 from kangaroo.decoding.speculate import Text, spec_decode_step
@@ -275,7 +276,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             shallow = base if target == "adapted" else stage("shallow layers, adapted", 0, k)
         cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
-        return Stages(shallow, drafting, base, deep, passes, self.config.hidden_size, drafter.draft_ids)
+        feedback = None
+        if drafter.weights.fuse is not None:
+            feedback = Feedback(batch_size, self.model.norm.weight)
+        hidden_size = self.config.hidden_size
+        return Stages(shallow, drafting, base, deep, passes, hidden_size, drafter.draft_ids, feedback)
 
     def _cache(
         self,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kangaroo.adapter import AdapterModel
+from kangaroo.adapter import AdapterModel, before
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex
@@ -54,9 +54,9 @@ class KangarooModel(nn.Module):
         adapter_model_path: a folder with `drafter.safetensors`; or a published Kangaroo adapter's (`config.json`
             and weights, see `read_published`), which is the drafter whatever `args` say of one, while the exit head
             stays as they say; or None for a fresh drafter.
-        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `head` ("frozen", "full",
-            "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers, or None for all); what
-            is missing takes its default.
+        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `feedback`, `head` ("frozen",
+            "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers, or None for all);
+            what is missing takes its default.
         EARLY_STOP_LAYER: k.
     """
 
@@ -79,7 +79,9 @@ class KangarooModel(nn.Module):
         self._policies: dict[DecodeConfig, AdaptivePolicy] = {}
         drafter = getattr(args, "drafter", "none")
         window = getattr(args, "adapter_window", 64)
-        self.adapter_model = AdapterModel(base.config, drafter, window, getattr(args, "drafter_layers", 1))
+        layers = getattr(args, "drafter_layers", 1)
+        feedback = getattr(args, "feedback", False)
+        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -106,6 +108,11 @@ class KangarooModel(nn.Module):
     def head_model(self) -> nn.Linear:
         """The verifier's head, `lm_head`."""
         return self.base_model.lm_head
+
+    @property
+    def feedback(self) -> bool:
+        """Whether drafts read the verifier's last state of the position before; then they depend on their depth."""
+        return self.adapter_model.fuse is not None
 
     @property
     def exit_norm(self) -> nn.RMSNorm:
@@ -203,10 +210,32 @@ class KangarooModel(nn.Module):
         layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
         head = head.to(dtype)
         norm = rms_norm(self.exit_norm, dtype)
-        return StageWeights(layers, norm=norm, head=product(head), head_weight=head)
+        fuse = self.adapter_model.fuse
+        fused = None if fuse is None else product(fuse.weight.detach().to(dtype))
+        return StageWeights(layers, norm=norm, head=product(head), head_weight=head, fuse=fused)
+
+    def drafter_depths(self, exit_hidden: Tensor, verifier_hidden: Tensor, depths: int) -> list[Tensor]:
+        """What the exit head reads for the first, second, … draft of a block at every position of a verified text.
+
+        Args:
+            exit_hidden: `[B, T, D]`.
+            verifier_hidden: `[B, T, D]`, the verifier's normed states, lora_S off; only read with feedback.
+            depths: drafts of a block.
+
+        Returns:
+            `[B, T, D]` for each depth, with gradients; without feedback all depths are the same, and there is one.
+        """
+        if not self.feedback:
+            return [self.drafter_states(exit_hidden)]
+        dtype = exit_hidden.dtype
+        with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            weight = self.exit_norm.weight
+            feedback = before(verifier_hidden).to(weight.dtype)
+            states = self.adapter_model.forward_unrolled(exit_hidden.to(weight.dtype), feedback, depths)
+        return [state.to(dtype) for state in states]
 
     def drafter_states(self, exit_hidden: Tensor) -> Tensor:
-        """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`, with gradients."""
+        """Exit states `[B, T, D]` to what the exit head reads, `[B, T, D]`, with gradients; without feedback."""
         dtype = exit_hidden.dtype
         if not len(self.adapter_model.layers):
             # Without drafter layers the norm is all there is; it computes in the base model's dtype.
@@ -248,9 +277,9 @@ class KangarooModel(nn.Module):
             detach_exit: cut the deep layers' gradient off the shallow ones (shallow-gradient training).
         """
         exit_hidden = self.base_model.forward_shallow(input_ids)
-        exit_logits = self.head_logits(self.drafter_states(exit_hidden))
         final = self.base_model.forward_deep(exit_hidden.detach() if detach_exit else exit_hidden)
-        return DualLogits(exit_logits, self.head_model(final), exit_hidden)
+        states = self.drafter_depths(exit_hidden, final.detach(), 1)[0]
+        return DualLogits(self.head_logits(states), self.head_model(final), exit_hidden)
 
     # Decoding
 
@@ -330,6 +359,8 @@ class KangarooModel(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        if self.feedback and settings.target != "base":
+            raise ValueError(f'target is {settings.target!r}; a drafter with feedback needs "base"')
         rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
         if not rows:
             raise ValueError("there is no prompt; expected at least one")

@@ -84,7 +84,7 @@ def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) 
     if count > 1 and config.target == "base" and all(draft.ends_after(count) for draft in drafts):
         begin_verifying(stages, drafts, config, drafted)
     taken = [draft.take(drafted, row, len(unread[row])) for row, draft in enumerate(drafts)]
-    stages.count_drafts([max(0, count - 1) for count in taken])  # nothing has read the last one
+    stages.count_drafts(taken)
 
 
 def begin_verifying(

@@ -11,7 +11,7 @@ Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 from kangaroo.adapter import LlamaRotaryEmbedding
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached
+from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Product
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.sampling import distribution, inverse_cdf
@@ -37,6 +38,8 @@ class StageWeights:
         norm: after the layers.
         head: from normed states to logits.
         head_weight: `[V, D]`, its weight, in the dtype to compute in.
+        fuse: from exit states and the verifier's states of the positions before, side by side, to what the first layer
+            reads; None for a stage without feedback.
     """
 
     layers: list[CachedLayer]
@@ -44,6 +47,7 @@ class StageWeights:
     norm: Product | None = None
     head: Product | None = None
     head_weight: Tensor | None = None
+    fuse: Product | None = None
 
     @property
     def fused(self) -> bool:
@@ -89,13 +93,19 @@ class Stage:
         self.passes = passes
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, feedback: Tensor | None = None) -> Tensor:
         """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
+
+        Args:
+            inputs: the tokens or states.
+            feedback: `[B, T, D]`, states of the positions before, for a stage that reads them.
 
         Returns:
             States `[B, T, D]`, normed if the stage has a norm.
         """
         states = inputs if self.weights.embed is None else self.weights.embed(inputs)
+        if self.weights.fuse is not None and feedback is not None:
+            states = self.weights.fuse(torch.cat([states, feedback], dim=-1))
         length = states.shape[1]
         if self.passes.fixed and self.weights.fused:
             states = self._run_fused(states, self.passes.fixed)
@@ -200,6 +210,7 @@ class Stages:
         passes: how their passes run.
         hidden_size: D.
         draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
+        feedback: what the drafter reads of the verifier's states, if it does.
     """
 
     shallow: Stage
@@ -209,8 +220,10 @@ class Stages:
     passes: Passes
     hidden_size: int
     draft_ids: Tensor | None = None
+    feedback: Feedback | None = None
     _begun: tuple[Tensor, ...] | None = None  # a verification that the host has not looked at
     _is_forked: bool = False  # whether it reads second chains
+    _before: list[int] = field(default_factory=list)  # tokens of each text that were verified before it
 
     def caches(self) -> list[KVCache]:
         """Every cache once."""
@@ -234,8 +247,13 @@ class Stages:
             else:
                 cache.truncate(committed)
         # What drafts has read the first chain only.
-        first = [result.first_chain.num_accepted if result else 0 for result in results]
-        read = [result.start + count if result else 0 for result, count in zip(results, first, strict=True)]
+        read = [result.start + result.first_chain.num_accepted if result else 0 for result in results]
+        if self.feedback is not None:  # it reads once more what it has read without the verifier's states
+            read = [result.start if result else 0 for result in results]
+            texts = len(results)
+            rows = [row + texts * second for row, second in enumerate(from_second)]
+            counts = [max(0, end - before) for end, before in zip(committed, self._before, strict=True)]
+            self.feedback.verified(self._hidden, rows, counts)
         for stage in (self.shallow, self.drafter):
             stage.cache.truncate(read)
 
@@ -243,11 +261,15 @@ class Stages:
         """Drop all texts but these."""
         for cache in self.caches():
             cache.keep(rows)
+        if self.feedback is not None:
+            self.feedback.keep(rows)
 
     def reset(self) -> None:
         """Forget everything."""
         for cache in self.caches():
             cache.clear()
+        if self.feedback is not None:
+            self.feedback.clear(self.deep.cache.batch_size)
         self._begun = None
         self.passes.begun = False
 
@@ -276,39 +298,44 @@ class Stages:
         choose = self._chooser(config)
         adapted = config.target == "adapted"
 
-        def run(tokens: Tensor, last: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             rows = torch.arange(len(tokens), device=tokens.device)
-            read, exits, drafted = [], [], []
+            feedback = fed_back[0] if fed_back else None
+            read, exits, owns, drafted = [], [], [], []
             for step in range(count):
                 states = self.shallow(tokens)  # [B, T, D]
-                hidden = self.drafter(states)
-                chosen = choose(hidden[rows, last] if step == 0 else hidden[:, 0], uniform[:, step])
+                hidden = self.drafter(states, feedback)
+                own = hidden[rows, last] if step == 0 else hidden[:, 0]  # [B, D]
+                chosen = choose(own, uniform[:, step])
                 read.append(states)
                 exits.append(states[rows, last] if step == 0 else states[:, 0])
+                owns.append(own)
                 drafted.append(chosen)
                 if step + 1 < count:  # the next draft is made after this one, on the device
                     self.passes.follow(last + 1 if step == 0 else torch.ones_like(last))
                     tokens = chosen[0][:, None]
+                    feedback = own[:, None]
             found, confidence, probabilities = (
                 torch.stack(each, dim=1) for each in zip(*drafted, strict=True)
             )
-            return (
-                packed(found, confidence),
-                probabilities,
-                torch.stack(exits, dim=1),
-                *read[: adapted * count],
-            )
+            own_states = torch.stack(owns, dim=1)
+            exit_states = torch.stack(exits, dim=1)
+            return packed(found, confidence), probabilities, exit_states, own_states, *read[: adapted * count]
 
         counts = [len(tokens) for tokens in unread]
+        tokens = self.passes.pad(unread)
         last = torch.tensor([max(0, count - 1) for count in counts])
-        uniform = torch.tensor(noise, dtype=torch.float64)
+        inputs = [tokens, last, torch.tensor(noise, dtype=torch.float64)]
+        if self.feedback is not None:
+            inputs.append(self.feedback.take(counts, tokens.shape[1]))
         caches = [self.shallow.cache, self.drafter.cache]
         name = ("draft", config.draft_temperature, config.temperature, config.top_k, config.top_p, adapted)
-        chosen, probabilities, exits, *states = self.passes.run(
-            name, run, caches, counts, self.passes.pad(unread), last, uniform, ahead=count - 1
+        chosen, probabilities, exits, own, *states = self.passes.run(
+            name, run, caches, counts, *inputs, ahead=count - 1
         )
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
         drawn = probabilities.clone() if config.draft_temperature else None
+        self._own = own.clone()
         return Drafted(chosen.clone(), drawn, exits.clone(), [state.clone() for state in states])
 
     def _chooser(self, config: DecodeConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -330,10 +357,12 @@ class Stages:
         return draw if config.draft_temperature else argmax
 
     def count_drafts(self, counts: Sequence[int]) -> None:
-        """Count the first tokens of what was just drafted as read, row by row."""
+        """Go on after the first `counts` drafts of each text that were just made; the last of them was not read."""
         for stage in (self.shallow, self.drafter):
-            lengths = stage.cache.lengths
-            stage.cache.lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
+            lengths = zip(stage.cache.lengths, counts, strict=True)
+            stage.cache.lengths = [length + max(0, count - 1) for length, count in lengths]
+        if self.feedback is not None:
+            self.feedback.go_on(self._own, counts)
 
     def begin_verifying(
         self,
@@ -377,7 +406,7 @@ class Stages:
     def verified(self) -> Verified:
         """What the verification that was started says."""
         assert self._begun is not None
-        chosen, logits = self._begun
+        chosen, logits, self._hidden = self._begun
         self._begun = None
         return Verified(*unpacked(chosen), logits, self._is_forked)
 
@@ -390,19 +419,23 @@ class Stages:
         drafted: Drafted | None = None,
     ) -> tuple[Tensor, ...]:
         ahead = 0 if drafted is None else drafted.chosen.shape[2]
+        self._before = self.deep.cache.lengths[
+            : len(self.deep.cache.lengths) // (2 if self._is_forked else 1)
+        ]
 
         def run(inputs: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
             if ahead:  # after the last committed token
                 inputs[: len(extra[0][0]), 1 : 1 + ahead] = extra[0][0]
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
+            fed_back = hidden if self.feedback is not None else hidden[..., :0]
             if first:  # of the prompts only what follows their last token matters
                 hidden = hidden[torch.arange(len(hidden), device=hidden.device), extra[0]][:, None]
             if not sampled:
-                return packed(*self.deep.best(hidden)), hidden[..., :0]
+                return packed(*self.deep.best(hidden)), hidden[..., :0], fed_back
             logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return packed(tokens, confidence), logits
+            return packed(tokens, confidence), logits, fed_back
 
         first = not self.passes.begun
         extra = [torch.tensor([count - 1 for count in counts])] if first else []

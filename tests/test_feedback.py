@@ -1,0 +1,118 @@
+"""A drafter with feedback: the decoder drafts what the parallel pass over the text says, at every depth of a block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EOS, random_prompts, tiny_kangaroo
+from test_batch import Recorded
+
+from kangaroo.adapter import rotary_for
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.drafting import BlockPolicy
+from kangaroo.decoding.passes import SHORTEST_VIEW
+
+WAYS = [
+    DecodeConfig(4),
+    DecodeConfig(5, threshold=0.02),
+    DecodeConfig(3, source="hybrid"),
+    DecodeConfig(4, source="lookup"),
+    DecodeConfig(4, deterministic=True),
+    DecodeConfig(6, source="hybrid", adaptive=True),
+]
+
+
+def model_with_feedback(seed=1, **args):
+    args = {"drafter": "layer", "drafter_layers": 2, "deep_scale": 0.3, **args}
+    model = tiny_kangaroo(seed, feedback=True, **args).double()
+    fuse = model.adapter_model.fuse
+    fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
+    return model
+
+
+@torch.no_grad()
+def table(model, tokens, depths):
+    """The likeliest draft of each depth after every token of a text `[T]`."""
+    base, ids = model.base_model, torch.tensor([tokens])
+    with base.without_adapters("lora_S"):
+        verifier_hidden = base.forward_deep(base.forward_shallow(ids))
+    states = model.drafter_depths(base.forward_shallow(ids), verifier_hidden, depths)
+    return [model.token_ids(model.head_logits(state)[0].argmax(dim=-1)).tolist() for state in states]
+
+
+def check_blocks(model, prompt, blocks):
+    """Each learned draft is that of its depth, after the text and the drafts before it; how many were checked."""
+    text, checked = list(prompt), 0
+    for block in blocks:
+        draft = block.first_chain.draft
+        tokens = draft.tokens.tolist()
+        for depth in range(draft.num_learned):
+            assert tokens[depth] == table(model, [*text, *tokens[:depth]], depth + 1)[depth][-1], (text, depth)
+            checked += 1
+        text += block.committed
+    return checked
+
+
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.adaptive}")
+@pytest.mark.parametrize("captured", [False, True])
+def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
+    model = model_with_feedback(adapter_window=7 if how.threshold else 64)
+    prompts = [part * 2 for part in random_prompts(3, 2)]
+    plain = [model.generate(prompt, 30, DecodeConfig(0), (EOS,)).tokens for prompt in prompts]
+    own = {tuple(prompt): [*prompt, *tokens] for prompt, tokens in zip(prompts, plain, strict=True)}
+
+    def beside(policy):
+        """A lookup that is right in every second block."""
+        text = policy._index.tokens
+        answer = next(own[key] for key in own if list(key) == text[: len(key)])
+        return answer[len(text) :][:3] if len(text) % 2 and policy._room > 3 else policy._second
+
+    if how.source == "hybrid" and not how.adaptive:
+        monkeypatch.setattr(BlockPolicy, "beside", beside)
+    if captured:
+        fresh = model.base_model.new_stages
+
+        def stages(capacity, *args):
+            found = fresh(SHORTEST_VIEW, *args)
+            found.passes.graphs = Recorded()
+            return found
+
+        monkeypatch.setattr(model.base_model, "new_stages", stages)
+    checked = 0
+    for prompt, expected in zip(prompts, plain, strict=True):
+        found = model.generate(prompt, 30, how, (EOS,))
+        assert found.tokens == expected
+        checked += check_blocks(model, prompt, found.blocks)
+    together = model.generate_batch(prompts, 30, how, (EOS,))
+    assert [one.tokens for one in together] == plain
+    checked += sum(check_blocks(model, prompt, one.blocks) for prompt, one in zip(prompts, together, strict=True))
+    assert (checked > 60) == (how.source != "lookup")
+
+
+def test_the_depths_of_one_pass_by_hand():
+    """Depth j at position t, against the layers run on its own block: keys of depth 1 up to the block's start."""
+    model = model_with_feedback(drafter_layers=1)
+    adapter, width = model.adapter_model, model.base_model.config.hidden_size
+    exits, deep = torch.randn(2, 9, width).double(), torch.randn(2, 9, width).double()
+    found = adapter.forward_unrolled(exits, deep, 3)
+    for start in range(9 - 2):
+        feedback, states = deep[:, : start + 1], []
+        for depth in range(1, 4):  # the block's first draft stands at `start`
+            fused = adapter.fused(exits[:, : start + depth], feedback)
+            states.append(adapter.forward_early_stop(fused)[:, -1])
+            torch.testing.assert_close(found[depth - 1][:, start + depth - 1], states[-1])
+            feedback = torch.cat([feedback, states[-1][:, None]], dim=1)
+    assert adapter.rotary.max_seq_len_cached >= rotary_for(model.base_model.config).max_seq_len_cached
+
+
+def test_a_fresh_drafter_with_feedback_is_the_one_without():
+    plain = tiny_kangaroo(1, drafter="layer")
+    fresh = tiny_kangaroo(1, drafter="layer", feedback=True)
+    ids = torch.tensor([random_prompts(1)[0]])
+    torch.testing.assert_close(plain(ids).exit_logits, fresh(ids).exit_logits)
+    assert fresh.feedback and not plain.feedback
+
+
+def test_feedback_needs_the_target_base():
+    with pytest.raises(ValueError, match="a drafter with feedback needs"):
+        model_with_feedback().generate([1, 2], 3, DecodeConfig(2, target="adapted"))
