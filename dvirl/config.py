@@ -49,6 +49,8 @@ class DraftSettings(LoraSettings):
     """Number of such layers; the first starts as a copy of base layer k, the next of k + 1, and so on."""
     adapter_window: int = number(64, 1)
     """Number of recent positions that the drafter's attention sees."""
+    feedback: bool = False
+    """The drafter also reads the verifier's last state of the position before, and within a block its own."""
     head: str = choice("full", HEADS)
     """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
     head_rank: int = number(64, 1, 4096)

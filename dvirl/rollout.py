@@ -306,7 +306,12 @@ def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, 
 
 
 def draft_logits_at(
-    model: KangarooModel, tokens: Tensor, prompt_lens: Tensor, rows: Tensor, positions: Tensor
+    model: KangarooModel,
+    tokens: Tensor,
+    prompt_lens: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    depths: Tensor | None = None,
 ) -> Drafts:
     """One parallel shallow pass: the draft's logits for chosen response tokens, with gradients if enabled.
 
@@ -315,16 +320,24 @@ def draft_logits_at(
         tokens: `[B, T]`, prompts and responses.
         prompt_lens: `[B]`.
         rows, positions: `[N]`, which response tokens to draft.
+        depths: `[N]`, each draft's place in its block, from 0, which counts with feedback; by default all are first.
 
     Returns:
         Logits `[N, V']`, float32, and exit states `[N, D]`.
     """
     # One pass gives the draft after every position, since each stands on verified text.
     exit_hidden = model.base_model.forward_shallow(tokens)
-    states = model.drafter_states(exit_hidden)
+    count = 1 if depths is None or not len(depths) else int(depths.max()) + 1
+    verifier_hidden = exit_hidden
+    if model.feedback:
+        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"])
+    states = model.drafter_depths(exit_hidden, verifier_hidden, count)
     # The token at a position is drafted from the state of the position before.
     before = prompt_lens[rows] + positions - 1
-    return model.head_logits(states[rows, before]), exit_hidden[rows, before]
+    chosen = states[0][rows, before]
+    if depths is not None and len(states) > 1:
+        chosen = torch.stack(states)[depths, rows, before]
+    return model.head_logits(chosen), exit_hidden[rows, before]
 
 
 @torch.no_grad()

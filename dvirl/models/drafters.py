@@ -21,6 +21,8 @@ from kangaroo.published import is_published
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
 
+LATER = {"feedback": False}
+"""Settings that the first drafters did not have, as they were for them."""
 OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
 """What a trained drafter shares with its model; a published adapter has its own."""
 
@@ -84,7 +86,8 @@ def _drafter_settings(path: Path) -> tuple[DraftSettings, str | None]:
     """The settings in a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
     content = read_yaml(path)
     try:
-        values = {spec.name: content["config"][spec.name] for spec in fields(DraftSettings)}
+        given = {**LATER, **content["config"]}
+        values = {spec.name: given[spec.name] for spec in fields(DraftSettings)}
         return from_mapping(DraftSettings, values, str(path)), content["model"]["fingerprint"]
     except (KeyError, TypeError) as error:
         raise DvirlError(f"{path}: expected a drafter's settings under 'config' and 'model'") from error

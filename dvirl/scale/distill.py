@@ -109,6 +109,10 @@ class DistillConfig(DraftSettings):
     """Share of cross-entropy to the verifier's token in the loss; the rest is KL to the verifier."""
     temperature: float = number(1.0, 1e-2, 100)
     """Of the verifier's distribution in the KL; below 1 sharpens it towards its argmax."""
+    depths: int = number(4, 1, 16)
+    """With feedback: drafts of a block that learn, each from the state of the one before."""
+    depth_decay: float = number(0.8, 0, 1)
+    """Weight of each draft in the loss, over that of the draft before."""
     log_every: int = number(50, 1)
     """Updates between log lines."""
     checkpoint_every: int = number(2000, 1)
@@ -154,6 +158,8 @@ class _Objective(nn.Module):
         self.model = model
         self.temperature = config.temperature
         self.ce_weight = config.ce_weight
+        self.depths = config.depths
+        self.depth_decay = config.depth_decay
 
     def forward(
         self, tokens: Tensor, positions: Tensor, index: Tensor, verifier_hidden: Tensor, weight: Tensor
@@ -164,21 +170,29 @@ class _Objective(nn.Module):
             tokens: `[B, T]`.
             positions: `[N]`, where to draft the next token, counted through all rows.
             index: `[N]`, the verifier's tokens there, as rows of the exit head.
-            verifier_hidden: `[N, D]`, the states that it chose them from.
+            verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
             weight: `[N]`, 0 at padding.
 
         Returns:
-            The mean loss in nats, and the share of positions where the draft's argmax is the verifier's token; 0-d.
+            The mean loss in nats, over the first drafts of blocks and with feedback over later ones, too; and the share
+            of positions where the argmax of a first draft is the verifier's token; 0-d.
         """
         half = verifier_hidden.dtype == torch.bfloat16
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            states = self.model.drafter_states(self.model.base_model.forward_shallow(tokens))
-            logits = self.model.head_logits(states.flatten(0, 1)[positions])
-        target = self.model.verifier_logits(verifier_hidden) / self.temperature
-        losses = distillation_loss(logits, target, index, self.ce_weight)
-        agrees = logits.detach().argmax(dim=-1) == index
+        target = self.model.verifier_logits(verifier_hidden.flatten(0, 1)[positions]) / self.temperature
         count = weight.sum()
-        return (losses * weight).sum() / count, (agrees * weight).sum() / count
+        loss = torch.zeros((), device=tokens.device)
+        shares = 0.0
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            exit_hidden = self.model.base_model.forward_shallow(tokens)
+            states = self.model.drafter_depths(exit_hidden, verifier_hidden, self.depths)
+            for depth, state in enumerate(states):
+                logits = self.model.head_logits(state.flatten(0, 1)[positions])
+                losses = distillation_loss(logits, target, index, self.ce_weight)
+                loss = loss + self.depth_decay**depth * (losses * weight).sum() / count
+                shares += self.depth_decay**depth
+                if depth == 0:
+                    agrees = logits.detach().argmax(dim=-1) == index
+        return loss / shares, (agrees * weight).sum() / count
 
 
 class Distiller(TrainingLoop):
@@ -209,6 +223,7 @@ class Distiller(TrainingLoop):
         layers = base.model.layers[: config.exit_layer + config.drafter_layers]
         positions = 2 * (TURN_TOKENS + config.answer_tokens)
         logits = config.answer_tokens * (config.draft_vocab or base.config.vocab_size)
+        logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
         fitting("batch", config.batch, base, layers, positions, logits, drafter)
         run_folder.claim(self.run_dir, config, loaded)
@@ -472,7 +487,7 @@ class Distiller(TrainingLoop):
         weight = torch.zeros(count)
         weight[: len(rows)] = 1.0
         index = self.model.draft_index(tokens.flatten()[chosen + 1].long())
-        return tokens, chosen, index, states.flatten(0, 1)[chosen], weight.to(tokens.device)
+        return tokens, chosen, index, states, weight.to(tokens.device)
 
     def objective(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """`_Objective` of these inputs; with CUDA, replayed from a CUDA graph of their shape."""
