@@ -53,7 +53,16 @@ class TrainingBatch(Records):
         )
 
 
-FIELDS = ("hidden", "token", "reward", "verifier_confidence", "verifier_token", "response_id", "position")
+FIELDS = (
+    "hidden",
+    "token",
+    "reward",
+    "verifier_confidence",
+    "verifier_token",
+    "response_id",
+    "position",
+    "depth",
+)
 """What the buffer keeps of a record; `response_id` takes the place of `row`, which is only valid in its rollout."""
 
 
@@ -197,6 +206,7 @@ class ReplayBuffer:
         if self._fields:
             unknown = hidden.new_full((len(self), hidden.shape[1]), math.nan)
             self._fields.setdefault("hidden", unknown)
+            self._fields.setdefault("depth", torch.zeros_like(self._fields["token"]))  # of older checkpoints
         self._next_response = numbers["next_response"]
         self.num_fresh = numbers["num_fresh"]
         self.accepted_since_update = numbers["accepted_since_update"]

@@ -186,6 +186,9 @@ class DVIConfig(TrainSettings):
             raise DvirlError(f"ramp_end is {self.ramp_end}; expected at least ramp_start, {self.ramp_start}")
         if self.exit_states == "stored" and self.drafter != "none":
             raise DvirlError(f"exit_states is stored; expected drafter none with it, not {self.drafter}")
+        if self.feedback and (self.exit_states == "stored" or self.target == "adapted"):
+            expected = "expected target base and exit_states recomputed with it"
+            raise DvirlError(f"feedback reads the verifier's states; {expected}")
 
     @property
     def decode(self) -> DecodeConfig:
@@ -241,3 +244,10 @@ class SGPConfig(TrainSettings):
     """Records a step."""
     lr: float = number(2e-4, 0, 10)
     """AdamW's highest rate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feedback:
+            raise DvirlError(
+                "feedback is true; expected false: both heads learn here from the text, not from drafts"
+            )

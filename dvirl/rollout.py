@@ -29,8 +29,6 @@ from kangaroo.kangaroo_model import KangarooModel
 Rows = TypeVar("Rows", bound="Responses")
 Answer = Callable[[list[list[int]]], "Rollout"]
 """Responses for a batch of prompts."""
-Drafts = tuple[Tensor, Tensor]
-"""The draft policy at N positions, before anything is chosen: logits `[N, V']`, float32, and exit states `[N, D]`."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,19 @@ def join(parts: Sequence[Rows]) -> Rows:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """The draft policy at N positions, before anything is chosen.
+
+    Attributes:
+        logits: `[N, V']`, float32, for the first, second, … draft of a block; one for all without feedback.
+        exit_hidden: `[N, D]`, exit states.
+    """
+
+    logits: list[Tensor]
+    exit_hidden: Tensor
+
+
+@dataclass(frozen=True)
 class Records:
     """Scored drafts, one a row: every drafted position up to and including the first reject.
 
@@ -138,6 +149,7 @@ class Records:
         verifier_token: `[N]`, what the verifier committed there.
         row: `[N]`, row of the rollout.
         position: `[N]`, response index.
+        depth: `[N]`, the draft's place in its block, from 0.
     """
 
     hidden: Tensor
@@ -147,6 +159,7 @@ class Records:
     verifier_token: Tensor
     row: Tensor
     position: Tensor
+    depth: Tensor
 
     def __len__(self) -> int:
         return len(self.token)
@@ -255,7 +268,7 @@ def replay_blocks(
     tokens: Sequence[int] = (),
     prompt_len: int = 0,
 ) -> list[Verification]:
-    """Walk the block rule over one response.
+    """Walk the block rule over one response whose drafts do not depend on their place in a block.
 
     Args:
         accepted: for each response index but the first (the prefill's), whether the draft there is the text's token.
@@ -268,7 +281,19 @@ def replay_blocks(
     Returns:
         The blocks after the prefill, as the step-by-step decoder commits them, without their tensors.
     """
-    length = len(accepted) + 1
+    return replay_depths([accepted], [confidence], settings, max_new_tokens, tokens, prompt_len)
+
+
+def replay_depths(
+    accepted: Sequence[Sequence[bool]],
+    confidence: Sequence[Sequence[float]],
+    settings: DecodeConfig,
+    max_new_tokens: int,
+    tokens: Sequence[int] = (),
+    prompt_len: int = 0,
+) -> list[Verification]:
+    """The same with a table for the first, second, … draft of a block; deeper drafts take the last one."""
+    length = len(accepted[0]) + 1
     response = list(tokens) or [0] * length
     start = 1
     blocks: list[Verification] = []
@@ -279,9 +304,10 @@ def replay_blocks(
         num_accepted = 0
         while num_drafted < most:
             index = start + num_drafted - 1
+            depth = min(num_drafted, len(accepted) - 1)
             num_drafted += 1
-            num_accepted += accepted[index]
-            if not accepted[index] or confidence[index] < settings.threshold:
+            num_accepted += accepted[depth][index]
+            if not accepted[depth][index] or confidence[depth][index] < settings.threshold:
                 break
         committed = tuple(response[start : start + num_accepted + 1])
         blocks.append(Verification(prompt_len + start, committed, num_drafted, num_accepted))
@@ -312,7 +338,7 @@ def draft_logits_at(
     rows: Tensor,
     positions: Tensor,
     depths: Tensor | None = None,
-) -> Drafts:
+) -> tuple[Tensor, Tensor]:
     """One parallel shallow pass: the draft's logits for chosen response tokens, with gradients if enabled.
 
     Args:
@@ -325,13 +351,8 @@ def draft_logits_at(
     Returns:
         Logits `[N, V']`, float32, and exit states `[N, D]`.
     """
-    # One pass gives the draft after every position, since each stands on verified text.
-    exit_hidden = model.base_model.forward_shallow(tokens)
     count = 1 if depths is None or not len(depths) else int(depths.max()) + 1
-    verifier_hidden = exit_hidden
-    if model.feedback:
-        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"])
-    states = model.drafter_depths(exit_hidden, verifier_hidden, count)
+    states, exit_hidden = _drafter_states(model, tokens, count)
     # The token at a position is drafted from the state of the position before.
     before = prompt_lens[rows] + positions - 1
     chosen = states[0][rows, before]
@@ -340,11 +361,32 @@ def draft_logits_at(
     return model.head_logits(chosen), exit_hidden[rows, before]
 
 
+def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[list[Tensor], Tensor]:
+    """What the exit head reads after every token `[B, T]`, by depth, and the exit states; `[B, T, D]` each.
+
+    One pass gives the draft after every position, since each stands on verified text.
+    """
+    exit_hidden = model.base_model.forward_shallow(tokens)
+    verifier_hidden = exit_hidden
+    if model.feedback:
+        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"])
+    return model.drafter_depths(exit_hidden, verifier_hidden, depths), exit_hidden
+
+
 @torch.no_grad()
-def draft_rollout(model: KangarooModel, rollout: Rollout) -> Drafts:
-    """The draft along the verified text, for all response tokens but the first, in one pass."""
+def draft_rollout(model: KangarooModel, rollout: Rollout, draft_len: int) -> Drafts:
+    """The draft along the verified text, for all response tokens but the first, in one pass.
+
+    Args:
+        model: drafts.
+        rollout: the verifier's greedy responses.
+        draft_len: drafts of a block, at most.
+    """
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
-    return draft_logits_at(model, rollout.tokens, rollout.prompt_lens, rows, positions)
+    states, exit_hidden = _drafter_states(model, rollout.tokens, max(1, draft_len))
+    before = rollout.prompt_lens[rows] + positions - 1
+    logits = [model.head_logits(state[rows, before]) for state in states]
+    return Drafts(logits, exit_hidden[rows, before])
 
 
 @torch.no_grad()
@@ -365,51 +407,54 @@ def score_drafts(
         noise: uniform `[B, R]`, one number a response position, for sampled drafts.
     """
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
-    # 1) Choose a draft at each position.
-    logits, exit_hidden = drafts
+    # 1) Choose a draft at each position, for every depth of a block.
     drawn = None if noise is None else noise[rows, positions]
-    index, confidence = choose_tokens(logits, settings.draft_temperature, drawn)
-    drafted = model.token_ids(index)
+    chosen = [choose_tokens(logits, settings.draft_temperature, drawn) for logits in drafts.logits]
+    drafted = torch.stack([model.token_ids(index) for index, _ in chosen])  # [depths, N]
+    confidence = torch.stack([chances for _, chances in chosen])
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
-    blocks = _replay_rows(rollout, (drafted == verified).tolist(), confidence.tolist(), settings)
-    scored = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device)
+    agrees = drafted == verified
+    blocks = _replay_rows(rollout, agrees.tolist(), confidence.tolist(), settings)
+    scored, depth = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device).view(-1, 2).T
+    table = depth.clamp(max=len(drafted) - 1)
     # 3) Keep the scored ones.
     records = Records(
-        hidden=exit_hidden[scored],
-        token=drafted[scored],
-        reward=(drafted == verified)[scored].float(),
+        hidden=drafts.exit_hidden[scored],
+        token=drafted[table, scored],
+        reward=agrees[table, scored].float(),
         verifier_confidence=rollout.verifier_confidence[rows[scored], positions[scored]],
         verifier_token=verified[scored],
         row=rows[scored],
         position=positions[scored],
+        depth=depth,
     )
     return Judgement(records, blocks)
 
 
 def _replay_rows(
-    rollout: Rollout, accepted: list[bool], confidence: list[float], settings: DecodeConfig
+    rollout: Rollout, accepted: list[list[bool]], confidence: list[list[float]], settings: DecodeConfig
 ) -> list[list[Verification]]:
-    """The blocks of every row; `accepted` and `confidence` are those of all draftable positions, row after row."""
+    """The blocks of every row; `accepted` and `confidence` are those of all draftable positions, by depth."""
     blocks = []
     offset = 0
     for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
-        stop = offset + max(len(response) - 1, 0)
-        row = (accepted[offset:stop], confidence[offset:stop])
-        blocks.append(replay_blocks(*row, settings, rollout.max_new_tokens, response, prompt_len))
-        offset = stop
+        own = slice(offset, offset + max(len(response) - 1, 0))
+        row = ([table[own] for table in accepted], [table[own] for table in confidence])
+        blocks.append(replay_depths(*row, settings, rollout.max_new_tokens, response, prompt_len))
+        offset = own.stop
     return blocks
 
 
-def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[int]:
-    """Indices of the scored drafts among all draftable positions."""
-    scored: list[int] = []
+def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[tuple[int, int]]:
+    """The scored drafts: their indices among all draftable positions, and their places in their blocks."""
+    scored: list[tuple[int, int]] = []
     offset = 0
     lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
     for (prompt_len, response_len), row_blocks in zip(lengths, blocks, strict=True):
         for block in row_blocks:
             first = offset + block.start - prompt_len - 1
-            scored += range(first, first + block.num_drafted)
+            scored += [(first + depth, depth) for depth in range(block.num_drafted)]
         offset += max(response_len - 1, 0)
     return scored
 
@@ -418,4 +463,5 @@ def judge(
     model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None
 ) -> Judgement:
     """What drafting by these settings does on a rollout; arguments as in `score_drafts`."""
-    return score_drafts(model, rollout, draft_rollout(model, rollout), settings, noise)
+    drafts = draft_rollout(model, rollout, settings.draft_len)
+    return score_drafts(model, rollout, drafts, settings, noise)

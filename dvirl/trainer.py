@@ -120,6 +120,7 @@ class DVITrainer(TrainingLoop):
         layers = base.model.layers
         longest = max(map(len, self.split.stream.prompts)) + config.max_new_tokens
         logits = config.max_new_tokens * base.config.vocab_size
+        logits *= max(1, config.draft_len) if config.feedback else 1
         # The drafter's layers are as large as those of the model that they start from.
         drafting = layers[: config.exit_layer + config.drafter_layers]
         count = min(config.judge_batch, config.num_prompts)
@@ -169,7 +170,7 @@ class DVITrainer(TrainingLoop):
         """Draft on a group of responses: count what the served drafts do, and keep records of the learning drafts."""
         config = self.config
         with self._timed("fast_s"):
-            drafts = draft_rollout(self.model, group)
+            drafts = draft_rollout(self.model, group, config.draft_len)
             served = score_drafts(self.model, group, drafts, config.decode)
             learned = served
             if config.actions == "sampled":
@@ -271,7 +272,7 @@ class DVITrainer(TrainingLoop):
             logits = self.model.head_logits(self.model.drafter_states(share.hidden))
         else:
             logits, _ = draft_logits_at(
-                self.model, share.tokens, share.prompt_lens, share.row, share.position
+                self.model, share.tokens, share.prompt_lens, share.row, share.position, share.depth
             )
         return Decisions(
             config=self.config,

@@ -95,9 +95,10 @@ def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier
     assert none is None
 
 
-def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses):
+@pytest.mark.parametrize("feedback", [False, True])
+def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses, feedback):
     """The shapes that CUDA graphs ask for: rows, widths and positions filled up; here for a short last batch too."""
-    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2)
+    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2, feedback=feedback)
     train_only(mine.model, mine.parameters)
     batches = list(mine.batches())
     assert len(batches[-1][0]) < 4
@@ -113,8 +114,9 @@ def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_positions_and_the_logged_agreement_are_those_of_the_evaluation(tmp_path, responses):
-    mine = distiller(tmp_path, responses, passes=1, batch=64)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_positions_and_the_logged_agreement_are_those_of_the_evaluation(tmp_path, responses, feedback):
+    mine = distiller(tmp_path, responses, passes=1, batch=64, feedback=feedback)
     ((batch, states),) = mine.batches()
     _, agreement = mine.objective(*mine._positions(batch, states, False))
     found = measure_agreement(mine.model, mine.responses)

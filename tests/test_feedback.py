@@ -7,6 +7,9 @@ import torch
 from conftest import EOS, random_prompts, tiny_kangaroo
 from test_batch import Recorded
 
+from dvirl.config import DVIConfig, SGPConfig
+from dvirl.models.drafters import WEIGHTS, _drafter_settings
+from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import rotary_for
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
@@ -47,7 +50,10 @@ def check_blocks(model, prompt, blocks):
         draft = block.first_chain.draft
         tokens = draft.tokens.tolist()
         for depth in range(draft.num_learned):
-            assert tokens[depth] == table(model, [*text, *tokens[:depth]], depth + 1)[depth][-1], (text, depth)
+            assert tokens[depth] == table(model, [*text, *tokens[:depth]], depth + 1)[depth][-1], (
+                text,
+                depth,
+            )
             checked += 1
         text += block.committed
     return checked
@@ -85,7 +91,9 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
         checked += check_blocks(model, prompt, found.blocks)
     together = model.generate_batch(prompts, 30, how, (EOS,))
     assert [one.tokens for one in together] == plain
-    checked += sum(check_blocks(model, prompt, one.blocks) for prompt, one in zip(prompts, together, strict=True))
+    checked += sum(
+        check_blocks(model, prompt, one.blocks) for prompt, one in zip(prompts, together, strict=True)
+    )
     assert (checked > 60) == (how.source != "lookup")
 
 
@@ -116,3 +124,18 @@ def test_a_fresh_drafter_with_feedback_is_the_one_without():
 def test_feedback_needs_the_target_base():
     with pytest.raises(ValueError, match="a drafter with feedback needs"):
         model_with_feedback().generate([1, 2], 3, DecodeConfig(2, target="adapted"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [(DVIConfig, {"target": "adapted"}), (DVIConfig, {"exit_states": "stored"}), (SGPConfig, {})],
+)
+def test_settings_that_do_not_go_with_feedback_are_refused(settings, changes):
+    with pytest.raises(DvirlError, match="feedback"):
+        settings(feedback=True, **changes)
+
+
+def test_drafters_from_before_feedback_have_none(tmp_path):
+    """The shipped one's config.yaml does not name it."""
+    settings, _ = _drafter_settings(WEIGHTS[0] / "smollm2-135m-k2" / "config.yaml")
+    assert settings.feedback is False and settings.drafter_layers == 2

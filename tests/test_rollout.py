@@ -17,7 +17,7 @@ LENGTH = 20
 
 
 def assert_same_records(found, expected):
-    for field in ("row", "position", "token", "reward", "verifier_token"):
+    for field in ("row", "position", "depth", "token", "reward", "verifier_token"):
         assert getattr(found, field).tolist() == getattr(expected, field).tolist(), field
     torch.testing.assert_close(found.hidden, expected.hidden, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(found.verifier_confidence, expected.verifier_confidence, atol=1e-4, rtol=1e-4)
@@ -30,6 +30,7 @@ def records_of(decoded, prompt_len, row):
     count = [block.num_drafted for block in blocks]
     rewards = [float(i < block.num_accepted) for block in blocks for i in range(block.num_drafted)]
     positions = [block.start - prompt_len + i for block in blocks for i in range(block.num_drafted)]
+    depths = [i for block in blocks for i in range(block.num_drafted)]
     own = [decoded.tokens[position] for position in positions]
     return Records(
         hidden=torch.cat([block.draft.exit_hidden[:n] for block, n in zip(blocks, count, strict=True)]),
@@ -41,6 +42,7 @@ def records_of(decoded, prompt_len, row):
         verifier_token=torch.tensor(own, device=device),
         row=torch.full((len(own),), row, device=device),
         position=torch.tensor(positions, device=device),
+        depth=torch.tensor(depths, device=device),
     )
 
 
@@ -75,13 +77,18 @@ def compare(model, config, prompts, eos, noise=None):
     draft_len=st.integers(1, 6),
     threshold=st.sampled_from([0.0, 0.2, 0.6]),
     drafter=st.sampled_from(["none", "adapter", "layer"]),
+    feedback=st.booleans(),
     target=st.sampled_from(["base", "adapted"]),
     sampled=st.booleans(),
 )
 def test_records_equal_the_step_by_step_decoders(
-    seed, exit_layer, draft_len, threshold, drafter, target, sampled
+    seed, exit_layer, draft_len, threshold, drafter, feedback, target, sampled
 ):
-    model = tiny_kangaroo(seed, exit_layer, drafter=drafter, adapter_window=6, draft_vocab=range(200))
+    args = dict(drafter=drafter, adapter_window=6, draft_vocab=range(200), feedback=feedback)
+    model = tiny_kangaroo(seed, exit_layer, **args)
+    if feedback:
+        target = "base"
+        model.adapter_model.fuse.weight.data += 0.3 * torch.randn_like(model.adapter_model.fuse.weight)
     config = DecodeConfig(draft_len, threshold, target, 0.5 if sampled else 0.0)
     noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed)) if sampled else None
     compare(model, config, random_prompts(4, seed), (EOS,), noise)

@@ -186,14 +186,18 @@ def judged_events(
         words: as in `accept_events`.
         about: what to note of each answer.
     """
-    drafts = draft_rollout(model, rollout)
+    drafts = draft_rollout(model, rollout, how.draft_len)
     judgement = score_drafts(model, rollout, drafts, how)
     records = judgement.records
     row = records.row
     # Records have no confidence of the draft: it is looked up by row and response index.
-    _, confidence = choose_tokens(drafts[0])
-    confidence_at = torch.zeros_like(rollout.tokens, dtype=torch.float64)
-    confidence_at[response_index(rollout.prompt_lens, rollout.response_lens)] = confidence.double()
+    rows, indices = response_index(rollout.prompt_lens, rollout.response_lens)
+    confidence_at = torch.zeros(
+        len(drafts.logits), *rollout.tokens.shape, dtype=torch.float64, device=row.device
+    )
+    for depth, logits in enumerate(drafts.logits):
+        confidence_at[depth, rows, indices] = choose_tokens(logits)[1].double()
+    depths = records.depth.clamp(max=len(drafts.logits) - 1)
     before = rollout.tokens[row, rollout.prompt_lens[row] + records.position - 1]
     positions: list[int] = []
     for blocks in judgement.blocks:
@@ -204,7 +208,7 @@ def judged_events(
     events["position"] = positions
     events["at"] = records.position.tolist()
     events["accepted"] = records.reward.long().tolist()
-    events["confidence"] = confidence_at[row, records.position].round(decimals=4).tolist()
+    events["confidence"] = confidence_at[depths, row, records.position].round(decimals=4).tolist()
     events["drafted"] = records.token.tolist()
     events["verified"] = records.verifier_token.tolist()
     texts = map(words, events.verified)
