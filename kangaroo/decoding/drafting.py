@@ -24,6 +24,10 @@ RATE_DECAY = 0.98
 """Share of the tokens and costs so far that the recent speed keeps at each block."""
 CONFIDENCE_DECAY = 0.99
 """Share of its counts that a bin of confidence keeps at each draft in it."""
+PLANNED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+"""Lengths of blocks that run ahead of the host."""
+CLEARLY = 1.03
+"""Ratio of speeds from which another length is taken."""
 BINS = 10
 """Bins of confidence in which acceptance is counted."""
 PRIOR_DRAFTS = 4
@@ -105,6 +109,10 @@ class BlockPolicy:
         """Whether `look_up` may add to learned drafts."""
         return False
 
+    def ahead(self) -> int | None:
+        """Learned drafts of every block from now on, if the blocks need nothing else; None if they do."""
+        return self.config.draft_len if self.config.source == "learned" or not self.config.draft_len else None
+
     def begin(self, index: LookupIndex, room: int) -> int:
         """Begin a block after the text of `index` with room for `room` drafts; return how many to draft at most."""
         self._start(index, room)
@@ -171,6 +179,10 @@ class ScriptedPolicy(BlockPolicy):
     def extends(self) -> bool:
         """As in `BlockPolicy`."""
         return bool(self._looked_up)
+
+    def ahead(self) -> int | None:
+        """As in `BlockPolicy`."""
+        return None
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """As in `BlockPolicy`."""
@@ -251,6 +263,7 @@ class AdaptivePolicy(BlockPolicy):
         self._matched = 0
         self._survival = 1.0
         self._lookup_kind = ("lookup", 0)
+        self._planned = 0
 
     def _add_start(self, source: str, matched: int, acceptance: float, length: int, cost: float) -> None:
         self._starts[source, matched] = _Record(acceptance, 1.0, expected_tokens(acceptance, length), cost)
@@ -259,6 +272,19 @@ class AdaptivePolicy(BlockPolicy):
     def extends(self) -> bool:
         """As in `BlockPolicy`."""
         return self.config.source == "hybrid" and not self._second
+
+    def ahead(self) -> int | None:
+        """As in `BlockPolicy`: the length that is best on average; it changes where another one is clearly better."""
+        if self.config.source != "learned":
+            return None
+        acceptance = self._records["learned", 0].acceptance
+        lengths = [length for length in PLANNED if length <= self.config.draft_len]
+        speeds = {length: self.costs.speedup(acceptance, length) for length in lengths}
+        best = max(lengths, key=lambda length: speeds[length])
+        if speeds[best] > CLEARLY * speeds[self._planned]:
+            self._planned = best
+        self._source = "learned" if self._planned else ""
+        return self._planned
 
     @property
     def rate(self) -> float:

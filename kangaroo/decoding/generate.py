@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kangaroo.decoding.ahead import drafts_ahead, run_ahead
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import Stages
@@ -51,17 +52,28 @@ def decode_texts(
     """
     running = dict(enumerate(texts))
     while any(text.room for text in running.values()):
-        step = zip(running, spec_decode_step(stages, list(running.values()), config), strict=True)
-        committed = {place: result.cut_at_end(eos_ids) for place, result in step if result}
-        yield committed
-        for place, verification in committed.items():
-            _commit(running[place], verification, eos_ids)
+        for results in _next_blocks(stages, list(running.values()), config):
+            step = zip(running, results, strict=True)
+            committed = {place: result.cut_at_end(eos_ids) for place, result in step if result}
+            yield committed
+            for place, verification in committed.items():
+                _commit(running[place], verification, eos_ids)
         # Texts that are over leave the batch; where passes are captured, half of it at a time, so that few are.
         left = [row for row, text in enumerate(running.values()) if text.room]
         most = len(running) // 2 if stages.passes.graphs else len(running) - 1
         if 0 < len(left) <= most:
             stages.keep(left)
             running = {place: text for place, text in running.items() if text.room}
+
+
+def _next_blocks(
+    stages: Stages, texts: Sequence[Text], config: DecodeConfig
+) -> Iterable[list[Verification | None]]:
+    """As many blocks as can run ahead of the host, or one."""
+    count = drafts_ahead(stages, texts, config)
+    if count is not None:
+        return run_ahead(stages, texts, count, config.threshold if count else 0.0)
+    return [spec_decode_step(stages, texts, config)]
 
 
 def _commit(text: Text, verification: Verification, eos_ids: Sequence[int]) -> None:

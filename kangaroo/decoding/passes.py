@@ -180,9 +180,58 @@ class CudaGraphs:
         captured.graph.replay()
         return captured.outputs
 
+    def in_place(
+        self, key: Hashable, run: Callable[[], tuple[Tensor, ...]], state: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """`run()`, which reads and writes `state`, by replaying what was captured for this key.
+
+        The next replay writes over the outputs.
+        """
+        if key not in self._captured:
+            kept = [tensor.clone() for tensor in state]
+
+            def again() -> tuple[Tensor, ...]:
+                for tensor, value in zip(state, kept, strict=True):
+                    tensor.copy_(value)
+                return run()
+
+            began = self._begin()
+            graph, outputs = self._record(again, run)
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
+            empty = torch.empty(0)
+            self._captured[key] = _Captured(graph, [], [], (empty, empty), outputs)
+            self._end(began)
+        captured = self._captured[key]
+        captured.graph.replay()
+        return captured.outputs
+
+    def _begin(self) -> float:
+        torch.cuda.synchronize()  # what is still running is not part of a capture
+        return time.perf_counter()
+
+    def _end(self, began: float) -> None:
+        torch.cuda.synchronize()
+        self._seconds.append(time.perf_counter() - began)
+
+    def _record(
+        self, warm_up: Callable[[], Any], run: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        """Run some times, then capture."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = run()
+        self._pool = graph.pool()
+        return graph, outputs
+
     def _capture(self, run: Pass, inputs: tuple[Tensor, ...]) -> _Captured:
-        torch.cuda.synchronize()  # what is still running is not part of it
-        began = time.perf_counter()
+        began = self._begin()
         host = torch.empty(sum(map(_room, inputs)), dtype=torch.uint8).pin_memory()
         device = host.cuda()
         static: list[Tensor] = []
@@ -198,18 +247,8 @@ class CudaGraphs:
                 pinned.append(None)
                 static.append(tensor.clone())
         device.copy_(host)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                run(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run(*static)
-        self._pool = graph.pool()
-        torch.cuda.synchronize()
-        self._seconds.append(time.perf_counter() - began)
+        graph, outputs = self._record(lambda: run(*static), lambda: run(*static))
+        self._end(began)
         return _Captured(graph, static, pinned, (host, device), outputs)
 
 

@@ -10,7 +10,7 @@ Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -171,6 +171,29 @@ class Drafted:
         return [list(zip(*pair, strict=True)) for pair in zip(tokens, confidence, strict=True)]
 
 
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From states `[B, D]` and uniform numbers `[B]` to drafts, their confidence, and the distributions they come from."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Drafts of each text on the device.
+
+    Attributes:
+        tokens, confidence: `[B, n]`.
+        probabilities: `[B, n, V']`, what drawn drafts come from; `[B, n, 1]` for argmax drafts.
+        exit_states, own_states: `[B, n, D]`, of shallow layers and drafter, that each was made from.
+        read: `[B, T, D]` for each draft, the exit states of all tokens read for it.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    probabilities: Tensor
+    exit_states: Tensor
+    own_states: Tensor
+    read: list[Tensor]
+
+
 @dataclass(frozen=True)
 class Verified:
     """What the verifier says after the last committed token and after each draft.
@@ -221,6 +244,9 @@ class Stages:
     hidden_size: int
     draft_ids: Tensor | None = None
     feedback: Feedback | None = None
+    ahead: dict[Hashable, Any] = field(
+        default_factory=dict
+    )  # what blocks that run ahead of the host are made in
     _begun: tuple[Tensor, ...] | None = None  # a verification that the host has not looked at
     _is_forked: bool = False  # whether it reads second chains
     _before: list[int] = field(default_factory=list)  # tokens of each text that were verified before it
@@ -299,28 +325,9 @@ class Stages:
         adapted = config.target == "adapted"
 
         def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
-            rows = torch.arange(len(tokens), device=tokens.device)
-            feedback = fed_back[0] if fed_back else None
-            read, exits, owns, drafted = [], [], [], []
-            for step in range(count):
-                states = self.shallow(tokens)  # [B, T, D]
-                hidden = self.drafter(states, feedback)
-                own = hidden[rows, last] if step == 0 else hidden[:, 0]  # [B, D]
-                chosen = choose(own, uniform[:, step])
-                read.append(states)
-                exits.append(states[rows, last] if step == 0 else states[:, 0])
-                owns.append(own)
-                drafted.append(chosen)
-                if step + 1 < count:  # the next draft is made after this one, on the device
-                    self.passes.follow(last + 1 if step == 0 else torch.ones_like(last))
-                    tokens = chosen[0][:, None]
-                    feedback = own[:, None]
-            found, confidence, probabilities = (
-                torch.stack(each, dim=1) for each in zip(*drafted, strict=True)
-            )
-            own_states = torch.stack(owns, dim=1)
-            exit_states = torch.stack(exits, dim=1)
-            return packed(found, confidence), probabilities, exit_states, own_states, *read[: adapted * count]
+            chain = self.chain(tokens, last, fed_back[0] if fed_back else None, count, choose, uniform)
+            results = (packed(chain.tokens, chain.confidence), chain.probabilities)
+            return *results, chain.exit_states, chain.own_states, *chain.read[: adapted * count]
 
         counts = [len(tokens) for tokens in unread]
         tokens = self.passes.pad(unread)
@@ -338,15 +345,55 @@ class Stages:
         self._own = own.clone()
         return Drafted(chosen.clone(), drawn, exits.clone(), [state.clone() for state in states])
 
-    def _chooser(self, config: DecodeConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """What chooses by normed states `[B, D]`: ids, confidence and, for drawn drafts, distributions `[B, V']`."""
+    def chain(
+        self,
+        tokens: Tensor,
+        last: Tensor,
+        feedback: Tensor | None,
+        count: int,
+        choose: Choose | None = None,
+        uniform: Tensor | None = None,
+    ) -> Chain:
+        """Within a pass: read tokens and draft the next ones, all on the device.
+
+        Args:
+            tokens: `[B, T]`.
+            last: `[B]`, the place of each text's last token.
+            feedback: `[B, T, D]`, for a drafter that reads it.
+            count: drafts n.
+            choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
+            uniform: `[B, n]`.
+        """
+        rows = torch.arange(len(tokens), device=tokens.device)
+        read, exits, owns, drafted = [], [], [], []
+        for step in range(count):
+            states = self.shallow(tokens)  # [B, T, D]
+            hidden = self.drafter(states, feedback)
+            own = hidden[rows, last] if step == 0 else hidden[:, 0]  # [B, D]
+            chosen = choose(own, uniform[:, step]) if choose and uniform is not None else self._argmax(own)
+            read.append(states)
+            exits.append(states[rows, last] if step == 0 else states[:, 0])
+            owns.append(own)
+            drafted.append(chosen)
+            if step + 1 < count:  # the next draft is made after this one
+                self.passes.follow(last + 1 if step == 0 else torch.ones_like(last))
+                tokens = chosen[0][:, None]
+                feedback = own[:, None]
+        found, confidence, probabilities = (torch.stack(each, dim=1) for each in zip(*drafted, strict=True))
+        exit_states = torch.stack(exits, dim=1)
+        return Chain(found, confidence, probabilities, exit_states, torch.stack(owns, dim=1), read)
+
+    def _argmax(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, confidence = self.drafter.best(hidden)
+        return self.token_ids(chosen), confidence, confidence[:, None]
+
+    def _chooser(self, config: DecodeConfig) -> Choose | None:
+        """What draws drafts by normed states `[B, D]`: their ids, confidence and distributions `[B, V']`."""
+        if not config.draft_temperature:
+            return None
         # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
         top_k = config.top_k if config.temperature else 0
         top_p = config.top_p if config.temperature else 1.0
-
-        def argmax(hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            chosen, confidence = self.drafter.best(hidden)
-            return self.token_ids(chosen), confidence, confidence[:, None]
 
         def draw(hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits = self.drafter.logits(hidden).float()  # [B, V']
@@ -354,7 +401,7 @@ class Stages:
             chosen = inverse_cdf(probabilities, uniform)
             return self.token_ids(chosen), probabilities.amax(dim=-1), probabilities
 
-        return draw if config.draft_temperature else argmax
+        return draw
 
     def count_drafts(self, counts: Sequence[int]) -> None:
         """Go on after the first `counts` drafts of each text that were just made; the last of them was not read."""
