@@ -126,6 +126,34 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
     assert all(one.passes.graphs.held for one in held.values())
 
 
+def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
+    """In bfloat16 a library rounds by the shape of the whole batch; the padding of others must not be seen."""
+    model = tiny_kangaroo(2, drafter="layer", lora=False).to(torch.bfloat16)
+    seen, run = [], Stage.__call__
+
+    def watched(self, inputs, *feedback):
+        if self.weights.embed is not None and not self.passes.begun:
+            seen.append(tuple(inputs.shape))
+        return run(self, inputs, *feedback)
+
+    fresh = model.base_model.new_stages
+
+    def stages(capacity, *args):
+        found = fresh(SHORTEST_VIEW, *args)
+        found.passes.graphs = Recorded()
+        return found
+
+    monkeypatch.setattr(model.base_model, "new_stages", stages)
+    prompts = [[5] * 40, [6, 7, 8], [9] * 17]
+    alone = [model.generate(prompt, 6, DecodeConfig(2)) for prompt in prompts]
+    monkeypatch.setattr(Stage, "__call__", watched)
+    together = model.generate_batch(prompts, 6, DecodeConfig(2))
+    assert seen == [(1, 40), (1, 3), (1, 17)]
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.blocks[0].verifier_confidence, other.blocks[0].verifier_confidence)
+        assert one.tokens == other.tokens
+
+
 def test_what_drafts_goes_on_from_the_committed_text_alone(monkeypatch):
     """Whichever chain was right, and however many drafts were made at once: a fresh decoding drafts the same."""
     how = DecodeConfig(4, source="hybrid")

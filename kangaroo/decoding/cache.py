@@ -8,6 +8,7 @@ up to its own. So nothing has to be erased: padding and rejected drafts stay in 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -94,6 +95,15 @@ class KVCache:
             stored[: len(rows)] = stored[rows]
         self.lengths = [self.lengths[row] for row in rows]
         self._second = [0] * len(rows)
+
+    def row(self, index: int) -> KVCache:
+        """One row as an empty cache of its own, in the same memory."""
+        alone = copy.copy(self)
+        alone.keys = [keys[index : index + 1] for keys in self.keys]
+        alone.values = [values[index : index + 1] for values in self.values]
+        alone.batch_size = 1
+        alone.clear()
+        return alone
 
     def fork(self) -> None:
         """Give every text a second row, after those of all texts, with the same slots."""

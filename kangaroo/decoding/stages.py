@@ -435,7 +435,27 @@ class Stages:
             for stage in (self.base, self.deep):
                 stage.cache.fork()
             rows += [list(row) for row in second]
+        if len(rows) > 1 and self.passes.graphs is not None and not self.passes.begun:
+            self._begun = self._read_one_by_one(rows, sampled)
+            return
         self._begun = self._verify(self.passes.pad(rows), list(map(len, rows)), True, sampled, drafted)
+
+    def _read_one_by_one(self, rows: Sequence[list[int]], sampled: bool) -> tuple[Tensor, ...]:
+        """Let the verifier read each prompt as if alone: a library rounds by a batch's shape, our kernels do not."""
+        caches = (self.base.cache, self.deep.cache)
+        found = []
+        for index, row in enumerate(rows):
+            self.base.cache, self.deep.cache = (cache.row(index) for cache in caches)
+            found.append(self._verify(self.passes.pad([row]), [len(row)], True, sampled))
+            self.passes.begun = False
+        self.base.cache, self.deep.cache = caches
+        self.passes.begun = True
+        for cache in caches:
+            cache.lengths = [len(row) for row in rows]
+        self._before = [0] * len(rows)
+        chosen, logits, hidden = zip(*found, strict=True)
+        padded = torch.nn.utils.rnn.pad_sequence([states[0] for states in hidden], batch_first=True)
+        return torch.cat(chosen, dim=1), torch.cat(logits), padded
 
     def begin_verifying_states(self, states: Sequence[Tensor], sampled: bool) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
