@@ -359,8 +359,7 @@ class KangarooModel(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        if self.feedback and settings.target != "base":
-            raise ValueError(f'target is {settings.target!r}; a drafter with feedback needs "base"')
+        chains = self._chains(settings)
         rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
         if not rows:
             raise ValueError("there is no prompt; expected at least one")
@@ -374,9 +373,18 @@ class KangarooModel(nn.Module):
                 text.seed(text_seed, max_new_tokens if settings.draft_temperature else 0)
             texts.append(text)
         capacity = max(text.stop for text in texts)
-        chains = 2 if settings.source == "hybrid" and settings.target == "base" else 1
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:
             yield from decode_texts(stages, texts, settings, ends)
+
+    def _chains(self, settings: DecodeConfig) -> int:
+        """Chains of drafts that a block may have.
+
+        Raises:
+            ValueError: for a target that this drafter cannot draft for.
+        """
+        if self.feedback and settings.target != "base":
+            raise ValueError(f'target is {settings.target!r}; a drafter with feedback needs "base"')
+        return 2 if settings.source == "hybrid" and settings.target == "base" else 1
 
     def decode_blocks(
         self,
