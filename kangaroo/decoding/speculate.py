@@ -126,19 +126,15 @@ def accept(
         return None
     start = len(draft.text.tokens)
     chains = draft.chains()
-    texts = len(verified.tokens) // (2 if verified.is_forked else 1)
-    rows = [row + texts * place for place in range(len(chains))]
+    rows = verified.rows_of(row)[: len(chains)]
     confidence = [verified.confidence[at][: len(chain) + 1] for at, chain in zip(rows, chains, strict=True)]
     for chances in confidence:
         refuse_not_finite(chances, start)
     if config.temperature == 0:
-        own = [verified.tokens[at] for at in rows]
-        counts = [count_accepted(chain, tokens) for chain, tokens in zip(chains, own, strict=True)]
-        best = counts.index(max(counts))
-        next_token = own[best][counts[best]]
+        counts, next_token = greedily_accepted(chains, [verified.tokens[at] for at in rows])
     else:
         counts, next_token = sample_accepted(draft, [verified.logits[at] for at in rows], stages, config)
-        best = counts.index(max(counts))
+    best = counts.index(max(counts))
     results = [
         Verification(
             start=start,
@@ -152,6 +148,13 @@ def accept(
     ]
     winner = results.pop(best)
     return replace(winner, beside=results[0]) if results else winner
+
+
+def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+    """Accepted drafts of each chain, and the token after the longest, by the verifier's own tokens beside each."""
+    counts = [count_accepted(chain, tokens) for chain, tokens in zip(chains, own, strict=True)]
+    best = counts.index(max(counts))
+    return counts, own[best][counts[best]]
 
 
 def sample_accepted(

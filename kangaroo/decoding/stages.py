@@ -212,6 +212,10 @@ class Verified:
     logits: Tensor
     is_forked: bool
 
+    def rows_of(self, text: int) -> list[int]:
+        """The rows of a text's chains."""
+        return [text, text + len(self.tokens) // 2] if self.is_forked else [text]
+
 
 def packed(tokens: Tensor, confidence: Tensor) -> Tensor:
     """Token ids and their probabilities as one tensor, `[2, …]` float64: one transfer to the host instead of two."""
@@ -247,9 +251,13 @@ class Stages:
     ahead: dict[Hashable, Any] = field(
         default_factory=dict
     )  # what blocks that run ahead of the host are made in
-    _begun: tuple[Tensor, ...] | None = None  # a verification that the host has not looked at
-    _is_forked: bool = False  # whether it reads second chains
-    _before: list[int] = field(default_factory=list)  # tokens of each text that were verified before it
+    # A verification that the host has not looked at, whether it reads second chains, and what was verified before it.
+    _begun: tuple[Tensor, ...] | None = None
+    _is_forked: bool = False
+    _before: list[int] = field(default_factory=list)
+    # For a drafter with feedback: the verifier's states of the last verification, the drafter's of the last drafts.
+    _hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    _own: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def caches(self) -> list[KVCache]:
         """Every cache once."""
