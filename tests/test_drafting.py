@@ -223,6 +223,27 @@ def test_the_policy_comes_near_the_best_fixed_length(chance):
     assert best > 1.2 and simulate(chance) > 0.95 * best
 
 
+@pytest.mark.parametrize(("more", "tried"), [(0.5, True), (4.0, False)])
+def test_a_second_chain_is_tried_where_it_costs_little(more, tried):
+    costs = StepCosts(COSTS.verify, COSTS.draft, tuple(cost + more for cost in COSTS.verify))
+    policy = AdaptivePolicy(DecodeConfig(4, source="hybrid", adaptive=True), costs)
+    assert policy.begin(LookupIndex([1, 2, 3, 4, 5, 1, 2]), 9) == 4
+    assert policy.beside()[:2] == ([3, 4] if tried else []) and policy.extends == (not tried)
+
+
+def test_what_became_of_two_chains_is_counted_for_each():
+    costs = StepCosts(COSTS.verify, COSTS.draft, COSTS.verify)
+    policy = AdaptivePolicy(DecodeConfig(4, source="hybrid", adaptive=True), costs)
+    policy.begin(LookupIndex([1, 2, 3, 4, 5, 1, 2]), 9)
+    before = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
+    learned = DraftBlock(torch.zeros(2, dtype=torch.long), torch.full((2,), 0.9), torch.zeros(2, 4))
+    looked_up = DraftBlock(torch.tensor([3, 4, 5, 1]), torch.full((4,), math.nan), is_second=True)
+    lost = Verification(7, (), 1, 0, learned, torch.ones(3))
+    policy.observe(Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), lost))
+    after = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
+    assert after["learned"] < before["learned"] and after["lookup"] > before["lookup"]
+
+
 def test_the_policy_is_a_function_of_costs_and_text():
     found = []
     for _ in range(2):

@@ -142,8 +142,11 @@ class KVCache:
 
     def store(self, layer: int, keys: Tensor, values: Tensor, plan: CachedPass) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, G, T, E]` of this pass; return the slots that its queries read."""
-        stored_keys = self.keys[layer][: len(keys)]
-        stored_values = self.values[layer][: len(keys)]
+        stored_keys = self.keys[layer]
+        stored_values = self.values[layer]
+        if len(keys) < len(stored_keys):  # fewer rows are in use
+            stored_keys = stored_keys[: len(keys)]
+            stored_values = stored_values[: len(keys)]
         if plan.rows is None:  # all rows write the same slots: one slice
             start = self.lengths[0]
             stored_keys[:, :, start : start + keys.shape[2]] = keys

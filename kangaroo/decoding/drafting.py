@@ -26,6 +26,8 @@ CONFIDENCE_DECAY = 0.99
 """Share of its counts that a bin of confidence keeps at each draft in it."""
 PLANNED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 """Lengths of blocks that run ahead of the host."""
+FORK_SHARE = 0.15
+"""Share of a plain step that a second chain may cost to be tried."""
 CLEARLY = 1.03
 """Ratio of speeds from which another length is taken."""
 BINS = 10
@@ -246,10 +248,13 @@ class AdaptivePolicy(BlockPolicy):
         self.costs = costs
         first = min(3, config.draft_len)  # length of the block that every record starts from
         self._starts: dict[tuple[str, int], _Record] = {}
+        # A second chain is no kind of block where its rows cost much, as on a CPU.
+        forks = bool(costs.forked) and config.target == "base"
+        forks = forks and costs.forked[first] - costs.verify[first] < FORK_SHARE * costs.verify[0]
         for matched in range(LONGEST_NGRAM + 1):
             self._add_start("learned", matched, 0.7, first, costs.block(first))
             self._add_start("lookup", matched, 0.25 + 0.1 * matched, first, costs.block(0, first))
-            if costs.forked and config.target == "base":
+            if forks:
                 self._add_start(
                     "both", matched, 0.7 + 0.05 * matched, first, costs.block(first, second=first)
                 )
