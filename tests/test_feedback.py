@@ -97,6 +97,44 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
     assert (checked > 60) == (how.source != "lookup")
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
+    """After plain blocks the drafter catches up; after others everything is read already."""
+    model = (
+        model_with_feedback()
+        if feedback
+        else tiny_kangaroo(1, drafter="layer", deep_scale=0.3, lora=False).double()
+    )
+    prompts = random_prompts(3, 2)
+    plain = [model.generate(prompt, 60, DecodeConfig(0)).tokens for prompt in prompts]
+    fresh = model.base_model.new_stages
+    held = []
+
+    def stages(capacity, *args):
+        held.append(fresh(SHORTEST_VIEW, *args))
+        held[-1].passes.graphs = Recorded()
+        return held[-1]
+
+    def ahead(policy):
+        return (0, 3, 1, 0, 4)[getattr(policy, "blocks", 0) // 5 % 5]
+
+    def observe(policy, verification):
+        policy.blocks = getattr(policy, "blocks", 0) + 1
+
+    monkeypatch.setattr(model.base_model, "new_stages", stages)
+    monkeypatch.setattr(BlockPolicy, "ahead", ahead)
+    monkeypatch.setattr(BlockPolicy, "observe", observe)
+    lengths = set()
+    for prompt, expected in zip(prompts, plain, strict=True):
+        found = model.generate(prompt, 60, DecodeConfig(4))
+        assert found.tokens == expected
+        lengths |= {block.draft.num_learned for block in found.blocks}
+        assert not feedback or check_blocks(model, prompt, found.blocks)
+    together = model.generate_batch(prompts, 60, DecodeConfig(4))
+    assert [one.tokens for one in together] == plain
+    assert {0, 1, 3, 4} <= lengths and all(one.ahead for one in held)
+
+
 def test_the_depths_of_one_pass_by_hand():
     """Depth j at position t, against the layers run on its own block: keys of depth 1 up to the block's start."""
     model = model_with_feedback(drafter_layers=1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite
+from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, DraftBlock, Verification, refuse_not_finite
 from kangaroo.decoding.cache import FixedShape
 from kangaroo.decoding.passes import view
 from kangaroo.decoding.speculate import Text
@@ -38,12 +38,9 @@ def drafts_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) ->
         return None
     counts = {text.policy.ahead() for text in texts}
     count = counts.pop()
-    if counts or count is None or not _has_room(texts, count, 0):
+    if counts or count is None or count > PASS_ROWS or not _has_room(texts, count, 0):
         return None
-    # What begins a block can read as many tokens at once as a block commits at most.
-    lengths = _reader(stages, count).cache.lengths
-    unread = [len(text.tokens) - length for text, length in zip(texts, lengths, strict=True)]
-    return count if all(0 < tokens <= count + 1 for tokens in unread) else None
+    return count
 
 
 def _reader(stages: Stages, count: int) -> Stage:
@@ -93,11 +90,17 @@ def run_ahead(stages: Stages, texts: Sequence[Text], count: int, threshold: floa
 
 @dataclass(frozen=True)
 class _Look:
-    """One block's outcome on its way to the host: its numbers, what says that they have arrived, and exit states."""
+    """One block's outcome on its way to the host.
+
+    Attributes:
+        numbers: see `_Blocks`.
+        arrived: says when they are there; None without a GPU.
+        states: `[B, n, D]`, the exit states that the drafts were made from; without drafts `[B, 1, D]`, the verifier's.
+    """
 
     numbers: Tensor
     arrived: torch.cuda.Event | None
-    exit_hidden: Tensor
+    states: Tensor
 
 
 class _Blocks:
@@ -125,15 +128,23 @@ class _Blocks:
     def load(self, texts: Sequence[Text]) -> None:
         """Begin after some texts as they are."""
         stages = self.stages
-        lengths = _reader(stages, self.count).cache.lengths
-        unread = [text.tokens[length:] for text, length in zip(texts, lengths, strict=True)]
-        counts = [len(tokens) for tokens in unread]
         width = self.count + 1
+        unread = self._unread(texts)
+        if max(map(len, unread)) > width:  # what drafts has not followed for a while: let it catch up
+            stages.read([tokens[:-1] for tokens in unread])
+            unread = self._unread(texts)
+        lengths = _reader(stages, self.count).cache.lengths
+        counts = [len(tokens) for tokens in unread]
         self.own.copy_(torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in unread]))
         self.start_at.copy_(torch.tensor(lengths))
         self.right.copy_(torch.tensor(counts) - 1)
         if stages.feedback is not None and self.count:
             self.hidden.copy_(stages.feedback.take(counts, width))
+
+    def _unread(self, texts: Sequence[Text]) -> list[list[int]]:
+        """The tokens of each text that what begins a block has not read."""
+        lengths = _reader(self.stages, self.count).cache.lengths
+        return [text.tokens[length:] for text, length in zip(texts, lengths, strict=True)]
 
     def start(self, longest: int) -> _Look:
         """Start the next block; no text is longer than `longest` then."""
@@ -180,6 +191,8 @@ class _Blocks:
             passes.fixed = FixedShape(length - 1, slots)
             hidden = stages.deep(stages.base(tokens))
             own, certainty = stages.deep.best(hidden)
+            if not self.count and self.hidden.shape[-1]:
+                exits = hidden
         finally:
             passes.fixed = None
             for cache, before in zip(caches, lengths, strict=True):
@@ -209,7 +222,10 @@ class _Blocks:
         if look.arrived is not None:
             look.arrived.synchronize()
         found = look.numbers.tolist()
-        return [self._result(found[row], look.exit_hidden[row], text) for row, text in enumerate(texts)]
+        if not self.count and self.stages.feedback is not None:
+            # The drafter reads these states when it drafts again.
+            self.stages.feedback.verified(look.states, range(len(texts)), [1] * len(texts))
+        return [self._result(found[row], look.states[row], text) for row, text in enumerate(texts)]
 
     def _result(self, numbers: list[float], exit_hidden: Tensor, text: Text) -> Verification | None:
         if not text.room:

@@ -37,7 +37,7 @@ class Feedback:
         self._own = [self._own[row] for row in rows]
 
     def take(self, counts: Sequence[int], width: int) -> Tensor:
-        """The states for the next `counts` tokens of each text, `[B, width, D]`, padded on the right.
+        """Give away the states for the next `counts` tokens of each text, `[B, width, D]`, padded on the right.
 
         Tokens whose states are not known, since caches were cut, get zeros.
         """
@@ -48,8 +48,8 @@ class Feedback:
             own = self._own[row]
             states = torch.cat(self._unread[row]) if own is None else own
             known = min(count, len(states))
-            taken[row, count - known : count] = states[len(states) - known :]
-            self._unread[row] = []
+            taken[row, count - known : count] = states[:known]
+            self._unread[row] = [states[known:]]
         return taken
 
     def go_on(self, own: Tensor, counts: Sequence[int]) -> None:

@@ -525,12 +525,15 @@ class Stages:
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
 
-        def run(ids: Tensor) -> tuple[Tensor, ...]:
+        def run(ids: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             states = self.shallow(ids)
-            self.drafter(states)
+            self.drafter(states, *fed_back)
             return (states,)
 
-        caches = [self.shallow.cache, self.drafter.cache]
         counts = [len(row) for row in tokens]
-        (states,) = self.passes.run("read", run, caches, counts, self.passes.pad(tokens))
+        inputs = [self.passes.pad(tokens)]
+        if self.feedback is not None:
+            inputs.append(self.feedback.take(counts, inputs[0].shape[1]))
+        caches = [self.shallow.cache, self.drafter.cache]
+        (states,) = self.passes.run("read", run, caches, counts, *inputs)
         return states
