@@ -430,7 +430,7 @@ class AdapterModel(nn.Module):
         """What the exit head reads for the first, second, … draft of a block, at every position of a verified text.
 
         The first draft at a position reads `feedback`, a later one the drafter's own state of the draft before.
-        Training unrolls the steps of decoding like this (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840).
+        Training unrolls the steps of decoding like this (arXiv 2408.15766; EAGLE-3, arXiv 2503.01840).
 
         Args:
             exit_states: `[B, T, D]`.
