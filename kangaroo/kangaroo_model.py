@@ -386,7 +386,7 @@ class KangarooModel(nn.Module):
         """
         if self.feedback and settings.target != "base":
             raise ValueError(f'target is {settings.target!r}; a drafter with feedback needs "base"')
-        return 2 if settings.source == "hybrid" and settings.target == "base" else 1
+        return 2 if settings.forks else 1
 
     def decode_blocks(
         self,

@@ -51,21 +51,23 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
 
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
-    sizes = []
+    sizes, rows = [], set()
     run = Stage.__call__
 
     def watched(self, inputs, *feedback):
         if len(self.weights.layers) == 2 and inputs.is_floating_point():  # the deep layers
             sizes.append(inputs.shape[1])
+            rows.add(inputs.shape[0])
         return run(self, inputs, *feedback)
 
     monkeypatch.setattr(Stage, "__call__", watched)
     model, prompts = tiny_kangaroo(2, drafter="layer", deep_scale=0.1).double(), random_prompts(3, 2)
     alone = row_by_row(model, prompts, how)
     sizes.clear()
+    rows.clear()
     fixed = DecodeConfig(**{**vars(how), "deterministic": True})
     assert [one.tokens for one in row_by_row(model, prompts, fixed)] == [one.tokens for one in alone]
-    assert set(sizes) - {len(prompt) for prompt in prompts} <= {PASS_ROWS}
+    assert set(sizes) - {len(prompt) for prompt in prompts} <= {PASS_ROWS} and rows == {1}
     assert [one.tokens for one in model.generate_batch(prompts, 24, fixed, (EOS,), seed=3)] == [
         one.tokens for one in alone
     ]

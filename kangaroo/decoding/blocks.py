@@ -64,6 +64,11 @@ class DecodeConfig:
         if self.deterministic and self.draft_len >= PASS_ROWS:
             raise ValueError(f"draft_len is {self.draft_len}; expected below {PASS_ROWS} with deterministic")
 
+    @property
+    def forks(self) -> bool:
+        """Whether a block may have two chains of drafts; passes of one size have one row a text."""
+        return self.source == "hybrid" and self.target == "base" and not self.deterministic
+
 
 @dataclass(frozen=True)
 class DraftBlock:

@@ -121,7 +121,7 @@ class BlockPolicy:
         if self.config.source == "learned":
             return self._room
         found = self.look_up()
-        if self.config.source == "lookup" or (found and self.config.target == "adapted"):
+        if self.config.source == "lookup" or (found and not self.config.forks):
             return 0
         self._second = found
         return self._room
@@ -249,7 +249,7 @@ class AdaptivePolicy(BlockPolicy):
         first = min(3, config.draft_len)  # length of the block that every record starts from
         self._starts: dict[tuple[str, int], _Record] = {}
         # A second chain is no kind of block where its rows cost much, as on a CPU.
-        forks = bool(costs.forked) and config.target == "base"
+        forks = bool(costs.forked) and config.forks
         forks = forks and costs.forked[first] - costs.verify[first] < FORK_SHARE * costs.verify[0]
         for matched in range(LONGEST_NGRAM + 1):
             self._add_start("learned", matched, 0.7, first, costs.block(first))
