@@ -25,6 +25,8 @@ from dvirl.models.chat import ChatEncoder
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs.folder import environment
 from dvirl.runs.log import write_json
+from kangaroo.decoding.passes import SHORTEST_VIEW
+from kangaroo.decoding.stages import Stages
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
@@ -168,6 +170,37 @@ def tiny_kangaroo(
         scramble_lora(model, ["lora_S"], 0.15, seed)
         scramble_lora(model, ["lora_D"], 0.05, seed + 1)
     return model
+
+
+class Recorded:
+    """Stands for captured passes where there is no GPU: what was recorded for a key is run again on its own inputs."""
+
+    def __init__(self):
+        self.held = {}
+
+    def __call__(self, key, run, *inputs):
+        key = (key, *(one.shape for one in inputs))
+        run, static = self.held.setdefault(key, (run, [one.clone() for one in inputs]))
+        for own, given in zip(static, inputs, strict=True):
+            own.copy_(given)
+        return run(*static)
+
+    def in_place(self, key, run, state):
+        return self.held.setdefault(key, run)()
+
+
+def capture_passes(model: KangarooModel, monkeypatch: pytest.MonkeyPatch) -> list[Stages]:
+    """Let every decoding of a model run captured passes, as on CUDA; the stages that it makes from now on."""
+    fresh = model.base_model.new_stages
+    made: list[Stages] = []
+
+    def stages(capacity, *args):
+        made.append(fresh(SHORTEST_VIEW, *args))
+        made[-1].passes.graphs = Recorded()
+        return made[-1]
+
+    monkeypatch.setattr(model.base_model, "new_stages", stages)
+    return made
 
 
 def write_published(folder: Path, seed: int = 0, **changes) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, tiny_kangaroo
+from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_kangaroo
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
@@ -84,23 +84,6 @@ def blocks_of(decoded):
     return found
 
 
-class Recorded:
-    """Stands for captured passes where there is no GPU: what was recorded for a key is run again on its own inputs."""
-
-    def __init__(self):
-        self.held = {}
-
-    def __call__(self, key, run, *inputs):
-        key = (key, *(one.shape for one in inputs))
-        run, static = self.held.setdefault(key, (run, [one.clone() for one in inputs]))
-        for own, given in zip(static, inputs, strict=True):
-            own.copy_(given)
-        return run(*static)
-
-    def in_place(self, key, run, state):
-        return self.held.setdefault(key, run)()
-
-
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
@@ -138,14 +121,7 @@ def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
             seen.append(tuple(inputs.shape))
         return run(self, inputs, *feedback)
 
-    fresh = model.base_model.new_stages
-
-    def stages(capacity, *args):
-        found = fresh(SHORTEST_VIEW, *args)
-        found.passes.graphs = Recorded()
-        return found
-
-    monkeypatch.setattr(model.base_model, "new_stages", stages)
+    capture_passes(model, monkeypatch)
     prompts = [[5] * 40, [6, 7, 8], [9] * 17]
     alone = [model.generate(prompt, 6, DecodeConfig(2)) for prompt in prompts]
     monkeypatch.setattr(Stage, "__call__", watched)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, tiny_kangaroo
-from test_batch import Recorded
+from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
 
 from dvirl.config import DVIConfig, SGPConfig
 from dvirl.models.drafters import WEIGHTS, _drafter_settings
@@ -13,7 +12,6 @@ from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import rotary_for
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
-from kangaroo.decoding.passes import SHORTEST_VIEW
 
 WAYS = [
     DecodeConfig(4),
@@ -76,14 +74,7 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
     if how.source == "hybrid" and not how.adaptive:
         monkeypatch.setattr(BlockPolicy, "beside", beside)
     if captured:
-        fresh = model.base_model.new_stages
-
-        def stages(capacity, *args):
-            found = fresh(SHORTEST_VIEW, *args)
-            found.passes.graphs = Recorded()
-            return found
-
-        monkeypatch.setattr(model.base_model, "new_stages", stages)
+        capture_passes(model, monkeypatch)
     checked = 0
     for prompt, expected in zip(prompts, plain, strict=True):
         found = model.generate(prompt, 30, how, (EOS,))
@@ -107,13 +98,6 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
     )
     prompts = random_prompts(3, 2)
     plain = [model.generate(prompt, 60, DecodeConfig(0)).tokens for prompt in prompts]
-    fresh = model.base_model.new_stages
-    held = []
-
-    def stages(capacity, *args):
-        held.append(fresh(SHORTEST_VIEW, *args))
-        held[-1].passes.graphs = Recorded()
-        return held[-1]
 
     def ahead(policy):
         return (0, 3, 1, 0, 4)[getattr(policy, "blocks", 0) // 5 % 5]
@@ -121,7 +105,7 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
     def observe(policy, verification):
         policy.blocks = getattr(policy, "blocks", 0) + 1
 
-    monkeypatch.setattr(model.base_model, "new_stages", stages)
+    held = capture_passes(model, monkeypatch)
     monkeypatch.setattr(BlockPolicy, "ahead", ahead)
     monkeypatch.setattr(BlockPolicy, "observe", observe)
     lengths = set()
