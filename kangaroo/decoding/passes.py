@@ -155,6 +155,7 @@ class CudaGraphs:
 
     def __init__(self, seconds: list[float]) -> None:
         self._captured: dict[Hashable, _Captured] = {}
+        self._in_place: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self._pool: Any = None
         self._seconds = seconds
 
@@ -187,7 +188,7 @@ class CudaGraphs:
 
         The next replay writes over the outputs.
         """
-        if key not in self._captured:
+        if key not in self._in_place:
             kept = [tensor.clone() for tensor in state]
 
             def again() -> tuple[Tensor, ...]:
@@ -196,15 +197,13 @@ class CudaGraphs:
                 return run()
 
             began = self._begin()
-            graph, outputs = self._record(again, run)
+            self._in_place[key] = self._record(again, run)
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
-            empty = torch.empty(0)
-            self._captured[key] = _Captured(graph, [], [], (empty, empty), outputs)
             self._end(began)
-        captured = self._captured[key]
-        captured.graph.replay()
-        return captured.outputs
+        graph, outputs = self._in_place[key]
+        graph.replay()
+        return outputs
 
     def _begin(self) -> float:
         torch.cuda.synchronize()  # what is still running is not part of a capture
