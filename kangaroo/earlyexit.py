@@ -222,7 +222,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             target: "base" or "adapted", as in `DecodeConfig`.
             batch_size: texts B.
             deterministic: as in `DecodeConfig`.
-            chains: of drafts that a block may have, 1 or 2.
+            chains: of drafts that a block may have, at most.
         """
         # On CUDA capacities are powers of two, so that captured passes fit later texts; padding needs room of its own.
         # Passes over several cards cannot be captured.
@@ -261,8 +261,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         def stage(name: str, first: int, stop: int) -> Stage:
             weights = self._stage_weights(name, first, stop, fused)
-            verifies = target == "adapted" or name != "shallow layers, adapted"
-            cache = self._cache(self.config, weights, batch_size, capacity, chains=chains if verifies else 1)
+            cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
             return Stage(weights, self.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
@@ -274,7 +273,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             shallow = base  # nothing drafts
         else:
             shallow = base if target == "adapted" else stage("shallow layers, adapted", 0, k)
-        cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window)
+        cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window, chains)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
         feedback = None
         if drafter.weights.fuse is not None:

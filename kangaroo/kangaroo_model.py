@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -300,7 +300,9 @@ class KangarooModel(nn.Module):
 
         Several texts share each pass, so that a long block of one text is paid for by all: their blocks are fixed.
         """
-        if not config.adaptive or batch_size > 1:
+        if batch_size > 1 and config.adaptive:
+            return BlockPolicy(replace(config, branches=0))
+        if not config.adaptive:
             return BlockPolicy(config)
         if config not in self._policies:
             self._policies[config] = AdaptivePolicy(config, self.step_costs(config.draft_len))
@@ -386,7 +388,7 @@ class KangarooModel(nn.Module):
         """
         if self.feedback and settings.target != "base":
             raise ValueError(f'target is {settings.target!r}; a drafter with feedback needs "base"')
-        return 2 if settings.forks else 1
+        return settings.chains
 
     def decode_blocks(
         self,

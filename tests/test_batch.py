@@ -7,9 +7,12 @@ from collections import Counter
 import pytest
 import torch
 from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_kangaroo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kangaroo.decoding.ahead import NONE, look_up
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
-from kangaroo.decoding.drafting import BlockPolicy
+from kangaroo.decoding.drafting import LONGEST_NGRAM, BlockPolicy, LookupIndex
 from kangaroo.decoding.passes import SHORTEST_VIEW, view
 from kangaroo.decoding.stages import Stage
 
@@ -23,8 +26,14 @@ SETTINGS = [
     DecodeConfig(3, draft_temperature=1.0, temperature=0.8, top_k=50, top_p=0.9),
     DecodeConfig(5, source="hybrid", adaptive=True),
     DecodeConfig(4, adaptive=True),
+    DecodeConfig(4, source="lookup"),
+    DecodeConfig(4, branches=2),
+    DecodeConfig(5, threshold=0.02, branches=3),
+    DecodeConfig(3, source="hybrid", branches=2),
+    DecodeConfig(4, temperature=0.8, branches=2),
+    DecodeConfig(6, source="hybrid", adaptive=True, branches=2),
 ]
-NAME = "{0.source}-{0.draft_len}-{0.target}-{0.adaptive}".format
+NAME = "{0.source}-{0.draft_len}-{0.target}-{0.adaptive}-{0.branches}".format
 DRAFTERS = [dict(), dict(drafter="adapter", adapter_window=5), dict(drafter="layer", drafter_layers=2)]
 
 
@@ -49,7 +58,9 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
         assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
 
 
-@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
+@pytest.mark.parametrize(
+    "how", [how for how in SETTINGS if not (how.temperature and how.branches)], ids=NAME
+)  # passes of one size have one chain a text, and other chains take other numbers for the same samples
 def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
     sizes, rows = [], set()
     run = Stage.__call__
@@ -74,13 +85,16 @@ def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
 
 
 def blocks_of(decoded):
-    """All that a record says of each block."""
+    """All that a record says of each block, chain by chain."""
     found = []
-    for one in decoded.blocks:
-        found.append((one.start, one.committed, one.num_drafted, one.num_accepted, one.draft.tokens.tolist()))
-        sums = one.draft.exit_hidden.double().sum(dim=-1)
-        for numbers in (one.draft.confidence, one.verifier_confidence, sums):
-            found.append([f"{float(number):.4f}" for number in numbers])
+    for block in decoded.blocks:
+        for one in (block, *block.beside):
+            draft = one.draft
+            outcome = (one.start, one.committed, one.num_drafted, one.num_accepted)
+            found.append((draft.chain, *outcome, draft.tokens.tolist()))
+            sums = draft.exit_hidden.double().sum(dim=-1)
+            for numbers in (draft.confidence, one.verifier_confidence, sums):
+                found.append([f"{float(number):.4f}" for number in numbers])
     return found
 
 
@@ -111,6 +125,22 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
     assert all(one.passes.graphs.held for one in held.values())
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=24), min_size=3, max_size=3), st.integers(0, 9)
+)
+def test_a_lookup_on_the_device_is_that_of_the_host(texts, count):
+    held = torch.randint(0, 4, (3, LONGEST_NGRAM + 25))  # what stands after a text means nothing
+    held[:, :LONGEST_NGRAM] = NONE
+    for row, text in enumerate(texts):
+        held[row, LONGEST_NGRAM : LONGEST_NGRAM + len(text)] = torch.tensor(text)
+    found, matched = look_up(held, torch.tensor(list(map(len, texts))), count)
+    for row, text in enumerate(texts):
+        expected, length = LookupIndex(text).propose(count)
+        assert int(matched[row]) == length
+        assert not length or found[row].tolist() == expected
+
+
 def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
     """In bfloat16 a library rounds by the shape of the whole batch; the padding of others must not be seen."""
     model = tiny_kangaroo(2, drafter="layer", lora=False).to(torch.bfloat16)
@@ -132,45 +162,50 @@ def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
         assert one.tokens == other.tokens
 
 
-def test_what_drafts_goes_on_from_the_committed_text_alone(monkeypatch):
+@pytest.mark.parametrize("branches", [0, 2])
+def test_what_drafts_goes_on_from_the_committed_text_alone(branches, monkeypatch):
     """Whichever chain was right, and however many drafts were made at once: a fresh decoding drafts the same."""
-    how = DecodeConfig(4, source="hybrid")
+    how = DecodeConfig(4, source="hybrid", branches=branches)
     model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double()
     fresh = model.base_model.new_stages
-    captured = fresh(SHORTEST_VIEW, model.drafter_parts(), "base", 1, 2)
+    captured = fresh(SHORTEST_VIEW, model.drafter_parts(), "base", 1, 2 + branches)
     captured.passes.graphs = Recorded()
     seen = Counter()
-    for prompt in random_prompts(4, 2):
+    for prompt in random_prompts(4 + 2 * branches, 2):
         text = list(prompt)
         own = text + model.generate(prompt, 40, DecodeConfig(0)).tokens
 
         def beside(policy, own=own):
             """A lookup that is right in every second block."""
             start = len(policy._index.tokens)
-            return own[start : start + 3] if start % 2 and policy._room > 3 else [7, 7][: policy._room]
+            return own[start : start + 4] if start % 2 and policy._room > 3 else [7, 7][: policy._room]
 
         monkeypatch.setattr(BlockPolicy, "beside", beside)
+        monkeypatch.setattr(BlockPolicy, "ahead", lambda policy: None)
         monkeypatch.setattr(model.base_model, "new_stages", lambda *args: captured)
         captured.reset()
         for block in model.decode_blocks(prompt, 40, how):
-            first = block.first_chain.draft
-            if first.num_learned:
-                assert first.tokens.tolist() == step_by_step(model, text, first.num_learned)
-            second = block.second_chain
+            for chain in (block, *block.beside):
+                if chain.draft.num_learned:
+                    expected = step_by_step(model, text, chain.draft.num_learned, chain.draft.chain)
+                    assert chain.draft.tokens.tolist() == expected
+                    seen[chain.draft.chain, chain is block] += 1
+            second = block.lookup_chain
             seen["first" if second is None else "second is right" if second is block else "second"] += 1
             text += block.committed
         assert text == own
         monkeypatch.setattr(model.base_model, "new_stages", fresh)
     assert seen["second is right"] > 2 and seen["second"] > 2
+    assert all(seen[branch, True] > 1 and seen[branch, False] > 2 for branch in range(branches + 1))
 
 
-def step_by_step(model, text, count):
-    """The next drafts after a text, each from scratch."""
+def step_by_step(model, text, count, branch):
+    """The next drafts after a text, each from scratch; a branch takes the second choice once."""
     drafts = []
-    for _ in range(count):
+    for depth in range(1, count + 1):
         with torch.no_grad():
             logits = model(torch.tensor([[*text, *drafts]])).exit_logits[0, -1]
-        drafts.append(int(model.token_ids(logits.argmax())))
+        drafts.append(int(model.token_ids(logits.topk(2).indices[int(depth == branch)])))
     return drafts
 
 

@@ -237,9 +237,9 @@ def test_what_became_of_two_chains_is_counted_for_each():
     policy.begin(LookupIndex([1, 2, 3, 4, 5, 1, 2]), 9)
     before = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
     learned = DraftBlock(torch.zeros(2, dtype=torch.long), torch.full((2,), 0.9), torch.zeros(2, 4))
-    looked_up = DraftBlock(torch.tensor([3, 4, 5, 1]), torch.full((4,), math.nan), is_second=True)
+    looked_up = DraftBlock(torch.tensor([3, 4, 5, 1]), torch.full((4,), math.nan), chain=1)
     lost = Verification(7, (), 1, 0, learned, torch.ones(3))
-    policy.observe(Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), lost))
+    policy.observe(Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), (lost,)))
     after = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
     assert after["learned"] < before["learned"] and after["lookup"] > before["lookup"]
 

@@ -12,6 +12,7 @@ from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import rotary_for
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
+from kangaroo.decoding.planning import Plan
 
 WAYS = [
     DecodeConfig(4),
@@ -20,6 +21,8 @@ WAYS = [
     DecodeConfig(4, source="lookup"),
     DecodeConfig(4, deterministic=True),
     DecodeConfig(6, source="hybrid", adaptive=True),
+    DecodeConfig(4, branches=2),
+    DecodeConfig(3, source="hybrid", branches=1),
 ]
 
 
@@ -33,26 +36,24 @@ def model_with_feedback(seed=1, **args):
 
 @torch.no_grad()
 def table(model, tokens, depths):
-    """The likeliest draft of each depth after every token of a text `[T]`."""
+    """The two likeliest drafts of each depth after the last token of a text `[T]`."""
     base, ids = model.base_model, torch.tensor([tokens])
     with base.without_adapters("lora_S"):
         verifier_hidden = base.forward_deep(base.forward_shallow(ids))
     states = model.drafter_depths(base.forward_shallow(ids), verifier_hidden, depths)
-    return [model.token_ids(model.head_logits(state)[0].argmax(dim=-1)).tolist() for state in states]
+    return [model.token_ids(model.head_logits(state)[0, -1].topk(2).indices).tolist() for state in states]
 
 
 def check_blocks(model, prompt, blocks):
     """Each learned draft is that of its depth, after the text and the drafts before it; how many were checked."""
     text, checked = list(prompt), 0
     for block in blocks:
-        draft = block.first_chain.draft
-        tokens = draft.tokens.tolist()
-        for depth in range(draft.num_learned):
-            assert tokens[depth] == table(model, [*text, *tokens[:depth]], depth + 1)[depth][-1], (
-                text,
-                depth,
-            )
-            checked += 1
+        for draft in (chain.draft for chain in (block, *block.beside)):
+            tokens = draft.tokens.tolist()
+            for depth in range(draft.num_learned):
+                choices = table(model, [*text, *tokens[:depth]], depth + 1)[depth]
+                assert tokens[depth] == choices[int(depth + 1 == draft.chain)], (text, depth)
+                checked += 1
         text += block.committed
     return checked
 
@@ -73,6 +74,7 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
 
     if how.source == "hybrid" and not how.adaptive:
         monkeypatch.setattr(BlockPolicy, "beside", beside)
+        monkeypatch.setattr(BlockPolicy, "ahead", lambda policy: None)
     if captured:
         capture_passes(model, monkeypatch)
     checked = 0
@@ -100,7 +102,8 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
     plain = [model.generate(prompt, 60, DecodeConfig(0)).tokens for prompt in prompts]
 
     def ahead(policy):
-        return (0, 3, 1, 0, 4)[getattr(policy, "blocks", 0) // 5 % 5]
+        plans = (Plan(), Plan(3), Plan(1), Plan(looked_up=3), Plan(4), Plan(3, 1), Plan(), Plan(2, 1, 5, 2))
+        return plans[getattr(policy, "blocks", 0) // 4 % len(plans)]
 
     def observe(policy, verification):
         policy.blocks = getattr(policy, "blocks", 0) + 1
@@ -109,12 +112,13 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
     monkeypatch.setattr(BlockPolicy, "ahead", ahead)
     monkeypatch.setattr(BlockPolicy, "observe", observe)
     lengths = set()
+    how = DecodeConfig(4, source="hybrid", branches=1)
     for prompt, expected in zip(prompts, plain, strict=True):
-        found = model.generate(prompt, 60, DecodeConfig(4))
+        found = model.generate(prompt, 60, how)
         assert found.tokens == expected
         lengths |= {block.draft.num_learned for block in found.blocks}
         assert not feedback or check_blocks(model, prompt, found.blocks)
-    together = model.generate_batch(prompts, 60, DecodeConfig(4))
+    together = model.generate_batch(prompts, 60, how)
     assert [one.tokens for one in together] == plain
     assert {0, 1, 3, 4} <= lengths and all(one.ahead for one in held)
 

@@ -122,16 +122,18 @@ def test_a_row_has_the_same_bits_alone_and_among_others(start):
     assert_same(run(pair, batch, [start, 77])[:1], together)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_likeliest_token_and_its_probability(rows):
     states = torch.randn(rows, 40, device=DEVICE)
     head = torch.randn(300, 40, device=DEVICE)
     tokens, confidence = best_tokens(states, head)
     expected, index = (states @ head.T).softmax(dim=-1).max(dim=-1)
-    assert torch.equal(tokens, index)
+    assert torch.equal(tokens, index[None])
     torch.testing.assert_close(confidence, expected, atol=1e-5, rtol=1e-4)
     again, _ = best_tokens(states[:1].contiguous(), head)
-    assert torch.equal(again, tokens[:1])
+    assert torch.equal(again, tokens[:, :1])
+    both, same = best_tokens(states, head, two=True)
+    assert torch.equal(both, (states @ head.T).topk(2).indices.T) and torch.equal(same, confidence)
 
 
 def test_shapes_that_are_not_computed_are_known():

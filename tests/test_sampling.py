@@ -104,8 +104,9 @@ def p_value(model: KangarooModel, how: DecodeConfig, draws: int = DRAWS) -> tupl
             {},
             Adversary,
         ),
+        (DecodeConfig(3, temperature=1.5, source="hybrid", branches=2), {}, KangarooModel),
     ],
-    ids=["draft vocabulary", "adversary and lookup, cut"],
+    ids=["draft vocabulary", "adversary and lookup, cut", "branches and lookup"],
 )
 def test_speculative_samples_follow_the_exact_distribution(how, args, kind):
     chance, rate = p_value(five_tokens(kind, **args), how)

@@ -39,13 +39,12 @@ class Answer:
 
     @property
     def drafts(self) -> list[tuple[int, int, int]]:
-        """Learned and looked-up drafts of each verification, and those of a second chain; without the prefill."""
+        """Learned and looked-up drafts of each main chain, and the number of chains beside it; without the prefill."""
         found = []
         for block in self.blocks[1:]:
-            first = block.first_chain.draft
-            second = block.second_chain
-            looked_up = len(first.tokens) - first.num_learned
-            found.append((first.num_learned, looked_up, len(second.draft.tokens) if second else 0))
+            main = block.main_chain.draft
+            looked_up = len(main.tokens) - main.num_learned
+            found.append((main.num_learned, looked_up, len(block.beside)))
         return found
 
     @property

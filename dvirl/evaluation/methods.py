@@ -14,6 +14,8 @@ GENERATE = "generate"
 """Hugging Face's greedy decoding."""
 PLAIN = "plain"
 """Our own loop, which also verifies drafts, without any."""
+BRANCHES = 2
+"""Chains beside the learned one, where their rows cost little."""
 METHODS = (GENERATE, PLAIN, "pld", "kangaroo", "fixed", "dvi", "hybrid")
 
 Method = Callable[[Sequence[int]], Answer]
@@ -36,7 +38,7 @@ def decode_configs(
         kangaroo_threshold: confidence below which a draft ends its block (arXiv 2404.18911).
         target: what the deep layers read.
     """
-    adaptive = partial(DecodeConfig, longest, target=target, adaptive=True)
+    adaptive = partial(DecodeConfig, longest, target=target, adaptive=True, branches=BRANCHES)
     return {
         PLAIN: DecodeConfig(0, target=target),
         # Prompt lookup (Saxena 2023): drafts what followed the same n-gram earlier in the text.

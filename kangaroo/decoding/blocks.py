@@ -31,6 +31,9 @@ class DecodeConfig:
     source: str = "learned"
     """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
     "hybrid", both, in one verification where that pays."""
+    branches: int = 0
+    """Chains beside the learned one, at most: the first takes the draft's second choice at the first token and goes on
+    from there, the next one at the second token, and so on. With `adaptive` where their rows cost little."""
     adaptive: bool = False
     """Choose source and length of each block by acceptance and step costs, up to `draft_len`; False drafts always.
     Several texts at once share each pass; their blocks are not adapted."""
@@ -54,7 +57,7 @@ class DecodeConfig:
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.source not in SOURCES:
             raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}")
-        for name in ("draft_temperature", "temperature", "top_k"):
+        for name in ("draft_temperature", "temperature", "top_k", "branches"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0.0 < self.top_p <= 1.0:
@@ -66,8 +69,19 @@ class DecodeConfig:
 
     @property
     def forks(self) -> bool:
-        """Whether a block may have two chains of drafts; passes of one size have one row a text."""
-        return self.source == "hybrid" and self.target == "base" and not self.deterministic
+        """Whether a block may have several chains of drafts; passes of one size have one row a text."""
+        return self.target == "base" and not self.deterministic
+
+    @property
+    def learned_chains(self) -> int:
+        """Chains of learned drafts, at most."""
+        branches = self.forks and self.draft_len and self.source != "lookup" and not self.draft_temperature
+        return 1 + min(self.branches, self.draft_len) if branches else 1
+
+    @property
+    def chains(self) -> int:
+        """Chains of drafts that a block may have."""
+        return self.learned_chains + (self.forks and self.source == "hybrid")
 
 
 @dataclass(frozen=True)
@@ -79,19 +93,24 @@ class DraftBlock:
         confidence: `[n]`, the policy's largest probability at each position; NaN for tokens that were looked up.
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
         probabilities: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
-        is_second: it stands beside the chain of the shallow layers.
+        chain: its place among the chains of its block; 0 is the main one.
     """
 
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     confidence: Tensor = field(default_factory=lambda: torch.empty(0))
     exit_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     probabilities: Tensor | None = None
-    is_second: bool = False
+    chain: int = 0
 
     @property
     def num_learned(self) -> int:
         """Number of tokens that the shallow layers drafted."""
         return len(self.exit_hidden)
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it was looked up and stands beside learned drafts."""
+        return self.chain > 0 and not self.num_learned
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ class Verification:
         num_accepted: accepted drafts.
         draft: the block; its first `num_drafted` entries are scored. Empty where a rollout replays blocks.
         verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position; likewise.
-        beside: what became of the block's other chain, if it had two; it commits nothing.
+        beside: what became of the block's other chains; they commit nothing.
     """
 
     start: int
@@ -114,17 +133,17 @@ class Verification:
     num_accepted: int
     draft: DraftBlock = field(default_factory=DraftBlock)
     verifier_confidence: Tensor = field(default_factory=lambda: torch.empty(0))
-    beside: Verification | None = None
+    beside: tuple[Verification, ...] = ()
 
     @property
-    def first_chain(self) -> Verification:
-        """The outcome of the learned chain."""
-        return self.beside if self.beside is not None and self.draft.is_second else self
+    def main_chain(self) -> Verification:
+        """The outcome of the main chain."""
+        return next(chain for chain in (self, *self.beside) if chain.draft.chain == 0)
 
     @property
-    def second_chain(self) -> Verification | None:
-        """The outcome of the chain beside it, if there was one."""
-        return self if self.draft.is_second else self.beside
+    def lookup_chain(self) -> Verification | None:
+        """The outcome of the chain that was looked up beside learned ones, if there was one."""
+        return next((chain for chain in (self, *self.beside) if chain.draft.is_lookup), None)
 
     @property
     def block_len(self) -> int:
@@ -143,6 +162,32 @@ class Verification:
             num_drafted=min(self.num_drafted, length),
             num_accepted=min(self.num_accepted, length),
         )
+
+
+def settled(
+    start: int,
+    drafts: Sequence[DraftBlock],
+    accepted: Sequence[int],
+    confidence: Sequence[Sequence[float]],
+    next_token: int,
+) -> Verification:
+    """The outcome of a block: the chain that goes furthest commits, the first one among equals.
+
+    Args:
+        start: position of the block's first token.
+        drafts: its chains.
+        accepted: the accepted drafts of each.
+        confidence: the verifier's, of each.
+        next_token: the verifier's own, after the drafts that are committed.
+    """
+    best = accepted.index(max(accepted))
+    outcomes = [
+        Verification(start, (), min(len(draft.tokens), count + 1), count, draft, torch.tensor(chances))
+        for draft, count, chances in zip(drafts, accepted, confidence, strict=True)
+    ]
+    winner = outcomes.pop(best)
+    committed = (*winner.draft.tokens[: winner.num_accepted].tolist(), next_token)
+    return replace(winner, committed=committed, beside=tuple(outcomes))
 
 
 def refuse_not_finite(confidence: Sequence[float], start: int) -> None:

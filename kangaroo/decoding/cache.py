@@ -25,8 +25,9 @@ from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_ma
 class KVCache:
     """Preallocated keys and values of some layers; rolling back means lowering `lengths`.
 
-    The rows in use are the first ones. A text whose block has two chains of drafts has a second row while they are
-    verified: `fork` begins it where the text ends, and `join` goes on from the chain that was right.
+    The rows in use are the first ones. A text whose block has several chains of drafts has a row for each while they
+    are drafted and verified, row `chain * B + text`. `fork` begins them where the text ends, and `join` goes on from
+    the chain that was right.
 
     Args:
         config: the model's, for heads and sizes.
@@ -35,11 +36,12 @@ class KVCache:
         capacity: slots of a row.
         like: a tensor of the dtype to use, on the device where passes begin.
         window: how many slots back a query sees, its own included; None for all.
-        chains: rows of a text, 1 or 2.
+        chains: rows of a text, at most.
 
     Attributes:
         keys, values: one `[B * chains, G, capacity, E]` tensor a layer.
         lengths: slots filled so far, of each row in use.
+        shared: of each further chain, the slots of each text that its row holds, too.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class KVCache:
     def clear(self) -> None:
         """Forget everything; every text is in use again."""
         self.lengths = [0] * self.batch_size
-        self._second = [0] * self.batch_size  # slots of each text that its second row holds, too
+        self.set_shared([0] * self.batch_size)
 
     @property
     def length(self) -> int:
@@ -87,14 +89,14 @@ class KVCache:
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget every slot from `lengths` on, row by row."""
         self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
-        self._second = [min(pair) for pair in zip(self._second, lengths, strict=True)]
+        self._cut_shared()
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, which move to the front."""
         for stored in self.keys + self.values:
             stored[: len(rows)] = stored[rows]
         self.lengths = [self.lengths[row] for row in rows]
-        self._second = [0] * len(rows)
+        self.set_shared([0] * len(rows))
 
     def row(self, index: int) -> KVCache:
         """One row as an empty cache of its own, in the same memory."""
@@ -105,23 +107,57 @@ class KVCache:
         alone.clear()
         return alone
 
-    def fork(self) -> None:
-        """Give every text a second row, after those of all texts, with the same slots."""
+    def share(self, chains: int) -> None:
+        """Copy every text's slots to the rows of its first `chains` chains."""
         texts = len(self.lengths)
-        for row, length in enumerate(self.lengths):
-            self._copy(row, texts + row, self._second[row], length)
-        self._second = self.lengths
-        self.lengths = self.lengths * 2
+        for chain, shared in enumerate(self.shared[: chains - 1], start=1):
+            for row, length in enumerate(self.lengths):
+                self._copy(row, chain * texts + row, shared[row], length)
+            self.shared[chain - 1] = list(self.lengths)
 
-    def join(self, lengths: Sequence[int], from_second: Sequence[bool]) -> None:
-        """Go on with one row a text, rolled back to `lengths`: the first, or what the second read since the fork on."""
+    def fork(self, chains: int) -> None:
+        """Give every text a row for each of `chains` chains, with the same slots."""
+        self.share(chains)
+        self.lengths = self.lengths * chains
+
+    def join(self, lengths: Sequence[int], winners: Sequence[int]) -> None:
+        """Go on with one row a text, rolled back to `lengths`: with what the row of the chain `winners` has read."""
         texts = len(lengths)
-        self.lengths = [min(pair) for pair in zip(self.lengths[:texts], lengths, strict=True)]
-        for row, moved in enumerate(from_second):
-            if moved:
-                self._copy(texts + row, row, self._second[row], lengths[row])
-                self.lengths[row] = self._second[row] = lengths[row]
-        self._second = [min(pair) for pair in zip(self._second, self.lengths, strict=True)]
+        held = self.lengths
+        self.lengths = []
+        for row, (length, chain) in enumerate(zip(lengths, winners, strict=True)):
+            winner = chain * texts + row
+            length = min(length, held[winner])
+            if chain:
+                self._copy(winner, row, self.shared[chain - 1][row], length)
+            self.lengths.append(length)
+        self._cut_shared()
+
+    def share_from(self, winners: Tensor, starts: Tensor, count: int) -> None:
+        """On the device: give the rows of all chains what the row of the chain `winners [B]` has read.
+
+        Args:
+            winners: chains.
+            starts: `[B]`, the first slot.
+            count: number of slots.
+        """
+        texts = len(winners)
+        chain = torch.arange(self.chains, device=winners.device)[:, None, None]
+        text = torch.arange(texts, device=winners.device)[:, None]
+        slots = (starts[:, None] + torch.arange(count, device=starts.device)).clamp(max=self.capacity - 1)
+        for store in self._stores:
+            # Advanced indices apart from one another come first: [B, count, 2, layers, G, E].
+            read = store[:, :, winners[:, None] * texts + text, :, slots]
+            store[:, :, chain * texts + text, :, slots[None]] = read[None]
+
+    def set_shared(self, lengths: Sequence[int]) -> None:
+        """Say that the rows of all chains hold the same slots up to `lengths`."""
+        self.shared = [list(lengths)] * (self.chains - 1)
+
+    def _cut_shared(self) -> None:
+        self.shared = [
+            [min(pair) for pair in zip(shared, self.lengths, strict=True)] for shared in self.shared
+        ]
 
     def _copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy slots of a row to another, in all layers."""

@@ -21,10 +21,12 @@ class StepCosts:
     draft: float
     forked: tuple[float, ...] = ()
 
-    def block(self, learned: int, looked_up: int = 0, second: int = 0) -> float:
-        """Milliseconds of a block with this many learned and looked-up drafts, and drafts of a second chain."""
-        first = learned + looked_up
-        verifying = self.forked[max(first, second)] if second else self.verify[first]
+    def block(self, learned: int, looked_up: int = 0, beside: int = 0) -> float:
+        """Milliseconds of a block whose main chain has this many drafts, with some chains of its length beside it."""
+        length = learned + looked_up
+        verifying = self.verify[length]
+        if beside and self.forked:
+            verifying += beside * max(0.0, self.forked[length] - self.verify[length])
         return verifying + learned * self.draft
 
     def speedup(self, acceptance: float, count: int) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts, expected_tokens
+from kangaroo.decoding.planning import Plan, Planner
 
 LONGEST_NGRAM = 4
 """Tokens that a lookup compares at most."""
@@ -24,12 +25,8 @@ RATE_DECAY = 0.98
 """Share of the tokens and costs so far that the recent speed keeps at each block."""
 CONFIDENCE_DECAY = 0.99
 """Share of its counts that a bin of confidence keeps at each draft in it."""
-PLANNED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-"""Lengths of blocks that run ahead of the host."""
 FORK_SHARE = 0.15
 """Share of a plain step that a second chain may cost to be tried."""
-CLEARLY = 1.03
-"""Ratio of speeds from which another length is taken."""
 BINS = 10
 """Bins of confidence in which acceptance is counted."""
 PRIOR_DRAFTS = 4
@@ -111,9 +108,19 @@ class BlockPolicy:
         """Whether `look_up` may add to learned drafts."""
         return False
 
-    def ahead(self) -> int | None:
-        """Learned drafts of every block from now on, if the blocks need nothing else; None if they do."""
-        return self.config.draft_len if self.config.source == "learned" or not self.config.draft_len else None
+    @property
+    def branches(self) -> int:
+        """Chains that leave the learned one."""
+        return self.config.learned_chains - 1
+
+    def ahead(self) -> Plan | None:
+        """What every block drafts from now on, if the blocks need nothing else; None if they do."""
+        count = self.config.draft_len
+        if self.config.source == "lookup":
+            return Plan(looked_up=count)
+        if self.config.source == "learned":
+            return Plan(count, self.branches)
+        return Plan(count, self.branches, count, SURE_NGRAM) if self.config.forks else None
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """Begin a block after the text of `index` with room for `room` drafts; return how many to draft at most."""
@@ -182,7 +189,12 @@ class ScriptedPolicy(BlockPolicy):
         """As in `BlockPolicy`."""
         return bool(self._looked_up)
 
-    def ahead(self) -> int | None:
+    @property
+    def branches(self) -> int:
+        """As in `BlockPolicy`."""
+        return 0
+
+    def ahead(self) -> Plan | None:
         """As in `BlockPolicy`."""
         return None
 
@@ -248,16 +260,16 @@ class AdaptivePolicy(BlockPolicy):
         self.costs = costs
         first = min(3, config.draft_len)  # length of the block that every record starts from
         self._starts: dict[tuple[str, int], _Record] = {}
-        # A second chain is no kind of block where its rows cost much, as on a CPU.
+        # Further chains are no part of a block where their rows cost much, as on a CPU.
         forks = bool(costs.forked) and config.forks
         forks = forks and costs.forked[first] - costs.verify[first] < FORK_SHARE * costs.verify[0]
+        self._branches = config.learned_chains - 1 if forks else 0
+        self._planner = Planner(config, costs, self._branches)
         for matched in range(LONGEST_NGRAM + 1):
             self._add_start("learned", matched, 0.7, first, costs.block(first))
             self._add_start("lookup", matched, 0.25 + 0.1 * matched, first, costs.block(0, first))
-            if forks:
-                self._add_start(
-                    "both", matched, 0.7 + 0.05 * matched, first, costs.block(first, second=first)
-                )
+            if forks and config.source == "hybrid":
+                self._add_start("both", matched, 0.7 + 0.05 * matched, first, costs.block(first, beside=1))
         self._records = {kind: replace(start) for kind, start in self._starts.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]
@@ -268,7 +280,6 @@ class AdaptivePolicy(BlockPolicy):
         self._matched = 0
         self._survival = 1.0
         self._lookup_kind = ("lookup", 0)
-        self._planned = 0
 
     def _add_start(self, source: str, matched: int, acceptance: float, length: int, cost: float) -> None:
         self._starts[source, matched] = _Record(acceptance, 1.0, expected_tokens(acceptance, length), cost)
@@ -278,18 +289,19 @@ class AdaptivePolicy(BlockPolicy):
         """As in `BlockPolicy`."""
         return self.config.source == "hybrid" and not self._second
 
-    def ahead(self) -> int | None:
-        """As in `BlockPolicy`: the length that is best on average; it changes where another one is clearly better."""
-        if self.config.source != "learned":
+    @property
+    def branches(self) -> int:
+        """As in `BlockPolicy`: where rows cost little."""
+        return self._branches
+
+    def ahead(self) -> Plan | None:
+        """As in `BlockPolicy`: the plan that is best on average; it changes where another one is clearly better."""
+        if self.config.source == "hybrid" and not self.config.forks:
             return None
-        acceptance = self._records["learned", 0].acceptance
-        lengths = [length for length in PLANNED if length <= self.config.draft_len]
-        speeds = {length: self.costs.speedup(acceptance, length) for length in lengths}
-        best = max(lengths, key=lambda length: speeds[length])
-        if speeds[best] > CLEARLY * speeds[self._planned]:
-            self._planned = best
-        self._source = "learned" if self._planned else ""
-        return self._planned
+        self._source = ""
+        self._matched = 0
+        self._lookup_kind = ("lookup", 0)
+        return self._planner.plan()
 
     @property
     def rate(self) -> float:
@@ -340,8 +352,8 @@ class AdaptivePolicy(BlockPolicy):
 
     def _cost(self, depth: int, is_made: bool) -> float:
         """Milliseconds that a learned draft after `depth` others adds to its block."""
-        second = len(self._second)
-        row = self.costs.block(0, depth + 1, second) - self.costs.block(0, depth, second)
+        beside = self._branches + bool(self._second)
+        row = self.costs.block(0, depth + 1, beside) - self.costs.block(0, depth, beside)
         return row if is_made else row + self.costs.draft
 
     def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
@@ -373,11 +385,12 @@ class AdaptivePolicy(BlockPolicy):
 
     def observe(self, verification: Verification) -> None:
         """As in `BlockPolicy`."""
-        first = verification.first_chain
-        second = verification.second_chain
+        self._planner.observe(verification)
+        first = verification.main_chain
+        second = verification.lookup_chain
         learned = first.draft.num_learned
         looked_up = len(first.draft.tokens) - learned
-        cost = self.costs.block(learned, looked_up, len(second.draft.tokens) if second else 0)
+        cost = self.costs.block(learned, looked_up, len(verification.beside))
         self._recent_tokens = RATE_DECAY * self._recent_tokens + verification.block_len
         self._recent_cost = RATE_DECAY * self._recent_cost + cost
         # Records of other kinds drift back to their start, so that they are tried again.

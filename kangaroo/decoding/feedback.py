@@ -29,31 +29,36 @@ class Feedback:
     def clear(self, num_texts: int) -> None:
         """Begin with empty texts; before their first token there is no state."""
         self._unread = [[self._nothing] for _ in range(num_texts)]  # [T, D] each
-        self._own: list[Tensor | None] = [None] * num_texts  # [1, D]
+        self._own: dict[int, Tensor] = {}  # [1, D] of each row within a block
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all texts but these."""
         self._unread = [self._unread[row] for row in rows]
-        self._own = [self._own[row] for row in rows]
 
     def take(self, counts: Sequence[int], width: int) -> Tensor:
-        """Give away the states for the next `counts` tokens of each text, `[B, width, D]`, padded on the right.
+        """Give away the states for the next `counts` tokens of each row, `[rows, width, D]`, padded on the right.
 
-        Tokens whose states are not known, since caches were cut, get zeros.
+        The rows of all chains of a text begin with the same tokens. Tokens whose states are not known, since caches
+        were cut, get zeros.
         """
+        texts = len(self._unread)
         taken = self._nothing.new_zeros(len(counts), width, self._nothing.shape[-1])
+        rest = list(self._unread)
         for row, count in enumerate(counts):
             if not count:
                 continue
-            own = self._own[row]
-            states = torch.cat(self._unread[row]) if own is None else own
+            if row in self._own:
+                states = self._own[row]
+            else:
+                states = torch.cat(self._unread[row % texts])
+                rest[row % texts] = [states[count:]]
             known = min(count, len(states))
             taken[row, count - known : count] = states[:known]
-            self._unread[row] = [states[known:]]
+        self._unread = rest
         return taken
 
     def go_on(self, own: Tensor, counts: Sequence[int]) -> None:
-        """Let the drafter's own states `[B, n, D]` stand in after the first `counts` drafts of each text."""
+        """Let the drafter's own states `[rows, n, D]` stand in after the first `counts` drafts of each row."""
         for row, count in enumerate(counts):
             if count:
                 self._own[row] = own[row, count - 1 : count]
@@ -68,4 +73,4 @@ class Feedback:
         """
         for text, (row, count) in enumerate(zip(rows, counts, strict=True)):
             self._unread[text].append(hidden[row, :count].clone())  # a captured pass writes over its outputs
-            self._own[text] = None
+        self._own.clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo.decoding.ahead import drafts_ahead, run_ahead
+from kangaroo.decoding.ahead import plan_ahead, run_ahead
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import Stages
@@ -70,9 +70,9 @@ def _next_blocks(
     stages: Stages, texts: Sequence[Text], config: DecodeConfig
 ) -> Iterable[list[Verification | None]]:
     """As many blocks as can run ahead of the host, or one."""
-    count = drafts_ahead(stages, texts, config)
-    if count is not None:
-        return run_ahead(stages, texts, count, config.threshold if count else 0.0)
+    plan = plan_ahead(stages, texts, config)
+    if plan is not None:
+        return run_ahead(stages, texts, plan, config.threshold if plan.learned else 0.0)
     return [spec_decode_step(stages, texts, config)]
 
 

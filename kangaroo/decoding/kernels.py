@@ -234,9 +234,12 @@ def _merge(
 def _choose(
     x, weight, highest, index, sums, rows,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
-    PDL: tl.constexpr,
+    TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The likeliest of `BLOCK_N` tokens of each row, its logit, and the sum of all exponentials below it."""
+    """The likeliest of `BLOCK_N` tokens of each row, its logit, and the sum of all exponentials below it.
+
+    With `TWO` the runner-up, too, after those of all rows.
+    """
     block = tl.program_id(0)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -255,20 +258,27 @@ def _choose(
         logits = tl.dot(values, used, logits, input_precision=precision)
     logits = tl.where(column[None, :] < N, logits, float("-inf"))
     top = tl.max(logits, axis=1)
+    best = block * BLOCK_N + tl.argmax(logits, axis=1)
     place = row * tl.num_programs(0) + block
     tl.store(highest + place, top, mask=row < rows)
-    tl.store(index + place, block * BLOCK_N + tl.argmax(logits, axis=1), mask=row < rows)
+    tl.store(index + place, best, mask=row < rows)
     tl.store(sums + place, tl.sum(tl.exp(logits - top[:, None]), axis=1), mask=row < rows)
+    if TWO:
+        rest = tl.where(column[None, :] == best[:, None], float("-inf"), logits)
+        place += rows * tl.num_programs(0)
+        tl.store(highest + place, tl.max(rest, axis=1), mask=row < rows)
+        tl.store(index + place, block * BLOCK_N + tl.argmax(rest, axis=1), mask=row < rows)
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _best(
-    highest, index, sums, token, confidence, blocks, BLOCKS: tl.constexpr, PDL: tl.constexpr
+    highest, index, sums, token, confidence, blocks, BLOCKS: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """The likeliest of all tokens of one row, and its probability."""
+    """The likeliest of all tokens of one row, and its probability; with `TWO` the runner-up, too, after all rows'."""
     row = tl.program_id(0)
+    rows = tl.num_programs(0)
     block = tl.arange(0, BLOCKS)
     if PDL:
         gdc_wait()
@@ -277,8 +287,16 @@ def _best(
     total = tl.sum(
         tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(tops - top), axis=0
     )
-    tl.store(token + row, tl.load(index + row * blocks + tl.argmax(tops, axis=0)))
+    best = tl.argmax(tops, axis=0)
+    tl.store(token + row, tl.load(index + row * blocks + best))
     tl.store(confidence + row, 1.0 / total)
+    if TWO:
+        runners_up = (rows + row) * blocks
+        second = tl.load(highest + runners_up + best)
+        others = tl.where(block == best, second, tops)
+        winner = tl.argmax(others, axis=0)
+        place = tl.where(winner == best, runners_up, row * blocks)
+        tl.store(token + rows + row, tl.load(index + place + winner))
 
 
 @cache
@@ -438,22 +456,32 @@ def _folded(
     return Projection((weight * norm.weight.detach().float()).to(dtype), bias, norm.eps)
 
 
-def best_tokens(states: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each row of normed states `[M, D]` and its probability, by a head `[V, D]`."""
+def best_tokens(states: Tensor, head: Tensor, two: bool = False) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row of normed states `[M, D]`, by a head `[V, D]`, and its probability `[M]`.
+
+    Args:
+        states: the rows.
+        head: the head's weight.
+        two: find the runners-up, too.
+
+    Returns:
+        Tokens `[1, M]`, or `[2, M]` with the runners-up; probabilities of the likeliest.
+    """
     rows = len(states)
     vocab, inner = head.shape
     blocks = -(-vocab // HEAD_BLOCK)
-    highest = torch.empty(rows, blocks, device=states.device)
-    sums = torch.empty_like(highest)
-    index = torch.empty(rows, blocks, dtype=torch.long, device=states.device)
-    tokens = torch.empty(rows, dtype=torch.long, device=states.device)
+    count = 2 if two else 1
+    highest = torch.empty(count, rows, blocks, device=states.device)
+    sums = torch.empty(rows, blocks, device=states.device)
+    index = torch.empty(count, rows, blocks, dtype=torch.long, device=states.device)
+    tokens = torch.empty(count, rows, dtype=torch.long, device=states.device)
     confidence = torch.empty(rows, device=states.device)
     exact = states.dtype == torch.float32
     arguments = (states, head, highest, index, sums, rows)
     shape = {"K": inner, "N": vocab, "BLOCK_N": HEAD_BLOCK, "BLOCK_K": 32 if exact else 64, "EXACT": exact}
-    _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, **shape)
+    _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, TWO=two, **shape)
     parts = (highest, index, sums, tokens, confidence, blocks)
-    _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks))
+    _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks), TWO=two)
     return tokens, confidence
 
 

@@ -9,13 +9,13 @@ Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite, settled
 from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
 from kangaroo.decoding.sampling import (
     count_accepted,
@@ -52,6 +52,10 @@ def spec_decode_step(
     if stages.passes.begun:
         for draft in drafts:
             draft.begin()
+        chains = 1 + max(draft.branches for draft in drafts)
+        for draft in drafts:
+            draft.fork(chains)
+        stages.begin_drafting(chains)
         while any(draft.wants_more for draft in drafts):
             draft_tokens(stages, drafts, config)
         for draft in drafts:
@@ -71,38 +75,45 @@ def spec_decode_step(
 
 
 def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) -> None:
-    """Let the shallow layers draft the next token of every block that wants one, or the next few at once."""
-    unread = unread_tokens(drafts, stages.shallow)
-    for row, draft in enumerate(drafts):
-        if not draft.wants_more:
+    """Let the shallow layers draft the next token of every chain that wants one, or the next few at once."""
+    chains = len(drafts[0].learned)
+    unread = unread_tokens(drafts, stages.shallow, range(chains))
+    for row in range(len(unread)):
+        if not drafts[row % len(drafts)].wants_more:
             unread[row] = []
     count = stages.drafts_at_once(max(draft.wanted() for draft in drafts))
     sampled = config.draft_temperature > 0
     noise = [draft.noise(count) if sampled and draft.wants_more else [0.0] * count for draft in drafts]
-    drafted = stages.draft(unread, config, noise)
+    depth = max(len(draft.tokens) for draft in drafts)
+    drafted = stages.draft(unread, config, noise, depth)
     # Where nothing follows these drafts, whatever they are, the verifier reads them before the host does.
     if count > 1 and config.target == "base" and all(draft.ends_after(count) for draft in drafts):
         begin_verifying(stages, drafts, config, drafted)
-    taken = [draft.take(drafted, row, len(unread[row])) for row, draft in enumerate(drafts)]
-    stages.count_drafts(taken)
+    taken = [draft.take(drafted, row, len(drafts), len(unread[row])) for row, draft in enumerate(drafts)]
+    stages.count_drafts(taken * chains)
 
 
 def begin_verifying(
     stages: Stages, drafts: Sequence[Draft], config: DecodeConfig, drafted: Drafted | None = None
 ) -> None:
-    """Let the verifier read the last committed token and the drafts of every text, `drafted` still on the device."""
+    """Let the verifier read the last committed token and the drafts of every chain, `drafted` still on the device."""
     sampled = config.temperature > 0
     if config.target == "adapted":
         stages.begin_verifying_states(adapted_states(stages, drafts), sampled)
         return
-    lengths = stages.deep.cache.lengths
-    second = [draft.second_after(length) for draft, length in zip(drafts, lengths, strict=True)]
-    stages.begin_verifying(unread_tokens(drafts, stages.deep), second, sampled, drafted)
+    chains = len(drafts[0].learned) + any(draft.second for draft in drafts)
+    rows = unread_tokens(drafts, stages.deep, range(chains))
+    if drafted is not None:
+        _, learned, ahead = drafted.chosen.shape
+        for row in filter(None, rows[:learned]):
+            row.extend([0] * ahead)
+    stages.begin_verifying(rows, chains, sampled, drafted)
 
 
-def unread_tokens(drafts: Sequence[Draft], stage: Stage) -> list[list[int]]:
-    """The tokens of every text and its drafts that a stage has not read; none for texts that are over."""
-    return [draft.tokens_after(length) for draft, length in zip(drafts, stage.cache.lengths, strict=True)]
+def unread_tokens(drafts: Sequence[Draft], stage: Stage, chains: Iterable[int] = (0,)) -> list[list[int]]:
+    """The tokens of every text and its drafts that a stage has not read, by chain; none for texts that are over."""
+    lengths = stage.cache.lengths
+    return [draft.tokens_after(lengths[row], chain) for chain in chains for row, draft in enumerate(drafts)]
 
 
 def adapted_states(stages: Stages, drafts: Sequence[Draft]) -> list[Tensor]:
@@ -126,28 +137,19 @@ def accept(
         return None
     start = len(draft.text.tokens)
     chains = draft.chains()
-    rows = verified.rows_of(row)[: len(chains)]
-    confidence = [verified.confidence[at][: len(chain) + 1] for at, chain in zip(rows, chains, strict=True)]
+    rows = [row + place * verified.texts for place in chains]
+    confidence = [
+        verified.confidence[at][: len(chain) + 1] for at, chain in zip(rows, chains.values(), strict=True)
+    ]
     for chances in confidence:
         refuse_not_finite(chances, start)
     if config.temperature == 0:
-        counts, next_token = greedily_accepted(chains, [verified.tokens[at] for at in rows])
+        own = [verified.tokens[at] for at in rows]
+        counts, next_token = greedily_accepted(list(chains.values()), own)
     else:
         counts, next_token = sample_accepted(draft, [verified.logits[at] for at in rows], stages, config)
-    best = counts.index(max(counts))
-    results = [
-        Verification(
-            start=start,
-            committed=(*chain[: counts[best]], next_token) if place == best else (),
-            num_drafted=min(len(chain), counts[place] + 1),
-            num_accepted=counts[place],
-            draft=draft.block(place, stages),
-            verifier_confidence=torch.tensor(confidence[place]),
-        )
-        for place, chain in enumerate(chains)
-    ]
-    winner = results.pop(best)
-    return replace(winner, beside=results[0]) if results else winner
+    blocks = [draft.block(place, stages) for place in chains]
+    return settled(start, blocks, counts, confidence, next_token)
 
 
 def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[int]]) -> tuple[list[int], int]:
@@ -162,14 +164,14 @@ def sample_accepted(
 ) -> tuple[list[int], int]:
     """Accepted drafts of each chain, and the token after them, by logits `[n + 1, V]` of each chain."""
     targets, proposed, drafted = [], [], []
-    for place, chain in enumerate(draft.chains()):
-        rows = logits[place][: len(chain) + 1]
+    for (place, chain), scores in zip(draft.chains().items(), logits, strict=True):
+        rows = scores[: len(chain) + 1]
         targets.append(distribution(rows, config.temperature, config.top_k, config.top_p))  # p, [n + 1, V]
         proposed.append(draft.proposed(place, targets[-1], stages))  # q, [n, V]
         drafted.append(torch.tensor(chain, dtype=torch.long, device=rows.device))
     count = max(map(len, drafted)) + 1
     if len(drafted) > 1:
-        uniform = draft.text.uniform(2 * count)
+        uniform = draft.text.uniform(len(drafted) * count)
         return speculative_sampling_of_chains(targets, proposed, drafted, uniform.tolist())
     accepted, token = speculative_sampling(
         targets[0], proposed[0], drafted[0], draft.text.uniform(count).to(targets[0].device)
@@ -228,8 +230,10 @@ class Draft:
 
     Attributes:
         text: the text.
-        tokens: the drafts so far.
-        second: another chain of drafts after the text, verified beside the first; none for most blocks.
+        learned: chains of drafts by the shallow layers: the main one and its branches. The main one may go on with
+            tokens that were looked up.
+        second: a chain that was looked up, verified beside them; none for most blocks.
+        branches: branches that the policy wants.
         wants_more: whether the shallow layers draft another token.
         read_states: the exit states of every token that they read for this block, `[T, D]` a draft; only for target
             "adapted".
@@ -237,14 +241,20 @@ class Draft:
 
     def __init__(self, text: Text) -> None:
         self.text = text
-        self.tokens: list[int] = []
+        self.learned: list[list[int]] = [[]]
         self.second: list[int] = []
+        self.branches = 0
         self.wants_more = False
         self.read_states: list[Tensor] = []
         self._limit = 0
-        self._confidence: list[float] = []
-        self._exit_hidden: list[Tensor] = []
+        self._confidence: list[list[float]] = [[]]  # of each learned chain
+        self._exit_hidden: list[Tensor] = []  # [chains, n, D] each
         self._probabilities: list[Tensor] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        """The main chain."""
+        return self.learned[0]
 
     def begin(self) -> None:
         """Ask the policy how many tokens to draft; one token of the text's room is left to the verifier."""
@@ -252,10 +262,23 @@ class Draft:
             self._limit = self.text.policy.begin(self.text.index, self.text.room - 1)
             self.second = self.text.policy.beside()
         self.wants_more = self._limit > 0
+        self.branches = min(self.text.policy.branches, self._limit)
 
-    def chains(self) -> list[list[int]]:
-        """The chains of drafts that are verified."""
-        return [self.tokens, self.second] if self.second else [self.tokens]
+    def fork(self, chains: int) -> None:
+        """Begin as many learned chains as the texts' blocks have."""
+        self.learned = [[] for _ in range(chains)]
+        self._confidence = [[] for _ in range(chains)]
+
+    def chains(self) -> dict[int, list[int]]:
+        """The chains of drafts that are verified, by their places among the rows of the text.
+
+        A branch that was to leave the main chain after its end is none.
+        """
+        num_drafted = len(self._confidence[0])
+        chains = {place: chain for place, chain in enumerate(self.learned) if place <= num_drafted}
+        if self.second:
+            chains[len(self.learned)] = self.second
+        return chains
 
     def wanted(self) -> int:
         """Tokens to draft before the policy looks at them."""
@@ -279,23 +302,31 @@ class Draft:
         last = len(self.text.noise) - 1
         return [float(self.text.noise[min(position + step, last)]) for step in range(count)]
 
-    def take(self, drafted: Drafted, row: int, num_read: int) -> int:
-        """Take the tokens drafted for this text up to where its policy stops; the first was made by reading `num_read`.
+    def take(self, drafted: Drafted, row: int, texts: int, num_read: int) -> int:
+        """Take the tokens drafted for this text up to where its policy stops.
+
+        Args:
+            drafted: tokens of all texts.
+            row: of the text's main chain.
+            texts: rows from one chain to the next.
+            num_read: tokens that were read for the first of them.
 
         Returns:
-            How many.
+            How many were taken.
         """
-        before = len(self.tokens)
-        tokens = drafted.by_text[row]
-        for step, (token, confidence) in enumerate(tokens):
-            if not self.wants_more:
-                break
-            self.tokens.append(token)
-            self._confidence.append(confidence)
-            keeps_drafting = self.text.policy.keep_drafting(token, confidence, len(tokens) - step - 1)
+        count = 0
+        made = len(drafted.by_row[row])
+        while self.wants_more and count < made:
+            for chain, (tokens, confidences) in enumerate(zip(self.learned, self._confidence, strict=True)):
+                token, confidence = drafted.by_row[row + chain * texts][count]
+                tokens.append(token)
+                confidences.append(confidence)
+            count += 1
+            keeps_drafting = self.text.policy.keep_drafting(
+                self.tokens[-1], self._confidence[0][-1], made - count
+            )
             self.wants_more = keeps_drafting and len(self.tokens) < self._limit
-        count = len(self.tokens) - before
-        self._exit_hidden.append(drafted.exit_hidden[row, :count])
+        self._exit_hidden.append(drafted.exit_hidden[row::texts, :count])
         for step, states in enumerate(drafted.states[:count]):
             self.read_states.append(states[row, : num_read if step == 0 else 1])
         if drafted.probabilities is not None:
@@ -306,18 +337,15 @@ class Draft:
         """Add what the policy takes from a lookup, as far as there is room."""
         if self.text.room:
             free = self.text.room - 1 - len(self.tokens)
-            self.tokens += self.text.policy.look_up()[:free]
+            self.tokens.extend(self.text.policy.look_up()[:free])
 
-    def tokens_after(self, length: int) -> list[int]:
-        """Text and drafts from position `length` on; nothing if the text is over."""
-        if not self.text.room:
+    def tokens_after(self, length: int, chain: int = 0) -> list[int]:
+        """Text and drafts of a chain from position `length` on; nothing if the text is over or has no such chain."""
+        is_learned = chain < len(self.learned)
+        drafts = self.learned[chain] if is_learned else self.second
+        if not self.text.room or not (is_learned or drafts):
             return []
-        drafts = self.tokens[max(0, length - len(self.text.tokens)) :]
-        return [*self.text.tokens[length:], *drafts]
-
-    def second_after(self, length: int) -> list[int]:
-        """The same with the second chain; nothing if there is none."""
-        return [*self.text.tokens[length:], *self.second] if self.second else []
+        return [*self.text.tokens[length:], *drafts[max(0, length - len(self.text.tokens)) :]]
 
     def proposed(self, place: int, target: Tensor, stages: Stages) -> Tensor:
         """q, `[n, V]`: the distribution that each draft of a chain was drawn from, one-hot where it was not drawn.
@@ -338,15 +366,16 @@ class Draft:
 
     def block(self, place: int, stages: Stages) -> DraftBlock:
         """A chain as records and policies see it."""
-        if place == 1:
-            return DraftBlock(
-                torch.tensor(self.second), torch.full((len(self.second),), float("nan")), is_second=True
-            )
-        num_looked_up = len(self.tokens) - len(self._confidence)
+        tokens = self.chains()[place]
+        confidence = self._confidence[place] if place < len(self.learned) else []
         exit_hidden = torch.empty(0, stages.hidden_size)
+        if confidence:
+            exit_hidden = torch.cat([states[place] for states in self._exit_hidden])
+        num_looked_up = len(tokens) - len(confidence)
         return DraftBlock(
-            tokens=torch.tensor(self.tokens, dtype=torch.long),
-            confidence=torch.tensor([*self._confidence, *[float("nan")] * num_looked_up]),
-            exit_hidden=torch.cat(self._exit_hidden) if self._exit_hidden else exit_hidden,
-            probabilities=torch.cat(self._probabilities) if self._probabilities else None,
+            tokens=torch.tensor(tokens, dtype=torch.long),
+            confidence=torch.tensor([*confidence, *[float("nan")] * num_looked_up]),
+            exit_hidden=exit_hidden,
+            probabilities=torch.cat(self._probabilities) if self._probabilities and place == 0 else None,
+            chain=place,
         )

@@ -131,16 +131,28 @@ class Stage:
             hidden = layer(hidden, plan, keys, values)
         return hidden.view(states.shape)
 
-    def best(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest token of each normed state `[…, D]`, and its probability in float32."""
+    def best(self, states: Tensor, two: bool = False) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each normed state `[…, D]`, and its probability in float32.
+
+        Args:
+            states: normed states.
+            two: find the runners-up, too.
+
+        Returns:
+            Tokens `[1, …]`, or `[2, …]` with the runners-up; probabilities `[…]` of the likeliest.
+        """
         weight = self.weights.head_weight
         if self.passes.fixed and self.weights.fused and weight is not None:
             from kangaroo.decoding.kernels import best_tokens
 
-            tokens, confidence = best_tokens(states.flatten(0, -2).contiguous(), weight)
-            return tokens.view(states.shape[:-1]), confidence.view(states.shape[:-1])
-        confidence, tokens = self.logits(states).float().softmax(dim=-1).max(dim=-1)
-        return tokens, confidence
+            tokens, confidence = best_tokens(states.flatten(0, -2).contiguous(), weight, two)
+            return tokens.view(-1, *states.shape[:-1]), confidence.view(states.shape[:-1])
+        probabilities = self.logits(states).float().softmax(dim=-1)
+        confidence, first = probabilities.max(dim=-1)
+        if not two:
+            return first[None], confidence
+        rest = probabilities.scatter(-1, first[..., None], -1.0)
+        return torch.stack([first, rest.argmax(dim=-1)]), confidence
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits of normed states `[…, D]`, in their dtype: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
@@ -150,13 +162,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Drafted:
-    """The next n tokens of each text, drafted in one go; the host waits for them when it first looks at them.
+    """The next n tokens of each chain, drafted in one go; the host waits for them when it first looks at them.
+
+    The rows are those of the caches: the main chains of all texts, then their first branches, and so on.
 
     Attributes:
-        chosen: their ids and confidences, `packed`, `[2, B, n]`.
-        probabilities: `[B, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
-        exit_hidden: `[B, n, D]`, the exit state that each draft was made from.
-        states: `[B, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
+        chosen: their ids and confidences, `packed`, `[2, rows, n]`.
+        probabilities: `[rows, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
+        exit_hidden: `[rows, n, D]`, the exit state that each draft was made from.
+        states: `[rows, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
     """
 
     chosen: Tensor
@@ -165,25 +179,26 @@ class Drafted:
     states: list[Tensor]
 
     @cached_property
-    def by_text(self) -> list[list[tuple[int, float]]]:
-        """`B x n` vocabulary ids, each with the policy's largest probability."""
+    def by_row(self) -> list[list[tuple[int, float]]]:
+        """`rows x n` vocabulary ids, each with the policy's largest probability."""
         tokens, confidence = unpacked(self.chosen)
         return [list(zip(*pair, strict=True)) for pair in zip(tokens, confidence, strict=True)]
 
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From states `[B, D]` and uniform numbers `[B]` to drafts, their confidence, and the distributions they come from."""
+"""From states `[rows, D]` and uniform numbers `[rows]` to drafts, their confidence, and the distributions they come
+from."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Drafts of each text on the device.
+    """Drafts of each row on the device.
 
     Attributes:
-        tokens, confidence: `[B, n]`.
-        probabilities: `[B, n, V']`, what drawn drafts come from; `[B, n, 1]` for argmax drafts.
-        exit_states, own_states: `[B, n, D]`, of shallow layers and drafter, that each was made from.
-        read: `[B, T, D]` for each draft, the exit states of all tokens read for it.
+        tokens, confidence: `[rows, n]`.
+        probabilities: `[rows, n, V']`, what drawn drafts come from; `[rows, n, 1]` for argmax drafts.
+        exit_states, own_states: `[rows, n, D]`, of shallow layers and drafter, that each was made from.
+        read: `[rows, T, D]` for each draft, the exit states of all tokens read for it.
     """
 
     tokens: Tensor
@@ -198,23 +213,19 @@ class Chain:
 class Verified:
     """What the verifier says after the last committed token and after each draft.
 
-    The rows are the B texts' first chains, then, if there are any, their second ones.
+    The rows are those of the caches: the B texts' main chains, then the next chain of each, and so on.
 
     Attributes:
         tokens: `rows x (n + 1)` vocabulary ids, its argmax.
         confidence: `rows x (n + 1)`, its probability of them.
         logits: `[rows, n + 1, V]` float32; empty for greedy answers.
-        is_forked: there are second chains.
+        texts: B.
     """
 
     tokens: list[list[int]]
     confidence: list[list[float]]
     logits: Tensor
-    is_forked: bool
-
-    def rows_of(self, text: int) -> list[int]:
-        """The rows of a text's chains."""
-        return [text, text + len(self.tokens) // 2] if self.is_forked else [text]
+    texts: int
 
 
 def packed(tokens: Tensor, confidence: Tensor) -> Tensor:
@@ -251,9 +262,8 @@ class Stages:
     ahead: dict[Hashable, Any] = field(
         default_factory=dict
     )  # what blocks that run ahead of the host are made in
-    # A verification that the host has not looked at, whether it reads second chains, and what was verified before it.
+    # A verification that the host has not looked at, and what was verified before it.
     _begun: tuple[Tensor, ...] | None = None
-    _is_forked: bool = False
     _before: list[int] = field(default_factory=list)
     # For a drafter with feedback: the verifier's states of the last verification, the drafter's of the last drafts.
     _hidden: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -274,22 +284,24 @@ class Stages:
     def roll_back(self, results: Sequence[Verification | None]) -> None:
         """Forget the keys and values of all rejected drafts, and everything of texts that are over."""
         committed = [result.start + result.num_accepted if result else 0 for result in results]
-        from_second = [result is not None and result.draft.is_second for result in results]
+        winners = [result.draft.chain if result else 0 for result in results]
         for cache in {id(stage.cache): stage.cache for stage in (self.base, self.deep)}.values():
-            if self._is_forked:
-                cache.join(committed, from_second)
-            else:
-                cache.truncate(committed)
-        # What drafts has read the first chain only.
-        read = [result.start + result.first_chain.num_accepted if result else 0 for result in results]
+            cache.join(committed, winners)
+        # What drafts has read the learned chains only; after another one it goes on with the main chain.
+        learned = [
+            result if result is None or result.draft.num_learned else result.main_chain for result in results
+        ]
+        read = [result.start + result.num_accepted if result else 0 for result in learned]
         if self.feedback is not None:  # it reads once more what it has read without the verifier's states
             read = [result.start if result else 0 for result in results]
-            texts = len(results)
-            rows = [row + texts * second for row, second in enumerate(from_second)]
+            rows = [row + len(results) * chain for row, chain in enumerate(winners)]
             counts = [max(0, end - before) for end, before in zip(committed, self._before, strict=True)]
             self.feedback.verified(self._hidden, rows, counts)
+        if self.shallow is self.base:
+            self.drafter.cache.truncate(read)
+            return
         for stage in (self.shallow, self.drafter):
-            stage.cache.truncate(read)
+            stage.cache.join(read, [result.draft.chain if result else 0 for result in learned])
 
     def keep(self, rows: list[int]) -> None:
         """Drop all texts but these."""
@@ -316,24 +328,37 @@ class Stages:
         captured = self.passes.graphs is not None and self.shallow.cache.length > 0
         return wanted if captured else 1
 
+    def begin_drafting(self, chains: int) -> None:
+        """Begin blocks of some learned chains."""
+        if chains > 1:
+            self.shallow.cache.fork(chains)
+            self.drafter.cache.fork(chains)
+
     def draft(
-        self, unread: Sequence[Sequence[int]], config: DecodeConfig, noise: Sequence[Sequence[float]]
+        self,
+        unread: Sequence[Sequence[int]],
+        config: DecodeConfig,
+        noise: Sequence[Sequence[float]],
+        depth: int,
     ) -> Drafted:
-        """Read the tokens that the shallow layers have not read yet, and draft the next n tokens of every text.
+        """Read the tokens that the shallow layers have not read yet, and draft the next n tokens of every chain.
 
         Of the drafts they read all but the last, but do not count them: see `count_drafts`.
 
         Args:
-            unread: tokens of each text; none for a text that drafts nothing.
+            unread: tokens of each row; none for a row that drafts nothing.
             config: how drafts are drawn.
             noise: `B x n`, for sampled drafts, numbers in [0, 1).
+            depth: drafts of the block before these.
         """
         count = len(noise[0])
+        texts = len(noise)
         choose = self._chooser(config)
         adapted = config.target == "adapted"
 
         def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
-            chain = self.chain(tokens, last, fed_back[0] if fed_back else None, count, choose, uniform)
+            before = fed_back[0] if fed_back else None
+            chain = self.chain(tokens, last, before, count, texts, depth, choose, uniform)
             results = (packed(chain.tokens, chain.confidence), chain.probabilities)
             return *results, chain.exit_states, chain.own_states, *chain.read[: adapted * count]
 
@@ -344,7 +369,8 @@ class Stages:
         if self.feedback is not None:
             inputs.append(self.feedback.take(counts, tokens.shape[1]))
         caches = [self.shallow.cache, self.drafter.cache]
-        name = ("draft", config.draft_temperature, config.temperature, config.top_k, config.top_p, adapted)
+        sampled = (config.draft_temperature, config.temperature, config.top_k, config.top_p)
+        name = ("draft", sampled, adapted, texts, depth)
         chosen, probabilities, exits, own, *states = self.passes.run(
             name, run, caches, counts, *inputs, ahead=count - 1
         )
@@ -359,26 +385,33 @@ class Stages:
         last: Tensor,
         feedback: Tensor | None,
         count: int,
+        texts: int,
+        depth: int = 0,
         choose: Choose | None = None,
         uniform: Tensor | None = None,
     ) -> Chain:
         """Within a pass: read tokens and draft the next ones, all on the device.
 
         Args:
-            tokens: `[B, T]`.
-            last: `[B]`, the place of each text's last token.
-            feedback: `[B, T, D]`, for a drafter that reads it.
+            tokens: `[rows, T]`; where there are more rows than texts, those after the main chains are branches.
+            last: `[rows]`, the place of each row's last token.
+            feedback: `[rows, T, D]`, for a drafter that reads it.
             count: drafts n.
+            texts: B.
+            depth: drafts of the block before these.
             choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
-            uniform: `[B, n]`.
+            uniform: `[rows, n]`.
         """
         rows = torch.arange(len(tokens), device=tokens.device)
         read, exits, owns, drafted = [], [], [], []
         for step in range(count):
-            states = self.shallow(tokens)  # [B, T, D]
+            states = self.shallow(tokens)  # [rows, T, D]
             hidden = self.drafter(states, feedback)
-            own = hidden[rows, last] if step == 0 else hidden[:, 0]  # [B, D]
-            chosen = choose(own, uniform[:, step]) if choose and uniform is not None else self._argmax(own)
+            own = hidden[rows, last] if step == 0 else hidden[:, 0]  # [rows, D]
+            if choose and uniform is not None:
+                chosen = choose(own, uniform[:, step])
+            else:
+                chosen = self._argmax(own, texts, depth + step)
             read.append(states)
             exits.append(states[rows, last] if step == 0 else states[:, 0])
             owns.append(own)
@@ -391,8 +424,14 @@ class Stages:
         exit_states = torch.stack(exits, dim=1)
         return Chain(found, confidence, probabilities, exit_states, torch.stack(owns, dim=1), read)
 
-    def _argmax(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        chosen, confidence = self.drafter.best(hidden)
+    def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
+        start = (depth + 1) * texts  # of the rows of that branch
+        leaves = start < len(hidden)
+        tokens, confidence = self.drafter.best(hidden, leaves)
+        chosen = tokens[0]
+        if leaves:
+            chosen = torch.cat([chosen[:start], tokens[1, start : start + texts], chosen[start + texts :]])
         return self.token_ids(chosen), confidence, confidence[:, None]
 
     def _chooser(self, config: DecodeConfig) -> Choose | None:
@@ -420,35 +459,27 @@ class Stages:
             self.feedback.go_on(self._own, counts)
 
     def begin_verifying(
-        self,
-        tokens: Sequence[Sequence[int]],
-        second: Sequence[Sequence[int]],
-        sampled: bool,
-        drafted: Drafted | None = None,
+        self, rows: Sequence[Sequence[int]], chains: int, sampled: bool, drafted: Drafted | None = None
     ) -> None:
         """Start a pass over the tokens that the verifier has not read; `verified` waits for it (target "base").
 
         Args:
-            tokens: of each text.
-            second: the same with the text's second chain of drafts, none without one.
+            rows: the tokens of each row; none for a text without this chain.
+            chains: of each text.
             sampled: whether the answer is drawn, for which all logits are needed.
-            drafted: drafts that follow `tokens` and that the host may not have seen yet.
+            drafted: drafts that follow the first rows and that the host may not have seen yet.
         """
-        rows = [list(row) for row in tokens]
-        self._is_forked = any(second)
-        if drafted is not None:
-            ahead = drafted.chosen.shape[2]
-            rows = [row + [0] * ahead if row else row for row in rows]
-        if self._is_forked:
+        if chains > 1:
             for stage in (self.base, self.deep):
-                stage.cache.fork()
-            rows += [list(row) for row in second]
+                stage.cache.fork(chains)
         if len(rows) > 1 and self.passes.graphs is not None and not self.passes.begun:
             self._begun = self._read_one_by_one(rows, sampled)
             return
-        self._begun = self._verify(self.passes.pad(rows), list(map(len, rows)), True, sampled, drafted)
+        counts = list(map(len, rows))
+        self._before = self.deep.cache.lengths[: len(rows) // chains]
+        self._begun = self._verify(self.passes.pad(rows), counts, True, sampled, drafted)
 
-    def _read_one_by_one(self, rows: Sequence[list[int]], sampled: bool) -> tuple[Tensor, ...]:
+    def _read_one_by_one(self, rows: Sequence[Sequence[int]], sampled: bool) -> tuple[Tensor, ...]:
         """Let the verifier read each prompt as if alone: a library rounds by a batch's shape, our kernels do not."""
         caches = (self.base.cache, self.deep.cache)
         found = []
@@ -470,7 +501,7 @@ class Stages:
         padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
         missing = self.passes.width(padded.shape[1], len(states)) - padded.shape[1]
         padded = torch.nn.functional.pad(padded, (0, 0, 0, missing))
-        self._is_forked = False
+        self._before = self.deep.cache.lengths
         self._begun = self._verify(padded, [len(row) for row in states], False, sampled)
 
     @property
@@ -483,7 +514,7 @@ class Stages:
         assert self._begun is not None
         chosen, logits, self._hidden = self._begun
         self._begun = None
-        return Verified(*unpacked(chosen), logits, self._is_forked)
+        return Verified(*unpacked(chosen), logits, len(self._before))
 
     def _verify(
         self,
@@ -494,9 +525,6 @@ class Stages:
         drafted: Drafted | None = None,
     ) -> tuple[Tensor, ...]:
         ahead = 0 if drafted is None else drafted.chosen.shape[2]
-        self._before = self.deep.cache.lengths[
-            : len(self.deep.cache.lengths) // (2 if self._is_forked else 1)
-        ]
 
         def run(inputs: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
             if ahead:  # after the last committed token
@@ -507,7 +535,8 @@ class Stages:
             if first:  # of the prompts only what follows their last token matters
                 hidden = hidden[torch.arange(len(hidden), device=hidden.device), extra[0]][:, None]
             if not sampled:
-                return packed(*self.deep.best(hidden)), hidden[..., :0], fed_back
+                tokens, confidence = self.deep.best(hidden)
+                return packed(tokens[0], confidence), hidden[..., :0], fed_back
             logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
             return packed(tokens, confidence), logits, fed_back
