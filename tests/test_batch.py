@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
+import conftest
 import pytest
 import torch
 from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_kangaroo
@@ -222,3 +225,31 @@ def test_views_are_powers_of_two_within_the_capacity():
 def test_deterministic_needs_a_block_that_fits_its_passes():
     with pytest.raises(ValueError, match=f"expected below {PASS_ROWS}"):
         DecodeConfig(PASS_ROWS, deterministic=True)
+
+
+class Forgetful(Recorded):
+    """Keeps what a CUDA graph keeps: nothing of what was run."""
+
+    def __call__(self, key, run, *inputs):
+        return run(*inputs)
+
+    def in_place(self, key, run, state):
+        return run()
+
+
+def test_stages_that_are_dropped_are_freed_at_once(monkeypatch):
+    """A CUDA graph that the garbage collector finds during a capture breaks the capture."""
+    model = tiny_kangaroo(2, drafter="layer", lora=False)
+    monkeypatch.setattr(conftest, "Recorded", Forgetful)
+    held = capture_passes(model, monkeypatch)
+    gc.collect()
+    gc.disable()
+    try:
+        for how in (DecodeConfig(4, branches=1), DecodeConfig(3, source="hybrid"), DecodeConfig(0)):
+            model.generate([5, 6, 7], 20, how)
+        dropped = [weakref.ref(stages) for stages in held]
+        assert all(stages.ahead for stages in held)
+        held.clear()
+        assert [one() for one in dropped] == [None] * 3
+    finally:
+        gc.enable()

@@ -26,12 +26,12 @@ from kangaroo.decoding.blocks import (
     refuse_not_finite,
     settled,
 )
-from kangaroo.decoding.cache import FixedShape
+from kangaroo.decoding.cache import FixedShape, steps
 from kangaroo.decoding.drafting import LONGEST_NGRAM
 from kangaroo.decoding.passes import view
 from kangaroo.decoding.planning import Plan
 from kangaroo.decoding.speculate import Text
-from kangaroo.decoding.stages import Stage, Stages
+from kangaroo.decoding.stages import Chain, Stage, Stages
 
 UNDER_WAY = 2
 """Blocks that are started before the host waits for the first of them."""
@@ -72,8 +72,8 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     """
     key = (len(texts), plan, threshold)
     if key not in stages.ahead:
-        stages.ahead[key] = _Blocks(stages, *key)
-    blocks: _Blocks = stages.ahead[key]
+        stages.ahead[key] = _State.of(stages, len(texts), plan)
+    blocks = _Blocks(stages, stages.ahead[key], plan, threshold)
     blocks.load(texts)
     looks: deque[_Look] = deque()
     goes_on = True
@@ -103,20 +103,19 @@ def look_up(text: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Tokens `[B, count]`, and how many matched before them, `[B]`; without a match the tokens mean nothing.
     """
-    rows = torch.arange(len(text), device=text.device)
     before = text.unfold(1, LONGEST_NGRAM, 1)[
         :, :-1
     ]  # [B, S, LONGEST_NGRAM], the tokens before each position
-    ending = before[rows, lengths.clamp(max=before.shape[1] - 1)]
-    equal = before == ending[:, None]
-    matched = equal.flip(-1).cumprod(dim=-1).sum(dim=-1)
-    position = torch.arange(before.shape[1], device=text.device)
+    size = before.shape[1]
+    ending = before[steps(len(text), text.device), lengths.clamp(max=size - 1)]
+    matched = (before == ending[:, None]).flip(-1).cumprod(dim=-1).sum(dim=-1)
+    position = steps(size, text.device)
     # The longest match, and of these the last one.
-    score = torch.where(position < lengths[:, None], matched * len(position) + position, 0)
+    score = torch.add(position, matched, alpha=size) * (position < lengths[:, None])
     best = score.amax(dim=1)
-    start = best % len(position)
-    steps = torch.arange(count, device=text.device) % (lengths - start).clamp(min=1)[:, None]
-    return text.gather(1, LONGEST_NGRAM + start[:, None] + steps), best // len(position)
+    start = best % size
+    turn = steps(count, text.device) % (lengths - start).clamp(min=1)[:, None]
+    return text[:, LONGEST_NGRAM:].gather(1, start[:, None] + turn), best // size
 
 
 @dataclass(frozen=True)
@@ -135,31 +134,73 @@ class _Look:
     states: Tensor
 
 
-class _Blocks:
-    """Blocks of one plan. Their state is what the last one left.
+@dataclass
+class _State:
+    """What one block leaves to the next.
 
-    The verifier's tokens `own [B, T]` stand in each text from `start_at [B]` on; the first `right [B]` of them were
-    drafted, one more is committed, and nothing that begins a block has read any of them. The first `read [B]` tokens
-    of the text stand in the caches of what drafts. `hidden [B, T, D]` are the verifier's states of the positions
-    before, for a drafter with feedback; `text` is as in `look_up`.
+    The verifier's tokens `own` stand in each text from `start_at` on. The first `right` of them were drafted, one more
+    is committed, and nothing that begins a block has read any of them.
+
+    Attributes:
+        start_at, right: `[B]`.
+        own: `[B, T]`.
+        read: `[B]`, tokens of the text that stand in the caches of what drafts.
+        hidden: `[B, T, D]`, the verifier's states of the positions before, for a drafter with feedback.
+        text: as in `look_up`.
+        block: `[C, B, T]`, what is verified: the last committed token, then each chain, `NONE` after its end.
+        space: on the host, for the numbers of blocks under way.
+        turn: blocks so far.
     """
 
-    def __init__(self, stages: Stages, num_texts: int, plan: Plan, threshold: float) -> None:
+    start_at: Tensor
+    right: Tensor
+    own: Tensor
+    read: Tensor
+    hidden: Tensor
+    text: Tensor
+    block: Tensor
+    space: list[Tensor]
+    turn: int = 0
+
+    @classmethod
+    def of(cls, stages: Stages, num_texts: int, plan: Plan) -> _State:
+        """Nothing yet."""
         like = stages.deep.cache.keys[0]
+        width = plan.longest + 1
+        slots = stages.deep.cache.capacity if plan.looked_up else 0
+        size = stages.hidden_size if stages.feedback is not None else 0
+
+        def tokens(*shape: int) -> Tensor:
+            return torch.full(shape, NONE, device=like.device)
+
+        own = tokens(num_texts, width)
+        hidden = like.new_zeros(num_texts, width, size)
+        text = tokens(num_texts, LONGEST_NGRAM + slots)
+        counts = (tokens(num_texts) for _ in range(3))
+        start_at, right, read = counts
+        block = tokens(plan.chains, num_texts, width)
+        return cls(start_at, right, own, read, hidden, text, block, [])
+
+    def tensors(self) -> list[Tensor]:
+        """All that a block reads and writes."""
+        return [self.start_at, self.right, self.own, self.read, self.hidden, self.text, self.block]
+
+
+class _Blocks:
+    """Blocks of one plan for some texts.
+
+    Args:
+        stages: the model.
+        state: where the blocks leave their state.
+        plan: what they draft.
+        threshold: as in `DecodeConfig`.
+    """
+
+    def __init__(self, stages: Stages, state: _State, plan: Plan, threshold: float) -> None:
         self.stages = stages
+        self.state = state
         self.plan = plan
         self.threshold = threshold
-        width = plan.longest + 1
-        self.start_at = torch.zeros(num_texts, dtype=torch.long, device=like.device)
-        self.right = torch.zeros_like(self.start_at)
-        self.read = torch.zeros_like(self.start_at)
-        self.own = torch.zeros(num_texts, width, dtype=torch.long, device=like.device)
-        size = stages.hidden_size if stages.feedback is not None else 0
-        self.hidden = torch.zeros(num_texts, width, size, dtype=like.dtype, device=like.device)
-        slots = stages.deep.cache.capacity if plan.looked_up else 0
-        self.text = torch.zeros(num_texts, LONGEST_NGRAM + slots, dtype=torch.long, device=like.device)
-        self._space: list[Tensor] = []  # on the host, for the numbers of blocks under way
-        self._turn = 0
 
     @property
     def _reader(self) -> Stage:
@@ -168,23 +209,21 @@ class _Blocks:
 
     def load(self, texts: Sequence[Text]) -> None:
         """Begin after some texts as they are."""
-        stages = self.stages
+        stages, state = self.stages, self.state
         width = self.plan.longest + 1
         unread = self._unread(texts)
         if max(map(len, unread)) > width:  # what drafts has not followed for a while: let it catch up
             stages.read([tokens[:-1] for tokens in unread])
             unread = self._unread(texts)
-        lengths = self._reader.cache.lengths
         counts = [len(tokens) for tokens in unread]
-        self.own.copy_(_padded(unread, width, 0))
-        self.start_at.copy_(torch.tensor(lengths))
-        self.right.copy_(torch.tensor(counts) - 1)
+        state.own.copy_(_padded(unread, width).clamp(min=0))
+        state.start_at.copy_(torch.tensor(self._reader.cache.lengths))
+        state.right.copy_(torch.tensor(counts) - 1)
         if stages.feedback is not None and self.plan.learned:
-            self.hidden.copy_(stages.feedback.take(counts, width))
+            state.hidden.copy_(stages.feedback.take(counts, width))
         if self.plan.looked_up:
-            self.text.copy_(
-                _padded([[NONE] * LONGEST_NGRAM + text.tokens for text in texts], self.text.shape[1], NONE)
-            )
+            rows = [[NONE] * LONGEST_NGRAM + text.tokens for text in texts]
+            state.text.copy_(_padded(rows, state.text.shape[1]))
         verifying = [stages.base, stages.deep] if self.plan.chains > 1 else []
         drafting = [stages.shallow, stages.drafter] if self.plan.learned_chains > 1 else []
         for stage in verifying + drafting:
@@ -200,37 +239,25 @@ class _Blocks:
 
     def start(self, longest: int) -> _Look:
         """Start the next block; no text is longer than `longest` then."""
-        stages = self.stages
+        stages, state = self.stages, self.state
         assert stages.passes.graphs is not None
         slots = view(longest + self.plan.longest + 1, stages.deep.cache.capacity)
-        key = ("block", len(self.own), self.plan, self.threshold, slots)
-        state = (self.start_at, self.right, self.read, self.own, self.hidden, self.text)
-        numbers, states = stages.passes.graphs.in_place(key, lambda: self._block(slots), state)
-        return self._sent(numbers, states.clone())
-
-    def _sent(self, numbers: Tensor, states: Tensor) -> _Look:
-        """Send numbers to the host without waiting."""
+        key = ("block", len(state.own), self.plan, self.threshold, slots)
+        numbers, states = stages.passes.graphs.in_place(key, lambda: self._block(slots), state.tensors())
+        states = states.clone()  # the next block writes over it
         if not numbers.is_cuda:
             return _Look(numbers.clone(), None, states)
-        if not self._space:
-            self._space = [
-                torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True) for _ in range(UNDER_WAY + 1)
-            ]
-        space = self._space[self._turn % len(self._space)]
-        self._turn += 1
+        if not state.space:
+            state.space = [torch.empty_like(numbers, device="cpu").pin_memory() for _ in range(UNDER_WAY + 1)]
+        state.turn += 1
+        space = state.space[state.turn % len(state.space)]
         space.copy_(numbers, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return _Look(space, arrived, states)
 
     def _block(self, slots: int) -> tuple[Tensor, ...]:
-        """Draft, verify and accept, from the state to the state.
-
-        Returns:
-            For the host, `[B, …]`: the verifier's tokens `T` and the winning chain; of each chain its tokens `n`, the
-            verifier's confidence `T` and the accepted drafts; the confidence of learned chains `n` each; the tokens
-            that matched before a lookup. Then the states of `_Look`.
-        """
+        """Draft, verify and accept, from the state to the state; what `_Look` sends to the host."""
         stages = self.stages
         caches = stages.caches()
         lengths = [cache.lengths for cache in caches]
@@ -242,112 +269,116 @@ class _Blocks:
                 cache.lengths = before
 
     def _run(self, slots: int) -> tuple[Tensor, ...]:
-        stages, plan = self.stages, self.plan
-        texts = len(self.own)
-        rows = torch.arange(texts, device=self.own.device)
+        stages, state, plan = self.stages, self.state, self.plan
+        texts = len(state.own)
+        rows = steps(texts, state.own.device)
         # A text that is over goes on within its row for nothing.
-        most = stages.deep.cache.capacity - plan.longest - 1
-        length = (self.start_at + self.right + 1).clamp(max=most)
+        length = (state.start_at + state.right + 1).clamp(max=stages.deep.cache.capacity - plan.longest - 1)
+        state.block[:, :, 0] = state.own[rows, state.right]
 
         # 1. Draft: the learned chain and its branches, and what a lookup knows.
-        chains: list[Tensor] = []  # [B, n] each
-        confidence = self.own.new_zeros(plan.learned_chains, texts, plan.learned).double()
-        states = self.own.new_zeros(0, 0)
+        floats: list[Tensor] = []
+        confidence = states = state.hidden[:, :0]
         if plan.learned:
+            drafts = self._draft(slots)
             many = plan.learned_chains
-            stages.passes.fixed = FixedShape(self.start_at.repeat(many), slots)
-            feedback = self.hidden.repeat(many, 1, 1) if stages.feedback is not None else None
-            drafts = stages.chain(
-                self.own.repeat(many, 1), self.right.repeat(many), feedback, plan.learned, texts
-            )
-            chains += drafts.tokens.view(many, texts, -1)
-            confidence = drafts.confidence.view(many, texts, -1).double()
+            state.block[:many, :, 1 : 1 + plan.learned] = drafts.tokens.view(many, texts, -1)
+            confidence = drafts.confidence.view(many, texts, -1)
+            floats += confidence
             states = drafts.exit_states
-        matched = torch.zeros_like(length)
+        matched = state.start_at
         if plan.looked_up:
-            place = (
-                LONGEST_NGRAM + self.start_at[:, None] + torch.arange(self.own.shape[1], device=rows.device)
-            )
-            self.text.scatter_(1, place, self.own)
-            found, matched = look_up(self.text[:, : LONGEST_NGRAM + slots], length, plan.looked_up)
-            chains.append(found.where(matched[:, None] >= plan.sure, NONE))
+            places = state.start_at[:, None] + steps(state.own.shape[1], rows.device)
+            state.text[:, LONGEST_NGRAM:].scatter_(1, places, state.own)
+            found, matched = look_up(state.text[:, : LONGEST_NGRAM + slots], length, plan.looked_up)
+            state.block[-1, :, 1 : 1 + plan.looked_up] = found.where(matched[:, None] >= plan.sure, NONE)
 
         # 2. Verify: the last committed token and each chain.
-        last = self.own[rows, self.right][:, None]
-        longest = torch.full((plan.chains, texts, plan.longest), NONE, device=rows.device)
-        for chain, tokens in enumerate(chains):
-            longest[chain, :, : tokens.shape[1]] = tokens
-        read = torch.cat([last.expand(plan.chains, texts, 1), longest.clamp(min=0)], dim=2)
-        stages.passes.fixed = FixedShape((length - 1).repeat(plan.chains), slots)
-        hidden = stages.deep(stages.base(read.flatten(0, 1)))
+        first = length - 1
+        stages.passes.fixed = FixedShape(first.repeat(plan.chains), slots)
+        tokens = state.block.clamp(min=0) if plan.looked_up else state.block
+        hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
         best, certainty = stages.deep.best(hidden)
         own = best.view(plan.chains, texts, -1)
 
         # 3. Accept: the chain that goes furthest.
-        counts = self._count_right(longest, confidence, own)
+        counts = self._count_right(state.block[..., 1:], confidence, own)
         winner = counts.argmax(dim=0)
-        right = counts[winner, rows]
-        hidden = hidden.view(plan.chains, texts, *hidden.shape[1:])[winner, rows]
         if plan.chains > 1:
+            row = (winner * texts + rows)[:, None]
+            places = first[:, None] + steps(plan.longest + 1, rows.device)
             for stage in (stages.base, stages.deep):
-                stage.cache.share_from(winner, length - 1, plan.longest + 1)
+                stage.cache.share_from(row, places)
 
-        self.start_at.copy_(length)
-        self.right.copy_(right)
-        self.own.copy_(own[winner, rows])
+        # 4. Leave the state to the next block, and tell the host.
         if plan.learned:  # the last draft was not read; with feedback all are read once more
             drafted = 0 if stages.feedback is not None else counts[0].clamp(max=plan.learned - 1)
-            self.read.copy_(length + drafted)
-        if self.hidden.shape[-1]:
-            self.hidden.copy_(hidden)
-            states = states if plan.learned else hidden
-        parts = [
-            self.own,
-            winner[:, None],
-            *longest,
-            *certainty.view(own.shape),
-            *counts[..., None],
-            *confidence,
-        ]
-        return torch.cat([part.double() for part in [*parts, matched[:, None]]], dim=1), states
+            torch.add(length, drafted, out=state.read)
+        state.start_at.copy_(length)
+        torch.amax(counts, dim=0, out=state.right)
+        state.own.copy_(own[winner, rows])
+        if stages.feedback is not None:
+            state.hidden.copy_(hidden.view(plan.chains, texts, *hidden.shape[1:])[winner, rows])
+            states = states if plan.learned else state.hidden
+        numbers = [state.own, matched[:, None], *state.block[..., 1:], *counts[..., None]]
+        floats += certainty.view(own.shape)
+        # As bits: one transfer for both kinds of numbers.
+        return torch.cat([torch.cat(numbers, 1).int(), torch.cat(floats, 1).view(torch.int32)], 1), states
+
+    def _draft(self, slots: int) -> Chain:
+        """Learned drafts of all chains; the rows of all read what was committed."""
+        state, many = self.state, self.plan.learned_chains
+        feedback = state.hidden if self.stages.feedback is not None else None
+        inputs = [state.start_at, state.own, state.right]
+        if many > 1:
+            inputs = [part.repeat(many, *[1] * (part.dim() - 1)) for part in inputs]
+            feedback = None if feedback is None else feedback.repeat(many, 1, 1)
+        start_at, own, right = inputs
+        self.stages.passes.fixed = FixedShape(start_at, slots)
+        return self.stages.chain(own, right, feedback, self.plan.learned, len(state.own))
 
     def _count_right(self, chains: Tensor, confidence: Tensor, own: Tensor) -> Tensor:
         """Accepted drafts of each chain, `[C, B]`: while they are the verifier's, up to the first doubtful one."""
         agrees = chains == own[..., :-1]
         if self.threshold and self.plan.learned:
-            count = self.plan.learned
-            sure = confidence[0] >= self.threshold
-            goes_on = sure[:, :-1].long().cumprod(dim=1).bool()
-            agrees[: self.plan.learned_chains, :, 1:count] &= goes_on
-        return agrees.long().cumprod(dim=2).sum(dim=2)
+            sure = confidence[0].double() >= self.threshold
+            goes_on = sure[:, :-1].cumprod(dim=1).bool()
+            agrees[: self.plan.learned_chains, :, 1 : self.plan.learned] &= goes_on
+        return agrees.cumprod(dim=2).sum(dim=2)
 
     def look(self, look: _Look, texts: Sequence[Text]) -> Results:
         """What a block commits to the texts as they are now."""
         if look.arrived is not None:
             look.arrived.synchronize()
-        numbers = look.numbers.tolist()
-        results = [self._result(numbers[row], look.states, row, text) for row, text in enumerate(texts)]
+        plan = self.plan
+        width = plan.longest + 1
+        counts = [width, 1, *[plan.longest] * plan.chains, *[1] * plan.chains]
+        whole, floats = torch.split(look.numbers, [sum(counts), look.numbers.shape[1] - sum(counts)], dim=1)
+        chances = [plan.learned] * plan.learned_chains + [width] * plan.chains
+        results: Results = []
+        for row, text in enumerate(texts):
+            parts = [part.tolist() for part in torch.split(whole[row], counts)]
+            confidence = [part.tolist() for part in torch.split(floats[row].view(torch.float32), chances)]
+            results.append(self._result(parts, confidence, look.states[row :: len(texts)], text))
         if not self.plan.learned and self.stages.feedback is not None:
             # The drafter reads these states when it drafts again.
             counts = [result.num_accepted + 1 if result else 0 for result in results]
             self.stages.feedback.verified(look.states, range(len(texts)), counts)
         return results
 
-    def _result(self, numbers: list[float], states: Tensor, row: int, text: Text) -> Verification | None:
-        """One text's block by what `_block` sent; what has no room is cut off."""
+    def _result(
+        self, numbers: list[list[int]], confidence: list[list[float]], states: Tensor, text: Text
+    ) -> Verification | None:
+        """One text's block by what `_run` sent; what has no room is cut off."""
         if not text.room:
             return None
         plan = self.plan
-        width = plan.longest + 1
         start = len(text.tokens)
-        take = _Reader(numbers)
-        own = take.tokens(width)
-        take.tokens(1)
-        chains = [take.tokens(plan.longest) for _ in range(plan.chains)]
-        certainty = [take.numbers(width) for _ in range(plan.chains)]
-        counts = [take.tokens(1)[0] for _ in range(plan.chains)]
-        confidence = [take.numbers(plan.learned) for _ in range(plan.learned_chains)]
-        has_lookup = plan.looked_up > 0 and take.tokens(1)[0] >= plan.sure
+        own, (matched,), *rest = numbers
+        chains = rest[: plan.chains]
+        counts = [count for (count,) in rest[plan.chains :]]
+        certainty = confidence[plan.learned_chains :]
+        has_lookup = plan.looked_up > 0 and matched >= plan.sure
         most = text.room - 1
         # Drafts up to the first doubtful one.
         kept = min(1, most, plan.learned)
@@ -367,9 +398,7 @@ class _Blocks:
             draft = DraftBlock(
                 torch.tensor(chains[chain][:size], dtype=torch.long),
                 torch.tensor(confidence[chain][:kept] if is_learned else [float("nan")] * size),
-                states[chain * len(self.own) + row, :kept]
-                if is_learned
-                else torch.empty(0, self.stages.hidden_size),
+                states[chain, :kept] if is_learned else torch.empty(0, self.stages.hidden_size),
                 chain=chain,
             )
             drafts.append(draft)
@@ -380,8 +409,8 @@ class _Blocks:
     def unload(self, texts: Sequence[Text]) -> None:
         """Let step-by-step decoding go on: say what the caches hold, and what the drafter has not read."""
         stages = self.stages
-        starts = self.start_at.tolist()
-        right = self.right.tolist()
+        starts = self.state.start_at.tolist()
+        right = self.state.right.tolist()
         over = [not text.room for text in texts]
         lengths = zip(over, starts, right, strict=True)
         verified = [0 if done else start + count for done, start, count in lengths]
@@ -391,29 +420,14 @@ class _Blocks:
                 stage.cache.set_shared(verified)
         if not self.plan.learned:
             return
-        read = [0 if done else length for done, length in zip(over, self.read.tolist(), strict=True)]
+        read = [0 if done else length for done, length in zip(over, self.state.read.tolist(), strict=True)]
         for stage in (stages.shallow, stages.drafter):
             stage.cache.lengths = read
             stage.cache.truncate(read)
         if stages.feedback is not None:
             counts = [count + 1 if text.room else 0 for count, text in zip(right, texts, strict=True)]
-            stages.feedback.verified(self.hidden, range(len(texts)), counts)
+            stages.feedback.verified(self.state.hidden, range(len(texts)), counts)
 
 
-class _Reader:
-    """Takes numbers one part after another."""
-
-    def __init__(self, values: list[float]) -> None:
-        self._values = values
-        self._place = 0
-
-    def numbers(self, count: int) -> list[float]:
-        self._place += count
-        return self._values[self._place - count : self._place]
-
-    def tokens(self, count: int) -> list[int]:
-        return [int(number) for number in self.numbers(count)]
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    return torch.tensor([[*row, *[NONE] * (width - len(row))] for row in rows])

@@ -9,6 +9,7 @@ up to its own. So nothing has to be erased: padding and rejected drafts stay in 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,6 +21,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_mask, head_dim
+
+
+@functools.cache
+def steps(count: int, device: torch.device) -> Tensor:
+    """0, 1, … on a device; kept, since making it anew takes a kernel in every captured pass."""
+    return torch.arange(count, device=device)
 
 
 class KVCache:
@@ -133,22 +140,18 @@ class KVCache:
             self.lengths.append(length)
         self._cut_shared()
 
-    def share_from(self, winners: Tensor, starts: Tensor, count: int) -> None:
-        """On the device: give the rows of all chains what the row of the chain `winners [B]` has read.
+    def share_from(self, row: Tensor, slots: Tensor) -> None:
+        """On the device: give the rows of all chains what the row of one of them has read.
 
         Args:
-            winners: chains.
-            starts: `[B]`, the first slot.
-            count: number of slots.
+            row: `[B, 1]`, of each text.
+            slots: `[B, T]`.
         """
-        texts = len(winners)
-        chain = torch.arange(self.chains, device=winners.device)[:, None, None]
-        text = torch.arange(texts, device=winners.device)[:, None]
-        slots = (starts[:, None] + torch.arange(count, device=starts.device)).clamp(max=self.capacity - 1)
+        texts = len(row)
+        rows = steps(self.chains * texts, row.device).view(self.chains, texts, 1)
         for store in self._stores:
-            # Advanced indices apart from one another come first: [B, count, 2, layers, G, E].
-            read = store[:, :, winners[:, None] * texts + text, :, slots]
-            store[:, :, chain * texts + text, :, slots[None]] = read[None]
+            # Advanced indices apart from one another come first: [B, T, 2, layers, G, E].
+            store[:, :, rows, :, slots[None]] = store[:, :, row, :, slots][None]
 
     def set_shared(self, lengths: Sequence[int]) -> None:
         """Say that the rows of all chains hold the same slots up to `lengths`."""
@@ -205,8 +208,8 @@ class FixedShape:
     starts: Tensor
     num_slots: int
 
-    def after(self, counts: Tensor) -> FixedShape:
-        """The pass that follows on the device once every row has read `counts [B]` tokens."""
+    def after(self, counts: Tensor | int) -> FixedShape:
+        """The pass that follows on the device once every row has read `counts`, or `[B]`, tokens."""
         return FixedShape(self.starts + counts, self.num_slots)
 
 

@@ -6,9 +6,11 @@ not depend on the length of the text: then tokens are padded, and every query re
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +68,8 @@ class Passes:
             longest = PADDING_STEP * math.ceil((longest - spare) / PADDING_STEP) + spare
         return max(self.positions, longest)
 
-    def follow(self, counts: Tensor) -> None:
-        """Within a pass of fixed shape: let what comes next be read after `counts [B]` tokens."""
+    def follow(self, counts: Tensor | int) -> None:
+        """Within a pass of fixed shape: let what comes next be read after `counts`, or `[B]`, tokens."""
         assert self.fixed
         self.fixed = self.fixed.after(counts)
 
@@ -224,7 +226,7 @@ class CudaGraphs:
                 warm_up()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
             outputs = run()
         self._pool = graph.pool()
         return graph, outputs
@@ -249,6 +251,18 @@ class CudaGraphs:
         graph, outputs = self._record(lambda: run(*static), lambda: run(*static))
         self._end(began)
         return _Captured(graph, static, pinned, (host, device), outputs)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: an old graph that it finds cannot be freed during a capture, which then fails."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _room(tensor: Tensor) -> int:

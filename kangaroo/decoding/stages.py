@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from kangaroo.adapter import LlamaRotaryEmbedding
 from kangaroo.decoding.blocks import DecodeConfig, Verification
-from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached
+from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Product
 from kangaroo.decoding.passes import Passes
@@ -196,16 +196,17 @@ class Chain:
 
     Attributes:
         tokens, confidence: `[rows, n]`.
-        probabilities: `[rows, n, V']`, what drawn drafts come from; `[rows, n, 1]` for argmax drafts.
-        exit_states, own_states: `[rows, n, D]`, of shallow layers and drafter, that each was made from.
+        exit_states: `[rows, n, D]`, of the shallow layers, that each was made from.
+        own_states: `[rows, D]` for each draft, of the drafter, that it was made from.
+        probabilities: `[rows, V']` for each draft, what drawn drafts come from; `[rows, 1]` for argmax drafts.
         read: `[rows, T, D]` for each draft, the exit states of all tokens read for it.
     """
 
     tokens: Tensor
     confidence: Tensor
-    probabilities: Tensor
     exit_states: Tensor
-    own_states: Tensor
+    own_states: list[Tensor]
+    probabilities: list[Tensor]
     read: list[Tensor]
 
 
@@ -259,9 +260,8 @@ class Stages:
     hidden_size: int
     draft_ids: Tensor | None = None
     feedback: Feedback | None = None
-    ahead: dict[Hashable, Any] = field(
-        default_factory=dict
-    )  # what blocks that run ahead of the host are made in
+    # What blocks that run ahead of the host read and write.
+    ahead: dict[Hashable, Any] = field(default_factory=dict)
     # A verification that the host has not looked at, and what was verified before it.
     _begun: tuple[Tensor, ...] | None = None
     _before: list[int] = field(default_factory=list)
@@ -359,8 +359,9 @@ class Stages:
         def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             before = fed_back[0] if fed_back else None
             chain = self.chain(tokens, last, before, count, texts, depth, choose, uniform)
-            results = (packed(chain.tokens, chain.confidence), chain.probabilities)
-            return *results, chain.exit_states, chain.own_states, *chain.read[: adapted * count]
+            results = (packed(chain.tokens, chain.confidence), torch.stack(chain.probabilities, dim=1))
+            own = torch.stack(chain.own_states, dim=1)
+            return *results, chain.exit_states, own, *chain.read[: adapted * count]
 
         counts = [len(tokens) for tokens in unread]
         tokens = self.passes.pad(unread)
@@ -402,29 +403,34 @@ class Stages:
             choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
             uniform: `[rows, n]`.
         """
-        rows = torch.arange(len(tokens), device=tokens.device)
-        read, exits, owns, drafted = [], [], [], []
+        rows = steps(len(tokens), tokens.device)
+        chosen, sure, exits, own_states, probabilities, read = [], [], [], [], [], []
         for step in range(count):
             states = self.shallow(tokens)  # [rows, T, D]
             hidden = self.drafter(states, feedback)
-            own = hidden[rows, last] if step == 0 else hidden[:, 0]  # [rows, D]
+            exit_states = states[rows, last] if step == 0 else states[:, 0]  # [rows, D]
+            own = hidden[rows, last] if step == 0 else hidden[:, 0]
             if choose and uniform is not None:
-                chosen = choose(own, uniform[:, step])
+                drafts, confidence, drawn_from = choose(own, uniform[:, step])
             else:
-                chosen = self._argmax(own, texts, depth + step)
+                drafts, confidence = self._argmax(own, texts, depth + step)
+                drawn_from = confidence[:, None]
+            chosen.append(drafts)
+            sure.append(confidence)
+            exits.append(exit_states)
+            own_states.append(own)
+            probabilities.append(drawn_from)
             read.append(states)
-            exits.append(states[rows, last] if step == 0 else states[:, 0])
-            owns.append(own)
-            drafted.append(chosen)
             if step + 1 < count:  # the next draft is made after this one
-                self.passes.follow(last + 1 if step == 0 else torch.ones_like(last))
-                tokens = chosen[0][:, None]
+                self.passes.follow(last + 1 if step == 0 else 1)
+                tokens = drafts[:, None]
                 feedback = own[:, None]
-        found, confidence, probabilities = (torch.stack(each, dim=1) for each in zip(*drafted, strict=True))
-        exit_states = torch.stack(exits, dim=1)
-        return Chain(found, confidence, probabilities, exit_states, torch.stack(owns, dim=1), read)
+        found = torch.stack(chosen, dim=1)
+        return Chain(
+            found, torch.stack(sure, dim=1), torch.stack(exits, dim=1), own_states, probabilities, read
+        )
 
-    def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
         start = (depth + 1) * texts  # of the rows of that branch
         leaves = start < len(hidden)
@@ -432,7 +438,7 @@ class Stages:
         chosen = tokens[0]
         if leaves:
             chosen = torch.cat([chosen[:start], tokens[1, start : start + texts], chosen[start + texts :]])
-        return self.token_ids(chosen), confidence, confidence[:, None]
+        return self.token_ids(chosen), confidence
 
     def _chooser(self, config: DecodeConfig) -> Choose | None:
         """What draws drafts by normed states `[B, D]`: their ids, confidence and distributions `[B, V']`."""
