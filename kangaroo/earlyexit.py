@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import DrafterParts, Stage, Stages, StageWeights
 from kangaroo.sgp_lora import AdapterSwitch
 
-KEPT_STAGES = 4
-"""Decodings of different shape whose caches and captured passes a model on CUDA keeps."""
+KEPT_STAGES = 16
+"""Decodings of different shape whose caches and captured passes a model on CUDA keeps, at most."""
+KEPT_BYTES = 1 << 32
+"""Bytes of their caches, at most; the last one is always kept."""
 
 
 class _Decoder(nn.Module):
@@ -278,6 +281,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         feedback = None
         if drafter.weights.fuse is not None:
             feedback = Feedback(batch_size, self.model.norm.weight)
+        layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
+        passes.own_kernels = all(weights.fused for weights in layers)
         hidden_size = self.config.hidden_size
         return Stages(shallow, drafting, base, deep, passes, hidden_size, drafter.draft_ids, feedback)
 
@@ -313,13 +318,18 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
     def _reused(self, fresh: Stages) -> Stages:
         """The stages of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""
-        for kept in self._kept_stages:
-            if _shape(kept) == _shape(fresh):
-                kept.reset()
-                return kept
-        fresh.passes.graphs = CudaGraphs(self._capture_seconds)
-        self._kept_stages[:] = [fresh, *self._kept_stages[: KEPT_STAGES - 1]]
-        return fresh
+        used = next((kept for kept in self._kept_stages if _shape(kept) == _shape(fresh)), None)
+        if used is None:
+            used = fresh
+            used.passes.graphs = CudaGraphs(self._capture_seconds)
+        else:
+            used.reset()
+        # The last ones used, as many as there is room for.
+        kept = [used, *(stages for stages in self._kept_stages if stages is not used)]
+        size = list(accumulate(_cache_bytes(stages) for stages in kept))
+        within = sum(total <= KEPT_BYTES for total in size)
+        self._kept_stages[:] = kept[: max(1, min(within, KEPT_STAGES))]
+        return used
 
     def spec_decode_step(self, texts: Sequence[Text], config: DecodeConfig) -> list[Verification | None]:
         """One step of `kangaroo.decoding.speculate.spec_decode_step` on the caches of the decoding under way.
@@ -345,6 +355,11 @@ def _continue(stage: Stage, inputs: Tensor, position_ids: Tensor | None) -> Tens
             raise ValueError(f"position {start} would leave a gap after the {filled} cached positions")
         stage.cache.truncate([start] * len(inputs))
     return stage(inputs)
+
+
+def _cache_bytes(stages: Stages) -> int:
+    """Bytes of the keys and values of some stages."""
+    return sum(part.nbytes for cache in stages.caches() for part in cache.keys + cache.values)
 
 
 def _shape(stages: Stages) -> list[tuple[int, int, int | None, int, int]]:

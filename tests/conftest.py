@@ -189,14 +189,23 @@ class Recorded:
         return self.held.setdefault(key, run)()
 
 
-def capture_passes(model: KangarooModel, monkeypatch: pytest.MonkeyPatch) -> list[Stages]:
-    """Let every decoding of a model run captured passes, as on CUDA; the stages that it makes from now on."""
+def capture_passes(
+    model: KangarooModel, monkeypatch: pytest.MonkeyPatch, prompts: bool = True
+) -> list[Stages]:
+    """Let every decoding of a model run captured passes, as on CUDA; the stages that it makes from now on.
+
+    Args:
+        model: of which all stages are kept.
+        monkeypatch: undoes it.
+        prompts: capture what reads prompts, too, as where our own kernels run.
+    """
     fresh = model.base_model.new_stages
     made: list[Stages] = []
 
     def stages(capacity, *args):
         made.append(fresh(SHORTEST_VIEW, *args))
         made[-1].passes.graphs = Recorded()
+        made[-1].passes.own_kernels = prompts
         return made[-1]
 
     monkeypatch.setattr(model.base_model, "new_stages", stages)

@@ -102,8 +102,8 @@ def blocks_of(decoded):
 
 
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "own_kernels"), [(1, False), (3, True)])
+def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, monkeypatch):
     model, prompts = (
         tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(),
         random_prompts(6, 2),
@@ -117,6 +117,7 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, monkeypatch):
         found = held.setdefault(args[1:], fresh(SHORTEST_VIEW, *args))
         found.reset()
         found.passes.graphs = found.passes.graphs or Recorded()
+        found.passes.own_kernels = own_kernels
         return found
 
     monkeypatch.setattr(model.base_model, "new_stages", stages)
@@ -154,7 +155,7 @@ def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
             seen.append(tuple(inputs.shape))
         return run(self, inputs, *feedback)
 
-    capture_passes(model, monkeypatch)
+    capture_passes(model, monkeypatch, prompts=False)
     prompts = [[5] * 40, [6, 7, 8], [9] * 17]
     alone = [model.generate(prompt, 6, DecodeConfig(2)) for prompt in prompts]
     monkeypatch.setattr(Stage, "__call__", watched)

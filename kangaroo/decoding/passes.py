@@ -27,6 +27,10 @@ SHORTEST_VIEW = 256
 """Slots that a captured pass reads at least."""
 PADDING_STEP = 8
 """Captured passes of more than two tokens have a multiple of this many, so that few shapes are captured."""
+PROMPT_STEP = 64
+"""The same for passes of more than two of these steps, which read prompts."""
+LONGEST_PROMPT = 512
+"""Tokens of a prompt that our own kernels read, at most; they are made for few rows."""
 
 
 def view(needed: int, capacity: int) -> int:
@@ -44,7 +48,9 @@ class Passes:
 
     Attributes:
         fixed: the shape of the pass that is running; None where it reads what is filled. Stages look at it.
-        begun: whether the prompts are in the caches; the prefill is always run as it is.
+        begun: whether the prompts are in the caches.
+        own_kernels: whether our own kernels compute all layers. What they compute for a row does not depend on other
+            rows, so that prompts can be read by captured passes, too. Otherwise they are read as they are.
     """
 
     def __init__(self, device: torch.device, positions: int = 0, graphs: CudaGraphs | None = None) -> None:
@@ -53,6 +59,11 @@ class Passes:
         self.graphs = graphs
         self.fixed: FixedShape | None = None
         self.begun = False
+        self.own_kernels = False
+
+    def takes_prompt(self, longest: int) -> bool:
+        """Whether prompts of up to this many tokens are read by a captured pass."""
+        return self.graphs is not None and self.own_kernels and longest <= LONGEST_PROMPT
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids `[B, T]` on the host, zeros after each row's own."""
@@ -61,9 +72,13 @@ class Passes:
 
     def width(self, longest: int, rows: int) -> int:
         """Positions T of a pass over some rows, the longest of which has this many tokens."""
-        if not self.begun or not (self.graphs or self.positions):
+        if not self.begun and not self.takes_prompt(longest):
             return longest
-        if longest > 2:  # one row has room for eight drafts; two of eight tokens are a tile of our kernels
+        if not (self.graphs or self.positions):
+            return longest
+        if longest > 2 * PADDING_STEP and self.takes_prompt(longest):
+            longest = PROMPT_STEP * math.ceil(longest / PROMPT_STEP)
+        elif longest > 2:  # one row has room for eight drafts; two of eight tokens are a tile of our kernels
             spare = 1 if rows == 1 else 0
             longest = PADDING_STEP * math.ceil((longest - spare) / PADDING_STEP) + spare
         return max(self.positions, longest)
@@ -95,11 +110,12 @@ class Passes:
         Returns:
             What the function returns, on the device, until the next pass.
         """
-        # The prefill reads and writes what it needs; every later pass can have a fixed shape.
+        # The prefill by a library reads and writes what it needs; every other pass can have a fixed shape.
         before = caches[0].lengths
-        if caches[0].length and (self.graphs or self.positions):
+        prompt = not caches[0].length
+        if self.takes_prompt(inputs[0].shape[1]) if prompt else (self.graphs or self.positions):
             needed = max(before) + inputs[0].shape[1] + ahead
-            slots = caches[0].capacity if self.positions else view(needed, caches[0].capacity)
+            slots = caches[0].capacity if self.positions and not prompt else view(needed, caches[0].capacity)
             outputs = self._run_fixed(name, function, caches, slots, *inputs)
         else:
             outputs = function(*(tensor.to(self.device) for tensor in inputs))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts, expected_tokens
 
-LENGTHS = (1, 2, 3, 4, 6, 7)
-"""Lengths of learned chains to choose from."""
+LENGTHS = (2, 3, 4, 6)
+"""Lengths of learned chains to choose from; each takes captures of its own."""
 WIDEST = 7
 """Drafts of a chain beside others, at most: with the token before them half a tile of our kernels."""
 CLEARLY = 1.03

@@ -478,7 +478,8 @@ class Stages:
         if chains > 1:
             for stage in (self.base, self.deep):
                 stage.cache.fork(chains)
-        if len(rows) > 1 and self.passes.graphs is not None and not self.passes.begun:
+        alone = self.passes.graphs is not None and not self.passes.takes_prompt(max(map(len, rows)))
+        if len(rows) > 1 and alone and not self.passes.begun:
             self._begun = self._read_one_by_one(rows, sampled)
             return
         counts = list(map(len, rows))
@@ -491,7 +492,7 @@ class Stages:
         found = []
         for index, row in enumerate(rows):
             self.base.cache, self.deep.cache = (cache.row(index) for cache in caches)
-            found.append(self._verify(self.passes.pad([row]), [len(row)], True, sampled))
+            found.append(self._verify(self.passes.pad([row]), [len(row)], True, sampled, row=index))
             self.passes.begun = False
         self.base.cache, self.deep.cache = caches
         self.passes.begun = True
@@ -529,6 +530,7 @@ class Stages:
         from_tokens: bool,
         sampled: bool,
         drafted: Drafted | None = None,
+        row: int = 0,
     ) -> tuple[Tensor, ...]:
         ahead = 0 if drafted is None else drafted.chosen.shape[2]
 
@@ -552,7 +554,7 @@ class Stages:
         if drafted is not None:
             extra = [drafted.chosen]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        name = ("verify", from_tokens, sampled, ahead)
+        name = ("verify", from_tokens, sampled, ahead, first, row)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results
