@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -279,6 +280,14 @@ class _Blocks:
         # 1. Draft: the learned chain and its branches, and what a lookup knows.
         floats: list[Tensor] = []
         confidence = states = state.hidden[:, :0]
+        matched = state.start_at
+        # The lookup is small and runs beside the drafts.
+        aside = torch.cuda.Stream() if plan.looked_up and rows.is_cuda else None  # type: ignore[no-untyped-call]
+        if aside is not None:
+            aside.wait_stream(torch.cuda.current_stream())
+        if plan.looked_up:
+            with torch.cuda.stream(aside):
+                matched = self._look_up(length, slots)
         if plan.learned:
             drafts = self._draft(slots)
             many = plan.learned_chains
@@ -286,12 +295,8 @@ class _Blocks:
             confidence = drafts.confidence.view(many, texts, -1)
             floats += confidence
             states = drafts.exit_states
-        matched = state.start_at
-        if plan.looked_up:
-            places = state.start_at[:, None] + steps(state.own.shape[1], rows.device)
-            state.text[:, LONGEST_NGRAM:].scatter_(1, places, state.own)
-            found, matched = look_up(state.text[:, : LONGEST_NGRAM + slots], length, plan.looked_up)
-            state.block[-1, :, 1 : 1 + plan.looked_up] = found.where(matched[:, None] >= plan.sure, NONE)
+        if aside is not None:
+            torch.cuda.current_stream().wait_stream(aside)
 
         # 2. Verify: the last committed token and each chain.
         first = length - 1
@@ -337,6 +342,15 @@ class _Blocks:
         self.stages.passes.fixed = FixedShape(start_at, slots)
         return self.stages.chain(own, right, feedback, self.plan.learned, len(state.own))
 
+    def _look_up(self, length: Tensor, slots: int) -> Tensor:
+        """Write what a lookup knows into the last chain; the tokens that matched before it, `[B]`."""
+        state, plan = self.state, self.plan
+        places = state.start_at[:, None] + steps(state.own.shape[1], length.device)
+        state.text[:, LONGEST_NGRAM:].scatter_(1, places, state.own)
+        found, matched = look_up(state.text[:, : LONGEST_NGRAM + slots], length, plan.looked_up)
+        state.block[-1, :, 1 : 1 + plan.looked_up] = found.where(matched[:, None] >= plan.sure, NONE)
+        return matched
+
     def _count_right(self, chains: Tensor, confidence: Tensor, own: Tensor) -> Tensor:
         """Accepted drafts of each chain, `[C, B]`: while they are the verifier's, up to the first doubtful one."""
         agrees = chains == own[..., :-1]
@@ -351,60 +365,48 @@ class _Blocks:
         if look.arrived is not None:
             look.arrived.synchronize()
         plan = self.plan
-        width = plan.longest + 1
-        counts = [width, 1, *[plan.longest] * plan.chains, *[1] * plan.chains]
-        whole, floats = torch.split(look.numbers, [sum(counts), look.numbers.shape[1] - sum(counts)], dim=1)
-        chances = [plan.learned] * plan.learned_chains + [width] * plan.chains
+        split = plan.longest + 2 + plan.chains * (plan.longest + 1)
+        whole = look.numbers[:, :split].tolist()
+        floats = look.numbers[:, split:].view(torch.float32).tolist()
         results: Results = []
         for row, text in enumerate(texts):
-            parts = [part.tolist() for part in torch.split(whole[row], counts)]
-            confidence = [part.tolist() for part in torch.split(floats[row].view(torch.float32), chances)]
-            results.append(self._result(parts, confidence, look.states[row :: len(texts)], text))
+            numbers = _Numbers(whole[row], floats[row], plan)
+            results.append(self._result(numbers, look.states[row :: len(texts)], text) if text.room else None)
         if not self.plan.learned and self.stages.feedback is not None:
             # The drafter reads these states when it drafts again.
             counts = [result.num_accepted + 1 if result else 0 for result in results]
             self.stages.feedback.verified(look.states, range(len(texts)), counts)
         return results
 
-    def _result(
-        self, numbers: list[list[int]], confidence: list[list[float]], states: Tensor, text: Text
-    ) -> Verification | None:
+    def _result(self, numbers: _Numbers, states: Tensor, text: Text) -> Verification:
         """One text's block by what `_run` sent; what has no room is cut off."""
-        if not text.room:
-            return None
         plan = self.plan
         start = len(text.tokens)
-        own, (matched,), *rest = numbers
-        chains = rest[: plan.chains]
-        counts = [count for (count,) in rest[plan.chains :]]
-        certainty = confidence[plan.learned_chains :]
-        has_lookup = plan.looked_up > 0 and matched >= plan.sure
         most = text.room - 1
         # Drafts up to the first doubtful one.
         kept = min(1, most, plan.learned)
-        while kept < min(most, plan.learned) and confidence[0][kept - 1] >= self.threshold:
+        while kept < min(most, plan.learned) and numbers.confidence[0][kept - 1] >= self.threshold:
             kept += 1
         drafts: list[DraftBlock] = []
         accepted: list[int] = []
         chances: list[list[float]] = []
         for chain in range(plan.chains):
             is_learned = chain < plan.learned_chains
-            size = kept if is_learned else min(plan.looked_up, most) * has_lookup
+            size = kept if is_learned else min(plan.looked_up, most) * (numbers.matched >= plan.sure)
             # A branch that was to leave the main chain after its end is none, nor is a lookup without a match.
             if chain and (chain > kept if is_learned else not size):
                 continue
-            refuse_not_finite(certainty[chain][: size + 1], start)
-            count = min(counts[chain], size)
+            refuse_not_finite(numbers.certainty[chain][: size + 1], start)
             draft = DraftBlock(
-                torch.tensor(chains[chain][:size], dtype=torch.long),
-                torch.tensor(confidence[chain][:kept] if is_learned else [float("nan")] * size),
-                states[chain, :kept] if is_learned else torch.empty(0, self.stages.hidden_size),
+                torch.tensor(numbers.chains[chain][:size], dtype=torch.long),
+                torch.tensor(numbers.confidence[chain][:size] if is_learned else [float("nan")] * size),
+                states[chain, :size] if is_learned else torch.empty(0, self.stages.hidden_size),
                 chain=chain,
             )
             drafts.append(draft)
-            accepted.append(count)
-            chances.append(certainty[chain][: size + 1])
-        return settled(start, drafts, accepted, chances, own[max(accepted)])
+            accepted.append(min(numbers.counts[chain], size))
+            chances.append(numbers.certainty[chain][: size + 1])
+        return settled(start, drafts, accepted, chances, numbers.own[max(accepted)])
 
     def unload(self, texts: Sequence[Text]) -> None:
         """Let step-by-step decoding go on: say what the caches hold, and what the drafter has not read."""
@@ -427,6 +429,32 @@ class _Blocks:
         if stages.feedback is not None:
             counts = [count + 1 if text.room else 0 for count, text in zip(right, texts, strict=True)]
             stages.feedback.verified(self.state.hidden, range(len(texts)), counts)
+
+
+class _Numbers:
+    """What `_run` sends of one text.
+
+    Attributes:
+        own: the verifier's tokens after the last committed one and along the winning chain.
+        matched: tokens before a lookup that matched.
+        chains: tokens of each chain.
+        counts: accepted drafts of each chain.
+        confidence: in the drafts of each learned chain.
+        certainty: the verifier's, of its tokens along each chain.
+    """
+
+    def __init__(self, whole: list[int], floats: list[float], plan: Plan) -> None:
+        width = plan.longest + 1
+        self.own = whole[:width]
+        self.matched = whole[width] if plan.looked_up else 0
+        self.counts = whole[len(whole) - plan.chains :]
+        self.chains = _parts(whole[width + 1 :], plan.longest, plan.chains)
+        self.confidence = _parts(floats, plan.learned, plan.learned_chains)
+        self.certainty = _parts(floats[plan.learned * plan.learned_chains :], width, plan.chains)
+
+
+def _parts(values: list[Any], size: int, count: int) -> list[list[Any]]:
+    return [values[part * size : (part + 1) * size] for part in range(count)]
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
