@@ -19,7 +19,7 @@ from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory, atomic_file
+from dvirl.runs.folder import atomic_directory
 from dvirl.runs.log import write_json
 from dvirl.runs.settings import choice, number, positional
 from kangaroo.kangaroo_model import KangarooModel
@@ -192,6 +192,5 @@ def main(config: ExportConfig) -> None:
     if config.to == "hf":
         write_hf(out, plain, partial(find_file, source(drafter.loaded.name)))
     else:
-        with atomic_file(out) as scratch:
-            write_gguf(scratch, plain.config, plain.tensors, drafter.loaded.tokenizer, config.dtype)
+        write_gguf(out, plain.config, plain.tensors, drafter.loaded.tokenizer, config.dtype)
     print(out)

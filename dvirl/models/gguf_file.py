@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from dvirl.models.tokenizers import TextEncoder
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import atomic_file
 from kangaroo.adapter import head_dim, rotary_for
 
 QUANTISED = ("q8_0", "q4_1")
@@ -35,7 +36,7 @@ def permute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
 def write_gguf(
     path: Path, config: LlamaConfig, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: str
 ) -> None:
-    """Write a Llama.
+    """Write a Llama, whole or not at all.
 
     Args:
         path: of the new file.
@@ -49,7 +50,7 @@ def write_gguf(
     """
     if config.hidden_act not in ("silu", "swish"):
         raise DvirlError(f"hidden_act is {config.hidden_act!r}; expected silu, the only one of a GGUF Llama")
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(None, "llama")
     _add_shape(writer, config)
     _add_tokenizer(writer, tokenizer, config)
     _add_positions(writer, config)
@@ -67,10 +68,11 @@ def write_gguf(
             )
         name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with atomic_file(path) as scratch:
+        writer.write_header_to_file(scratch)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
