@@ -99,6 +99,26 @@ def our_answers(model, job: dict) -> dict:
     return result
 
 
+@torch.no_grad()
+def compare_heads(model, head: torch.Tensor, prompts: list[list[int]], answers: list[dict]) -> dict:
+    """What the base model's rows for tokens outside the draft vocabulary change, position by position of the answers."""
+    found = {"positions": 0, "differ": 0, "right": 0, "right_whole": 0, "right_of_differing": 0}
+    with model.base_model.merged():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = torch.tensor([prompt + answer["tokens"]])
+            exit_states = model.base_model.forward_shallow(ids)
+            states = model.drafter_states(exit_states)[0, len(prompt) : -1]
+            verified = ids[0, len(prompt) + 1 :]
+            ours = model.token_ids(model.head_logits(states).argmax(dim=-1))
+            whole = (states @ head.T).argmax(dim=-1)
+            found["positions"] += len(verified)
+            found["differ"] += int((ours != whole).sum())
+            found["right"] += int((ours == verified).sum())
+            found["right_whole"] += int((whole == verified).sum())
+            found["right_of_differing"] += int(((ours != whole) & (whole == verified)).sum())
+    return found
+
+
 def with_whole_head(model, head: torch.Tensor) -> None:
     """Let the draft use an export's head, which covers all tokens."""
     model.head = "full"
@@ -181,8 +201,10 @@ def main() -> int:
     (prompts,) = question_sets(loaded, [str(MINI)], 0, 0).values()
     job = {**vars(asked), "prompts": prompts, "ends": list(loaded.eos_ids), "context": 2048, "exact": True}
     planned = jobs(loaded, asked.drafter, job)
-    rows = [{"engine": "dvirl", "weights": "float32", **figures(our_answers(drafter.model, job))}]
+    answers = our_answers(drafter.model, job)
+    rows = [{"engine": "dvirl", "weights": "float32", **figures(answers)}]
     head = load_file(f"{exported(asked.drafter, 'hf', 'float32')}/model.safetensors")[HEAD]
+    heads = compare_heads(drafter.model, head, prompts, answers["plain"])
     with_whole_head(drafter.model, head)
     ours = {"engine": "dvirl, whole head", "weights": "float32", **figures(our_answers(drafter.model, job))}
     rows.append(ours)
@@ -199,13 +221,17 @@ def main() -> int:
         failed |= abs(row["accepted_share"] - ours["accepted_share"]) > TOLERANCE
         failed |= work["exact"] and row["equal"] != row["answers"]
         print(json.dumps(row), flush=True)
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True)
     content = {
         "command": "make check-engines",
+        "commit": commit.stdout.strip(),
         "date": time.strftime("%F"),
         "arguments": {**vars(asked), "questions": from_here(MINI)},
         "packages": PACKAGES,
         **provenance(loaded),
         "figures": rows,
+        "heads": heads,
         "missing": missing,
     }
     write_json(asked.out, content)

@@ -156,7 +156,7 @@ class ExportConfig(DrafterOptions):
     out: str = positional()
     """What to make: a folder for hf, a file for gguf."""
     to: str = choice("hf", ("hf", "gguf"))
-    """hf (a Hugging Face folder: transformers, vLLM, SGLang) or gguf (a file: llama.cpp)."""
+    """hf (a Hugging Face folder, as transformers and vLLM take it) or gguf (a file, as llama.cpp takes it)."""
     dtype: str = choice("bfloat16", (*DTYPES, *QUANTISED))
     """Of the weights: float32, bfloat16 or float16; q8_0 and q4_1 for gguf alone."""
     context: int = number(0, 0)
