@@ -218,8 +218,9 @@ def main() -> int:
             continue
         row = {"engine": result["engine"], "weights": weights, **figures(result)}
         rows.append(row)
-        failed |= abs(row["accepted_share"] - ours["accepted_share"]) > TOLERANCE
-        failed |= work["exact"] and row["equal"] != row["answers"]
+        if work["exact"]:  # in fewer bits a draft, and the model itself, says something else
+            failed |= abs(row["accepted_share"] - ours["accepted_share"]) > TOLERANCE
+            failed |= row["equal"] != row["answers"]
         print(json.dumps(row), flush=True)
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True)
