@@ -7,10 +7,12 @@ is named in the result and is no failure.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -148,12 +150,15 @@ def figures(result: dict) -> dict:
     }
 
 
+@cache
 def exported(drafter: str, to: str, dtype: str) -> Path:
-    """Export the drafter as a user would."""
-    out = ROOT / f"{Path(drafter).name}-{dtype}{'.gguf' if to == 'gguf' else ''}"
-    if not out.exists():
-        command = [sys.executable, "-m", "dvirl.cli", "export", drafter, out, "--to", to, "--dtype", dtype]
-        subprocess.run(command, check=True)
+    """Export the drafter as a user would, in place of an earlier export."""
+    out = ROOT / f"draft-{dtype}{'.gguf' if to == 'gguf' else ''}"
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "dvirl.cli", "export", drafter, out, "--to", to, "--dtype", dtype]
+    subprocess.run(command, check=True)
     return out
 
 
@@ -168,12 +173,11 @@ def published_gguf(name: str) -> Path:
 def jobs(loaded, drafter: str, job: dict) -> list[tuple[str, str, dict]]:
     """Engine, weights and job of each row."""
     whole = ROOT / "model-float32.gguf"
-    if not whole.exists():
-        plain = load(loaded.name, "float32", "cpu").model
-        state = dict(plain.state_dict())
-        if plain.config.tie_word_embeddings:
-            del state[HEAD]
-        write_gguf(whole, plain.config, state, loaded.tokenizer, "float32")
+    plain = load(loaded.name, "float32", "cpu").model
+    state = dict(plain.state_dict())
+    if plain.config.tie_word_embeddings:
+        del state[HEAD]
+    write_gguf(whole, plain.config, state, loaded.tokenizer, "float32")
     folders = {"target": source(loaded.name), "draft": str(exported(drafter, "hf", "float32"))}
     files = {"target": str(whole), "draft": str(exported(drafter, "gguf", "float32"))}
     published = {"target": str(published_gguf(loaded.name)), "draft": str(exported(drafter, "gguf", "q4_1"))}
