@@ -15,7 +15,7 @@ from test_drafters import trained
 from transformers import LlamaForCausalLM
 
 from dvirl import cli
-from dvirl.models import drafters, embedded, gguf_file
+from dvirl.models import drafters, gguf_file
 from dvirl.models import export as exporting
 from dvirl.models.drafters import load_drafter
 from dvirl.models.embedded import gguf_config, read_weights, unpermute
@@ -84,6 +84,16 @@ def test_a_plain_llama_has_the_drafts_logits(tmp_path, drafter, head, draft_voca
 def test_every_kind_of_configuration_is_kept(tmp_path, config):
     folder = made(tmp_path, config)
     assert export(folder, tmp_path / "out", "--dtype", "float32") == 0
+    model = load_drafter(folder, None, "float32", "cpu").model
+    ids = some_ids(model)
+    with torch.no_grad():
+        close(load(str(tmp_path / "out"), "float32", "cpu").model(ids).logits, drafted(model, ids))
+
+
+@pytest.mark.parametrize("config", ["plain", "linear-int", "llama3"])
+def test_a_shorter_context_changes_no_positions(tmp_path, config):
+    folder = made(tmp_path, config, adapter_window=LENGTH)
+    assert export(folder, tmp_path / "out", "--dtype", "float32", "--context", str(LENGTH)) == 0
     model = load_drafter(folder, None, "float32", "cpu").model
     ids = some_ids(model)
     with torch.no_grad():
@@ -276,6 +286,7 @@ def test_a_published_adapter_of_the_models_shape_is_taken(tmp_path):
         ("plain", ("--dtype", "q8_0"), "dtype is 'q8_0'"),
         ("plain", ("--context", "65"), "context is 65"),
         ("dynamic", ("--context", "8"), "dynamic positions"),
+        ("yarn", ("--context", "20"), "yarn positions"),
         ("plain", ("--to", "onnx"), "to is 'onnx'"),
     ],
 )
@@ -325,9 +336,10 @@ def test_a_wide_window_is_the_context_of_an_export(window, context):
 
 
 @pytest.mark.real
-def test_the_shipped_drafter_is_a_small_llama(tmp_path):
-    assert export("smollm2-135m-k2", tmp_path / "out.gguf", "--to", "gguf", "--dtype", "q8_0") == 0
-    embedded.convert_gguf(tmp_path / "out.gguf", tmp_path / "back")
-    config = json.loads((tmp_path / "back/config.json").read_text())
-    assert (config["num_hidden_layers"], config["vocab_size"]) == (4, 49152)
-    assert config["max_position_embeddings"] == 4096
+def test_the_shipped_drafter_is_a_small_llama():
+    model = load_drafter("smollm2-135m-k2", None, "float32", "cpu").model
+    plain = plain_llama(model)
+    assert (plain.config.num_hidden_layers, plain.config.max_position_embeddings) == (4, 4096)
+    changed = (plain.tensors["lm_head.weight"] != model.head_model.weight).any(dim=1)
+    assert set(changed.nonzero()[:, 0].tolist()) <= set(model.draft_ids.tolist())
+    assert 16000 < changed.sum() <= 16384

@@ -73,6 +73,8 @@ def plain_context(model: KangarooModel, asked: int = 0) -> int:
                 f"expected a drafter that has the model's, {expected}"
             )
     longest: int = config.max_position_embeddings
+    if asked > longest:
+        raise DvirlError(f"context is {asked}; expected {longest} at most, the model's own")
     seen = min(longest, adapter.window or longest) if len(adapter.layers) else longest
     context = asked or (seen if seen >= SHORTEST else longest)
     if context > seen:
@@ -81,9 +83,11 @@ def plain_context(model: KangarooModel, asked: int = 0) -> int:
             f"expected --context {seen}, or a drafter that was trained with --adapter_window {longest}"
         )
     scaling = config.rope_scaling or {}
-    if context < longest and scaling.get("rope_type", "linear") != "linear":
+    kind = scaling.get("rope_type", "linear")
+    fixed = kind == "linear" or (kind == "llama3" and "original_max_position_embeddings" in scaling)
+    if context < longest and not fixed:
         raise DvirlError(
-            f"context is {context}, but {scaling['rope_type']} positions depend on the model's own, {longest}; "
+            f"context is {context}, but {kind} positions depend on the model's own, {longest}; "
             f"expected a drafter that was trained with --adapter_window {longest}"
         )
     return context
@@ -188,7 +192,7 @@ def main(config: ExportConfig) -> None:
     context = plain.config.max_position_embeddings
     longest = drafter.model.base_model.config.max_position_embeddings
     if context < longest:
-        print(f"{out}: a model of {context} positions, as the drafter sees no more", file=sys.stderr)
+        print(f"{out}: a model of {context} positions; its base has {longest}", file=sys.stderr)
     if config.to == "hf":
         write_hf(out, plain, partial(find_file, source(drafter.loaded.name)))
     else:
