@@ -1,4 +1,4 @@
-"""Write the tables of results.md and of the README from the recorded results; a test sees that they are.
+"""Write the tables of results.md, engines.md and the README from the recorded results; a test sees that they are.
 
 `python book/tables.py` writes them anew.
 """
@@ -311,6 +311,18 @@ def headline() -> str:
     return table(["", "2 cores of an AMD EPYC", "one H200"], rows)
 
 
+def engines() -> str:
+    """Acceptance, equal answers and speed of the exported draft in other engines, ours first."""
+    rows = []
+    for row in read("engines-cpu")["figures"]:
+        cells = [f"{row['engine']}, {row['weights']}", f"{row['accepted_share']:.3f}"]
+        cells += [f"{row['accepted']:,} of {row['drafted']:,}", f"{row['equal']} of {row['answers']}"]
+        cells += [f"{row['plain_tok_per_s']:.1f}", f"{row['tok_per_s']:.1f}", f"{row['speedup']:.2f}"]
+        rows.append(cells)
+    head = ["engine and weights", "accepted share", "accepted", "equal answers"]
+    return table([*head, "tokens a second without", "with the draft", "speed-up"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "objectives": objectives,
@@ -330,7 +342,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "staleness": staleness,
     "robustness": robustness,
     "headline": headline,
+    "engines": engines,
 }
+
+
+PAGES = (BOOK / "results.md", BOOK / "engines.md", BOOK.parent / "README.md")
+"""Pages with tables."""
 
 
 def filled(page: str) -> str:
@@ -339,5 +356,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (BOOK / "results.md", BOOK.parent / "README.md"):
+    for path in PAGES:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -44,6 +44,7 @@ COMMANDS = {
         "scale.averaging",
         "average the adapters or checkpoints of several clients, weighted by tokens",
     ),
+    "export": ("models.export", "write a draft as a plain Llama for other engines, as a folder or GGUF"),
     "sweep": (
         "experiments.sweep",
         "run a grid of notebooks or commands from a YAML file in parallel (configs/sweep-*.yaml)",

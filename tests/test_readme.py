@@ -123,8 +123,13 @@ ADDED = {
     ),
     "sweep": ("--dry_run", "-m dvirl.cli train"),
     "average-adapters": ("", "OUT\n"),
+    "export": ("", "OUT\n"),
 }
-ALONE = {"study": "configs/study-objectives.yaml --minutes 0", "average-adapters": "OUT client client"}
+ALONE = {
+    "study": "configs/study-objectives.yaml --minutes 0",
+    "average-adapters": "OUT client client",
+    "export": "RUN/drafter OUT",
+}
 """What a command that a sentence merely names needs besides."""
 GO_ON = {"train": "--num_prompts 12 --accept_changes", "sgp": "--max_steps 3 --accept_changes"}
 """Instead, with --resume: the runs are done, and go on with more."""

@@ -126,7 +126,7 @@ def load(
     torch_dtype = resolve_dtype(dtype, where)
     if Path(name_or_path).is_file():
         raise DvirlError(f"{name_or_path} is a file; expected the folder of a model in Hugging Face's layout")
-    find = partial(_find, source(name_or_path))
+    find = partial(find_file, source(name_or_path))
     try:
         config = _config(find)
         tokenizer = load_tokenizer(find)
@@ -158,8 +158,8 @@ def _say_once(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def _find(path: str, name: str) -> str | None:
-    """The path of a file of a model, None if the model does not have it.
+def find_file(path: str, name: str) -> str | None:
+    """The path of a file of a model, by the name that `source` gives; None if the model does not have it.
 
     Raises:
         DvirlError: for a file that is only a pointer to its content.

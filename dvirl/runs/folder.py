@@ -118,6 +118,21 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         _flush(folder.parent)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary file to write, as `atomic_directory` is a folder to fill."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / path.name
+        try:
+            yield written
+            _flush(written)
+            os.replace(written, path)
+        except OSError as error:
+            raise DvirlError(f"{path}: could not be written ({error})") from error
+        _flush(path.parent)
+
+
 def _flush(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
