@@ -34,7 +34,7 @@ def drafts_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) ->
     """Drafts of each block of these texts if the next blocks can run ahead, else None."""
     if stages.passes.graphs is None or not stages.passes.begun or config.target != "base":
         return None
-    if config.temperature or config.draft_temperature or config.deterministic:
+    if config.temperature or config.draft_temperature or config.deterministic or config.keep_states:
         return None
     counts = {text.policy.ahead() for text in texts}
     count = counts.pop()

@@ -44,6 +44,8 @@ class DecodeConfig:
     deterministic: bool = False
     """Run every pass after the prefill with the same number of positions and cache slots, so that rounding does not
     depend on what is drafted: then bfloat16 gives plain decoding's tokens, too. A pass costs what its longest would."""
+    keep_states: bool = False
+    """Give the verifier's states with every verification, to learn from; such blocks do not run ahead of the host."""
 
     def __post_init__(self) -> None:
         if self.draft_len < 0:
@@ -106,6 +108,8 @@ class Verification:
         draft: the block; its first `num_drafted` entries are scored. Empty where a rollout replays blocks.
         verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position; likewise.
         beside: what became of the block's other chain, if it had two; it commits nothing.
+        verifier_hidden: `[n + 1, D]`, the normed states from which the verifier chose its tokens; empty if they are not
+            kept.
     """
 
     start: int
@@ -115,6 +119,7 @@ class Verification:
     draft: DraftBlock = field(default_factory=DraftBlock)
     verifier_confidence: Tensor = field(default_factory=lambda: torch.empty(0))
     beside: Verification | None = None
+    verifier_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     @property
     def first_chain(self) -> Verification:

@@ -143,6 +143,8 @@ def accept(
             num_accepted=counts[place],
             draft=draft.block(place, stages),
             verifier_confidence=torch.tensor(confidence[place]),
+            # A copy: the next pass writes over the states of a captured one.
+            verifier_hidden=verified.states[rows[place], : len(chain) + 1].clone(),
         )
         for place, chain in enumerate(chains)
     ]

@@ -205,12 +205,14 @@ class Verified:
         confidence: `rows x (n + 1)`, its probability of them.
         logits: `[rows, n + 1, V]` float32; empty for greedy answers.
         is_forked: there are second chains.
+        states: `[rows, n + 1, D]`, the normed states; `[rows, n + 1, 0]` if they are not kept.
     """
 
     tokens: list[list[int]]
     confidence: list[list[float]]
     logits: Tensor
     is_forked: bool
+    states: Tensor
 
     def rows_of(self, text: int) -> list[int]:
         """The rows of a text's chains."""
@@ -238,6 +240,7 @@ class Stages:
         hidden_size: D.
         draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
         feedback: what the drafter reads of the verifier's states, if it does.
+        keep_states: whether verifications give the verifier's states.
     """
 
     shallow: Stage
@@ -248,6 +251,7 @@ class Stages:
     hidden_size: int
     draft_ids: Tensor | None = None
     feedback: Feedback | None = None
+    keep_states: bool = False
     ahead: dict[Hashable, Any] = field(
         default_factory=dict
     )  # what blocks that run ahead of the host are made in
@@ -461,9 +465,9 @@ class Stages:
         for cache in caches:
             cache.lengths = [len(row) for row in rows]
         self._before = [0] * len(rows)
-        chosen, logits, hidden = zip(*found, strict=True)
+        chosen, logits, kept, hidden = zip(*found, strict=True)
         padded = torch.nn.utils.rnn.pad_sequence([states[0] for states in hidden], batch_first=True)
-        return torch.cat(chosen, dim=1), torch.cat(logits), padded
+        return torch.cat(chosen, dim=1), torch.cat(logits), torch.cat(kept), padded
 
     def begin_verifying_states(self, states: Sequence[Tensor], sampled: bool) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
@@ -481,9 +485,9 @@ class Stages:
     def verified(self) -> Verified:
         """What the verification that was started says."""
         assert self._begun is not None
-        chosen, logits, self._hidden = self._begun
+        chosen, logits, kept, self._hidden = self._begun
         self._begun = None
-        return Verified(*unpacked(chosen), logits, self._is_forked)
+        return Verified(*unpacked(chosen), logits, self._is_forked, kept)
 
     def _verify(
         self,
@@ -506,18 +510,19 @@ class Stages:
             fed_back = hidden if self.feedback is not None else hidden[..., :0]
             if first:  # of the prompts only what follows their last token matters
                 hidden = hidden[torch.arange(len(hidden), device=hidden.device), extra[0]][:, None]
+            kept = hidden if self.keep_states else hidden[..., :0]
             if not sampled:
-                return packed(*self.deep.best(hidden)), hidden[..., :0], fed_back
+                return packed(*self.deep.best(hidden)), hidden[..., :0], kept, fed_back
             logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return packed(tokens, confidence), logits, fed_back
+            return packed(tokens, confidence), logits, kept, fed_back
 
         first = not self.passes.begun
         extra = [torch.tensor([count - 1 for count in counts])] if first else []
         if drafted is not None:
             extra = [drafted.chosen]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        name = ("verify", from_tokens, sampled, ahead)
+        name = ("verify", from_tokens, sampled, ahead, self.keep_states)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results
