@@ -79,7 +79,7 @@ class LiveConfig(Settings):
     """Number of accepted drafts after which an update is due."""
     fresh: int = number(1, 1, 1024)
     """Number of recent answers that an update learns from; others that came since the last one are left to replay."""
-    replay: int = number(1, 0, 100)
+    replays: int = number(1, 0, 100)
     """Number of steps that follow on older answers, each on as many, so that what came before is not lost."""
     buffer_size: int = number(32768, 1)
     """Number of records that replay draws from; the oldest leave first."""
@@ -130,7 +130,7 @@ def training_settings(config: LiveConfig, drafter: LoadedDrafter, name: str) -> 
         actions="argmax",
         schedule=config.schedule,
         fast_batch=config.fast_batch,
-        replay=config.replay,
+        replay=config.replays,
         buffer_size=config.buffer_size,
         slow_every=0,
         lr_shallow=config.lr,
@@ -290,6 +290,7 @@ class LiveCounters:
         answers: answers so far.
         answer_s, learn_s: seconds of answering and of learning so far, by the session's clock.
         unguarded, unsaved: updates since the guard looked, and since the last checkpoint.
+        saves: checkpoints so far.
         costs: seconds that an update, a look of the guard and a checkpoint took last, by these names.
     """
 
@@ -298,6 +299,7 @@ class LiveCounters:
     learn_s: float = 0.0
     unguarded: int = 0
     unsaved: int = 0
+    saves: int = 0
     costs: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -373,6 +375,7 @@ class LiveSession:
                 self._start(folder)
                 on_error.pop_all()
         self._merge()
+        self.model.block_policy(self.config.decode)  # adaptive blocks need the costs of steps, measured once
         return self
 
     def __exit__(
@@ -383,7 +386,7 @@ class LiveSession:
             # What an error has left half-done is no state to go on from.
             whole = error is None or isinstance(error, KeyboardInterrupt | DvirlError)
             if self._folder is not None and self.counters.answers and whole:
-                self.save_checkpoint()
+                self._do("checkpoint")
 
     def _start(self, folder: Path) -> None:
         """Begin the log of a new folder, or go on from the newest checkpoint of one."""
@@ -403,7 +406,15 @@ class LiveSession:
         (folder / "metrics.jsonl").touch()
         cut_log(folder / "metrics.jsonl", self.trainer.counters.step)
         for name in (EVENTS, TEXT):
-            keep_lines(folder / name, lambda line: line["answer"] <= self.counters.answers)
+            keep_lines(folder / name, self._is_before)
+
+    def _is_before(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the log was written before this session goes on; its checkpoint's own time counts too."""
+        counters = self.counters
+        if line.get("event") == "checkpoint" and line["saves"] == counters.saves:
+            counters.learn_s += line["seconds"]
+            counters.costs["checkpoint"] = line["seconds"]
+        return bool(line["answer"] <= counters.answers)
 
     # Answers
 
@@ -473,10 +484,15 @@ class LiveSession:
         kind = self._due()
         if not kind or not self._affordable(kind):
             return ""
+        self._merged.close()
+        figures = self._do(kind)
+        return "back" if figures.get("verdict") == "back" else kind
+
+    def _do(self, kind: str) -> Mapping[str, Any]:
+        """Do it, on the account of learning, and note it in the log; return its figures."""
         before = self.counters.learn_s
         figures: Mapping[str, Any] = {}
         with self._timed("learn_s"):
-            self._merged.close()
             if kind == "update":
                 figures = self._update()
             elif kind == "guard":
@@ -485,8 +501,8 @@ class LiveSession:
                 self.save_checkpoint()
             self._merge()  # here and not in the next answer, so that it counts as learning
         self.counters.costs[kind] = self.counters.learn_s - before
-        self._log(kind, seconds=self.counters.costs[kind], **figures)
-        return "back" if figures.get("verdict") == "back" else kind
+        self._log(kind, seconds=self.counters.costs[kind], saves=self.counters.saves, **figures)
+        return figures
 
     def _due(self) -> str:
         """What is to be done next; the guard comes before the update that would follow."""
@@ -549,9 +565,12 @@ class LiveSession:
         """Write a checkpoint: all of the state, but without `keep_text` nothing that the text could be read from."""
         assert self._folder is not None
         self.counters.unsaved = 0
+        self.counters.saves += 1
         trainer = self.trainer
         state = trainer.state_dict()
-        tensors = state["tensors"]
+        # The global random generators are the program's, and draw nothing here.
+        del state["numbers"]["random"]
+        tensors = {name: value for name, value in state["tensors"].items() if not name.startswith("rng.")}
         if not self.config.keep_text:
             # Tokens are text, and so are the verifier's states: its head turns them into tokens.
             tensors = {name: value for name, value in tensors.items() if not name.startswith("buffer.")}
@@ -565,6 +584,9 @@ class LiveSession:
     def _load(self, folder: Path) -> None:
         """Go on from a checkpoint; without its text the buffer and the guard's answers begin empty."""
         state = checkpoint.load(folder, self.trainer.peft_model, self.model)
+        random = checkpoint.random_state()
+        state["tensors"].update(random["tensors"])
+        state["numbers"]["random"] = random["numbers"]
         self.trainer.load_state_dict(state)
         self.guard.load_state_dict(state["tensors"], state["numbers"]["held"])
         self.counters = LiveCounters(**state["numbers"]["live"])
