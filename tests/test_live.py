@@ -35,7 +35,7 @@ FIXED = dict(
     threads=1,
 )
 """Settings by which sessions of tiny models learn at once, and the same in every run."""
-PROMPTS = [prompt + [9, 9] for prompt in random_prompts(14, 3)]
+PROMPTS = [[*prompt, 9, 9] for prompt in random_prompts(14, 3)]
 
 
 class Clock:
