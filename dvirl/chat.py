@@ -21,7 +21,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text, write_json
 from dvirl.runs.settings import choice, narrowed
 from kangaroo.decoding.blocks import Verification
-from kangaroo.decoding.inputs import check_prompt, context_length
+from kangaroo.decoding.inputs import check_prompt
 
 LEARNED = "\033[32m"
 """Colour of accepted drafts of the shallow layers."""
@@ -33,6 +33,7 @@ END = "\033[0m"
 DONE = {
     "": "not learned",
     "update": "learned",
+    "replay": "learned",
     "guard": "draft checked",
     "back": "went back to an earlier draft",
     "checkpoint": "saved",
@@ -188,11 +189,13 @@ class Chat:
 
         Raises:
             DvirlError: for turns that the chat format cannot spell.
-            ValueError: if the last turn alone is too long for the model's context.
+            ValueError: if the conversation is too long for the model's context.
         """
         session = self.session
         began = session.counters.answer_s
-        stream = session.stream(self._fitting(list(turns), system))
+        prompt = session.loaded.chat.encode(turns, system)
+        prompt = check_prompt(prompt, session.loaded.model, session.config.max_new_tokens)
+        stream = session.stream(prompt)
         blocks: list[Verification] = []
         colours: list[str] = []
         text = ""
@@ -208,16 +211,6 @@ class Chat:
             learned = session.learn()
         print(self._figures(blocks, session.counters.answer_s - began, learned))
         return text
-
-    def _fitting(self, turns: list[str], system: str) -> list[int]:
-        """The conversation's token ids; its first exchanges are left out if it is too long for the model."""
-        session = self.session
-        most = context_length(session.loaded.model.config) - session.config.max_new_tokens
-        prompt = session.loaded.chat.encode(turns, system)
-        while len(prompt) > most and len(turns) > 1:
-            turns = turns[2:]
-            prompt = session.loaded.chat.encode(turns, system)
-        return check_prompt(prompt, session.loaded.model, session.config.max_new_tokens)
 
     def _tokens(
         self,
@@ -252,7 +245,7 @@ class Chat:
         tally.count(blocks[1:])  # the first one is the prefill's
         tokens = sum(block.block_len for block in blocks)
         line = f"[{tokens / max(seconds, 1e-9):.1f} tokens/s, {tally.mat:.2f} tokens a block"
-        if self.session.learns:
+        if self.session.config.budget:
             share = self.session.counters.learning_share
             line += f"; {DONE[learned]}, {100 * share:.0f} % of the time so far"
         return line + "]"

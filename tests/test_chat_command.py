@@ -141,13 +141,9 @@ def test_drafts_are_coloured_by_source_and_verdict(parts, capsys):
     assert chat.END in capsys.readouterr().out
 
 
-def test_a_long_conversation_forgets_its_beginning(parts, capsys):
+def test_a_turn_that_is_too_long_is_dropped_with_one_sentence(parts, capsys):
     with chat.open_session(chat.parse_args([*parts, "--learn", "false"])) as session:
-        talk = chat.Chat(session, chat.ChatConfig())
-        turns = ["first question", "x" * 150, "second question", "y" * 20, "third question"]
-        prompt = talk._fitting(turns, "")
-        assert prompt == session.loaded.chat.encode(turns[2:])
-        assert talk._turn(["z" * 400]) == []
+        assert chat.Chat(session, chat.ChatConfig())._turn(["a", "b", "z" * 400]) == ["a", "b"]
     assert "expected at most the model's context" in capsys.readouterr().err
 
 
