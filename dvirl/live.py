@@ -82,7 +82,7 @@ class LiveConfig(Settings):
     """One answer of so many is not learned from: the guard compares drafts on it."""
     guard_answers: int = number(8, 1, 1024)
     """Number of such answers that the guard keeps, the newest."""
-    guard_every: int = number(8, 1)
+    guard_every: int = number(12, 1)
     """Number of updates after which the guard looks."""
     guard_margin: float = number(0.02, 0, 1)
     """Share of its tokens a block by which the live draft may be worse before the session goes back."""

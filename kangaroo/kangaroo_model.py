@@ -376,7 +376,6 @@ class KangarooModel(nn.Module):
             texts.append(text)
         capacity = max(text.stop for text in texts)
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:
-            stages.keep_states = settings.keep_states
             yield from decode_texts(stages, texts, settings, ends)
 
     def _chains(self, settings: DecodeConfig) -> int:
