@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,8 @@ class Chat:
 
     def converse(self) -> None:
         """Answer what the user types until the end of input."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  # lets the user edit a line; Python has it where the system has
         print(HELP)
         turns: list[str] = []
         while True:
@@ -173,8 +175,8 @@ class Chat:
         """Answer the last turn; the conversation after it, or without it if it cannot be answered."""
         try:
             return [*turns, self.answer(turns, self.config.system)]
-        except ValueError as error:
-            print(f"dvirl: {error}", file=sys.stderr)
+        except DvirlError as error:
+            print(f"dvirl: {error} (/reset begins anew)", file=sys.stderr)
             return turns[:-1]
 
     def answer(self, turns: Sequence[str], system: str = "") -> str:
@@ -188,14 +190,15 @@ class Chat:
             The answer's text.
 
         Raises:
-            DvirlError: for turns that the chat format cannot spell.
-            ValueError: if the conversation is too long for the model's context.
+            DvirlError: for turns that the chat format cannot spell, or that are too long for the model's context.
         """
         session = self.session
         began = session.counters.answer_s
         prompt = session.loaded.chat.encode(turns, system)
-        prompt = check_prompt(prompt, session.loaded.model, session.config.max_new_tokens)
-        stream = session.stream(prompt)
+        try:
+            stream = session.stream(check_prompt(prompt, session.loaded.model, session.config.max_new_tokens))
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
         blocks: list[Verification] = []
         colours: list[str] = []
         text = ""

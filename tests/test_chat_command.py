@@ -141,10 +141,14 @@ def test_drafts_are_coloured_by_source_and_verdict(parts, capsys):
     assert chat.END in capsys.readouterr().out
 
 
-def test_a_turn_that_is_too_long_is_dropped_with_one_sentence(parts, capsys):
+def test_a_turn_that_is_too_long_is_dropped_with_one_sentence(parts, tmp_path, capsys):
     with chat.open_session(chat.parse_args([*parts, "--learn", "false"])) as session:
         assert chat.Chat(session, chat.ChatConfig())._turn(["a", "b", "z" * 400]) == ["a", "b"]
     assert "expected at most the model's context" in capsys.readouterr().err
+    (tmp_path / "log.txt").write_text("z" * 400)
+    assert cli.main(["chat", *parts, "--replay", str(tmp_path / "log.txt")]) == 2
+    captured = capsys.readouterr().err
+    assert "the model's context" in captured and len(captured.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

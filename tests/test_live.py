@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import EOS, in_child, random_prompts, scramble_lora, timeless, tiny_loaded
+from conftest import EOS, copied, in_child, random_prompts, scramble_lora, timeless, tiny_loaded
 from safetensors.torch import load_file
 from test_drafters import exported, trained
 
@@ -439,3 +439,19 @@ def test_a_prompt_that_cannot_be_read_leaves_the_session_as_it_was(drafter):
             with pytest.raises(ValueError, match=message):
                 live.answer(prompt)
         assert live.counters.answers == 0
+
+
+@pytest.mark.real
+def test_the_default_model_learns_and_answers_as_before(real):
+    """With the drafter in the box, in float32."""
+    config = LiveConfig(
+        max_new_tokens=24, source="learned", adaptive=False, draft_len=4, budget=0.9, threads=1
+    )
+    with LiveSession(copied(real), "smollm2-135m-k2", config) as live:
+        start = weights(live)
+        for name in ("merge", "split", "sort"):
+            prompt = real.chat.encode((f"Write a docstring for the Python function `{name}_lists(a, b)`.",))
+            plain = generate(real.model, [prompt], 24, real.eos_ids).responses()[0]
+            assert live.answer(prompt).tokens == plain
+        assert live.trainer.counters.step >= 2 and not same(weights(live), start)
+        assert live.counters.learning_share < 0.9
