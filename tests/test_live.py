@@ -445,7 +445,7 @@ def test_a_prompt_that_cannot_be_read_leaves_the_session_as_it_was(drafter):
 def test_the_default_model_learns_and_answers_as_before(real):
     """With the drafter in the box, in float32."""
     config = LiveConfig(
-        max_new_tokens=24, source="learned", adaptive=False, draft_len=4, budget=0.9, threads=1
+        max_new_tokens=24, source="learned", adaptive=False, draft_len=4, fast_batch=1, budget=0.9, threads=1
     )
     with LiveSession(copied(real), "smollm2-135m-k2", config) as live:
         start = weights(live)
