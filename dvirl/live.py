@@ -47,6 +47,8 @@ EVENTS = "live.jsonl"
 GUARDED_DRAFTS = 4
 """Drafts of a block by which the guard compares drafts."""
 KEPT_CHECKPOINTS = 2
+SAVED = 0.5
+"""Share of a gain in tokens a block that is taken for time saved; prompts and drafts take the rest."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class LiveConfig(Settings):
     """0 answers greedily; above 0 answers are sampled."""
     budget: float = number(0.1, 0, 0.9)
     """Share of the time that learning may take, of answering and learning together; 0 never learns."""
+    stake: float = number(0.03, 0, 0.9)
+    """Once the guard has looked: share of the time by which learning may exceed what it is seen to save."""
     lr: float = number(3e-4, 0, 1)
     """AdamW's rate. A few times as much forgets what the draft knew."""
     schedule: str = choice("kl", ("kl", "tv", "ce", "exact_pg"))
@@ -76,11 +80,11 @@ class LiveConfig(Settings):
     from which a reward has a biased gradient."""
     fast_batch: int = number(16, 1)
     """Number of accepted drafts after which an update on the newest answer is due."""
-    replay_every: int = number(4, 0)
+    replay_every: int = number(8, 0)
     """Number of updates after which an older answer is learned from again, so that it is not forgotten; 0 for never."""
     hold_every: int = number(4, 2)
     """One answer of so many is not learned from: the guard compares drafts on it."""
-    guard_answers: int = number(8, 1, 1024)
+    guard_answers: int = number(6, 1, 1024)
     """Number of such answers that the guard keeps, the newest."""
     guard_every: int = number(12, 1)
     """Number of updates after which the guard looks."""
@@ -196,7 +200,7 @@ class Guard:
 
         Returns:
             `verdict` ("back", "floor" for a new floor, or "" for neither), and the tokens a block of "live", "floor"
-            and "start" on the answers that are held.
+            and "start" on the answers that are held, before it.
         """
         live = self._live()
         best = self.floor
@@ -243,6 +247,7 @@ class LiveCounters:
     Attributes:
         answers: answers so far.
         answer_s, learn_s: seconds of answering and of learning so far, by the session's clock.
+        gain: the live draft's tokens a block over those of the beginning's, less 1, as the guard saw it; None before.
         unreplayed, unguarded, unsaved: updates since an older answer was replayed, since the guard looked, and since
             the last checkpoint.
         costs: seconds that an update, a replay and a look of the guard took last, by these names.
@@ -251,6 +256,7 @@ class LiveCounters:
     answers: int = 0
     answer_s: float = 0.0
     learn_s: float = 0.0
+    gain: float | None = None
     unreplayed: int = 0
     unguarded: int = 0
     unsaved: int = 0
@@ -417,7 +423,7 @@ class LiveSession:
         costs = self.counters.costs
         # The budget must hold if it takes as long as it did last time.
         learn_s = self.counters.learn_s + costs.get(kind, 0.0)
-        if not kind or learn_s > self.config.budget * (self.counters.answer_s + learn_s):
+        if not kind or learn_s > self._share() * (self.counters.answer_s + learn_s):
             return ""
         began = self._clock()
         self._merged.close()
@@ -429,6 +435,13 @@ class LiveSession:
             costs[kind] = seconds
         self._log(kind, seconds=seconds, **figures)
         return "back" if figures.get("verdict") == "back" else kind
+
+    def _share(self) -> float:
+        """Share of the time that learning may take now."""
+        config = self.config
+        gain = self.counters.gain
+        # Until the guard has looked nobody knows what learning is worth.
+        return config.budget if gain is None else min(config.budget, config.stake + SAVED * gain)
 
     def _due(self) -> str:
         """What is to be done next; the guard looks before the draft changes any further."""
@@ -456,6 +469,9 @@ class LiveSession:
         if kind == "guard":
             counters.unguarded = 0
             figures = self.guard.look()
+            best = max(figures["floor"], figures["start"])
+            now = best if figures["verdict"] == "back" else figures["live"]
+            counters.gain = max(0.0, now / figures["start"] - 1)
             if figures["verdict"] == "back":
                 trainer.fast_optimizer.state.clear()  # moments of a draft that is gone
             return figures

@@ -27,6 +27,7 @@ FIXED = dict(
     source="learned",
     adaptive=False,
     budget=0.9,
+    stake=0.9,
     fast_batch=1,
     hold_every=3,
     guard_every=3,
@@ -181,6 +182,22 @@ def test_the_budget_is_held(drafter, budget):
             total = live.counters.answer_s + live.counters.learn_s
             assert paid <= max(1.0, budget * total)
         assert (done[-1] > 3) == (budget > 0.25)
+
+
+def test_once_the_guard_has_looked_learning_costs_little_more_than_it_saves(drafter):
+    with session(drafter, budget=0.5, stake=0.1, lr=0.0) as live:
+        for prompt in PROMPTS * 3:
+            live.answer(prompt)
+        assert live.counters.gain == 0.0  # a rate of 0 teaches nothing
+        first = live.counters.learning_share
+        steps = live.trainer.counters.step
+        for prompt in PROMPTS * 3:
+            live.answer(prompt)
+        assert live.trainer.counters.step - steps < 3 and live.counters.learning_share < max(first, 0.2)
+        live.counters.gain = 0.6
+        assert live._share() == pytest.approx(0.4)
+        live.counters.gain = 3.0
+        assert live._share() == 0.5
 
 
 def test_an_update_waits_for_the_budget_and_learns_from_the_last_answers_alone(drafter):
