@@ -502,11 +502,13 @@ class LiveSession:
 
     def _log(self, event: str, **figures: Any) -> None:
         """A line of the session's log."""
-        if self._folder is not None:
-            line = {"answer": self.counters.answers, "event": event, "step": self.trainer.counters.step}
-            log_line(
-                self._folder / EVENTS, {**line, **figures, "learning_share": self.counters.learning_share}
-            )
+        if self._folder is None:
+            return
+        counters = self.counters
+        line = {"answer": counters.answers, "event": event, "step": self.trainer.counters.step, **figures}
+        for name in ("answer_s", "learn_s", "learning_share"):
+            line[name] = getattr(counters, name)
+        log_line(self._folder / EVENTS, line)
 
     # Checkpoints
 
