@@ -144,6 +144,11 @@ class ReplayBuffer:
         self.accepted_since_update = 0
         return batch
 
+    def skip_fresh(self, num_responses: int) -> None:
+        """Count the records of the most recent responses alone as fresh; the others are left to replay."""
+        recent = self._fields["response_id"] >= self._next_response - num_responses
+        self.num_fresh = min(self.num_fresh, int(recent.sum()))
+
     def recent(self, num_responses: int) -> TrainingBatch:
         """The records of the most recent responses."""
         recent = self._fields["response_id"] >= self._next_response - num_responses

@@ -12,6 +12,7 @@ COMMANDS = {
     "sgp": ("train_sgp", "fine-tune the shallow layers on supervised records (--help lists all settings)"),
     "distill": ("scale.distill", "train a draft at scale on self-written text (--help lists all settings)"),
     "prompts": ("data.selfwritten", "let a model write prompts of its own into a question file"),
+    "chat": ("chat", "talk to a model in the terminal, while its draft learns from the conversation"),
     "agreement": (
         "evaluation.agreement",
         "how often a drafter's argmax is the verifier's token, and how well it knows that",

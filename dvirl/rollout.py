@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.models.placement import fitting
 from dvirl.runs.errors import DvirlError
-from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -457,6 +457,66 @@ def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[tuple[in
             scored += [(first + depth, depth) for depth in range(block.num_drafted)]
         offset += max(response_len - 1, 0)
     return scored
+
+
+def decoded_rollout(prompt: Sequence[int], blocks: Sequence[Verification], max_new_tokens: int) -> Rollout:
+    """One response that was decoded step by step, as a batch of one.
+
+    Args:
+        prompt: token ids.
+        blocks: those of the response, the prefill's first, decoded with `DecodeConfig.keep_states`.
+        max_new_tokens: the length limit of the response.
+    """
+    hidden = torch.cat([block.verifier_hidden[: block.block_len] for block in blocks])
+    confidence = torch.cat([block.verifier_confidence[: block.block_len] for block in blocks])
+    committed = [token for block in blocks for token in block.committed]
+    return Rollout(
+        tokens=torch.tensor([[*prompt, *committed]], device=hidden.device),
+        prompt_lens=torch.tensor([len(prompt)], device=hidden.device),
+        response_lens=torch.tensor([len(committed)], device=hidden.device),
+        verifier_hidden=hidden[None],
+        verifier_confidence=confidence.to(hidden.device)[None],
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def decoded_records(rollout: Rollout, blocks: Sequence[Verification]) -> Records:
+    """The records of the learned drafts of a response that was decoded step by step, without a pass of any layer.
+
+    They are those of `judge` if all drafts were learned ones; a token that was looked up leaves none.
+
+    Args:
+        rollout: see `decoded_rollout`.
+        blocks: those that it was made of.
+    """
+    device = rollout.tokens.device
+    prompt_len = int(rollout.prompt_lens)
+    tokens = [DraftBlock().tokens]
+    exits = [rollout.verifier_hidden[0, :0]]
+    rewards: list[float] = []
+    positions: list[int] = []
+    depths: list[int] = []
+    for block in blocks:
+        # Of several chains each follows verified text up to its first reject; the main one may have lost.
+        chain = block.main_chain
+        scored = min(chain.num_drafted, chain.draft.num_learned, block.block_len)
+        start = block.start - prompt_len
+        tokens.append(chain.draft.tokens[:scored])
+        exits.append(chain.draft.exit_hidden[:scored].to(device))
+        rewards += [float(depth < chain.num_accepted) for depth in range(scored)]
+        positions += range(start, start + scored)
+        depths += range(scored)
+    position = torch.tensor(positions, dtype=torch.long, device=device)
+    return Records(
+        hidden=torch.cat(exits),
+        token=torch.cat(tokens).to(device),
+        reward=torch.tensor(rewards, device=device),
+        verifier_confidence=rollout.verifier_confidence[0, position],
+        verifier_token=rollout.tokens[0, prompt_len + position],
+        row=torch.zeros_like(position),
+        position=position,
+        depth=torch.tensor(depths, dtype=torch.long, device=device),
+    )
 
 
 def judge(

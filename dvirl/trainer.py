@@ -44,10 +44,18 @@ from dvirl.metrics import (
     drift,
     drift_suspected,
 )
-from dvirl.models.drafters import with_drafter
+from dvirl.models.drafters import LoadedDrafter, with_drafter
 from dvirl.models.loading import LoadedModel
 from dvirl.models.placement import fitting
-from dvirl.rollout import Answer, Rollout, draft_logits_at, draft_rollout, generate, score_drafts
+from dvirl.rollout import (
+    Answer,
+    Judgement,
+    Rollout,
+    draft_logits_at,
+    draft_rollout,
+    generate,
+    score_drafts,
+)
 from dvirl.runs import checkpoint, optim
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.loop import TrainingLoop
@@ -68,6 +76,7 @@ class DVITrainer(TrainingLoop):
         loaded: a freshly loaded model, which is changed in place.
         split: prompts.
         seeded: whether the random generators have been seeded already, by who loaded the model.
+        draft: a trained draft on this model, to go on with; by default the one that the settings describe.
 
     Attributes:
         buffer, baseline: the changing state besides the model and the optimizers; `counters`, `served`, `rates` and
@@ -84,21 +93,23 @@ class DVITrainer(TrainingLoop):
     unit = "prompt"
 
     def __init__(
-        self, config: DVIConfig, loaded: LoadedModel, split: PromptSplit, seeded: bool = False
+        self,
+        config: DVIConfig,
+        loaded: LoadedModel,
+        split: PromptSplit,
+        seeded: bool = False,
+        draft: LoadedDrafter | None = None,
     ) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints, config.tracker)
         if not seeded:
             checkpoint.seed_all(config.seed)
         self.split = split
         self.length = config.num_prompts
-        try:
-            loaded.model.set_exit_layer(config.exit_layer)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
-        self.peft_model, self.model = lora.attach_draft(loaded.model, config, self._count_tokens(), deep=True)
-        if config.start_from:
-            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
-            self.config = with_drafter(config, self.model)
+        if draft is None:
+            self._make_draft()
+        else:
+            self.peft_model = draft.peft_model
+            self.model = draft.model
         self.shallow = lora.shallow_parameters(self.model, config.lora_shallow)
         self.deep = lora.deep_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
@@ -112,6 +123,19 @@ class DVITrainer(TrainingLoop):
         self.served = Served()
         self.rates: list[float] = []
         self.answer: Answer = self._generate
+
+    def _make_draft(self) -> None:
+        """Put on the model what the settings describe: lora_S, lora_D and a draft, fresh or from a folder."""
+        config = self.config
+        base = self.loaded.model
+        try:
+            base.set_exit_layer(config.exit_layer)
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+        self.peft_model, self.model = lora.attach_draft(base, config, self._count_tokens(), deep=True)
+        if config.start_from:
+            checkpoint.load(Path(config.start_from), self.peft_model, self.model, draft_only=True)
+            self.config = with_drafter(config, self.model)
 
     def _refuse_too_large(self) -> None:
         """Say now, and not after hours, if the updates' batches do not fit into the memory."""
@@ -178,13 +202,17 @@ class DVITrainer(TrainingLoop):
                     group.tokens.device
                 )
                 learned = score_drafts(self.model, group, drafts, config.learn, noise)
-            self.served.add(group, served)
+            self.count(group, served)
             # Trap 2: accepted drafts alone have reward 1 everywhere, so all scored ones are kept, the reject too.
             # Accepted ones only count towards the trigger of the next update.
             records = learned.records if config.records == "all" else learned.records.accepted()
             self.buffer.add(records, group, served.records.num_accepted)
-            self.counters.prompts += len(group)
-            self.counters.tokens += group.num_tokens
+
+    def count(self, group: Rollout, served: Judgement) -> None:
+        """Count what was served on a group of responses."""
+        self.served.add(group, served)
+        self.counters.prompts += len(group)
+        self.counters.tokens += group.num_tokens
 
     def step(self) -> StepMetrics:
         """A fast update on the fresh records, its replays, and a slow update when one is due; their line of the log."""

@@ -15,7 +15,7 @@ from dvirl import cli
 from dvirl.evaluation import bench
 from dvirl.evaluation.bench import _speed, ways
 from dvirl.evaluation.measure import Answer, in_turn, timed
-from dvirl.evaluation.methods import GENERATE, PLAIN
+from dvirl.evaluation.methods import BRANCHES, GENERATE, PLAIN
 from dvirl.evaluation.questions import spread
 from dvirl.models import loading
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
@@ -151,7 +151,7 @@ def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeyp
 
 def test_the_ways_are_those_that_the_table_names():
     assert ways(6)[PLAIN] == DecodeConfig(0) and ways(6)["hybrid"] == DecodeConfig(
-        6, source="hybrid", adaptive=True
+        6, source="hybrid", adaptive=True, branches=BRANCHES
     )
 
 

@@ -124,6 +124,11 @@ ADDED = {
     "sweep": ("--dry_run", "-m dvirl.cli train"),
     "average-adapters": ("", "OUT\n"),
     "export": ("", "OUT\n"),
+    "chat": (
+        f"{TINY} --model_name model --draft RUN/drafter --run_dir OUT --learn true --max_new_tokens 8 "
+        "--adaptive false --replay prompts.txt",
+        "% of the time so far]",
+    ),
 }
 ALONE = {
     "study": "configs/study-objectives.yaml --minutes 0",
@@ -157,6 +162,7 @@ def room(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     for name in ("FILE", "question.jsonl"):
         write_questions(folder / name, ASKED[:2])
+    (folder / "prompts.txt").write_text("hello\nwhat is it?\n")
     write_rows(
         folder / "records.jsonl", [{"instruction": f"Say {n}", "response": "x" * n} for n in range(1, 13)]
     )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, tiny_kangaroo
+from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvirl.experiments.tape import Tape
-from dvirl.rollout import Records, generate, judge, replay_blocks
+from dvirl.rollout import (
+    Records,
+    decoded_records,
+    decoded_rollout,
+    generate,
+    judge,
+    replay_blocks,
+    verifier_states,
+)
 from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.generate import common_prefix
 
 LENGTH = 20
@@ -172,3 +181,73 @@ def test_a_tape_plays_the_same_answers_to_the_same_prompts():
 def test_bad_prompts_are_refused(prompts, length):
     with pytest.raises(ValueError, match="at least one token"):
         generate(tiny_kangaroo(0).base_model, prompts, length)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 6),
+    draft_len=st.integers(1, 6),
+    threshold=st.sampled_from([0.0, 0.3]),
+    drafter=st.sampled_from(["none", "layer"]),
+    target=st.sampled_from(["base", "adapted"]),
+)
+def test_records_of_decoded_blocks_are_those_of_a_rollout(seed, draft_len, threshold, drafter, target):
+    model = tiny_kangaroo(seed, 3, drafter=drafter, draft_vocab=range(200), deep_scale=0.3)
+    config = DecodeConfig(draft_len, threshold, target, keep_states=True)
+    for prompt in random_prompts(3, seed):
+        rollout = generate(model.base_model, [prompt], LENGTH, (EOS,), target)
+        judgement = judge(model, rollout, config)
+        decoded = model.generate(prompt, LENGTH, config, (EOS,))
+        found = decoded_rollout(prompt, decoded.blocks, LENGTH)
+        assert_same_records(decoded_records(found, decoded.blocks), judgement.records)
+        for name in ("tokens", "prompt_lens", "response_lens"):
+            assert torch.equal(getattr(found, name), getattr(rollout, name))
+        torch.testing.assert_close(found.verifier_hidden, rollout.verifier_hidden, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found.verifier_confidence, rollout.verifier_confidence, atol=1e-4, rtol=1e-4
+        )
+
+
+def records_from(prompt, blocks):
+    return decoded_records(decoded_rollout(prompt, blocks, LENGTH), blocks)
+
+
+def test_only_learned_drafts_leave_records(monkeypatch):
+    """Lookups leave none; where both were verified side by side, the learned chain does even if it lost."""
+    model = tiny_kangaroo(0, 3, lora=False, deep_scale=0.1)
+    prompt = [5, 6, 7, 8] * 5
+    looked_up = model.generate(prompt, LENGTH, DecodeConfig(3, source="lookup", keep_states=True))
+    assert not len(records_from(prompt, looked_up.blocks))
+    # The second chain knows what follows, so that it is never behind.
+    text = [*prompt, *looked_up.tokens]
+
+    def follows(policy):
+        length = len(policy._index.tokens)
+        return text[length : length + policy._room]
+
+    monkeypatch.setattr(BlockPolicy, "beside", follows)
+    config = DecodeConfig(3, source="hybrid", keep_states=True)
+    decoded = model.generate(prompt, LENGTH, config)
+    assert decoded.tokens == looked_up.tokens and any(block.draft.is_lookup for block in decoded.blocks)
+    records = records_from(prompt, decoded.blocks)
+    own = torch.tensor(decoded.tokens)[records.position]
+    assert torch.equal(records.verifier_token, own)
+    assert torch.equal(records.reward, (records.token == own).float())
+    assert 0 < records.num_accepted < len(records)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_states_are_kept_where_asked_for_alone(count, temperature, monkeypatch):
+    model = tiny_kangaroo(1, 3, deep_scale=0.3)
+    prompts = random_prompts(count, 1)
+    plain = model.generate_batch(prompts, LENGTH, DecodeConfig(3, temperature=temperature))
+    capture_passes(model, monkeypatch)
+    kept = model.generate_batch(prompts, LENGTH, DecodeConfig(3, temperature=temperature, keep_states=True))
+    assert all(not block.verifier_hidden.numel() for answer in plain for block in answer.blocks)
+    for prompt, answer, other in zip(prompts, kept, plain, strict=True):
+        assert answer.tokens == other.tokens
+        states = torch.cat([block.verifier_hidden[: block.block_len] for block in answer.blocks])
+        tokens = torch.tensor([[*prompt, *answer.tokens]])
+        expected = verifier_states(model.base_model, tokens, ["lora_S"])[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(states, expected, atol=2e-4, rtol=1e-4)

@@ -59,10 +59,12 @@ class LoadedDrafter(Draft):
     Attributes:
         peft_model: PEFT's view of the model, which holds lora_S.
         folder: where it was read.
+        settings: what drafts.
     """
 
     peft_model: PeftModel
     folder: Path
+    settings: DraftSettings
 
 
 def drafter_folder(name_or_folder: str | Path) -> Path:
@@ -156,7 +158,7 @@ def load_drafter(
         raise DvirlError(f"{folder}: {error}") from error
     checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
     model.requires_grad_(False)
-    return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder)
+    return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder, settings=settings)
 
 
 def open_draft(

@@ -15,7 +15,8 @@ COSINE_FLOOR = 0.1
 
 def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
     """AdamW without weight decay: the weights start as those of a good model and must not shrink towards zero."""
-    return AdamW(parameters, lr=lr, weight_decay=0.0)
+    # A list of parameters may be empty in a group, and not by itself.
+    return AdamW([{"params": list(parameters)}], lr=lr, weight_decay=0.0)
 
 
 def optimizer_tensors(**optimizers: Optimizer) -> dict[str, Tensor]:

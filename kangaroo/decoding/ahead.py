@@ -47,7 +47,7 @@ def plan_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> P
     """What each block of these texts drafts if the next blocks can run ahead, else None."""
     if stages.passes.graphs is None or not stages.passes.begun or config.target != "base":
         return None
-    if config.temperature or config.draft_temperature or config.deterministic:
+    if config.temperature or config.draft_temperature or config.deterministic or config.keep_states:
         return None
     plans = {text.policy.ahead() for text in texts if text.room}
     plan = plans.pop()
@@ -270,65 +270,90 @@ class _Blocks:
                 cache.lengths = before
 
     def _run(self, slots: int) -> tuple[Tensor, ...]:
-        stages, state, plan = self.stages, self.state, self.plan
+        state = self.state
         texts = len(state.own)
         rows = steps(texts, state.own.device)
         # A text that is over goes on within its row for nothing.
-        length = (state.start_at + state.right + 1).clamp(max=stages.deep.cache.capacity - plan.longest - 1)
-        state.block[:, :, 0] = state.own[rows, state.right]
+        most = self.stages.deep.cache.capacity - self.plan.longest - 1
+        length = (state.start_at + state.right + 1).clamp(max=most)
 
         # 1. Draft: the learned chain and its branches, and what a lookup knows.
-        floats: list[Tensor] = []
-        confidence = states = state.hidden[:, :0]
-        matched = state.start_at
-        # The lookup is small and runs beside the drafts.
-        aside = torch.cuda.Stream() if plan.looked_up and rows.is_cuda else None  # type: ignore[no-untyped-call]
-        if aside is not None:
-            aside.wait_stream(torch.cuda.current_stream())
-        if plan.looked_up:
-            with torch.cuda.stream(aside):
-                matched = self._look_up(length, slots)
-        if plan.learned:
-            drafts = self._draft(slots)
-            many = plan.learned_chains
-            state.block[:many, :, 1 : 1 + plan.learned] = drafts.tokens.view(many, texts, -1)
-            confidence = drafts.confidence.view(many, texts, -1)
-            floats += confidence
-            states = drafts.exit_states
-        if aside is not None:
-            torch.cuda.current_stream().wait_stream(aside)
+        state.block[:, :, 0] = state.own[rows, state.right]
+        matched, confidence, states = self._draft_all(length, slots)
 
         # 2. Verify: the last committed token and each chain.
-        first = length - 1
-        stages.passes.fixed = FixedShape(first.repeat(plan.chains), slots)
-        tokens = state.block.clamp(min=0) if plan.looked_up else state.block
-        hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
-        best, certainty = stages.deep.best(hidden)
-        own = best.view(plan.chains, texts, -1)
+        self.stages.passes.fixed = FixedShape((length - 1).repeat(self.plan.chains), slots)
+        tokens = state.block.clamp(min=0) if self.plan.looked_up else state.block
+        hidden = self.stages.deep(self.stages.base(tokens.flatten(0, 1)))
+        best, certainty = self.stages.deep.best(hidden)
+        own = best.view(self.plan.chains, texts, -1)
 
         # 3. Accept: the chain that goes furthest.
         counts = self._count_right(state.block[..., 1:], confidence, own)
         winner = counts.argmax(dim=0)
-        if plan.chains > 1:
-            row = (winner * texts + rows)[:, None]
-            places = first[:, None] + steps(plan.longest + 1, rows.device)
-            for stage in (stages.base, stages.deep):
-                stage.cache.share_from(row, places)
+        self._leave(length, counts, own[winner, rows])
+        if self.plan.chains > 1:
+            self._share(winner * texts + rows, length - 1)
+        if self.stages.feedback is not None:
+            state.hidden.copy_(hidden.view(self.plan.chains, texts, *hidden.shape[1:])[winner, rows])
+            states = states if self.plan.learned else state.hidden
 
-        # 4. Leave the state to the next block, and tell the host.
-        if plan.learned:  # the last draft was not read; with feedback all are read once more
-            drafted = 0 if stages.feedback is not None else counts[0].clamp(max=plan.learned - 1)
+        # 4. Tell the host: as bits, so that one transfer serves both kinds of numbers.
+        numbers = [state.own, matched[:, None], *state.block[..., 1:], *counts[..., None]]
+        floats = [*confidence, *certainty.view(own.shape)]
+        return torch.cat([torch.cat(numbers, 1).int(), torch.cat(floats, 1).view(torch.int32)], 1), states
+
+    def _draft_all(self, length: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Write all chains into the block.
+
+        Returns:
+            The tokens that matched before a lookup `[B]`, the confidence in learned drafts `[C, B, n]`, and the exit
+            states that they were made from `[C * B, n, D]`.
+        """
+        state = self.state
+        count = self.plan.learned
+        matched = state.start_at
+        confidence = state.block[:0].float()
+        states = state.hidden[:, :0]
+        # The lookup is small and runs beside the learned drafts.
+        aside = self._begin_aside()
+        if self.plan.looked_up:
+            with torch.cuda.stream(aside):
+                matched = self._look_up(length, slots)
+        if count:
+            many = self.plan.learned_chains
+            drafts = self._draft(slots)
+            state.block[:many, :, 1 : 1 + count] = drafts.tokens.view(many, -1, count)
+            confidence = drafts.confidence.view(many, -1, count)
+            states = drafts.exit_states
+        if aside is not None:
+            torch.cuda.current_stream().wait_stream(aside)
+        return matched, confidence, states
+
+    def _begin_aside(self) -> torch.cuda.Stream | None:
+        """A stream beside the current one, where it has something to do."""
+        if not self.plan.looked_up or not self.state.own.is_cuda:
+            return None
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        return aside
+
+    def _leave(self, length: Tensor, counts: Tensor, own: Tensor) -> None:
+        """Leave the state to the next block: texts of `length [B]` before it, accepted drafts `counts [C, B]`."""
+        state = self.state
+        if self.plan.learned:  # the last draft was not read; with feedback all are read once more
+            fed_back = self.stages.feedback is not None
+            drafted = 0 if fed_back else counts[0].clamp(max=self.plan.learned - 1)
             torch.add(length, drafted, out=state.read)
         state.start_at.copy_(length)
         torch.amax(counts, dim=0, out=state.right)
-        state.own.copy_(own[winner, rows])
-        if stages.feedback is not None:
-            state.hidden.copy_(hidden.view(plan.chains, texts, *hidden.shape[1:])[winner, rows])
-            states = states if plan.learned else state.hidden
-        numbers = [state.own, matched[:, None], *state.block[..., 1:], *counts[..., None]]
-        floats += certainty.view(own.shape)
-        # As bits: one transfer for both kinds of numbers.
-        return torch.cat([torch.cat(numbers, 1).int(), torch.cat(floats, 1).view(torch.int32)], 1), states
+        state.own.copy_(own)
+
+    def _share(self, row: Tensor, first: Tensor) -> None:
+        """Give the rows of all chains what the winning `row [B]` of each text has read from slot `first [B]` on."""
+        slots = first[:, None] + steps(self.plan.longest + 1, row.device)
+        for stage in (self.stages.base, self.stages.deep):
+            stage.cache.share_from(row[:, None], slots)
 
     def _draft(self, slots: int) -> Chain:
         """Learned drafts of all chains; the rows of all read what was committed."""

@@ -47,6 +47,8 @@ class DecodeConfig:
     deterministic: bool = False
     """Run every pass after the prefill with the same number of positions and cache slots, so that rounding does not
     depend on what is drafted: then bfloat16 gives plain decoding's tokens, too. A pass costs what its longest would."""
+    keep_states: bool = False
+    """Give the verifier's states with every verification, to learn from; such blocks do not run ahead of the host."""
 
     def __post_init__(self) -> None:
         if self.draft_len < 0:
@@ -125,6 +127,8 @@ class Verification:
         draft: the block; its first `num_drafted` entries are scored. Empty where a rollout replays blocks.
         verifier_confidence: `[n + 1]`, the verifier's probability of its own token at each position; likewise.
         beside: what became of the block's other chains; they commit nothing.
+        verifier_hidden: `[n + 1, D]`, the normed states from which the verifier chose its tokens; empty if they are not
+            kept.
     """
 
     start: int
@@ -134,6 +138,7 @@ class Verification:
     draft: DraftBlock = field(default_factory=DraftBlock)
     verifier_confidence: Tensor = field(default_factory=lambda: torch.empty(0))
     beside: tuple[Verification, ...] = ()
+    verifier_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     @property
     def main_chain(self) -> Verification:

@@ -50,6 +50,7 @@ def decode_texts(
         After each step what the texts commit, by their place in `texts`; nothing for texts that are over. The first
         verifications are the prefill's.
     """
+    stages.keep_states = config.keep_states
     running = dict(enumerate(texts))
     while any(text.room for text in running.values()):
         for results in _next_blocks(stages, list(running.values()), config):

@@ -10,7 +10,7 @@ Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocab
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -149,7 +149,10 @@ def accept(
     else:
         counts, next_token = sample_accepted(draft, [verified.logits[at] for at in rows], stages, config)
     blocks = [draft.block(place, stages) for place in chains]
-    return settled(start, blocks, counts, confidence, next_token)
+    outcome = settled(start, blocks, counts, confidence, next_token)
+    # A copy: the next pass writes over the states of a captured one.
+    states = verified.states[row + outcome.draft.chain * verified.texts, : len(outcome.draft.tokens) + 1]
+    return replace(outcome, verifier_hidden=states.clone())
 
 
 def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[int]]) -> tuple[list[int], int]:

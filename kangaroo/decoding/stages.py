@@ -190,24 +190,43 @@ Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 from."""
 
 
-@dataclass(frozen=True)
 class Chain:
     """Drafts of each row on the device.
 
     Attributes:
-        tokens, confidence: `[rows, n]`.
-        exit_states: `[rows, n, D]`, of the shallow layers, that each was made from.
         own_states: `[rows, D]` for each draft, of the drafter, that it was made from.
         probabilities: `[rows, V']` for each draft, what drawn drafts come from; `[rows, 1]` for argmax drafts.
         read: `[rows, T, D]` for each draft, the exit states of all tokens read for it.
     """
 
-    tokens: Tensor
-    confidence: Tensor
-    exit_states: Tensor
-    own_states: list[Tensor]
-    probabilities: list[Tensor]
-    read: list[Tensor]
+    def __init__(self) -> None:
+        self._tokens: list[Tensor] = []
+        self._confidence: list[Tensor] = []
+        self._exit_states: list[Tensor] = []
+        self.own_states: list[Tensor] = []
+        self.probabilities: list[Tensor] = []
+        self.read: list[Tensor] = []
+
+    def add(self, *draft: Tensor) -> None:
+        """Add the next draft: its tokens and confidence `[rows]`, the exit states and own states, and the other two."""
+        parts = (self._tokens, self._confidence, self._exit_states, self.own_states, self.probabilities)
+        for part, tensor in zip((*parts, self.read), draft, strict=True):
+            part.append(tensor)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Ids `[rows, n]`."""
+        return torch.stack(self._tokens, dim=1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The draft's, `[rows, n]`."""
+        return torch.stack(self._confidence, dim=1)
+
+    @property
+    def exit_states(self) -> Tensor:
+        """Of the shallow layers, that each was made from, `[rows, n, D]`."""
+        return torch.stack(self._exit_states, dim=1)
 
 
 @dataclass(frozen=True)
@@ -220,12 +239,14 @@ class Verified:
         tokens: `rows x (n + 1)` vocabulary ids, its argmax.
         confidence: `rows x (n + 1)`, its probability of them.
         logits: `[rows, n + 1, V]` float32; empty for greedy answers.
+        states: `[rows, n + 1, D]`, the normed states; `[rows, n + 1, 0]` if they are not kept.
         texts: B.
     """
 
     tokens: list[list[int]]
     confidence: list[list[float]]
     logits: Tensor
+    states: Tensor
     texts: int
 
 
@@ -250,6 +271,7 @@ class Stages:
         hidden_size: D.
         draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
         feedback: what the drafter reads of the verifier's states, if it does.
+        keep_states: whether verifications give the verifier's states.
     """
 
     shallow: Stage
@@ -260,6 +282,7 @@ class Stages:
     hidden_size: int
     draft_ids: Tensor | None = None
     feedback: Feedback | None = None
+    keep_states: bool = False
     # What blocks that run ahead of the host read and write.
     ahead: dict[Hashable, Any] = field(default_factory=dict)
     # A verification that the host has not looked at, and what was verified before it.
@@ -403,32 +426,23 @@ class Stages:
             choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
             uniform: `[rows, n]`.
         """
-        rows = steps(len(tokens), tokens.device)
-        chosen, sure, exits, own_states, probabilities, read = [], [], [], [], [], []
+        made = Chain()
         for step in range(count):
             states = self.shallow(tokens)  # [rows, T, D]
             hidden = self.drafter(states, feedback)
-            exit_states = states[rows, last] if step == 0 else states[:, 0]  # [rows, D]
-            own = hidden[rows, last] if step == 0 else hidden[:, 0]
+            place = (steps(len(tokens), tokens.device), last) if step == 0 else (slice(None), 0)
+            own = hidden[place]  # [rows, D]
             if choose and uniform is not None:
                 drafts, confidence, drawn_from = choose(own, uniform[:, step])
             else:
                 drafts, confidence = self._argmax(own, texts, depth + step)
                 drawn_from = confidence[:, None]
-            chosen.append(drafts)
-            sure.append(confidence)
-            exits.append(exit_states)
-            own_states.append(own)
-            probabilities.append(drawn_from)
-            read.append(states)
+            made.add(drafts, confidence, states[place], own, drawn_from, states)
             if step + 1 < count:  # the next draft is made after this one
                 self.passes.follow(last + 1 if step == 0 else 1)
                 tokens = drafts[:, None]
                 feedback = own[:, None]
-        found = torch.stack(chosen, dim=1)
-        return Chain(
-            found, torch.stack(sure, dim=1), torch.stack(exits, dim=1), own_states, probabilities, read
-        )
+        return made
 
     def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
@@ -499,9 +513,9 @@ class Stages:
         for cache in caches:
             cache.lengths = [len(row) for row in rows]
         self._before = [0] * len(rows)
-        chosen, logits, hidden = zip(*found, strict=True)
+        chosen, logits, kept, hidden = zip(*found, strict=True)
         padded = torch.nn.utils.rnn.pad_sequence([states[0] for states in hidden], batch_first=True)
-        return torch.cat(chosen, dim=1), torch.cat(logits), padded
+        return torch.cat(chosen, dim=1), torch.cat(logits), torch.cat(kept), padded
 
     def begin_verifying_states(self, states: Sequence[Tensor], sampled: bool) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
@@ -519,9 +533,9 @@ class Stages:
     def verified(self) -> Verified:
         """What the verification that was started says."""
         assert self._begun is not None
-        chosen, logits, self._hidden = self._begun
+        chosen, logits, kept, self._hidden = self._begun
         self._begun = None
-        return Verified(*unpacked(chosen), logits, len(self._before))
+        return Verified(*unpacked(chosen), logits, kept, len(self._before))
 
     def _verify(
         self,
@@ -542,19 +556,20 @@ class Stages:
             fed_back = hidden if self.feedback is not None else hidden[..., :0]
             if first:  # of the prompts only what follows their last token matters
                 hidden = hidden[torch.arange(len(hidden), device=hidden.device), extra[0]][:, None]
+            kept = hidden if self.keep_states else hidden[..., :0]
             if not sampled:
                 tokens, confidence = self.deep.best(hidden)
-                return packed(tokens[0], confidence), hidden[..., :0], fed_back
+                return packed(tokens[0], confidence), hidden[..., :0], kept, fed_back
             logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return packed(tokens, confidence), logits, fed_back
+            return packed(tokens, confidence), logits, kept, fed_back
 
         first = not self.passes.begun
         extra = [torch.tensor([count - 1 for count in counts])] if first else []
         if drafted is not None:
             extra = [drafted.chosen]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        name = ("verify", from_tokens, sampled, ahead, first, row)
+        name = ("verify", from_tokens, sampled, ahead, first, row, self.keep_states)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results

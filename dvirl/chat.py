@@ -1,0 +1,276 @@
+"""A conversation in the terminal, from which the draft learns: `dvirl chat`."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from dvirl.data.sources import Prompt, parse_jsonl
+from dvirl.live import LiveConfig, LiveSession
+from dvirl.metrics import Tally
+from dvirl.models.embedded import cache_root
+from dvirl.models.loading import DEFAULT_MODEL, load
+from dvirl.models.streaming import stream_text
+from dvirl.runs import errors, settings
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import numbered, parse_line, read_text, write_json
+from dvirl.runs.settings import choice, narrowed
+from kangaroo.decoding.blocks import Verification
+from kangaroo.decoding.inputs import check_prompt
+
+LEARNED = "\033[32m"
+"""Colour of accepted drafts of the shallow layers."""
+LOOKED_UP = "\033[36m"
+"""Colour of accepted drafts that were looked up; the verifier's own tokens have none."""
+REJECTED = "\033[9;31m"
+"""Colour of the draft that was rejected, struck out."""
+END = "\033[0m"
+DONE = {
+    "": "not learned",
+    "update": "learned",
+    "replay": "learned",
+    "guard": "draft checked",
+    "back": "went back to an earlier draft",
+    "checkpoint": "saved",
+}
+"""What `LiveSession.learn` did, in words."""
+HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+QUESTION = """May the draft learn from your conversations? It then gets faster at what you ask; answers stay the same.
+What you write is not stored, but the weights of the draft that are learned from it are, in {folder}.
+Learn (yes or no; Enter is yes)? """
+
+
+@dataclass(frozen=True)
+class ChatConfig(LiveConfig):
+    """A conversation: who answers, who drafts, and what is shown."""
+
+    run_dir: str = ""
+    """Folder of what the draft learned, from which the next conversation goes on; by default one in the cache."""
+    learn: str = choice("ask", ("ask", "true", "false"))
+    """Whether the draft learns from the conversation; ask: as answered the first time, and false without a terminal."""
+    show_blocks: bool = False
+    """Colour drafts: accepted ones green (learned) or cyan (looked up), the rejected one struck out, others plain."""
+    replay: str = ""
+    """File of prompts to answer in place of a conversation: one a line, or JSON lines with "prompt" or "turns"."""
+    draft: str = "smollm2-135m-k2"
+    """Name or folder of the drafter."""
+    model_name: str = DEFAULT_MODEL
+    """Embedded name, local folder or hub id of the model that answers; the drafter must be made for it."""
+    system: str = ""
+    """System text before the conversation; by default the model's own."""
+    chat_format: str = "auto"
+    """auto, template (the model's own), chatml, llama-2, llama-3, vicuna, zephyr or none."""
+    dtype: str = "auto"
+    """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+parse_args = partial(settings.parse_args, ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")
+"""Settings from flags; see `settings.parse_args`."""
+
+
+def main(config: ChatConfig) -> None:
+    """Converse in the terminal, or answer the prompts of a file.
+
+    Raises:
+        DvirlError: for a bad setting, model, drafter or file.
+    """
+    prompts = read_replay(config.replay) if config.replay else []
+    with open_session(config) as session:
+        chat = Chat(session, config)
+        if config.replay:
+            for prompt in prompts:
+                print(f"> {prompt.turns[-1]}")
+                chat.answer(prompt.turns, prompt.system or config.system)
+        else:
+            chat.converse()
+
+
+def open_session(config: ChatConfig) -> LiveSession:
+    """The session of a conversation, its model loaded."""
+    folder = config.run_dir or str(cache_root() / "live" / Path(config.draft).name)
+    live = replace(narrowed(LiveConfig, config), run_dir=folder)
+    if not wants_to_learn(config.learn, folder):
+        live = replace(live, budget=0.0)
+    model = load(config.model_name, config.dtype, config.device, config.chat_format)
+    return LiveSession(model, config.draft, live)
+
+
+def wants_to_learn(learn: str, folder: str) -> bool:
+    """Whether the user wants the draft to learn: as the flag says, as answered before, or as answered now."""
+    if learn != "ask":
+        return learn == "true"
+    path = cache_root() / "chat.json"
+    if path.exists():
+        return bool(parse_line(str(path), read_text(path), dict).get("learn"))
+    if not sys.stdin.isatty():
+        return False
+    wanted = input(QUESTION.format(folder=folder)).strip().lower() in ("", *settings.TRUE)
+    write_json(path, {"learn": wanted})
+    return wanted
+
+
+def read_replay(path: str) -> list[Prompt]:
+    """The prompts of a file: one a line, or one JSON object a line as `dvirl train` reads them.
+
+    Raises:
+        DvirlError: for a line that is neither, or a file without prompts.
+    """
+    prompts = []
+    for where, line in numbered(path, read_text(path)):
+        try:
+            is_json = line.lstrip().startswith("{")
+            prompts.append(parse_jsonl(parse_line(where, line)) if is_json else Prompt((line.strip(),)))
+        except DvirlError as error:
+            text = str(error)
+            raise DvirlError(text if text.startswith(where) else f"{where}: {text}") from error
+    if not prompts:
+        raise DvirlError(f"{path}: no prompts there; expected one a line")
+    return prompts
+
+
+class Chat:
+    """Answers turn by turn and prints what comes.
+
+    Args:
+        session: answers.
+        config: what is shown.
+    """
+
+    def __init__(self, session: LiveSession, config: ChatConfig) -> None:
+        self.session = session
+        self.config = config
+
+    def converse(self) -> None:
+        """Answer what the user types until the end of input."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  # lets the user edit a line; Python has it where the system has
+        print(HELP)
+        turns: list[str] = []
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:  # at the prompt it only drops the line
+                print()
+                continue
+            if text == "/exit":
+                return
+            if text == "/reset":
+                turns = []
+            elif text.startswith("/"):
+                print(HELP)
+            elif text:
+                turns = self._turn([*turns, text])
+
+    def _turn(self, turns: list[str]) -> list[str]:
+        """Answer the last turn; the conversation after it, or without it if it cannot be answered."""
+        try:
+            return [*turns, self.answer(turns, self.config.system)]
+        except DvirlError as error:
+            print(f"dvirl: {error} (/reset begins anew)", file=sys.stderr)
+            return turns[:-1]
+
+    def answer(self, turns: Sequence[str], system: str = "") -> str:
+        """Print the answer to a conversation as it comes, and a line of figures; Ctrl-C ends the answer.
+
+        Args:
+            turns: user, assistant, user, …
+            system: a system text before them.
+
+        Returns:
+            The answer's text.
+
+        Raises:
+            DvirlError: for turns that the chat format cannot spell, or that are too long for the model's context.
+        """
+        session = self.session
+        began = session.counters.answer_s
+        prompt = session.loaded.chat.encode(turns, system)
+        try:
+            stream = session.stream(check_prompt(prompt, session.loaded.model, session.config.max_new_tokens))
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+        blocks: list[Verification] = []
+        colours: list[str] = []
+        text = ""
+        # A signal is noted and waits: it must not fall into an update.
+        with stoppable() as stop:
+            tokens = self._tokens(stream, blocks, colours, stop)
+            for place, piece in enumerate(stream_text(session.loaded.tokenizer, tokens)):
+                text += piece
+                colour = colours[place] if place < len(colours) else ""
+                print(f"{colour}{piece}{END}" if colour else piece, end="", flush=True)
+            stream.close()  # type: ignore[attr-defined]  # it is a generator
+            print()
+            learned = session.learn()
+        print(self._figures(blocks, session.counters.answer_s - began, learned))
+        return text
+
+    def _tokens(
+        self,
+        stream: Iterator[Verification],
+        blocks: list[Verification],
+        colours: list[str],
+        stop: threading.Event,
+    ) -> Iterator[Verification]:
+        """Every token as a block of its own; fills `blocks` with the whole ones, `colours` with one text a token."""
+        for block in stream:
+            blocks.append(block)
+            for place, token in enumerate(block.committed):
+                colours.append(self._colour(block, place) if self.config.show_blocks else "")
+                yield Verification(block.start + place, (token,), 0, 0)
+            if stop.is_set():
+                return
+
+    def _colour(self, block: Verification, place: int) -> str:
+        """What is printed before a token: its colour and, before a correction, the draft that was rejected."""
+        draft = block.draft
+        if place < block.num_accepted:
+            is_learned = place < draft.num_learned
+            return LEARNED if is_learned else LOOKED_UP
+        if block.num_drafted == block.num_accepted:
+            return ""
+        rejected = self.session.loaded.tokenizer.decode([int(draft.tokens[place])])
+        return f"{REJECTED}{rejected}{END}"
+
+    def _figures(self, blocks: Sequence[Verification], seconds: float, learned: str) -> str:
+        """The line after an answer."""
+        tally = Tally()
+        tally.count(blocks[1:])  # the first one is the prefill's
+        tokens = sum(block.block_len for block in blocks)
+        line = f"[{tokens / max(seconds, 1e-9):.1f} tokens/s, {tally.mat:.2f} tokens a block"
+        if self.session.config.budget:
+            share = self.session.counters.learning_share
+            line += f"; {DONE[learned]}, {100 * share:.0f} % of the time so far"
+        return line + "]"
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """Note Ctrl-C in the event rather than raise it, in the main thread."""
+    stop = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

@@ -1,0 +1,545 @@
+"""Live learning: a draft that goes on learning from the answers that it serves.
+
+A session answers prompts, and between two answers it spends a bounded share of the time on the draft::
+
+    for block in session.stream(prompt):    # draft and verify; the verifier's states are kept
+        ...
+    session.learn()                         # an update or a look of the guard, if the budget allows it
+
+What verification has computed for an answer becomes the records: the drafts that it scored, the verifier's tokens and
+its states. So no update runs the deep layers. Updates, buffer and log are the trainer's (`dvirl.trainer`). A guard
+keeps the draft of the beginning and the last good one, and goes back to the better of them when the live one is worse.
+
+The user's text stays in memory unless `keep_text` is set.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dvirl.buffer import ReplayBuffer
+from dvirl.config import DraftSettings, DVIConfig
+from dvirl.data.stream import PromptSplit, PromptStream
+from dvirl.metrics import Tally
+from dvirl.models.drafters import LoadedDrafter, load_drafter
+from dvirl.models.loading import LoadedModel
+from dvirl.rollout import Judgement, Rollout, decoded_records, decoded_rollout, join, judge
+from dvirl.runs import checkpoint
+from dvirl.runs import folder as run_folder
+from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import cut_log, keep_lines, log_line
+from dvirl.runs.settings import MANY, Settings, choice, number, read_yaml
+from dvirl.trainer import DVITrainer
+from kangaroo.decoding.blocks import SOURCES, DecodeConfig, Verification
+from kangaroo.decoding.generate import Decoded
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.published import is_published
+
+EVENTS = "live.jsonl"
+"""The session's log: answers, updates, looks of the guard and checkpoints, in numbers."""
+GUARDED_DRAFTS = 4
+"""Drafts of a block by which the guard compares drafts."""
+KEPT_CHECKPOINTS = 2
+SAVED = 0.5
+"""Share of a gain in tokens a block that is taken for time saved; prompts and drafts take the rest."""
+
+
+@dataclass(frozen=True)
+class LiveConfig(Settings):
+    """How a session answers, and how it learns."""
+
+    run_dir: str = ""
+    """Folder that keeps what was learned, from which the next session goes on; without one nothing is kept."""
+    keep_text: bool = False
+    """Also keep prompts, answers and the buffer on the disk; off, they are in memory alone."""
+    max_new_tokens: int = number(256, 2)
+    """Length limit of an answer."""
+    draft_len: int = number(8, 1, 64)
+    """Number of tokens drafted before a verification, at most."""
+    source: str = choice("hybrid", SOURCES)
+    """What drafts: learned, lookup or hybrid; only learned drafts can be learned from."""
+    adaptive: bool = True
+    """Choose source and length of each block by what pays; off, blocks are as long as they can be."""
+    temperature: float = number(0.0, 0, 100)
+    """0 answers greedily; above 0 answers are sampled."""
+    budget: float = number(0.1, 0, 0.9)
+    """Share of the time that learning may take, of answering and learning together; 0 never learns."""
+    stake: float = number(0.03, 0, 0.9)
+    """Once the guard has looked: share of the time by which learning may exceed what it is seen to save."""
+    lr: float = number(3e-4, 0, 1)
+    """AdamW's rate. A few times as much forgets what the draft knew."""
+    schedule: str = choice("kl", ("kl", "tv", "ce", "exact_pg"))
+    """Objective of an update, as in `dvirl train`: one that asks the verifier alone. Served drafts are argmax drafts,
+    from which a reward has a biased gradient."""
+    fast_batch: int = number(16, 1)
+    """Number of accepted drafts after which an update on the newest answer is due."""
+    replay_every: int = number(8, 0)
+    """Number of updates after which an older answer is learned from again, so that it is not forgotten; 0 for never."""
+    hold_every: int = number(4, 2)
+    """One answer of so many is not learned from: the guard compares drafts on it."""
+    guard_answers: int = number(6, 1, 1024)
+    """Number of such answers that the guard keeps, the newest."""
+    guard_every: int = number(12, 1)
+    """Number of updates after which the guard looks."""
+    guard_margin: float = number(0.02, 0, 1)
+    """Share of its tokens a block by which the live draft may be worse before the session goes back."""
+    checkpoint_every: int = number(50, 1)
+    """Number of updates between checkpoints; one is always written at the end."""
+    seed: int = number(0, 0, 2**62)
+    """Of sampled answers, and of what is replayed."""
+    threads: int = number(2, 1, 1024)
+    """Number of torch's CPU threads."""
+
+    @property
+    def decode(self) -> DecodeConfig:
+        """How answers are decoded."""
+        how = DecodeConfig(self.draft_len, source=self.source, adaptive=self.adaptive)
+        return replace(how, temperature=self.temperature, keep_states=self.budget > 0)
+
+
+def training_settings(config: LiveConfig, drafter: LoadedDrafter, name: str) -> DVIConfig:
+    """The trainer's settings for a session; `name` is the drafter's, as it was given."""
+    draft = {spec.name: getattr(drafter.settings, spec.name) for spec in fields(DraftSettings)}
+    draft["model_name"] = drafter.loaded.name
+    draft["device"] = str(drafter.loaded.model.device)
+    draft["run_dir"] = config.run_dir or "memory"
+    for shared in ("seed", "threads", "max_new_tokens", "draft_len", "schedule", "fast_batch"):
+        draft[shared] = getattr(config, shared)
+    return DVIConfig(
+        **draft,
+        start_from=name,
+        num_prompts=int(MANY),  # nobody knows when a session ends
+        actions="argmax",
+        replay=0,
+        slow_every=0,
+        lr_shallow=config.lr,
+        lr_schedule="constant",
+        warmup_steps=0,
+        tracker="none",
+    )
+
+
+@dataclass
+class KeptDraft:
+    """A draft to go back to: its trained weights, and what it does on the guard's answers, the first ones first."""
+
+    weights: list[Tensor]
+    tallies: list[Tally] = field(default_factory=list)
+
+    @property
+    def mat(self) -> float:
+        """Tokens a block on all of them."""
+        committed = sum(tally.committed for tally in self.tallies)
+        return committed / max(1, sum(tally.blocks for tally in self.tallies))
+
+
+class Guard:
+    """Drafts to go back to, and recent answers on which they are compared with the live one.
+
+    Args:
+        model: drafts.
+        parameters: those that learn.
+        size: number of answers that are kept.
+        margin: share of its tokens a block by which the live draft may be worse.
+
+    Attributes:
+        held: the answers, which nobody learns from, without the verifier's states.
+        start, floor: the draft of the beginning, and the last good one.
+    """
+
+    def __init__(
+        self, model: KangarooModel, parameters: Sequence[nn.Parameter], size: int, margin: float
+    ) -> None:
+        self._model = model
+        self._parameters = parameters
+        self._size = size
+        self._margin = margin
+        self.held: list[Rollout] = []
+        self.start = self._live()
+        self.floor = self.start
+
+    def _live(self) -> KeptDraft:
+        """A copy of the draft as it is now."""
+        return KeptDraft([parameter.detach().clone() for parameter in self._parameters])
+
+    @torch.no_grad()
+    def put(self, draft: KeptDraft) -> None:
+        """Make it the live draft."""
+        for parameter, weight in zip(self._parameters, draft.weights, strict=True):
+            parameter.copy_(weight)
+
+    def hold(self, rollout: Rollout) -> None:
+        """Keep an answer; beyond the number the oldest goes."""
+        self.held.append(replace(rollout, verifier_hidden=rollout.verifier_hidden[..., :0]))
+        if len(self.held) > self._size:
+            self.held.pop(0)
+            for draft in {id(draft): draft for draft in (self.start, self.floor)}.values():
+                draft.tallies = draft.tallies[1:]
+
+    def _measure(self, draft: KeptDraft) -> float:
+        """Tokens a block of a draft, which becomes the live one; it is judged on each answer once."""
+        self.put(draft)
+        new = self.held[len(draft.tallies) :]
+        # One pass of shallow layers and drafter over the verifier's text judges all positions.
+        rows = judge(self._model, join(new), DecodeConfig(GUARDED_DRAFTS)).blocks if new else []
+        for blocks in rows:
+            tally = Tally()
+            tally.count(blocks)
+            draft.tallies.append(tally)
+        return draft.mat
+
+    def look(self) -> dict[str, Any]:
+        """Compare the live draft with those that are kept, and go back if it is clearly worse than one of them.
+
+        Returns:
+            `verdict` ("back", "floor" for a new floor, or "" for neither), and the tokens a block of "live", "floor"
+            and "start" on the answers that are held, before it.
+        """
+        live = self._live()
+        best = self.floor
+        means = {name: self._measure(getattr(self, name)) for name in ("start", "floor")}
+        means["live"] = self._measure(live)
+        if means["start"] > means["floor"]:
+            best = self.start  # as after a change of what is asked
+        verdict = ""
+        if live.mat < (1 - self._margin) * best.mat:
+            verdict = "back"
+            self.put(best)
+            self.floor = best
+        elif live.mat > self.floor.mat:
+            verdict = "floor"
+            self.floor = live
+        return {"verdict": verdict, **means}
+
+    def tensors(self, keep_text: bool) -> dict[str, Tensor]:
+        """The floor's weights and, with `keep_text`, the answers."""
+        tensors = {}
+        if self.floor is not self.start:
+            tensors = {f"guard.floor.{index}": weight for index, weight in enumerate(self.floor.weights)}
+        if keep_text and self.held:
+            held = vars(join(self.held)).items()
+            tensors |= {f"guard.held.{name}": value for name, value in held if isinstance(value, Tensor)}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], max_new_tokens: int) -> None:
+        """Restore what `tensors` gave; what was measured is measured again when it is needed."""
+        if "guard.floor.0" in tensors:
+            self.floor = KeptDraft(
+                [tensors[f"guard.floor.{index}"] for index in range(len(self._parameters))]
+            )
+        prefix = "guard.held."
+        held = {name.removeprefix(prefix): value for name, value in tensors.items() if prefix in name}
+        if held:
+            self.held = list(Rollout(**held, max_new_tokens=max_new_tokens).groups(1))
+
+
+@dataclass
+class LiveCounters:
+    """How far a session is; in every checkpoint.
+
+    Attributes:
+        answers: answers so far.
+        answer_s, learn_s: seconds of answering and of learning so far, by the session's clock.
+        gain: the live draft's tokens a block over those of the beginning's, less 1, as the guard saw it; None before.
+        unreplayed, unguarded, unsaved: updates since an older answer was replayed, since the guard looked, and since
+            the last checkpoint.
+        costs: seconds that an update, a replay and a look of the guard took last, by these names.
+    """
+
+    answers: int = 0
+    answer_s: float = 0.0
+    learn_s: float = 0.0
+    gain: float | None = None
+    unreplayed: int = 0
+    unguarded: int = 0
+    unsaved: int = 0
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def learning_share(self) -> float:
+        """Share of the time that went into learning."""
+        return self.learn_s / max(1e-9, self.answer_s + self.learn_s)
+
+
+class LiveSession:
+    """Answers prompts with drafts, and lets the draft learn from its own verifications. A context manager.
+
+    Args:
+        model: freshly loaded; it is changed in place.
+        drafter: name or folder of what drafts, as in `load_drafter`.
+        config: all settings.
+        clock: seconds from some moment on. With blocks that are not adaptive, what is learned depends on nothing else
+            that differs between two runs.
+
+    Attributes:
+        model: the model with its draft.
+        trainer: makes the updates; holds buffer, baseline and optimizer.
+        guard: what the session goes back to.
+        counters: how far it is.
+
+    Raises:
+        DvirlError: for a drafter that cannot learn here. Entering the context: if `run_dir` is in use, or holds a run
+            of another model or drafter.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        drafter: str | Path,
+        config: LiveConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or LiveConfig()
+        self.loaded = model
+        draft = load_drafter(drafter, model)
+        # Its records would need the verifier's states of the prompt as well.
+        if draft.model.feedback or is_published(draft.folder):
+            raise DvirlError(f"{drafter}: expected a drafter of dvirl without feedback, to learn live")
+        self.model = draft.model
+        settings = training_settings(self.config, draft, str(drafter))
+        no_prompts = PromptSplit(PromptStream([[0]], None), [])  # they come from people
+        self.trainer = DVITrainer(settings, model, no_prompts, seeded=True, draft=draft)
+        config = self.config
+        self.guard = Guard(self.model, self.trainer.shallow, config.guard_answers, config.guard_margin)
+        self.counters = LiveCounters()
+        self._clock = clock
+        self._folder = Path(config.run_dir) if config.run_dir and config.budget else None
+        self._open = ExitStack()
+        self._merged = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as on_error:
+            on_error.push(self._open)
+            if self._folder is not None:
+                self._open.enter_context(run_folder.run_lock(self._folder))
+                self._start(self._folder)
+            on_error.pop_all()
+        self._merge()
+        self.model.block_policy(self.config.decode)  # adaptive blocks need the costs of steps, measured once
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._merged.close()
+        with self._open:
+            # What another error has left half-done is no state to go on from.
+            if self.counters.answers and (error is None or isinstance(error, KeyboardInterrupt | DvirlError)):
+                self.save_checkpoint()
+
+    def _start(self, folder: Path) -> None:
+        """Begin the log of a new folder, or go on from the newest checkpoint of one."""
+        path = folder / "config.yaml"
+        settings = self.trainer.config
+        if path.exists():
+            before = run_folder.run_settings(folder)
+            same = {"start_from": settings.start_from}
+            run_folder.refuse_other_settings(path, before, same, "choose another run_dir")
+            fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
+            if not self.loaded.is_made_of(fingerprint):
+                raise DvirlError(f"{path}: learned with the model {fingerprint}; choose another run_dir")
+            if any(folder.glob("checkpoints/step-*")):
+                self._load(checkpoint.newest(folder))
+        run_folder.write_config(folder, settings, self.loaded, live=asdict(self.config))
+        # Lines after the checkpoint are written again.
+        (folder / "metrics.jsonl").touch()
+        cut_log(folder / "metrics.jsonl", self.trainer.counters.step)
+        keep_lines(folder / EVENTS, lambda line: line["answer"] <= self.counters.answers)
+
+    # Answers
+
+    def answer(self, prompt: Sequence[int]) -> Decoded:
+        """Answer a prompt, then learn if something is due and affordable; arguments and errors as in `stream`."""
+        blocks = list(self.stream(prompt))
+        self.learn()
+        return Decoded([token for block in blocks for token in block.committed], blocks)
+
+    def stream(self, prompt: Sequence[int]) -> Iterator[Verification]:
+        """Answer a prompt, yielding each block as it is committed; an answer that is broken off counts so far.
+
+        Args:
+            prompt: token ids.
+
+        Raises:
+            ValueError: for a prompt that `check_prompt` refuses, or logits that are not finite.
+        """
+        config = self.config
+        seed = config.seed + self.counters.answers
+        ends = self.loaded.eos_ids
+        decoding = self.model.decode_blocks(prompt, config.max_new_tokens, config.decode, ends, seed=seed)
+        blocks: list[Verification] = []
+        try:
+            while True:
+                with self._timed("answer_s"):
+                    block = next(decoding, None)
+                if block is None:
+                    break
+                blocks.append(block)
+                yield block
+        finally:
+            decoding.close()  # type: ignore[attr-defined]  # it is a generator
+            if blocks:
+                self._take(list(prompt), blocks)
+
+    def _take(self, prompt: list[int], blocks: list[Verification]) -> None:
+        """Take in what the verification of one answer has shown."""
+        counters = self.counters
+        counters.answers += 1
+        if not self.config.budget:
+            return
+        tally = Tally()
+        tally.count(blocks[1:])  # the first one is the prefill's
+        with self._timed("learn_s"):
+            rollout = decoded_rollout(prompt, blocks, self.config.max_new_tokens)
+            records = decoded_records(rollout, blocks)
+            self.trainer.count(rollout, Judgement(records, [blocks[1:]]))
+            # What the guard judges by must not have been learned from.
+            if counters.answers % self.config.hold_every == 0:
+                self.guard.hold(rollout)
+            else:
+                self.trainer.buffer.add(records, rollout)
+        text = {}
+        if self.config.keep_text:
+            decode = self.loaded.tokenizer.decode
+            text = {"prompt": decode(prompt), "response": decode(rollout.responses()[0])}
+        self._log("answer", tokens=rollout.num_tokens, mat=tally.mat, **text)
+
+    # Learning
+
+    def learn(self) -> str:
+        """Do what is due if the budget allows it: an update, a replay, a look of the guard, or a checkpoint.
+
+        Returns:
+            What was done: "update", "replay", "guard", "back" (the guard went back), "checkpoint", or "" for nothing.
+        """
+        kind = self._due()
+        costs = self.counters.costs
+        # The budget must hold if it takes as long as it did last time.
+        learn_s = self.counters.learn_s + costs.get(kind, 0.0)
+        if not kind or learn_s > self._share() * (self.counters.answer_s + learn_s):
+            return ""
+        began = self._clock()
+        self._merged.close()
+        figures = self._do(kind)
+        self._merge()  # here and not in the next answer, so that it counts as learning
+        seconds = self._clock() - began
+        if kind != "checkpoint":  # its own time cannot stand in it
+            self.counters.learn_s += seconds
+            costs[kind] = seconds
+        self._log(kind, seconds=seconds, **figures)
+        return "back" if figures.get("verdict") == "back" else kind
+
+    def _share(self) -> float:
+        """Share of the time that learning may take now."""
+        config = self.config
+        gain = self.counters.gain
+        # Until the guard has looked nobody knows what learning is worth.
+        return config.budget if gain is None else min(config.budget, config.stake + SAVED * gain)
+
+    def _due(self) -> str:
+        """What is to be done next; the guard looks before the draft changes any further."""
+        counters = self.counters
+        config = self.config
+        if counters.unguarded >= config.guard_every and self.guard.held:
+            return "guard"
+        if self._folder is not None and counters.unsaved >= config.checkpoint_every:
+            return "checkpoint"
+        if config.replay_every and counters.unreplayed >= config.replay_every:
+            return "replay"
+        return "update" if self.trainer.buffer.due(config.fast_batch) else ""
+
+    def _do(self, kind: str) -> dict[str, Any]:
+        """Do one of these things; its figures."""
+        trainer = self.trainer
+        counters = self.counters
+        if kind == "checkpoint":
+            self.save_checkpoint()
+            return {}
+        if kind == "replay":
+            counters.unreplayed = 0
+            trainer.replay_update(trainer.buffer.sample_responses(1, trainer.generator))
+            return {}
+        if kind == "guard":
+            counters.unguarded = 0
+            figures = self.guard.look()
+            best = max(figures["floor"], figures["start"])
+            now = best if figures["verdict"] == "back" else figures["live"]
+            counters.gain = max(0.0, now / figures["start"] - 1)
+            if figures["verdict"] == "back":
+                trainer.fast_optimizer.state.clear()  # moments of a draft that is gone
+            return figures
+        # Many small updates learn more than few large ones in the same time; what is passed over can be replayed.
+        trainer.buffer.skip_fresh(1)
+        metrics = asdict(trainer.step())
+        counters.unreplayed += 1
+        counters.unguarded += 1
+        counters.unsaved += 1
+        if self._folder is not None:
+            log_line(self._folder / "metrics.jsonl", metrics)
+        return {"loss": metrics["loss"]}
+
+    def _merge(self) -> None:
+        """Merge the adapters and pack the weights for the answers to come."""
+        self._merged.enter_context(self.model.base_model.merged())
+        with self.model.decoding(1):
+            pass
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to one of the counters."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            setattr(self.counters, name, getattr(self.counters, name) + self._clock() - began)
+
+    def _log(self, event: str, **figures: Any) -> None:
+        """A line of the session's log."""
+        if self._folder is None:
+            return
+        counters = self.counters
+        line = {"answer": counters.answers, "event": event, "step": self.trainer.counters.step, **figures}
+        for name in ("answer_s", "learn_s", "learning_share"):
+            line[name] = getattr(counters, name)
+        log_line(self._folder / EVENTS, line)
+
+    # Checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint: all of the state, but without `keep_text` nothing that the text could be read from."""
+        if self._folder is None:
+            return
+        self.counters.unsaved = 0
+        trainer = self.trainer
+        state = trainer.state_dict()
+        # The program's global random generators are not ours; nothing draws from them here.
+        left_out = ["rng."]
+        if not self.config.keep_text:
+            # Tokens are text, and so are the verifier's states: its head turns them into tokens.
+            left_out.append("buffer.")
+            state["numbers"]["buffer"] = ReplayBuffer(1).state_dict()["numbers"]
+        tensors = self.guard.tensors(self.config.keep_text)
+        for name, value in state["tensors"].items():
+            if not name.startswith(tuple(left_out)):
+                tensors[name] = value
+        numbers = {**state["numbers"], "random": None, "live": asdict(self.counters)}
+        whole = {"tensors": tensors, "numbers": numbers}
+        checkpoint.save(self._folder, trainer.counters.step, trainer.peft_model, trainer.model, whole)
+        checkpoint.prune(self._folder, KEPT_CHECKPOINTS)
+
+    def _load(self, folder: Path) -> None:
+        """Go on from a checkpoint; without its text the buffer and the guard's answers begin empty."""
+        state = checkpoint.load(folder, self.trainer.peft_model, self.model)
+        random = checkpoint.random_state()
+        state["tensors"] |= random["tensors"]
+        state["numbers"]["random"] = random["numbers"]
+        self.trainer.load_state_dict(state)
+        self.guard.load(state["tensors"], self.config.max_new_tokens)
+        self.counters = LiveCounters(**state["numbers"]["live"])

@@ -1,0 +1,474 @@
+"""Live learning: what a session learns, when, what it goes back to, and what it leaves on the disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import EOS, copied, in_child, random_prompts, scramble_lora, timeless, tiny_loaded
+from safetensors.torch import load_file
+from test_drafters import exported, trained
+
+from dvirl.data.stream import PromptSplit, PromptStream
+from dvirl.live import KeptDraft, LiveConfig, LiveSession, training_settings
+from dvirl.models.drafters import export, load_drafter
+from dvirl.rollout import generate, judge
+from dvirl.runs.checkpoint import newest
+from dvirl.runs.errors import DvirlError
+from dvirl.trainer import DVITrainer
+from kangaroo.decoding.blocks import DecodeConfig
+
+FIXED = dict(
+    max_new_tokens=16,
+    draft_len=3,
+    source="learned",
+    adaptive=False,
+    budget=0.9,
+    stake=0.9,
+    fast_batch=1,
+    hold_every=3,
+    guard_every=3,
+    guard_answers=2,
+    checkpoint_every=2,
+    threads=1,
+)
+"""Settings by which sessions of tiny models learn at once, and the same in every run."""
+PROMPTS = [[*prompt, 9, 9] for prompt in random_prompts(14, 3)]
+
+
+class Clock:
+    """Goes on by one second whenever it is read."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        self.seconds += 1.0
+        return self.seconds
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+    """The folder of a drafter for the tiny model; some of what it drafts is right."""
+    loaded = tiny_loaded(deep_scale=0.1)
+    model, peft_model, config = trained(loaded, draft_vocab=0)
+    model._start_from_base()
+    scramble_lora(model, ["lora_S"], 0.02)
+    folder = tmp_path_factory.mktemp("drafter") / "d"
+    export(folder, peft_model, model, config, loaded)
+    return folder
+
+
+def session(drafter, **changes):
+    return LiveSession(
+        tiny_loaded(deep_scale=0.1), drafter, LiveConfig(**{**FIXED, **changes}), clock=Clock()
+    )
+
+
+def weights(live):
+    return [parameter.detach().clone() for parameter in live.trainer.shallow]
+
+
+def same(first, second):
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "live.jsonl").read_text().splitlines()]
+
+
+# What it learns
+
+
+def test_updates_are_those_of_the_trainer_on_the_same_records(drafter):
+    """The offline trainer judges the verifier's text anew, with passes of its own."""
+    offline = load_drafter(drafter, tiny_loaded(deep_scale=0.1))
+    config = training_settings(LiveConfig(**FIXED), offline, str(drafter))
+    trainer = DVITrainer(config, offline.loaded, PromptSplit(PromptStream([[0]], None), []), draft=offline)
+    with session(drafter, guard_every=100, replay_every=0) as live:
+        before = weights(live)
+        for number, prompt in enumerate(PROMPTS[:8], start=1):
+            live.answer(prompt)
+            rollout = generate(offline.model.base_model, [prompt], 16, (EOS,))
+            judgement = judge(offline.model, rollout, DecodeConfig(3))
+            trainer.count(rollout, judgement)
+            if number % 3:
+                trainer.buffer.add(judgement.records, rollout)
+                if trainer.buffer.due(1):
+                    trainer.step()
+        assert live.trainer.counters.step == trainer.counters.step > 3
+        assert live.trainer.baseline.value == pytest.approx(trainer.baseline.value)
+        assert not same(weights(live), before)
+        for own, expected in zip(weights(live), trainer.shallow, strict=True):
+            torch.testing.assert_close(own, expected.detach(), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"source": "hybrid"}, {"schedule": "tv"}])
+def test_answers_are_plain_decodings_whatever_is_learned(drafter, changes):
+    with session(drafter, lr=0.05, **changes) as live:
+        for prompt in PROMPTS:
+            expected = generate(live.model.base_model, [prompt], 16, (EOS,)).responses()[0]
+            assert live.answer(prompt).tokens == expected
+        assert live.trainer.counters.step > 2
+
+
+def test_it_gets_better_at_what_it_is_asked(tmp_path):
+    """Two prompts, asked again and again: more of the drafts are accepted, and the guard takes the draft for good."""
+    exported(tmp_path / "d", tiny_loaded(deep_scale=0.1), draft_vocab=0)
+    with session(tmp_path / "d", lr=0.01, guard_every=5, max_new_tokens=32) as live:
+        means = []
+        for turn in range(60):
+            blocks = live.answer(PROMPTS[turn % 2]).blocks[1:]
+            means.append(sum(block.block_len for block in blocks) / len(blocks))
+        assert sum(means[-10:]) > 1.3 * sum(means[:10])
+        assert live.guard.floor is not live.guard.start
+
+
+def test_sampled_answers_are_learned_from_too(drafter):
+    with session(drafter, temperature=0.8) as live:
+        for prompt in PROMPTS[:6]:
+            live.answer(prompt)
+        assert live.trainer.counters.step > 1
+        assert live.answer(PROMPTS[0]).tokens != live.answer(PROMPTS[0]).tokens
+
+
+def test_held_back_answers_are_not_learned_from(drafter):
+    with session(drafter) as live:
+        for prompt in PROMPTS[:6]:
+            live.answer(prompt)
+        held = [rollout.prompts()[0] for rollout in live.guard.held]
+        assert held == [PROMPTS[2], PROMPTS[5]]
+        learned = live.trainer.buffer.recent(100)
+        prompts = [
+            row[:length].tolist() for row, length in zip(learned.tokens, learned.prompt_lens, strict=True)
+        ]
+        assert prompts and not any(prompt in held for prompt in prompts)
+
+
+def test_an_answer_that_is_broken_off_counts_as_far_as_it_came(drafter):
+    with session(drafter) as live:
+        stream = live.stream(PROMPTS[0])
+        blocks = [next(stream), next(stream)]
+        stream.close()
+        assert live.counters.answers == 1 and live.trainer.counters.tokens == sum(b.block_len for b in blocks)
+        assert len(live.answer(PROMPTS[1]).tokens)
+
+
+def test_without_a_budget_nothing_is_kept_and_nothing_is_written(drafter, tmp_path):
+    with session(drafter, budget=0.0, run_dir=str(tmp_path / "run")) as live:
+        before = weights(live)
+        blocks = live.answer(PROMPTS[0]).blocks
+        assert live.learn() == "" and same(weights(live), before) and not len(live.trainer.buffer)
+        assert not any(block.verifier_hidden.numel() for block in blocks)
+    assert not (tmp_path / "run").exists()
+
+
+# The budget
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.3])
+def test_the_budget_is_held(drafter, budget):
+    """By a clock by which a block, an update and taking an answer in last a second each."""
+    with session(drafter, budget=budget) as live:
+        done = []
+        for prompt in PROMPTS * 4:
+            live.answer(prompt)
+            done.append(live.trainer.counters.step)
+            # What is learned from is copied at every answer, without asking.
+            paid = live.counters.learn_s - live.counters.answers
+            total = live.counters.answer_s + live.counters.learn_s
+            assert paid <= max(1.0, budget * total)
+        assert (done[-1] > 3) == (budget > 0.25)
+
+
+def test_once_the_guard_has_looked_learning_costs_little_more_than_it_saves(drafter):
+    with session(drafter, budget=0.5, stake=0.1, lr=0.0) as live:
+        for prompt in PROMPTS * 3:
+            live.answer(prompt)
+        assert live.counters.gain == 0.0  # a rate of 0 teaches nothing
+        first = live.counters.learning_share
+        steps = live.trainer.counters.step
+        for prompt in PROMPTS * 3:
+            live.answer(prompt)
+        assert live.trainer.counters.step - steps < 3 and live.counters.learning_share < max(first, 0.2)
+        live.counters.gain = 0.6
+        assert live._share() == pytest.approx(0.4)
+        live.counters.gain = 3.0
+        assert live._share() == 0.5
+
+
+def test_an_update_waits_for_the_budget_and_learns_from_the_last_answers_alone(drafter):
+    with session(drafter, budget=0.5) as live:
+        live.answer(PROMPTS[0])
+        live.counters.costs["update"] = 1e6
+        for prompt in PROMPTS[1:5]:
+            live.answer(prompt)
+        assert live.trainer.counters.step == 1 and live.trainer.buffer.num_fresh > 16
+        live.counters.costs["update"] = 0.0
+        seen = []
+        update = live.trainer.fast_update
+        live.trainer.fast_update = lambda batch: seen.append(batch) or update(batch)
+        assert live.learn() == "update" and len(seen[0].tokens) == 1
+        assert seen[0].tokens[0, : len(PROMPTS[4])].tolist() == PROMPTS[4]
+
+
+# The guard
+
+
+def test_the_guard_goes_back_to_the_last_good_draft(drafter):
+    with session(drafter, lr=0.01, guard_every=4, max_new_tokens=32) as live:
+        for turn in range(40):
+            live.answer(PROMPTS[turn % 2])
+        live._merged.close()
+        while live.guard.look()["verdict"] != "":
+            pass
+        floor = live.guard.floor
+        assert floor is not live.guard.start and live.trainer.fast_optimizer.state
+        with torch.no_grad():
+            for parameter in live.trainer.shallow:
+                parameter.add_(torch.randn_like(parameter))
+        live._merge()
+        live.counters.unguarded = 4
+        assert live.learn() == "back"
+        assert same(weights(live), floor.weights) and not live.trainer.fast_optimizer.state
+        tokens = live.answer(PROMPTS[0]).tokens  # decoding has the old weights at once
+        assert tokens == generate(live.model.base_model, [PROMPTS[0]], 32, (EOS,)).responses()[0]
+
+
+def test_the_guard_goes_back_to_the_beginning_where_that_is_better(drafter):
+    """As after a change of domain: the last good draft was good at something else."""
+    with session(drafter) as live:
+        start = weights(live)
+        for prompt in PROMPTS[:2]:
+            live.guard.hold(generate(live.model.base_model, [prompt], 16, (EOS,)))
+        with torch.no_grad():
+            for parameter in live.trainer.shallow:
+                parameter.add_(torch.randn_like(parameter))
+        live.guard.floor = KeptDraft(weights(live))
+        figures = live.guard.look()
+        assert figures["verdict"] == "back" and figures["start"] > figures["floor"] == figures["live"]
+        assert same(weights(live), start) and live.guard.floor is live.guard.start
+        again = live.guard.look()
+        assert (
+            again["verdict"] == "" and again["live"] == again["floor"] == again["start"] == figures["start"]
+        )
+
+
+def test_what_the_guard_measures_is_what_drafting_commits(drafter):
+    with session(drafter) as live:
+        rollouts = [generate(live.model.base_model, [prompt], 16, (EOS,)) for prompt in PROMPTS[:2]]
+        for rollout in rollouts:
+            live.guard.hold(rollout)
+        blocks = [
+            block
+            for prompt in PROMPTS[:2]
+            for block in live.model.generate(prompt, 16, DecodeConfig(4), (EOS,)).blocks[1:]
+        ]
+        assert live.guard.look()["live"] == pytest.approx(sum(b.block_len for b in blocks) / len(blocks))
+
+
+# Going on
+
+
+def numbers(folder):
+    return timeless_all(json.loads((folder / "trainer.json").read_text()))
+
+
+def timeless_all(values):
+    """Without seconds of the machine's clock, at any depth; those of the session's own clock stay."""
+    own = values.pop("live")
+    values = {name: timeless(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {**values, "live": own}
+
+
+@pytest.mark.parametrize("killed_after", [3, 5, 8])
+def test_a_killed_session_goes_on_as_if_nothing_had_happened(drafter, tmp_path, killed_after):
+    changes = dict(keep_text=True, checkpoint_every=1, budget=0.6)
+
+    def run(folder, stop=None):
+        with session(drafter, run_dir=str(tmp_path / folder), **changes) as live:
+            for number in range(live.counters.answers, 10):
+                stream = live.stream(PROMPTS[number])
+                next(stream)
+                if number == stop:
+                    os._exit(9)  # in the middle of an answer
+                list(stream)
+                live.learn()
+
+    run("whole")
+    assert in_child(lambda: run("killed", killed_after)) == 9 << 8
+    assert 0 < events(tmp_path / "killed")[-1]["answer"] <= killed_after
+    run("killed")
+    whole, killed = newest(tmp_path / "whole"), newest(tmp_path / "killed")
+    assert whole.name == killed.name and numbers(whole) == numbers(killed)
+    for name in ("trainer.safetensors", "drafter.safetensors", "lora_S/adapter_model.safetensors"):
+        first, second = load_file(whole / name), load_file(killed / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert events(tmp_path / "whole") == events(tmp_path / "killed")
+
+
+def test_without_text_a_session_goes_on_with_its_weights_and_an_empty_buffer(drafter, tmp_path):
+    changes = dict(run_dir=str(tmp_path / "run"), lr=0.01)
+    with session(drafter, **changes) as live:
+        for prompt in PROMPTS[:9]:
+            live.answer(prompt)
+        before, moments = weights(live), live.trainer.fast_optimizer.state_dict()["state"]
+        floor = live.guard.floor.weights
+        counters, baseline = vars(live.counters), live.trainer.baseline.value
+    with session(drafter, **changes) as again:
+        assert same(weights(again), before) and same(again.guard.floor.weights, floor)
+        assert {**vars(again.counters), "unsaved": 0} == {**counters, "unsaved": 0}
+        assert again.trainer.baseline.value == baseline
+        state = again.trainer.fast_optimizer.state_dict()["state"]
+        assert state.keys() == moments.keys()
+        assert all(torch.equal(state[key]["exp_avg_sq"], moments[key]["exp_avg_sq"]) for key in state)
+        assert not len(again.trainer.buffer) and not again.guard.held
+        for prompt in PROMPTS[:4]:
+            again.answer(prompt)
+        assert again.trainer.counters.step > live.trainer.counters.step
+
+
+def test_an_error_leaves_the_last_checkpoint_as_it_was(drafter, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError), session(drafter, run_dir=str(folder), checkpoint_every=100) as live:
+        live.answer(PROMPTS[0])
+        raise RuntimeError
+    assert not list(folder.glob("checkpoints/step-*"))
+
+
+# What is on the disk
+
+
+def spellings(live, prompt, response):
+    """The forms in which a text could lie in a file: characters, ids as numbers of several sizes, and JSON."""
+    for ids in (prompt, response):
+        yield live.loaded.tokenizer.decode(ids).encode()
+        yield ", ".join(map(str, ids)).encode()
+        yield ",".join(map(str, ids)).encode()
+        yield "\n".join(map(str, ids)).encode()
+        for dtype in (torch.int16, torch.int32, torch.int64):
+            yield torch.tensor(ids, dtype=dtype).numpy().tobytes()
+    states = generate(live.model.base_model, [prompt], 16, (EOS,)).verifier_hidden[0]
+    yield from (state.numpy().tobytes() for state in states)
+
+
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_the_users_text_is_on_the_disk_only_where_asked_for(drafter, tmp_path, keep_text):
+    with session(drafter, run_dir=str(tmp_path), keep_text=keep_text, guard_every=2) as live:
+        prompt = live.loaded.chat.encode(("my secret word is xylophone",))
+        for _ in range(8):
+            response = live.answer(prompt).tokens
+        assert live.trainer.counters.step and live.guard.held
+        looked_for = list(spellings(live, prompt, response))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "live.jsonl",
+        "trainer.safetensors",
+    }
+    content = b"\0".join(path.read_bytes() for path in files)
+    found = [text for text in looked_for if text in content]
+    assert bool(found) == keep_text and (b"xylophone" in content) == keep_text
+    if keep_text:
+        line = [line for line in events(tmp_path) if line["event"] == "answer"][-1]
+        assert line["answer"] == 8 and "xylophone" in line["prompt"]
+
+
+def test_the_log_says_what_was_done_and_what_it_cost(drafter, tmp_path):
+    with session(drafter, run_dir=str(tmp_path), replay_every=2) as live:
+        for prompt in PROMPTS * 2:
+            live.answer(prompt)
+        counters = live.counters
+    lines = events(tmp_path)
+    assert sum(line["event"] == "answer" for line in lines) == 2 * len(PROMPTS) == counters.answers
+    assert {line["event"] for line in lines} == {"answer", "update", "replay", "guard", "checkpoint"}
+    assert sum(line["event"] == "update" for line in lines) == live.trainer.counters.step
+    guard = next(line for line in lines if line["event"] == "guard")
+    assert guard["verdict"] in ("", "floor", "back") and guard["live"] >= 1 and guard["seconds"] > 0
+    assert all(0 <= line["learning_share"] < 1 for line in lines)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == list(range(1, live.trainer.counters.step + 1))
+    assert all(math.isfinite(line["loss"]) for line in steps)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 1.0}, "budget is 1.0; expected a number from 0 to 0.9"),
+        ({"schedule": "reinforce"}, "schedule is 'reinforce'"),
+        ({"hold_every": 1}, "hold_every is 1"),
+        ({"source": "magic"}, "source is 'magic'"),
+        ({"max_new_tokens": 1}, "max_new_tokens is 1"),
+    ],
+)
+def test_bad_settings_are_one_sentence(changes, message):
+    with pytest.raises(DvirlError, match=message):
+        LiveConfig(**changes)
+
+
+def test_drafters_that_cannot_learn_live_are_refused(drafter, tmp_path):
+    exported(tmp_path / "f", tiny_loaded(), feedback=True)
+    with pytest.raises(DvirlError, match="expected a drafter of dvirl without feedback"):
+        session(tmp_path / "f")
+    with pytest.raises(DvirlError, match="no drafter 'nowhere'"):
+        session("nowhere")
+
+
+def test_a_folder_of_something_else_is_refused(drafter, tmp_path):
+    with session(drafter, run_dir=str(tmp_path / "run")) as live:
+        live.answer(PROMPTS[0])
+        with (
+            pytest.raises(DvirlError, match="in use by process"),
+            session(drafter, run_dir=str(tmp_path / "run")),
+        ):
+            pass
+    other = tmp_path / "other"
+    exported(other, tiny_loaded(deep_scale=0.1), exit_layer=1)
+    with (
+        pytest.raises(DvirlError, match="other settings: start_from"),
+        session(other, run_dir=str(tmp_path / "run")),
+    ):
+        pass
+    path = tmp_path / "run/config.yaml"
+    path.write_text(path.read_text().replace("sha256:tiny", "sha256:else"))
+    with (
+        pytest.raises(DvirlError, match="learned with the model sha256:else"),
+        session(drafter, run_dir=str(tmp_path / "run")),
+    ):
+        pass
+
+
+def test_a_prompt_that_cannot_be_read_leaves_the_session_as_it_was(drafter):
+    with session(drafter) as live:
+        for prompt, message in (
+            ([], "the prompt is empty"),
+            ([1] * 300, "300 tokens"),
+            ([10**6], "the token 1000000"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                live.answer(prompt)
+        assert live.counters.answers == 0
+
+
+@pytest.mark.real
+def test_the_default_model_learns_and_answers_as_before(real):
+    """With the drafter in the box, in float32."""
+    config = LiveConfig(
+        max_new_tokens=24, source="learned", adaptive=False, draft_len=4, fast_batch=1, budget=0.9, threads=1
+    )
+    with LiveSession(copied(real), "smollm2-135m-k2", config) as live:
+        start = weights(live)
+        for name in ("merge", "split", "sort"):
+            prompt = real.chat.encode((f"Write a docstring for the Python function `{name}_lists(a, b)`.",))
+            plain = generate(real.model, [prompt], 24, real.eos_ids).responses()[0]
+            assert live.answer(prompt).tokens == plain
+        assert live.trainer.counters.step >= 2 and not same(weights(live), start)
+        assert live.counters.learning_share < 0.9
