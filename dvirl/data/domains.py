@@ -1,0 +1,35 @@
+"""Prompts of one domain, made of what every Python has: requests for the docstrings of its own library."""
+
+import inspect
+import random
+from importlib import import_module
+
+MODULES = (
+    "argparse ast base64 bisect calendar codecs collections colorsys compileall configparser contextlib "
+    "copy csv dataclasses datetime difflib dis doctest email.utils enum filecmp fileinput fnmatch fractions functools "
+    "getopt getpass gettext glob gzip hashlib heapq html http.cookiejar imaplib inspect ipaddress json keyword linecache "
+    "locale logging mimetypes operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib "
+    "posixpath pprint profile py_compile quopri random re reprlib runpy sched secrets shelve shlex shutil socket stat "
+    "statistics string subprocess symtable sysconfig tempfile textwrap threading timeit tokenize trace traceback tty types "
+    "typing unittest.mock urllib.parse urllib.request uuid warnings wave webbrowser weakref xml.etree.ElementTree zipfile"
+).split()
+"""Modules whose functions are asked about."""
+
+
+def docstring_prompts(count: int, seed: int = 0) -> list[str]:
+    """Requests for the docstring of a function, each of another function of Python's library, shuffled.
+
+    Args:
+        count: number of prompts; fewer if the library has fewer functions.
+        seed: of the order.
+    """
+    heads = []
+    for name in MODULES:
+        module = import_module(name)
+        for function, value in inspect.getmembers(module, inspect.isfunction):
+            if value.__module__ == name and not function.startswith("_"):
+                heads.append(f"def {function}{inspect.signature(value)}:")
+    # Some heads name an address in memory, which no two programs share.
+    heads = [head for head in dict.fromkeys(heads) if " at 0x" not in head]
+    random.Random(seed).shuffle(heads)
+    return [f"Write a short docstring for this Python function.\n\n{head}" for head in heads[:count]]
