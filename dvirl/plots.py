@@ -226,8 +226,9 @@ def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None
         layout="constrained",
     ) as (row,):
         for axes, task in zip(row, tasks, strict=True):
-            methods = figures[figures.task == task].set_index("method").loc[names]
-            for place, method in enumerate(methods.itertuples()):
+            # Not every task asks every method.
+            for method in figures[figures.task == task].itertuples():
+                place = names.index(method.method)
                 colour = PALETTE[place % len(PALETTE)]
                 axes.plot([method.low, method.high], [place, place], color=colour)
                 axes.plot([method.speedup], [place], "o", color=colour, zorder=4)
