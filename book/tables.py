@@ -104,7 +104,9 @@ def evaluation(machine: str) -> str:
     rows = []
     for method, text in METHODS.items():
         cells = [found[name].get(method) for name in SETS]
-        speeds = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "" for one in cells]
+        speeds = [
+            f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "" for one in cells
+        ]
         mats = ", ".join(f"{one['mat']:.2f}" for one in cells if one)
         rows.append([text, *speeds, mats])
     counts = [f"{text}, {found[name]['plain']['questions']}" for name, text in SETS.items()]

@@ -16,7 +16,9 @@ FROZEN = "frozen"
 LIVE = "live"
 
 
-def serve_both(model_name: str, drafter: str, dtype: str, prompts: Sequence[str], config: LiveConfig) -> pd.DataFrame:
+def serve_both(
+    model_name: str, drafter: str, dtype: str, prompts: Sequence[str], config: LiveConfig
+) -> pd.DataFrame:
     """Answer a stream of prompts with the draft as it is and with one that learns, in a changing order.
 
     Args:
