@@ -300,10 +300,10 @@ class KangarooModel(nn.Module):
 
         Several texts share each pass, so that a long block of one text is paid for by all: their blocks are fixed.
         """
-        if batch_size > 1 and config.adaptive:
-            return BlockPolicy(replace(config, branches=0))
         if not config.adaptive:
             return BlockPolicy(config)
+        if batch_size > 1:
+            return BlockPolicy(replace(config, branches=0))
         if config not in self._policies:
             self._policies[config] = AdaptivePolicy(config, self.step_costs(config.draft_len))
         return self._policies[config]

@@ -145,6 +145,13 @@ def test_a_lookup_on_the_device_is_that_of_the_host(texts, count):
         assert not length or found[row].tolist() == expected
 
 
+def test_a_text_that_has_grown_beyond_what_is_read_stays_within_it():
+    """A text that is over goes on within its row while others of its batch are read; nothing is looked up outside."""
+    held = torch.tensor([[NONE] * LONGEST_NGRAM + [5, 6, 7, 5, 6, 7, 5, 6]])
+    found, matched = look_up(held, torch.tensor([40]), 7)
+    assert found.shape == (1, 7) and int(matched) <= LONGEST_NGRAM
+
+
 def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
     """In bfloat16 a library rounds by the shape of the whole batch; the padding of others must not be seen."""
     model = tiny_kangaroo(2, drafter="layer", lora=False).to(torch.bfloat16)

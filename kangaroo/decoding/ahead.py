@@ -104,11 +104,11 @@ def look_up(text: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Tokens `[B, count]`, and how many matched before them, `[B]`; without a match the tokens mean nothing.
     """
-    before = text.unfold(1, LONGEST_NGRAM, 1)[
-        :, :-1
-    ]  # [B, S, LONGEST_NGRAM], the tokens before each position
+    # The tokens before each position, [B, S, LONGEST_NGRAM].
+    before = text.unfold(1, LONGEST_NGRAM, 1)[:, :-1]
     size = before.shape[1]
-    ending = before[steps(len(text), text.device), lengths.clamp(max=size - 1)]
+    lengths = lengths.clamp(max=size - 1)  # a text that is over may have grown beyond what is read
+    ending = before[steps(len(text), text.device), lengths]
     matched = (before == ending[:, None]).flip(-1).cumprod(dim=-1).sum(dim=-1)
     position = steps(size, text.device)
     # The longest match, and of these the last one.
@@ -124,7 +124,7 @@ class _Look:
     """One block's outcome on its way to the host.
 
     Attributes:
-        numbers: see `_Blocks._block`.
+        numbers: see `_Numbers`.
         arrived: says when they are there; None without a GPU.
         states: `[rows, n, D]`, the exit states that the learned drafts were made from; without any `[B, T, D]`, the
             verifier's.
@@ -450,7 +450,6 @@ class _Blocks:
         read = [0 if done else length for done, length in zip(over, self.state.read.tolist(), strict=True)]
         for stage in (stages.shallow, stages.drafter):
             stage.cache.lengths = read
-            stage.cache.truncate(read)
         if stages.feedback is not None:
             counts = [count + 1 if text.room else 0 for count, text in zip(right, texts, strict=True)]
             stages.feedback.verified(self.state.hidden, range(len(texts)), counts)
