@@ -184,7 +184,7 @@ class _Objective(nn.Module):
         shares = 0.0
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(exit_hidden, verifier_hidden, self.depths)
+            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths)
             for depth, state in enumerate(states):
                 logits = self.model.head_logits(state.flatten(0, 1)[positions])
                 losses = distillation_loss(logits, target, index, self.ce_weight)
