@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
 METHODS = {
-    "generate": "Hugging Face's `generate`",
+    "generate": "`generate` of transformers 4.33.3",
     "pld": "prompt lookup (`pld`)",
     "kangaroo": "early exit, threshold 0.6 (`kangaroo`)",
     "dvi": "learned draft, adaptive (`dvi`)",
@@ -64,11 +64,11 @@ def default_run() -> str:
         if one["num_drafted"]
     ]
     plain = f"plain decoding: {found['plain']['tok_per_s']:.1f} tokens a second"
-    return table(["draft", "accept rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
+    return table(["draft", "acceptance rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
 
 
 def objectives() -> str:
-    """Accept rate and calibration error by objective, from nothing and from a distilled start."""
+    """Acceptance rate and calibration error by objective, from nothing and from a distilled start."""
     found = read("study-objectives")["summary"]
     names = [name.removeprefix("untrained/") for name in found if name.startswith("untrained/")]
     names.sort(key=lambda name: -found[f"untrained/{name}"]["accept_rate"]["mean"])
@@ -88,7 +88,7 @@ def objectives() -> str:
 
 
 def exit_layers() -> str:
-    """Accept rate by exit layer and drafter."""
+    """Acceptance rate by exit layer and drafter."""
     found = {
         name.removeprefix("untrained/"): one for name, one in read("study-exit-layers")["summary"].items()
     }
@@ -190,7 +190,7 @@ def default_seeds() -> str:
     keys = {"accept_rate_before": 3, "accept_rate": 3, "mat": 2, "agreement": 3}
     rows = [[name, f"{one['tokens']['mean']:,.0f}", *(spread(one[key], digits) for key, digits in keys.items())]
             for name, one in found.items()]  # fmt: skip
-    return table(["", "response tokens", "accept rate before", "after", "mat after", "agreement after"], rows)
+    return table(["", "response tokens", "acceptance rate before", "after", "mat after", "agreement after"], rows)
 
 
 def traps() -> str:
@@ -200,7 +200,7 @@ def traps() -> str:
         [name, *(spread(one[key]) for key in ("accept_rate_before", "accept_rate"))]
         for name, one in found.items()
     ]
-    return table(["", "accept rate before", "after"], rows)
+    return table(["", "acceptance rate before", "after"], rows)
 
 
 def slow_update() -> str:
@@ -212,7 +212,7 @@ def slow_update() -> str:
         drift = [spread(one["drift_kl"]) if "drift_kl" in one else "0", f"{ppl:,.1f}"]
         rows.append([name.removeprefix("untrained/"), spread(one["accept_rate"]), *drift])
     return table(
-        ["target, slow_every, beta_kl", "accept rate", "drift, nats a token", "perplexity of replies"], rows
+        ["target, slow_every, beta_kl", "acceptance rate", "drift, nats a token", "perplexity of replies"], rows
     )
 
 
@@ -226,7 +226,7 @@ def warm_start() -> str:
         ones = [found[f"{start}/{variant}"] for variant in variants]
         before = [f"{ones[0]['start_tokens']['mean']:,.0f}", spread(ones[0]["accept_rate_before"])]
         rows.append([start, *before, *(spread(one["accept_rate"]) for one in ones)])
-    return table(["start", "its tokens", "accept rate there", *(f"after {name}" for name in variants)], rows)
+    return table(["start", "its tokens", "acceptance rate there", *(f"after {name}" for name in variants)], rows)
 
 
 def adaptation() -> str:
@@ -303,12 +303,12 @@ def headline() -> str:
     learned = f"{spread(seeds['accept_rate_before'])} → **{spread(seeds['accept_rate'])}** {counted}"
     rows = [
         [
-            "accept rate on unseen prompts: untrained → after 256 prompts of `dvirl train`",
+            "acceptance rate on unseen prompts: untrained → after 256 prompts of `dvirl train`",
             f"{rates[0]} → **{rates[1]}** (one seed)",
             learned,
         ],
         [
-            "share of the model's tokens that the drafter in the box knows",
+            "share of the model's tokens that the shipped drafter knows",
             "",
             f"**{agreed():.3f}** on three public sets",
         ],
