@@ -259,7 +259,7 @@ def staleness() -> str:
         ones = [found[f"{kind}, age {age}"] for kind in kinds]
         rows.append([age, *(spread(one[key], 2) for one in ones for key in ("cos_stale", "cos_redrawn"))])
     return table(
-        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "drawn anew"))],
+        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "sampled again"))],
         rows,
     )
 
