@@ -252,7 +252,7 @@ def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
      ("06_sgp", "beta_exit = -1.0", "beta_exit is -1.0; expected a number from 0 to 1e")],
 )  # fmt: skip
 def test_bad_parameters_stop_the_others(tmp_path, monkeypatch, notebook, parameter, message):
-    """Their cells are executed here, with the cell that papermill would put behind the first, to save a kernel each."""
+    """Their cells are executed here, with the cell that papermill would put after the first, to save a kernel each."""
     monkeypatch.chdir(tmp_path)
     sources = code_cells(notebook)
     space = {"In": []}

@@ -198,7 +198,7 @@ def flags_in(words):
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-# Rules: each gets the words of a line behind its first, and a name in the room for what comes out
+# Rules: each gets the words of a line after its first, and a name in the room for what comes out
 
 
 def check_make(words, out):
