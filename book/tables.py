@@ -3,7 +3,7 @@
 `python book/tables.py` writes them anew. A table stands between `<!-- table NAME -->` and `<!-- end -->`, with NAME
 in `TABLES`. A number in a sentence has its source after it: `1.46<!-- = cost-h200:checked:0:predicted -->` is that
 entry of `results/cost-h200.json`, with as many decimals as the page shows. An entry of a list is named by its place or
-by what it holds (`figures:method=dvi&task=overall:speedup`). ` over `, ` minus ` and ` plus ` stand between two entries.
+by what it holds (`figures:method=dvi&task=overall:speedup`). ` over `, ` minus ` or ` plus ` joins two entries.
 A name without a colon is one of `DERIVED`. A number before a percent sign is in hundredths. In a Markdown file such a
 comment must not begin a line.
 """
