@@ -42,7 +42,7 @@ from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "book/using.md"]
+PAGES = [ROOT / "README.md", ROOT / "book/using.md", ROOT / "book/cheat-sheet.md"]
 STARTS = (
     "make",
     "dvirl",
