@@ -67,7 +67,9 @@ class DraftSettings(LoraSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recurrent and not self.feedback:
-            raise DvirlError("recurrent is true; expected feedback with it: later drafts read the earlier ones' states")
+            raise DvirlError(
+                "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"
+            )
 
 
 @dataclass(frozen=True)

@@ -419,7 +419,9 @@ class AdapterModel(nn.Module):
                 f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each"
             )
         if recurrent and not feedback:
-            raise ValueError("recurrent is true; expected feedback with it: later drafts read the earlier ones' states")
+            raise ValueError(
+                "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"
+            )
         self.config = config
         self.kind = kind
         self.window = window

@@ -38,6 +38,7 @@ from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
 from dvirl.scale.corpus import (
+    MOST_PASSAGES,
     overlapping,
     read_shard,
     without_repeats,
@@ -86,6 +87,8 @@ class DistillConfig(DraftSettings):
     """Length limit of a response."""
     follow_up: float = number(0.25, 0, 1)
     """Share of answers that get a second turn and another answer."""
+    about_text: float = number(0.15, 0, 10)
+    """Tasks about longer texts, which are put together from answers, as a share of the answers."""
     write_batch: int = number(4096, 1, 65536)
     """Responses generated at once, at most; fewer where fewer fit into the memory."""
     exclude: str = ""
@@ -221,7 +224,7 @@ class Distiller(TrainingLoop):
         base = loaded.model
         # Said now, and not when the responses are written: a batch that will not fit.
         layers = base.model.layers[: config.exit_layer + config.drafter_layers]
-        positions = 2 * (TURN_TOKENS + config.answer_tokens)
+        positions = TURN_TOKENS + (MOST_PASSAGES + 1) * config.answer_tokens
         logits = config.answer_tokens * (config.draft_vocab or base.config.vocab_size)
         logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
@@ -278,7 +281,13 @@ class Distiller(TrainingLoop):
         count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
         seed = config.seed * 1_000_003 + index
         shard = write_conversations(
-            self.loaded, count, seed, config.answer_tokens, config.follow_up, config.write_batch
+            self.loaded,
+            count,
+            seed,
+            config.answer_tokens,
+            config.follow_up,
+            config.write_batch,
+            config.about_text,
         )
         write_shard(path, shard)
         figures = {
