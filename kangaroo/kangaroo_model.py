@@ -54,9 +54,9 @@ class KangarooModel(nn.Module):
         adapter_model_path: a folder with `drafter.safetensors`; or a published Kangaroo adapter's (`config.json`
             and weights, see `read_published`), which is the drafter whatever `args` say of one, while the exit head
             stays as they say; or None for a fresh drafter.
-        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `feedback`, `recurrent`, `head` ("frozen",
-            "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers, or None for all);
-            what is missing takes its default.
+        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `feedback`, `recurrent`,
+            `head` ("frozen", "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers,
+            or None for all); what is missing takes its default.
         EARLY_STOP_LAYER: k.
     """
 

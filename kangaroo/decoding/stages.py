@@ -597,7 +597,7 @@ class Stages:
 
         def run(ids: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             states = self.shallow(ids)
-            self.drafter(states, *fed_back)
+            self.drafter(states, fed_back[0] if fed_back else None)
             return (states,)
 
         counts = [len(row) for row in tokens]
