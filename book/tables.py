@@ -117,6 +117,7 @@ def evaluation(machine: str) -> str:
     return table(["method", *counts, "mat, in this order"], rows)
 
 
+<<<<<<< HEAD
 def tasks(machine: str) -> str:
     """Speed-ups over the plain loop task by task on the packaged questions, and mean accepted tokens."""
     rows = read(f"evaluate-mini-{machine}")["figures"]
@@ -128,6 +129,28 @@ def tasks(machine: str) -> str:
         last = [f"{whole['speedup']:.2f} ({whole['low']:.2f} to {whole['high']:.2f})", f"{whole['mat']:.2f}"]
         lines.append([text, *(speed[method, task] for task in names), *last])
     return table(["method", *(name.replace("_", " ") for name in names), "overall", "MAT"], lines)
+=======
+def recurrent() -> str:
+    """Both drafters in the box on an H200: speed over plain decoding, and tokens a verification."""
+    rows = []
+    files = {
+        "four layers a draft": "evaluate-{}-h200",
+        "the same, in the same run": "evaluate-{}-beside-recurrent-h200",
+        "later drafts without the shallow layers": "evaluate-{}-recurrent-h200",
+    }
+    for text, file in files.items():
+        for method in ("dvi", "hybrid"):
+            cells = []
+            for name in SETS:
+                if not (BOOK / f"results/{file.format(name)}.json").exists():
+                    cells.append("")
+                    continue
+                found = read(file.format(name))["figures"]
+                one = [row for row in found if row["method"] == method][-1]  # the last one is over all tasks
+                cells.append(f"{one['speedup']:.2f} ({one['mat']:.2f})")
+            rows.append([f"{'learned' if method == 'dvi' else 'learned and looked up'}, {text}", *cells])
+    return table(["speed over plain decoding (mat)", *SETS.values()], rows)
+>>>>>>> main
 
 
 def agreement() -> str:
@@ -351,6 +374,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks_cpu": lambda: tasks("cpu"),
     "tasks_h200": lambda: tasks("h200"),
     "agreement": agreement,
+    "recurrent": recurrent,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
     "bench_h200": lambda: bench("h200"),
@@ -367,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+<<<<<<< HEAD
 # Numbers in sentences
 
 
@@ -461,6 +486,11 @@ def number(place: re.Match[str]) -> str:
 
 PAGES = (BOOK.parent / "README.md", *sorted(BOOK.rglob("*.md")))
 """Pages that may have tables and numbers."""
+=======
+LATER = BOOK / "decisions/0015-later-drafts-without-the-shallow-layers.md"
+PAGES = (BOOK / "results.md", BOOK / "engines.md", LATER, BOOK.parent / "README.md")
+"""Pages with tables."""
+>>>>>>> main
 
 
 def filled(page: str) -> str:
