@@ -64,7 +64,9 @@ def default_run() -> str:
         if one["num_drafted"]
     ]
     plain = f"plain decoding: {found['plain']['tok_per_s']:.1f} tokens a second"
-    return table(["draft", "acceptance rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
+    return (
+        table(["draft", "acceptance rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
+    )
 
 
 def objectives() -> str:
@@ -117,7 +119,6 @@ def evaluation(machine: str) -> str:
     return table(["method", *counts, "mat, in this order"], rows)
 
 
-<<<<<<< HEAD
 def tasks(machine: str) -> str:
     """Speed-ups over the plain loop task by task on the packaged questions, and mean accepted tokens."""
     rows = read(f"evaluate-mini-{machine}")["figures"]
@@ -129,9 +130,10 @@ def tasks(machine: str) -> str:
         last = [f"{whole['speedup']:.2f} ({whole['low']:.2f} to {whole['high']:.2f})", f"{whole['mat']:.2f}"]
         lines.append([text, *(speed[method, task] for task in names), *last])
     return table(["method", *(name.replace("_", " ") for name in names), "overall", "MAT"], lines)
-=======
+
+
 def recurrent() -> str:
-    """Both drafters in the box on an H200: speed over plain decoding, and tokens a verification."""
+    """Both shipped drafters on an H200: speed over plain decoding, and tokens a verification."""
     rows = []
     files = {
         "four layers a draft": "evaluate-{}-h200",
@@ -150,7 +152,6 @@ def recurrent() -> str:
                 cells.append(f"{one['speedup']:.2f} ({one['mat']:.2f})")
             rows.append([f"{'learned' if method == 'dvi' else 'learned and looked up'}, {text}", *cells])
     return table(["speed over plain decoding (mat)", *SETS.values()], rows)
->>>>>>> main
 
 
 def agreement() -> str:
@@ -213,7 +214,9 @@ def default_seeds() -> str:
     keys = {"accept_rate_before": 3, "accept_rate": 3, "mat": 2, "agreement": 3}
     rows = [[name, f"{one['tokens']['mean']:,.0f}", *(spread(one[key], digits) for key, digits in keys.items())]
             for name, one in found.items()]  # fmt: skip
-    return table(["", "response tokens", "acceptance rate before", "after", "mat after", "agreement after"], rows)
+    return table(
+        ["", "response tokens", "acceptance rate before", "after", "mat after", "agreement after"], rows
+    )
 
 
 def traps() -> str:
@@ -235,7 +238,8 @@ def slow_update() -> str:
         drift = [spread(one["drift_kl"]) if "drift_kl" in one else "0", f"{ppl:,.1f}"]
         rows.append([name.removeprefix("untrained/"), spread(one["accept_rate"]), *drift])
     return table(
-        ["target, slow_every, beta_kl", "acceptance rate", "drift, nats a token", "perplexity of replies"], rows
+        ["target, slow_every, beta_kl", "acceptance rate", "drift, nats a token", "perplexity of replies"],
+        rows,
     )
 
 
@@ -249,7 +253,9 @@ def warm_start() -> str:
         ones = [found[f"{start}/{variant}"] for variant in variants]
         before = [f"{ones[0]['start_tokens']['mean']:,.0f}", spread(ones[0]["accept_rate_before"])]
         rows.append([start, *before, *(spread(one["accept_rate"]) for one in ones)])
-    return table(["start", "its tokens", "acceptance rate there", *(f"after {name}" for name in variants)], rows)
+    return table(
+        ["start", "its tokens", "acceptance rate there", *(f"after {name}" for name in variants)], rows
+    )
 
 
 def adaptation() -> str:
@@ -282,7 +288,10 @@ def staleness() -> str:
         ones = [found[f"{kind}, age {age}"] for kind in kinds]
         rows.append([age, *(spread(one[key], 2) for one in ones for key in ("cos_stale", "cos_redrawn"))])
     return table(
-        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "sampled again"))],
+        [
+            "age of the records",
+            *(f"{kind}: {what}" for kind in kinds for what in ("stored", "sampled again")),
+        ],
         rows,
     )
 
@@ -350,6 +359,11 @@ def headline() -> str:
         ]  # fmt: skip
         cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ones]
         rows.append([f"speed over our own plain loop: {text}", *cells])
+    later = overall("mini-recurrent", "h200")
+    for method, text in (("dvi", "learned draft"), ("hybrid", "both")):
+        one = later[method]
+        cells = ["", f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
+        rows.append([f"the same with the second drafter, made for GPUs: {text}", *cells])
     return table(["", "2 cores of an AMD EPYC", "one H200"], rows)
 
 
@@ -391,13 +405,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-<<<<<<< HEAD
 # Numbers in sentences
 
 
 def speedups(method: str, machine: str) -> list[float]:
     """The speed-up of a method on each question set that it was asked."""
-    asked = (overall(name, machine).get(method) for name in SETS)
+    suffix = "-recurrent" if machine == "h200, second drafter" else ""
+    asked = (overall(f"{name}{suffix}", machine.split(",")[0]).get(method) for name in SETS)
     return [row["speedup"] for row in asked if row]
 
 
@@ -416,7 +430,8 @@ def answers(machine: str, key: str) -> int:
 
 def lost_to_lookup(machine: str) -> int:
     """The number of the six tasks on which prompt lookup is faster than the learned draft."""
-    rows = read(f"evaluate-mini-{machine}")["figures"]
+    name = {"h200, second drafter": "mini-recurrent-h200"}.get(machine, f"mini-{machine}")
+    rows = read(f"evaluate-{name}")["figures"]
     speed = {(row["task"], row["method"]): row["speedup"] for row in rows if row["task"] != "overall"}
     return sum(speed[task, "pld"] > speed[task, "dvi"] for task in {task for task, _ in speed})
 
@@ -434,12 +449,12 @@ def derived() -> dict[str, Callable[[], float]]:
             numbers[f"gain of {variant}, {word}"] = lambda pick=pick, variant=variant: pick(
                 gains(variant, "kl")
             )
-        for machine in ("cpu", "h200"):
-            for method in METHODS:
+        for machine in ("cpu", "h200", "h200, second drafter"):
+            for method in ("pld", "dvi", "hybrid"):
                 numbers[f"{method} {machine}, {word}"] = lambda *, pick=pick, method=method, machine=machine: (
                     pick(speedups(method, machine))
                 )
-    for machine in ("cpu", "h100", "h200"):
+    for machine in ("cpu", "h100", "h200", "h200, second drafter"):
         numbers[f"tasks lost to lookup, {machine}"] = lambda machine=machine: lost_to_lookup(machine)
     return numbers
 
@@ -486,11 +501,6 @@ def number(place: re.Match[str]) -> str:
 
 PAGES = (BOOK.parent / "README.md", *sorted(BOOK.rglob("*.md")))
 """Pages that may have tables and numbers."""
-=======
-LATER = BOOK / "decisions/0015-later-drafts-without-the-shallow-layers.md"
-PAGES = (BOOK / "results.md", BOOK / "engines.md", LATER, BOOK.parent / "README.md")
-"""Pages with tables."""
->>>>>>> main
 
 
 def filled(page: str) -> str:
