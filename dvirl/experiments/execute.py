@@ -1,4 +1,4 @@
-"""Runs a notebook and shows its progress from inside: `python -m dvirl.experiments.execute NOTEBOOK OUT [NAME=VALUE …]`."""
+"""Runs a notebook, its progress shown from inside: `python -m dvirl.experiments.execute NOTEBOOK OUT NAME=VALUE`."""
 
 import sys
 import warnings
