@@ -51,6 +51,8 @@ class DraftSettings(LoraSettings):
     """Number of recent positions that the drafter's attention sees."""
     feedback: bool = False
     """The drafter also reads the verifier's last state of the position before, and within a block its own."""
+    recurrent: bool = False
+    """With feedback: later drafts of a block skip the shallow layers and read the token's embedding in their place."""
     head: str = choice("full", HEADS)
     """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
     head_rank: int = number(64, 1, 4096)
@@ -61,6 +63,13 @@ class DraftSettings(LoraSettings):
     def drafter_args(self, draft_vocab: Sequence[int] | None) -> Namespace:
         """The arguments from which `KangarooModel` makes the drafter."""
         return Namespace(**{**vars(self), "draft_vocab": draft_vocab})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recurrent and not self.feedback:
+            raise DvirlError(
+                "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"
+            )
 
 
 @dataclass(frozen=True)

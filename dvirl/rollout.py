@@ -370,7 +370,7 @@ def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[
     verifier_hidden = exit_hidden
     if model.feedback:
         verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"])
-    return model.drafter_depths(exit_hidden, verifier_hidden, depths), exit_hidden
+    return model.drafter_depths(tokens, exit_hidden, verifier_hidden, depths), exit_hidden
 
 
 @torch.no_grad()

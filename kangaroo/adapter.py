@@ -323,13 +323,13 @@ class LlamaAttention(nn.Module):
             earlier.append((keys, values))
             keys = torch.cat([keys for keys, _ in earlier], dim=2)
             values = torch.cat([values for _, values in earlier], dim=2)
+        shared = self.num_heads // self.num_groups
+        if plan.mask is not None and keys.is_cuda and shared > 1:
+            # With a mask no fused attention of torch takes groups, and the one that does is slow.
+            keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
+            shared = 1
         mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=plan.mask,
-            is_causal=plan.mask is None,
-            enable_gqa=self.num_groups != self.num_heads,
+            queries, keys, values, plan.mask, is_causal=plan.mask is None, enable_gqa=shared > 1
         )
         projected: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return projected
@@ -398,6 +398,8 @@ class AdapterModel(nn.Module):
         num_layers: layers of that kind; "none" has no layer in any case.
         feedback: it also reads, through `fuse`, the verifier's last state of the position before; within a block, where
             the verifier has not been yet, its own stands in (EAGLE, arXiv 2401.15077).
+        recurrent: later drafts of a block read, through `fuse_later`, the token's embedding in place of its exit state,
+            so that the shallow layers run once a block; only with feedback.
     """
 
     def __init__(
@@ -407,6 +409,7 @@ class AdapterModel(nn.Module):
         window: int | None = 64,
         num_layers: int = 1,
         feedback: bool = False,
+        recurrent: bool = False,
     ) -> None:
         super().__init__()
         if kind not in DRAFTERS:
@@ -415,6 +418,10 @@ class AdapterModel(nn.Module):
             raise ValueError(
                 f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each"
             )
+        if recurrent and not feedback:
+            raise ValueError(
+                "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"
+            )
         self.config = config
         self.kind = kind
         self.window = window
@@ -422,11 +429,19 @@ class AdapterModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, feed_forward=kind == "layer") for _ in range(count))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = rotary_for(config)
-        self.fuse = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False) if feedback else None
-        if self.fuse is not None:  # a fresh one leaves the exit state as it is
-            self.fuse.weight.data = torch.eye(config.hidden_size, 2 * config.hidden_size)
+        self.fuse = self._new_map() if feedback else None
+        self.fuse_later = self._new_map() if recurrent else None
 
-    def forward_unrolled(self, exit_states: Tensor, feedback: Tensor, depths: int) -> list[Tensor]:
+    def _new_map(self) -> nn.Linear:
+        """From two states, side by side, to one; a fresh one gives the first of them."""
+        size = self.config.hidden_size
+        new = nn.Linear(2 * size, size, bias=False)
+        new.weight.data = torch.eye(size, 2 * size)
+        return new
+
+    def forward_unrolled(
+        self, exit_states: Tensor, feedback: Tensor, depths: int, embeddings: Tensor | None = None
+    ) -> list[Tensor]:
         """What the exit head reads for the first, second, … draft of a block, at every position of a verified text.
 
         The first draft at a position reads `feedback`, a later one the drafter's own state of the draft before.
@@ -436,6 +451,7 @@ class AdapterModel(nn.Module):
             exit_states: `[B, T, D]`.
             feedback: `[B, T, D]`, the verifier's states of the positions before.
             depths: drafts of a block.
+            embeddings: `[B, T, D]`, of the tokens, which a recurrent drafter reads in later drafts.
 
         Returns:
             `[B, T, D]` for each depth, normed.
@@ -443,7 +459,9 @@ class AdapterModel(nn.Module):
         found: list[Tensor] = []
         earlier: list[KeysValues] = [[] for _ in self.layers]
         for depth in range(1, depths + 1):
-            hidden = self.fused(exit_states, feedback)
+            later = depth > 1 and self.fuse_later is not None
+            inputs = embeddings if later and embeddings is not None else exit_states
+            hidden = self.fused(inputs, feedback, later)
             plan = plan_unrolled(self.rotary, hidden, depth, self.window)
             for layer, kept in zip(self.layers, earlier, strict=True):
                 hidden = layer(hidden, plan, kept)
@@ -451,10 +469,17 @@ class AdapterModel(nn.Module):
             feedback = before(found[-1])
         return found
 
-    def fused(self, exit_states: Tensor, feedback: Tensor) -> Tensor:
-        """What the first layer reads, `[…, D]`, by exit states and states of the positions before."""
-        assert self.fuse is not None
-        fused: Tensor = self.fuse(torch.cat([exit_states, feedback], dim=-1))
+    def fused(self, inputs: Tensor, feedback: Tensor, later: bool = False) -> Tensor:
+        """What the first layer reads, `[…, D]`.
+
+        Args:
+            inputs: exit states; for later drafts of a recurrent drafter the tokens' embeddings.
+            feedback: states of the positions before.
+            later: for later drafts of a recurrent drafter.
+        """
+        fuse = self.fuse_later if later else self.fuse
+        assert fuse is not None
+        fused: Tensor = fuse(torch.cat([inputs, feedback], dim=-1))
         return fused
 
     def forward_early_stop(self, inputs_embeds: Tensor, position_ids: Tensor | None = None) -> Tensor:

@@ -54,9 +54,9 @@ class KangarooModel(nn.Module):
         adapter_model_path: a folder with `drafter.safetensors`; or a published Kangaroo adapter's (`config.json`
             and weights, see `read_published`), which is the drafter whatever `args` say of one, while the exit head
             stays as they say; or None for a fresh drafter.
-        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `feedback`, `head` ("frozen",
-            "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers, or None for all);
-            what is missing takes its default.
+        args: `drafter` ("none", "adapter", "layer"), `drafter_layers`, `adapter_window`, `feedback`, `recurrent`,
+            `head` ("frozen", "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers,
+            or None for all); what is missing takes its default.
         EARLY_STOP_LAYER: k.
     """
 
@@ -81,7 +81,8 @@ class KangarooModel(nn.Module):
         window = getattr(args, "adapter_window", 64)
         layers = getattr(args, "drafter_layers", 1)
         feedback = getattr(args, "feedback", False)
-        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback)
+        recurrent = getattr(args, "recurrent", False)
+        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback, recurrent)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -210,14 +211,19 @@ class KangarooModel(nn.Module):
         layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
         head = head.to(dtype)
         norm = rms_norm(self.exit_norm, dtype)
-        fuse = self.adapter_model.fuse
-        fused = None if fuse is None else product(fuse.weight.detach().to(dtype))
-        return StageWeights(layers, norm=norm, head=product(head), head_weight=head, fuse=fused)
+        maps = [
+            None if fuse is None else product(fuse.weight.detach().to(dtype))
+            for fuse in (self.adapter_model.fuse, self.adapter_model.fuse_later)
+        ]
+        return StageWeights(layers, None, norm, product(head), head, *maps)
 
-    def drafter_depths(self, exit_hidden: Tensor, verifier_hidden: Tensor, depths: int) -> list[Tensor]:
+    def drafter_depths(
+        self, tokens: Tensor, exit_hidden: Tensor, verifier_hidden: Tensor, depths: int
+    ) -> list[Tensor]:
         """What the exit head reads for the first, second, … draft of a block at every position of a verified text.
 
         Args:
+            tokens: `[B, T]`.
             exit_hidden: `[B, T, D]`.
             verifier_hidden: `[B, T, D]`, the verifier's normed states, lora_S off; only read with feedback.
             depths: drafts of a block.
@@ -231,7 +237,9 @@ class KangarooModel(nn.Module):
         with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             weight = self.exit_norm.weight
             feedback = before(verifier_hidden).to(weight.dtype)
-            states = self.adapter_model.forward_unrolled(exit_hidden.to(weight.dtype), feedback, depths)
+            embeddings = self.base_model.model.embed_tokens(tokens).to(weight.dtype)
+            exits = exit_hidden.to(weight.dtype)
+            states = self.adapter_model.forward_unrolled(exits, feedback, depths, embeddings)
         return [state.to(dtype) for state in states]
 
     def drafter_states(self, exit_hidden: Tensor) -> Tensor:
@@ -278,7 +286,7 @@ class KangarooModel(nn.Module):
         """
         exit_hidden = self.base_model.forward_shallow(input_ids)
         final = self.base_model.forward_deep(exit_hidden.detach() if detach_exit else exit_hidden)
-        states = self.drafter_depths(exit_hidden, final.detach(), 1)[0]
+        states = self.drafter_depths(input_ids, exit_hidden, final.detach(), 1)[0]
         return DualLogits(self.head_logits(states), self.head_model(final), exit_hidden)
 
     # Decoding

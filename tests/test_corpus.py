@@ -94,6 +94,31 @@ def test_the_share_of_follow_ups_and_the_seed_decide():
         write_conversations(dataclasses.replace(loaded, eos_ids=()), 8, 0, 4, 0.0, 8)
 
 
+def test_tasks_about_texts_hold_answers_of_the_model():
+    """Each task is one of the packaged ones about answers, and is answered as the model answers alone."""
+    loaded = talkative()
+    first = write_conversations(loaded, 30, 3, 12, 0.0, 16)
+    found = write_conversations(loaded, 30, 3, 12, 0.0, 16, about_text=0.5)
+    rows, answers = rows_of(found), []
+    assert rows[: len(first)] == rows_of(first) and len(rows) == len(first) + round(0.5 * len(first))
+    for tokens, prompt_len in zip(rows, found.prompt_lens.tolist(), strict=True):
+        stop = len(tokens) - (tokens[-1] in ENDS)
+        answers.append(loaded.tokenizer.decode(tokens[prompt_len:stop]).strip())
+    start, end, _ = loaded.chat.frame()
+    lengths = set()
+    for tokens, prompt_len in list(zip(rows, found.prompt_lens.tolist(), strict=True))[len(first) :]:
+        assert tokens[: len(start)] == start and tokens[prompt_len - len(end) : prompt_len] == end
+        task = loaded.tokenizer.decode(tokens[len(start) : prompt_len - len(end)])
+        held = [answer for answer in answers[: len(first)] if answer and answer in task]
+        assert held and "{" not in task
+        lengths.add(prompt_len)
+    assert len(lengths) > 3
+    again = answer(
+        loaded, [row[:length] for row, length in zip(rows, found.prompt_lens.tolist(), strict=True)], 12, 16
+    )
+    assert equal(again, found)
+
+
 def test_a_shard_comes_back_and_a_broken_one_is_named(tmp_path):
     responses, path = of([[3, 4, 5], [6, 7]], [1, 1]), tmp_path / "new" / "shard-00000.safetensors"
     write_shard(path, responses)

@@ -29,8 +29,8 @@ WAYS = [
 def model_with_feedback(seed=1, **args):
     args = {"drafter": "layer", "drafter_layers": 2, "deep_scale": 0.3, **args}
     model = tiny_kangaroo(seed, feedback=True, **args).double()
-    fuse = model.adapter_model.fuse
-    fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
+    for fuse in filter(None, (model.adapter_model.fuse, model.adapter_model.fuse_later)):
+        fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
     return model
 
 
@@ -40,7 +40,7 @@ def table(model, tokens, depths):
     base, ids = model.base_model, torch.tensor([tokens])
     with base.without_adapters("lora_S"):
         verifier_hidden = base.forward_deep(base.forward_shallow(ids))
-    states = model.drafter_depths(base.forward_shallow(ids), verifier_hidden, depths)
+    states = model.drafter_depths(ids, base.forward_shallow(ids), verifier_hidden, depths)
     return [model.token_ids(model.head_logits(state)[0, -1].topk(2).indices).tolist() for state in states]
 
 
@@ -60,8 +60,9 @@ def check_blocks(model, prompt, blocks):
 
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.adaptive}")
 @pytest.mark.parametrize("captured", [False, True])
-def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
-    model = model_with_feedback(adapter_window=7 if how.threshold else 64)
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, monkeypatch):
+    model = model_with_feedback(adapter_window=7 if how.threshold else 64, recurrent=recurrent)
     prompts = [part * 2 for part in random_prompts(3, 2)]
     plain = [model.generate(prompt, 30, DecodeConfig(0), (EOS,)).tokens for prompt in prompts]
     own = {tuple(prompt): [*prompt, *tokens] for prompt, tokens in zip(prompts, plain, strict=True)}
@@ -90,11 +91,11 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, monkeypatch):
     assert (checked > 60) == (how.source != "lookup")
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
+@pytest.mark.parametrize(("feedback", "recurrent"), [(False, False), (True, False), (True, True)])
+def test_blocks_that_run_ahead_may_change_their_length(feedback, recurrent, monkeypatch):
     """After plain blocks the drafter catches up; after others everything is read already."""
     model = (
-        model_with_feedback()
+        model_with_feedback(recurrent=recurrent)
         if feedback
         else tiny_kangaroo(1, drafter="layer", deep_scale=0.3, lora=False).double()
     )
@@ -123,16 +124,21 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, monkeypatch):
     assert {0, 1, 3, 4} <= lengths and all(one.ahead for one in held)
 
 
-def test_the_depths_of_one_pass_by_hand():
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_depths_of_one_pass_by_hand(recurrent):
     """Depth j at position t, against the layers run on its own block: keys of depth 1 up to the block's start."""
-    model = model_with_feedback(drafter_layers=1)
+    model = model_with_feedback(drafter_layers=1, recurrent=recurrent)
     adapter, width = model.adapter_model, model.base_model.config.hidden_size
-    exits, deep = torch.randn(2, 9, width).double(), torch.randn(2, 9, width).double()
-    found = adapter.forward_unrolled(exits, deep, 3)
+    exits, deep, embedded = (torch.randn(2, 9, width).double() for _ in range(3))
+    found = adapter.forward_unrolled(exits, deep, 3, embedded)
     for start in range(9 - 2):
         feedback, states = deep[:, : start + 1], []
         for depth in range(1, 4):  # the block's first draft stands at `start`
-            fused = adapter.fused(exits[:, : start + depth], feedback)
+            fused = adapter.fused(exits[:, : start + 1], feedback[:, : start + 1])
+            if depth > 1:
+                later = slice(start + 1, start + depth)
+                inputs = (embedded if recurrent else exits)[:, later]
+                fused = torch.cat([fused, adapter.fused(inputs, feedback[:, later], recurrent)], dim=1)
             states.append(adapter.forward_early_stop(fused)[:, -1])
             torch.testing.assert_close(found[depth - 1][:, start + depth - 1], states[-1])
             feedback = torch.cat([feedback, states[-1][:, None]], dim=1)
@@ -164,4 +170,4 @@ def test_settings_that_do_not_go_with_feedback_are_refused(settings, changes):
 def test_drafters_from_before_feedback_have_none(tmp_path):
     """The shipped one's config.yaml does not name it."""
     settings, _ = _drafter_settings(WEIGHTS[0] / "smollm2-135m-k2" / "config.yaml")
-    assert settings.feedback is False and settings.drafter_layers == 2
+    assert (settings.feedback, settings.recurrent, settings.drafter_layers) == (False, False, 2)

@@ -65,6 +65,8 @@ class Openers:
         table: dict[str, Any] = yaml.safe_load(text)
         self.names = table.pop("names")
         self.topics = table.pop("topics")
+        self._tasks: list[str] = table.pop("tasks")
+        self._languages: list[str] = table.pop("languages")
         unknown = set(kinds or ()) - set(table)
         if unknown:
             raise DvirlError(
@@ -86,6 +88,11 @@ class Openers:
             topic=rng.choice(self.topics),
         )
         return filled.rstrip(" ")
+
+    def task_about(self, text: str, question: str, rng: random.Random) -> str:
+        """A whole turn: something to do with a text, which answers the question among others."""
+        task = rng.choice(self._tasks)
+        return task.format(text=text, question=question, language=rng.choice(self._languages))
 
 
 def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) -> list[tuple[int, ...]]:

@@ -21,7 +21,7 @@ from kangaroo.published import is_published
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
 
-LATER = {"feedback": False}
+LATER = {"feedback": False, "recurrent": False}
 """Settings that the first drafters did not have, as they were for them."""
 OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
 """What a trained drafter shares with its model; a published adapter has its own."""

@@ -22,6 +22,8 @@ MULTIPLIER = 6364136223846793005
 """Of Knuth's linear congruential generator MMIX."""
 SCANNED = 16384
 """Number of rows hashed at once."""
+MOST_PASSAGES = 5
+"""Answers that a longer text is put together from, at most."""
 
 
 def answer(
@@ -48,8 +50,11 @@ def write_conversations(
     max_new_tokens: int,
     follow_up: float,
     batch: int,
+    about_text: float = 0.0,
 ) -> Responses:
     """Conversations that the model holds with itself: a turn, its answer, for some a second turn and its answer.
+
+    Some answers, put together, become a longer text, and a task about it the first turn of another conversation.
 
     Args:
         loaded: writes turns by sampling and answers greedily.
@@ -58,6 +63,7 @@ def write_conversations(
         max_new_tokens: length limit of an answer.
         follow_up: share of answers that get a second turn.
         batch: rows generated at once.
+        about_text: tasks about longer texts, as a share of the first answers.
 
     Raises:
         DvirlError: if the model's chat format has no user turns, or no turn ends.
@@ -75,10 +81,30 @@ def write_conversations(
         *conversation, last = tokens[:length].tolist()
         if rng.random() < follow_up and last in loaded.eos_ids:
             longer.append([*conversation, *again])
-    second = _sampled(loaded, longer, rng, batch)
-    if not second:
-        return first
-    return join([first, answer(loaded, second, max_new_tokens, batch)])
+    prompts = _sampled(loaded, longer, rng, batch)
+    prompts += _tasks_about(loaded, first, round(about_text * len(first)), rng)
+    return join([first, answer(loaded, prompts, max_new_tokens, batch)]) if prompts else first
+
+
+def _tasks_about(loaded: LoadedModel, first: Responses, count: int, rng: random.Random) -> list[list[int]]:
+    """Prompts that set a task about a text of one or more answers among `first`, `count` of them."""
+    start, end, _ = loaded.chat.frame()
+    openers = Openers()
+    prompts = []
+    for _ in range(count):
+        rows = rng.sample(range(len(first)), rng.randint(1, min(MOST_PASSAGES, len(first))))
+        texts, questions = [], []
+        for row in rows:
+            prompt_len, length = int(first.prompt_lens[row]), int(first.response_lens[row])
+            tokens = first.tokens[row, : prompt_len + length].tolist()
+            stop = -1 if tokens[-1] in loaded.eos_ids else None
+            questions.append(loaded.tokenizer.decode(tokens[len(start) : prompt_len - len(end)]))
+            texts.append(loaded.tokenizer.decode(tokens[prompt_len:stop]).strip())
+        numbered = rng.random() < 0.5
+        passages = [f"[{place}] {text}" if numbered else text for place, text in enumerate(texts, start=1)]
+        task = openers.task_about("\n\n".join(passages), rng.choice(questions), rng)
+        prompts.append([*start, *loaded.chat.plain(task), *end])
+    return prompts
 
 
 def _sampled(

@@ -15,11 +15,13 @@ class StepCosts:
         verify: milliseconds of a verification of n drafts that cost nothing; `verify[0]` is a plain step.
         draft: milliseconds of drafting one token.
         forked: the same as `verify` with two chains of up to n drafts each; empty if that was not measured.
+        first: milliseconds that the first draft of a block costs beyond the later ones, by a recurrent drafter.
     """
 
     verify: tuple[float, ...]
     draft: float
     forked: tuple[float, ...] = ()
+    first: float = 0.0
 
     def block(self, learned: int, looked_up: int = 0, beside: int = 0) -> float:
         """Milliseconds of a block whose main chain has this many drafts, with some chains of its length beside it."""
@@ -27,7 +29,7 @@ class StepCosts:
         verifying = self.verify[length]
         if beside and self.forked:
             verifying += beside * max(0.0, self.forked[length] - self.verify[length])
-        return verifying + learned * self.draft
+        return verifying + learned * self.draft + (self.first if learned else 0.0)
 
     def speedup(self, acceptance: float, count: int) -> float:
         """Speed of blocks of `count` learned drafts over plain steps, each draft accepted with the same chance."""

@@ -77,14 +77,14 @@ def spec_decode_step(
 def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) -> None:
     """Let the shallow layers draft the next token of every chain that wants one, or the next few at once."""
     chains = len(drafts[0].learned)
-    unread = unread_tokens(drafts, stages.shallow, range(chains))
+    depth = max(len(draft.tokens) for draft in drafts)
+    unread = unread_tokens(drafts, stages.drafting_stages(depth)[0], range(chains))
     for row in range(len(unread)):
         if not drafts[row % len(drafts)].wants_more:
             unread[row] = []
     count = stages.drafts_at_once(max(draft.wanted() for draft in drafts))
     sampled = config.draft_temperature > 0
     noise = [draft.noise(count) if sampled and draft.wants_more else [0.0] * count for draft in drafts]
-    depth = max(len(draft.tokens) for draft in drafts)
     drafted = stages.draft(unread, config, noise, depth)
     # Where nothing follows these drafts, whatever they are, the verifier reads them before the host does.
     if count > 1 and config.target == "base" and all(draft.ends_after(count) for draft in drafts):

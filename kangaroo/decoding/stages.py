@@ -40,6 +40,7 @@ class StageWeights:
         head_weight: `[V, D]`, its weight, in the dtype to compute in.
         fuse: from exit states and the verifier's states of the positions before, side by side, to what the first layer
             reads; None for a stage without feedback.
+        fuse_later: the same for later drafts of a block, from embeddings; None where these read exit states, too.
     """
 
     layers: list[CachedLayer]
@@ -48,6 +49,7 @@ class StageWeights:
     head: Product | None = None
     head_weight: Tensor | None = None
     fuse: Product | None = None
+    fuse_later: Product | None = None
 
     @property
     def fused(self) -> bool:
@@ -93,19 +95,21 @@ class Stage:
         self.passes = passes
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, inputs: Tensor, feedback: Tensor | None = None) -> Tensor:
+    def __call__(self, inputs: Tensor, feedback: Tensor | None = None, later: bool = False) -> Tensor:
         """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
 
         Args:
             inputs: the tokens or states.
             feedback: `[B, T, D]`, states of the positions before, for a stage that reads them.
+            later: the inputs are embeddings of drafts, see `fuse_later`.
 
         Returns:
             States `[B, T, D]`, normed if the stage has a norm.
         """
         states = inputs if self.weights.embed is None else self.weights.embed(inputs)
-        if self.weights.fuse is not None and feedback is not None:
-            states = self.weights.fuse(torch.cat([states, feedback], dim=-1))
+        fuse = self.weights.fuse_later if later else self.weights.fuse
+        if fuse is not None and feedback is not None:
+            states = fuse(torch.cat([states, feedback], dim=-1))
         length = states.shape[1]
         if self.passes.fixed and self.weights.fused:
             states = self._run_fused(states, self.passes.fixed)
@@ -299,6 +303,15 @@ class Stages:
             stages.append(self.base)
         return [stage.cache for stage in stages]
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether the shallow layers run for the first draft of a block only."""
+        return self.drafter.weights.fuse_later is not None
+
+    def drafting_stages(self, depth: int) -> list[Stage]:
+        """What makes a draft after `depth` others of its block, the first stage first."""
+        return [self.drafter] if depth and self.recurrent else [self.shallow, self.drafter]
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget the keys and values of every token from `lengths` on, text by text."""
         for cache in self.caches():
@@ -364,7 +377,7 @@ class Stages:
         noise: Sequence[Sequence[float]],
         depth: int,
     ) -> Drafted:
-        """Read the tokens that the shallow layers have not read yet, and draft the next n tokens of every chain.
+        """Read the tokens that what drafts has not read yet, and draft the next n tokens of every chain.
 
         Of the drafts they read all but the last, but do not count them: see `count_drafts`.
 
@@ -392,7 +405,7 @@ class Stages:
         inputs = [tokens, last, torch.tensor(noise, dtype=torch.float64)]
         if self.feedback is not None:
             inputs.append(self.feedback.take(counts, tokens.shape[1]))
-        caches = [self.shallow.cache, self.drafter.cache]
+        caches = [stage.cache for stage in self.drafting_stages(depth)]
         sampled = (config.draft_temperature, config.temperature, config.top_k, config.top_p)
         name = ("draft", sampled, adapted, texts, depth)
         chosen, probabilities, exits, own, *states = self.passes.run(
@@ -428,8 +441,9 @@ class Stages:
         """
         made = Chain()
         for step in range(count):
-            states = self.shallow(tokens)  # [rows, T, D]
-            hidden = self.drafter(states, feedback)
+            later = self.recurrent and depth + step > 0
+            states = self._embed(tokens) if later else self.shallow(tokens)  # [rows, T, D]
+            hidden = self.drafter(states, feedback, later)
             place = (steps(len(tokens), tokens.device), last) if step == 0 else (slice(None), 0)
             own = hidden[place]  # [rows, D]
             if choose and uniform is not None:
@@ -443,6 +457,10 @@ class Stages:
                 tokens = drafts[:, None]
                 feedback = own[:, None]
         return made
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        assert self.shallow.weights.embed is not None
+        return self.shallow.weights.embed(tokens)
 
     def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
@@ -472,7 +490,7 @@ class Stages:
 
     def count_drafts(self, counts: Sequence[int]) -> None:
         """Go on after the first `counts` drafts of each text that were just made; the last of them was not read."""
-        for stage in (self.shallow, self.drafter):
+        for stage in self.drafting_stages(1):
             lengths = zip(stage.cache.lengths, counts, strict=True)
             stage.cache.lengths = [length + max(0, count - 1) for length, count in lengths]
         if self.feedback is not None:
@@ -579,7 +597,7 @@ class Stages:
 
         def run(ids: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             states = self.shallow(ids)
-            self.drafter(states, *fed_back)
+            self.drafter(states, fed_back[0] if fed_back else None)
             return (states,)
 
         counts = [len(row) for row in tokens]
