@@ -1,6 +1,11 @@
-"""Write the tables of results.md, engines.md and the README from the recorded results; a test sees that they are.
+"""Write the tables and numbers of the book's pages and of the README from the recorded results; a test compares them.
 
-`python book/tables.py` writes them anew.
+`python book/tables.py` writes them anew. A table stands between `<!-- table NAME -->` and `<!-- end -->`, with NAME
+in `TABLES`. A number in a sentence has its source after it: `1.46<!-- = cost-h200:checked:0:predicted -->` is that
+entry of `results/cost-h200.json`, with as many decimals as the page shows. An entry of a list is named by its place or
+by what it holds (`figures:method=dvi&task=overall:speedup`). ` over `, ` minus ` or ` plus ` joins two entries.
+A name without a colon is one of `DERIVED`. A number before a percent sign is in hundredths. In a Markdown file such a
+comment must not begin a line.
 """
 
 import json
@@ -12,9 +17,10 @@ from typing import Any
 
 BOOK = Path(__file__).parent
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
 METHODS = {
-    "generate": "Hugging Face's `generate`",
+    "generate": "`generate` of transformers 4.33.3",
     "pld": "prompt lookup (`pld`)",
     "kangaroo": "early exit, threshold 0.6 (`kangaroo`)",
     "dvi": "learned draft, adaptive (`dvi`)",
@@ -38,6 +44,12 @@ def spread(entry: dict[str, float], digits: int = 3) -> str:
     return f"{entry['mean']:.{digits}f}\u00a0±\u00a0{entry['std']:.{digits}f}"
 
 
+def overall(name: str, machine: str) -> dict[str, Any]:
+    """The rows of an evaluation over all tasks, by method."""
+    rows = read(f"evaluate-{name}-{machine}")["figures"]
+    return {row["method"]: row for row in rows if row["task"] == rows[-1]["task"]}
+
+
 def default_run() -> str:
     """The default run before and after, step by step."""
     found = read("acceptance-default-cpu")["figures"]
@@ -52,11 +64,11 @@ def default_run() -> str:
         if one["num_drafted"]
     ]
     plain = f"plain decoding: {found['plain']['tok_per_s']:.1f} tokens a second"
-    return table(["draft", "accept rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
+    return table(["draft", "acceptance rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
 
 
 def objectives() -> str:
-    """Accept rate and calibration error by objective, from nothing and from a distilled start."""
+    """Acceptance rate and calibration error by objective, from nothing and from a distilled start."""
     found = read("study-objectives")["summary"]
     names = [name.removeprefix("untrained/") for name in found if name.startswith("untrained/")]
     names.sort(key=lambda name: -found[f"untrained/{name}"]["accept_rate"]["mean"])
@@ -76,7 +88,7 @@ def objectives() -> str:
 
 
 def exit_layers() -> str:
-    """Accept rate by exit layer and drafter."""
+    """Acceptance rate by exit layer and drafter."""
     found = {
         name.removeprefix("untrained/"): one for name, one in read("study-exit-layers")["summary"].items()
     }
@@ -92,15 +104,7 @@ def exit_layers() -> str:
 
 def evaluation(machine: str) -> str:
     """Speed-ups over the plain loop with their intervals, and mean accepted tokens, by method and question set."""
-    found = {
-        name: {
-            row["method"]: row
-            for row in read(f"evaluate-{name}-{machine}")["figures"]
-            if row["task"] == "overall"
-        }
-        or {row["method"]: row for row in read(f"evaluate-{name}-{machine}")["figures"]}
-        for name in SETS
-    }
+    found = {name: overall(name, machine) for name in SETS}
     rows = []
     for method, text in METHODS.items():
         cells = [found[name].get(method) for name in SETS]
@@ -111,6 +115,19 @@ def evaluation(machine: str) -> str:
         rows.append([text, *speeds, mats])
     counts = [f"{text}, {found[name]['plain']['questions']}" for name, text in SETS.items()]
     return table(["method", *counts, "mat, in this order"], rows)
+
+
+def tasks(machine: str) -> str:
+    """Speed-ups over the plain loop task by task on the packaged questions, and mean accepted tokens."""
+    rows = read(f"evaluate-mini-{machine}")["figures"]
+    names = dict.fromkeys(row["task"] for row in rows if row["task"] != "overall")
+    speed = {(row["method"], row["task"]): f"{row['speedup']:.2f}" for row in rows}
+    lines = []
+    for method, text in METHODS.items():
+        whole = overall("mini", machine)[method]
+        last = [f"{whole['speedup']:.2f} ({whole['low']:.2f} to {whole['high']:.2f})", f"{whole['mat']:.2f}"]
+        lines.append([text, *(speed[method, task] for task in names), *last])
+    return table(["method", *(name.replace("_", " ") for name in names), "overall", "MAT"], lines)
 
 
 def agreement() -> str:
@@ -173,7 +190,7 @@ def default_seeds() -> str:
     keys = {"accept_rate_before": 3, "accept_rate": 3, "mat": 2, "agreement": 3}
     rows = [[name, f"{one['tokens']['mean']:,.0f}", *(spread(one[key], digits) for key, digits in keys.items())]
             for name, one in found.items()]  # fmt: skip
-    return table(["", "response tokens", "accept rate before", "after", "mat after", "agreement after"], rows)
+    return table(["", "response tokens", "acceptance rate before", "after", "mat after", "agreement after"], rows)
 
 
 def traps() -> str:
@@ -183,7 +200,7 @@ def traps() -> str:
         [name, *(spread(one[key]) for key in ("accept_rate_before", "accept_rate"))]
         for name, one in found.items()
     ]
-    return table(["", "accept rate before", "after"], rows)
+    return table(["", "acceptance rate before", "after"], rows)
 
 
 def slow_update() -> str:
@@ -195,7 +212,7 @@ def slow_update() -> str:
         drift = [spread(one["drift_kl"]) if "drift_kl" in one else "0", f"{ppl:,.1f}"]
         rows.append([name.removeprefix("untrained/"), spread(one["accept_rate"]), *drift])
     return table(
-        ["target, slow_every, beta_kl", "accept rate", "drift, nats a token", "perplexity of replies"], rows
+        ["target, slow_every, beta_kl", "acceptance rate", "drift, nats a token", "perplexity of replies"], rows
     )
 
 
@@ -209,7 +226,7 @@ def warm_start() -> str:
         ones = [found[f"{start}/{variant}"] for variant in variants]
         before = [f"{ones[0]['start_tokens']['mean']:,.0f}", spread(ones[0]["accept_rate_before"])]
         rows.append([start, *before, *(spread(one["accept_rate"]) for one in ones)])
-    return table(["start", "its tokens", "accept rate there", *(f"after {name}" for name in variants)], rows)
+    return table(["start", "its tokens", "acceptance rate there", *(f"after {name}" for name in variants)], rows)
 
 
 def adaptation() -> str:
@@ -242,7 +259,7 @@ def staleness() -> str:
         ones = [found[f"{kind}, age {age}"] for kind in kinds]
         rows.append([age, *(spread(one[key], 2) for one in ones for key in ("cos_stale", "cos_redrawn"))])
     return table(
-        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "drawn anew"))],
+        ["age of the records", *(f"{kind}: {what}" for kind in kinds for what in ("stored", "sampled again"))],
         rows,
     )
 
@@ -271,28 +288,29 @@ def robustness() -> str:
     )
 
 
+def agreed() -> float:
+    """The mean agreement of the shipped drafter on the public question sets."""
+    figures = read("agreement-smollm2-135m-k2-h200")["figures"]
+    return fmean(one["rate"] for name, one in figures.items() if Path(name).stem in SETS)
+
+
 def headline() -> str:
     """The README's table."""
     seeds = read("study-default")["summary"]["untrained/256 prompts"]
     ours = read("acceptance-default-cpu")["figures"]
-    agreed = fmean(
-        one["rate"]
-        for name, one in read("agreement-smollm2-135m-k2-h200")["figures"].items()
-        if Path(name).stem in SETS
-    )
     rates = [f"{ours[name]['accept_rate']:.3f}" for name in ("untrained", "trained")]
     counted = f"({seeds['accept_rate']['n']} seeds)"
     learned = f"{spread(seeds['accept_rate_before'])} → **{spread(seeds['accept_rate'])}** {counted}"
     rows = [
         [
-            "accept rate on unseen prompts: untrained → after 256 prompts of `dvirl train`",
+            "acceptance rate on unseen prompts: untrained → after 256 prompts of `dvirl train`",
             f"{rates[0]} → **{rates[1]}** (one seed)",
             learned,
         ],
         [
-            "share of the model's tokens that the drafter in the box knows",
+            "share of the model's tokens that the shipped drafter knows",
             "",
-            f"**{agreed:.3f}** on three public sets",
+            f"**{agreed():.3f}** on three public sets",
         ],
     ]
     names = {
@@ -330,6 +348,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "exit_layers": exit_layers,
     "evaluation_cpu": lambda: evaluation("cpu"),
     "evaluation_h200": lambda: evaluation("h200"),
+    "tasks_cpu": lambda: tasks("cpu"),
+    "tasks_h200": lambda: tasks("h200"),
     "agreement": agreement,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
@@ -347,13 +367,106 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-PAGES = (BOOK / "results.md", BOOK / "engines.md", BOOK.parent / "README.md")
-"""Pages with tables."""
+# Numbers in sentences
+
+
+def speedups(method: str, machine: str) -> list[float]:
+    """The speed-up of a method on each question set that it was asked."""
+    asked = (overall(name, machine).get(method) for name in SETS)
+    return [row["speedup"] for row in asked if row]
+
+
+def gains(variant: str, over: str) -> list[float]:
+    """How much more than after another objective is accepted, for every start and seed of the study of objectives."""
+    rates = {(row["start"], row["seed"], row["variant"]): row["figures"]["accept_rate"]
+             for row in read("study-objectives")["rows"]}  # fmt: skip
+    return [rate - rates[start, seed, over] for (start, seed, name), rate in rates.items() if name == variant]
+
+
+def answers(machine: str, key: str) -> int:
+    """Answers of our own ways of decoding, or how many of them are plain decoding's."""
+    rows = [row for name in SETS for method, row in overall(name, machine).items() if method != "generate"]
+    return sum(row[key] for row in rows)
+
+
+def lost_to_lookup(machine: str) -> int:
+    """The number of the six tasks on which prompt lookup is faster than the learned draft."""
+    rows = read(f"evaluate-mini-{machine}")["figures"]
+    speed = {(row["task"], row["method"]): row["speedup"] for row in rows if row["task"] != "overall"}
+    return sum(speed[task, "pld"] > speed[task, "dvi"] for task in {task for task, _ in speed})
+
+
+def derived() -> dict[str, Callable[[], float]]:
+    """Numbers that are no single entry of a file, by name."""
+    picks: dict[str, Callable[[Iterable[float]], float]] = {"least": min, "most": max, "mean": fmean}
+    numbers: dict[str, Callable[[], float]] = {
+        "answers-h200": lambda: answers("h200", "questions"),
+        "equal-h200": lambda: answers("h200", "identical"),
+        "agreement-sets": agreed,
+    }
+    for word, pick in picks.items():
+        for variant in ("kl_to_rl", "kl, js", "exact_pg + kl"):
+            numbers[f"gain of {variant}, {word}"] = lambda pick=pick, variant=variant: pick(
+                gains(variant, "kl")
+            )
+        for machine in ("cpu", "h200"):
+            for method in METHODS:
+                numbers[f"{method} {machine}, {word}"] = lambda *, pick=pick, method=method, machine=machine: (
+                    pick(speedups(method, machine))
+                )
+    for machine in ("cpu", "h100", "h200"):
+        numbers[f"tasks lost to lookup, {machine}"] = lambda machine=machine: lost_to_lookup(machine)
+    return numbers
+
+
+DERIVED = derived()
+
+
+def entry(path: str) -> float:
+    """One operand: an entry of a result, a name of `DERIVED`, or a number itself."""
+    if ":" not in path:
+        return DERIVED[path]() if path in DERIVED else float(path)
+    name, *parts = path.split(":")
+    value = read(name)
+    for part in parts:
+        if isinstance(value, dict):
+            value = value[part]
+        elif "=" in part:
+            wanted = [pair.split("=") for pair in part.split("&")]
+            value = next(row for row in value if all(str(row[key]) == said for key, said in wanted))
+        else:
+            value = value[int(part)]
+    return float(value)
+
+
+def calculated(expression: str) -> float:
+    """Entries with `over`, `minus` or `plus` between them, from left to right."""
+    first, *rest = re.split(r" (over|minus|plus) ", expression)
+    total = entry(first)
+    for word, path in zip(rest[::2], rest[1::2], strict=True):
+        value = entry(path)
+        total = {"over": total / value, "minus": total - value, "plus": total + value}[word]
+    return total
+
+
+def number(place: re.Match[str]) -> str:
+    """A number as its source has it, in the form in which the page shows it."""
+    sign, shown, percent, tail, expression = place.groups()
+    value = calculated(expression) * (100 if percent else 1)
+    digits = len(shown.partition(".")[2])
+    written = f"{abs(value):,.{digits}f}"
+    minus = "\u2212" if value < 0 and float(written.replace(",", "")) else ""
+    return f"{minus or ('+' if sign == '+' else '')}{written}{percent or ''}{tail}"
+
+
+PAGES = (BOOK.parent / "README.md", *sorted(BOOK.rglob("*.md")))
+"""Pages that may have tables and numbers."""
 
 
 def filled(page: str) -> str:
-    """The page with every marked table made anew."""
-    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[3]}", page)
+    """The page with every marked table and number made anew."""
+    page = PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[3]}", page)
+    return NUMBER.sub(number, page)
 
 
 if __name__ == "__main__":

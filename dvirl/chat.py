@@ -176,7 +176,7 @@ class Chat:
         try:
             return [*turns, self.answer(turns, self.config.system)]
         except DvirlError as error:
-            print(f"dvirl: {error} (/reset begins anew)", file=sys.stderr)
+            print(f"dvirl: {error} (/reset starts a new conversation)", file=sys.stderr)
             return turns[:-1]
 
     def answer(self, turns: Sequence[str], system: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The settings of every run: what the model is, what drafts, and how DVI trains it."""
+"""The settings of every run: the model, the draft, and how DVI trains it."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -213,7 +213,7 @@ class DVIConfig(TrainSettings):
 
     @property
     def policy_temperature(self) -> float:
-        """Of the policy that the objectives speak of: that of sampled actions, 1 for argmax."""
+        """The temperature of the policy in the objectives: that of sampled actions, 1 for argmax."""
         return self.action_temperature if self.actions == "sampled" else 1.0
 
 

@@ -125,7 +125,7 @@ class StepMetrics(Counters, SlowResult):
         ppl_sample: perplexity of the responses under the verifier that wrote them.
         drift_kl: KL of the verifier to the untouched model, nats a token, measured at slow updates. With target "base"
             on accepted tokens only, which are the easier ones, before the update; with "adapted" on all records.
-        drift_tokens: share of its greedy tokens that differ from the untouched model's, measured likewise.
+        drift_tokens: share of its greedy tokens that differ from the untouched model's.
         drift_flag: from the first step on at which acceptance rose while the drift passed its bound.
         prompts: prompts seen so far.
         tokens: response tokens seen so far.

@@ -1,4 +1,4 @@
-"""SGP, shallow-gradient fine-tuning: what drafts learns from supervised records, and nothing else moves."""
+"""SGP, shallow-gradient fine-tuning: the draft learns from supervised records, and nothing else is trained."""
 
 import math
 import random

@@ -229,7 +229,7 @@ class DVITrainer(TrainingLoop):
         return self._metrics(fast, slow)
 
     def _slow_update_if_due(self) -> SlowResult | None:
-        """A slow update, or in its place a measurement where lora_S moves the verifier; None if none is due."""
+        """A slow update, or, where lora_S changes the verifier, a measurement of drift; None if none is due."""
         config = self.config
         every = config.slow_every
         look = self.slow_update

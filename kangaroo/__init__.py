@@ -1,4 +1,4 @@
-"""The model: an early-exit Llama, what drafts, and two LoRA adapters. It knows nothing of rewards or optimizers."""
+"""The model: an early-exit Llama, its draft, and two LoRA adapters. It knows nothing of rewards or optimizers."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""KangarooModel: the early-exit model together with what drafts, and decoding with both."""
+"""KangarooModel: the early-exit model together with its draft, and decoding with both."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence

@@ -52,7 +52,7 @@ class AdapterSwitch:
         before = [(site.layer._active_adapter, site.parent._modules[site.attribute]) for site in touched]
         for site in touched:
             site.layer._active_adapter = [name for name in site.layer.active_adapters if name not in names]
-            if self._is_merged:  # the merged weight has the named adapters in it: merge anew without them
+            if self._is_merged:  # the merged weight has the named adapters in it: merge again without them
                 site.put(_merged(site.layer))
         try:
             yield
@@ -124,7 +124,7 @@ def inject_lora(
     if not 1 <= exit_layer < layers:
         raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
     if any(isinstance(module, LoraLinear) for module in base_model.modules()):
-        raise ValueError("the model carries adapters already; load it anew")
+        raise ValueError("the model carries adapters already; load it again")
     if rank < 1:
         raise ValueError(f"LoRA rank is {rank}; expected at least 1")
     shared = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "layers_pattern": "layers"}

@@ -33,7 +33,7 @@ from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
 
 
 def pytest_collection_finish() -> None:
-    """What imports left behind stays for good: `gc.collect`, which studies call for every row, need not walk it.
+    """Objects that imports created stay for good: `gc.collect`, which studies call for every row, need not walk it.
 
     And Ctrl-C is heard: a shell's background jobs begin with SIGINT ignored, for which tests would wait for ever.
     """

@@ -27,7 +27,7 @@ COSTS = StepCosts((0.1, 0.1), 0.0)
 
 
 def answer(token: int, count: int, wall_s: float, decoding_s: float, blocks: int) -> Answer:
-    """So many tokens in so many equal blocks behind the prefill's, without drafts."""
+    """So many tokens in so many equal blocks after the prefill's, without drafts."""
     draft = DraftBlock(torch.tensor([]), torch.tensor([]), torch.zeros(0, 4))
     sizes = [1] + [(count - 1) // blocks] * blocks if blocks else []
     verdicts = [Verification(0, (token,) * size, 0, 0, draft, torch.tensor([])) for size in sizes]
@@ -90,7 +90,7 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
         == 0
     )
     printed = capsys.readouterr().out
-    assert "blocks of four learned drafts pay from an acceptance of " in printed
+    assert "blocks of four learned drafts beat plain decoding above an acceptance of " in printed
     content = json.loads((tmp_path / "o.json").read_text())
     assert list(content["figures"]) == [questions]
     figures = content["figures"][questions]

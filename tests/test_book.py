@@ -151,17 +151,65 @@ def test_every_citation_is_in_the_bibliography():
 # Content
 
 
-def test_the_tables_of_the_results_are_those_of_the_files():
-    texts = [TEXT[page] for page in TABLES["PAGES"]]
-    marked = [name for text in texts for name in re.findall(r"<!-- table (\w+) -->", text)]
+def test_every_table_of_results_stands_on_a_page():
+    marked = [name for text in TEXT.values() for name in re.findall(r"<!-- table (\w+) -->", text)]
     assert Counter(marked) == Counter(list(TABLES["TABLES"]))
-    for text in texts:
-        assert TABLES["filled"](text) == text
+
+
+@pytest.mark.parametrize("page", TEXT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_and_numbers_of_a_page_are_those_of_the_files(page):
+    assert page in TABLES["PAGES"]
+    assert TABLES["filled"](TEXT[page]) == TEXT[page]
+
+
+def test_every_comment_with_a_source_follows_a_number():
+    marked = [line for text in TEXT.values() for line in text.splitlines() if "<!-- =" in line]
+    for line in marked:
+        assert len(TABLES["NUMBER"].findall(line)) == line.count("<!-- ="), line
+        assert not line.lstrip().startswith("<!--"), (
+            f"{line} is no text: Markdown takes the whole line for HTML"
+        )
+    assert sum(line.count("<!-- =") for line in marked) > 100
 
 
 def test_a_changed_result_changes_its_table():
     text = TEXT[BOOK / "results.md"].replace("0.336", "0.337")
     assert TABLES["filled"](text) != text
+
+
+@pytest.mark.parametrize(
+    ("shown", "source", "written"),
+    [
+        ("1.99", "cost-h200:checked:0:predicted", "1.46"),
+        ("9", "cost-h200:checked:draft_len=2:predicted", "1"),
+        ("**1.9**", "cost-h200:checked:0:predicted", "**1.5**"),
+        ("1", "acceptance-default-cpu:figures:untrained:num_drafted", "1,727"),
+        ("0 %", "acceptance-default-cpu:figures:trained:accept_rate", "34 %"),
+        ("+0.0", "acceptance-default-cpu:figures:trained:mat minus 1", "+0.4"),
+        ("0.0", "1 minus acceptance-default-cpu:figures:trained:mat", "\u22120.4"),
+        ("0.00", "cost-h200:checked:0:measured over cost-h200:checked:0:predicted", "0.90"),
+        ("0", "answers-h200", "480"),
+    ],
+)
+def test_a_number_is_written_as_its_source_has_it(shown, source, written):
+    comment = f"<!-- = {source} -->"
+    page = TABLES["filled"](f"It was {shown}{comment}, they say.")
+    assert page == f"It was {written}{comment}, they say."
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("cost-h200:checked:0:predictions", KeyError),
+        ("cost-h200:checked:7:predicted", IndexError),
+        ("cost-h200:checked:draft_len=3:predicted", StopIteration),
+        ("cost-mars:checked:0:predicted", FileNotFoundError),
+        ("answers-h300", ValueError),
+    ],
+)
+def test_a_source_that_is_nowhere_is_an_error(source, error):
+    with pytest.raises(error):
+        TABLES["filled"](f"It was 1.46<!-- = {source} -->.")
 
 
 @pytest.mark.filterwarnings("ignore:.*Converting a tensor.*:UserWarning")
@@ -172,6 +220,24 @@ def test_the_code_of_extending_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("dvirl.losses.OBJECTIVES", dict(found("dvirl.losses.OBJECTIVES")))
     exec(compile("\n".join(blocks), "extending.md", "exec"), {"__name__": "extending"})
     assert (tmp_path / "runs/thin/metrics.jsonl").exists()
+
+
+def test_what_the_drafters_card_imports_is_there():
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "weights/smollm2-135m-k2/README.md").read_text(), re.M | re.DOTALL
+    )
+    imports = [line for line in block.splitlines() if line.startswith("from ")]
+    assert len(imports) == 2
+    exec("\n".join(imports), {})
+
+
+def test_what_the_pages_say_of_lookup_and_the_learned_draft_holds():
+    """Where lookup wins and where the draft does is said in README, results and limits."""
+    speed = {(name, machine): {method: row["speedup"] for method, row in TABLES["overall"](name, machine).items()}
+             for name in TABLES["SETS"] for machine in ("cpu", "h200")}  # fmt: skip
+    lookup = {place for place, by in speed.items() if by["pld"] > by["dvi"]}
+    assert lookup == {("mini", "cpu"), ("mini", "h200"), ("humaneval", "h200")}
+    assert all(by["hybrid"] == max(by.values()) for by in speed.values())
 
 
 # How it is built

@@ -40,7 +40,7 @@ def responses(tmp_path_factory) -> Path:
 
 
 def settings(run_dir, responses="", **changes) -> DistillConfig:
-    """Small; one drafter layer, since the default's two would be all that the tiny model has behind its exit."""
+    """Small; one drafter layer, since the default's two would be all that the tiny model has after its exit."""
     values = dict(
         drafter_layers=1, run_dir=str(run_dir), responses_from=str(responses), lora_rank=4, head_rank=8, draft_vocab=100, batch=4,
         passes=3, warmup_steps=3, log_every=5, checkpoint_every=5, answer_tokens=16, threads=1, dtype="float32",

@@ -244,7 +244,7 @@ def test_the_wheel_holds_every_package_and_the_data_that_they_read():
 
 
 def test_agreement_is_what_the_decoder_accepts_at_every_position(tmp_path):
-    """Behind each prefix of each answer the decoder drafts one token: accepted means agreement."""
+    """After each prefix of each answer the decoder drafts one token: accepted means agreement."""
     loaded = dataclasses.replace(tiny_loaded(), eos_ids=ENDS)
     model, _, _ = trained(loaded)
     prompts = random_prompts(8)

@@ -38,7 +38,7 @@ def test_a_lookup_finds_what_followed_the_longest_ending_last_time(text, count):
             going_on = list(text)
             for offset in range(
                 count
-            ):  # the text behind the last such place, which may run into what it proposes
+            ):  # the text after the last such place, which may run into what it proposes
                 going_on.append(going_on[starts[-1] + offset])
             assert proposed == going_on[len(text) :]
             return

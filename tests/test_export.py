@@ -244,7 +244,7 @@ def test_matrices_have_the_type_asked_for_and_vectors_are_float32(tmp_path, dtyp
 
 
 def refused(capsys, tmp_path, drafter, *flags):
-    """The one sentence of a refusal, which leaves nothing behind."""
+    """The one sentence of a refusal, which leaves no file."""
     there = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     assert export(drafter, tmp_path / "deep/out", *flags) == 2

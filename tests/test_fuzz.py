@@ -523,7 +523,7 @@ def make_checkpoint(name: str) -> Callable[[Path], Path]:
 
 
 def loads(path: Path) -> None:
-    """A file that is broken, checksums or not: what is written down behind the checksums is not trusted either."""
+    """A file that is broken, checksums or not: what comes after the checksums is not trusted either."""
     folder = next(parent for parent in path.parents if parent.name.startswith("step-"))
     peft_model, model = Drafted.get()
     manifest = (folder / checkpoint.MANIFEST).read_bytes()

@@ -91,7 +91,7 @@ def llama_tokenizer(control=("<unk>", "<s>", "</s>"), model=None) -> PreTrainedT
 
 
 def compatibility_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny one behind a normalizer that makes plain letters of full-width ones."""
+    """The tiny one after a normalizer that makes plain letters of full-width ones."""
     backend = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
     backend.normalizer = normalizers.NFKC()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
@@ -449,7 +449,7 @@ def test_every_flag_refuses_what_its_field_cannot_be(command, capsys, monkeypatc
 
 
 def practised(**changes) -> DVITrainer:
-    """A trainer behind a good fast and slow update, so that its optimizers have states; one batch is in its buffer."""
+    """A trainer after a good fast and slow update, so that its optimizers have states; one batch is in its buffer."""
     mine = DVITrainer(tiny_settings(slow_every=0, **changes), tiny_loaded(deep_scale=0.3), tiny_split())
     scramble_lora(mine.model, ["lora_S", "lora_D"], 0.05)
     for group in mine.collect():

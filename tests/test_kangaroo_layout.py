@@ -47,7 +47,7 @@ class Published:
 
     @torch.no_grad()
     def _look(self, tokens: tuple[int, ...]) -> tuple[int, int, float]:
-        """Behind `tokens`: the verifier's token, the draft's, and the draft's confidence."""
+        """After `tokens`: the verifier's token, the draft's, and the draft's confidence."""
         seen = self.base(torch.tensor([tokens]), output_hidden_states=True)
         hidden, positions = seen.hidden_states[EXIT_LAYER], torch.arange(len(tokens))
         mask = torch.zeros(len(tokens), len(tokens)).masked_fill(positions[None] > positions[:, None], -1e30)
@@ -71,7 +71,7 @@ class Published:
                 _, drafted, confidence = self.look((*tokens, *drafts))
                 drafts.append(drafted)
             start = len(tokens)
-            for drafted in (*drafts, None):  # behind the last draft comes the bonus token
+            for drafted in (*drafts, None):  # after the last draft comes the bonus token
                 own = self.look(tokens)[0]
                 tokens = (*tokens, own)
                 if own == eos or own != drafted:

@@ -91,7 +91,7 @@ class OpenNotebook:
         self.socket = websocket.create_connection(channels, header=lab.headers, timeout=120)
 
     def set_parameters(self, **values) -> None:
-        """Fill the cell that stands behind the one that declares them, as papermill does."""
+        """Fill the cell after the one that declares them, as papermill does."""
         self.parameters.source = "\n".join(
             ["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())]
         )

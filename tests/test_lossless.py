@@ -30,7 +30,7 @@ def hf_greedy(model: LlamaForCausalLM, prompt: list[int], length: int, eos: int)
 
 @torch.no_grad()
 def hf_says(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> list[int]:
-    """What the model would say behind each part of an answer, in one pass; greedy decoding's answer says itself."""
+    """The model's next token after each part of an answer, in one pass; for a greedy answer that is the answer itself."""
     return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 

@@ -10,9 +10,19 @@ import nbformat
 import papermill
 import pytest
 
+from dvirl import config as training
+from dvirl import live
+from dvirl.evaluation import runner
 from dvirl.experiments import execute as run_notebook
 from dvirl.experiments.listing import show_source
-from dvirl.experiments.notebook import DECLARED, INJECTED, assigned_names, claims, fingerprint
+from dvirl.experiments.notebook import (
+    DECLARED,
+    INJECTED,
+    assigned_names,
+    claims,
+    fingerprint,
+    notebook_config,
+)
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
 
@@ -47,6 +57,11 @@ def two_questions(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def settings_of(kind):
+    """The module that has a notebook's class of settings."""
+    return next(module for module in (training, runner, live) if hasattr(module, kind))
 
 
 def code_cells(notebook):
@@ -106,6 +121,35 @@ def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
     )
     with pytest.raises(AssertionError):
         claims(space, defaults)(False, "")
+
+
+@pytest.mark.parametrize("notebook", ALL)
+def test_what_a_notebook_asks_to_try_can_be_tried(notebook):
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    (exercise,) = (text for text in texts if text.startswith("## Try it"))
+    answers = texts[texts.index(exercise) + 1]
+    code = code_cells(notebook)
+    kind = (
+        re.search(r"notebook_config\(globals\(\)(?:, (?:kind=)?(\w+Config))?", "\n".join(code))[1]
+        or "DVIConfig"
+    )
+    declared = {}
+    exec(code[0], declared)
+    changes = re.findall(r"^\d\. `(\w+ = [^`]+)`", exercise, re.M)
+    for change in changes:
+        changed = {}
+        exec(change, changed)
+        injected = f"{INJECTED}\n{change}"
+        space = {**declared, **changed, "In": [code[0], injected]}
+        config = notebook_config(space, getattr(settings_of(kind), kind), run_dir="run")
+        (name,) = assigned_names(change)
+        assert declared.get(name, getattr(type(config), name, None)) != changed[name], (
+            f"{change} changes nothing"
+        )
+    assert len(changes) == 3
+    assert answers.startswith("<details>\n<summary>") and answers.endswith("</details>")
+    assert re.findall(r"^(\d)\. ", answers, re.M) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("injected", ["# Parameters\nrun_dir = 'run'", "# Parameters\nnum_prompts = 16"])
@@ -311,7 +355,7 @@ def test_bad_parameters_stop_it(tmp_path, notebook, parameters, message):
      ("06_sgp", "beta_exit = -1.0", "beta_exit is -1.0; expected a number from 0 to 1e")],
 )  # fmt: skip
 def test_bad_parameters_stop_the_others(tmp_path, monkeypatch, notebook, parameter, message):
-    """Their cells are executed here, with the cell that papermill would put behind the first, to save a kernel each."""
+    """Their cells are executed here, with the cell that papermill would put after the first, to save a kernel each."""
     monkeypatch.chdir(tmp_path)
     sources = code_cells(notebook)
     space = {"In": []}

@@ -111,7 +111,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path, changes):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """Each time the last process alone is asked to stop, and all stop behind the same prompts."""
+    """Each time the last process alone is asked to stop, and all stop after the same prompts."""
     train(tmp_path / "whole")
     for processes, asked in ((2, True), (1, True), (4, False)):
 

@@ -42,7 +42,7 @@ from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "book/using.md"]
+PAGES = [ROOT / "README.md", ROOT / "book/using.md", ROOT / "book/cheat-sheet.md"]
 STARTS = (
     "make",
     "dvirl",
@@ -198,7 +198,7 @@ def flags_in(words):
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-# Rules: each gets the words of a line behind its first, and a name in the room for what comes out
+# Rules: each gets the words of a line after its first, and a name in the room for what comes out
 
 
 def check_make(words, out):

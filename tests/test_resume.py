@@ -247,7 +247,7 @@ def test_a_run_that_is_done_keeps_no_moments_and_begins_them_anew_with_more_prom
     assert not any(name.startswith(trainers) for name in load_file(done / "trainer.safetensors"))
     run = DVITrainer(settings(tmp_path / "more", num_prompts=48), tiny_loaded(), tiny_split())
     run.load_checkpoint(done)
-    assert f"{done}: the run was done; it goes on with optimizers that begin anew" in capsys.readouterr().err
+    assert f"{done}: the run was finished; it goes on, and its optimizers start again" in capsys.readouterr().err
     step = run.counters.step
     run.train(show_progress=False)
     assert run.counters.prompts == 48 and run.counters.step > step
@@ -516,7 +516,7 @@ def fill(folder: Path, room: int) -> None:
 def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(
     whole, tmp_path, capfd, record_property, where, real
 ):
-    """A disk that fills up behind the first checkpoint; a limit of the system's to files where none can be mounted."""
+    """A disk that fills up after the first checkpoint; a limit of the system's to files where none can be mounted."""
     sizes = [path.stat().st_size for path in newest(whole[0]).rglob("*") if path.is_file()]
     disk, kinds, step = tmp_path / "disk", [], DVITrainer.step
 

@@ -218,7 +218,7 @@ def test_only_learned_drafts_leave_records(monkeypatch):
     prompt = [5, 6, 7, 8] * 5
     looked_up = model.generate(prompt, LENGTH, DecodeConfig(3, source="lookup", keep_states=True))
     assert not len(records_from(prompt, looked_up.blocks))
-    # The second chain knows what follows, so that it is never behind.
+    # The second chain knows what follows, so it is always right.
     text = [*prompt, *looked_up.tokens]
 
     def follows(policy):

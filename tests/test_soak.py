@@ -64,7 +64,7 @@ def peak() -> float:
 
 
 class Watched(DVITrainer):
-    """A trainer that notes what every update leaves behind, and holds its buffer against a plain queue."""
+    """A trainer that notes what every update leaves in memory, and holds its buffer against a plain queue."""
 
     def __init__(self, updates: int, *args):
         super().__init__(*args)
@@ -105,7 +105,7 @@ class Watched(DVITrainer):
 
 
 def soak(run_dir: str, updates: int) -> dict:
-    """Train for so many updates; what each left behind, and how the buffer ended."""
+    """Train for so many updates; what each left in memory, and how the buffer ended."""
     config = tiny_settings(
         run_dir=run_dir,
         num_prompts=8 * updates,

@@ -378,7 +378,7 @@ def test_two_processes_share_the_questions_and_the_first_judges(evaluated, draft
             runner, "answer_question", lambda *args: decoded.append(args[0].question_id) or real(*args)
         )
         assert cli.main(flags) == 0
-        left = decoded[len(METHODS) :]  # behind those that warm up
+        left = decoded[len(METHODS) :]  # after those that warm up
         assert sorted(set(left)) == [[7, 81], [161]][rank] and len(left) == 2 * len(METHODS) * [2, 1][rank]
 
     assert in_processes(2, work) == [0, 0]

@@ -329,7 +329,7 @@ def parsed_rows(
 def usable(
     items: Iterable[Item], make: Callable[[Item], Parsed], on_bad_row: str, items_name: str
 ) -> Iterator[Parsed]:
-    """What is made of each item, or of those of which it can be made.
+    """The result for each item, or, if bad items are skipped, for the good ones.
 
     Args:
         items: rows, or prompts.

@@ -40,7 +40,7 @@ class _Rotary(nn.Module):
 
 
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
-    """The untouched model, loaded anew, in Hugging Face's class, in the same dtype on the same device."""
+    """The untouched model, loaded again, in Hugging Face's class, in the same dtype on the same device."""
     spread = len(loaded.model.layer_devices()) > 1
     device = BALANCED if spread else str(loaded.model.device)
     fresh = load(loaded.name, str(loaded.model.dtype).removeprefix("torch."), device, loaded.chat.chat_format)

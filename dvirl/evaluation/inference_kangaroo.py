@@ -21,7 +21,7 @@ class Acceptance:
         accept_rate: accepted over scored drafts; NaN if nothing was drafted.
         mat: mean number of tokens that a verification commits, without the prefill; NaN without verifications.
         tok_per_s: mean over prompts of new tokens over wall seconds.
-        num_drafted, num_accepted, num_blocks, num_tokens: the counts behind these rates.
+        num_drafted, num_accepted, num_blocks, num_tokens: the counts of these rates.
         responses: the decoded token ids.
     """
 

@@ -110,7 +110,7 @@ class EvalConfig(EvalSettings, DrafterOptions):
     threads: int = number(2, 1, 1024)
     """CPU threads of torch."""
     seed: int = number(0, 0, 2**63 - 1)
-    """Seed of the bootstrap behind intervals, and of sampled answers."""
+    """Seed of the bootstrap for intervals, and of sampled answers."""
     run_dir: str = "runs/evaluate"
     """Folder of this evaluation: config.yaml, answers/, trace.jsonl, results.json, report.md, report.html, figures."""
 

@@ -36,7 +36,7 @@ TURN_LISTS: dict[str, Any] = {
 }
 """What our answers say of every turn, and the type of each list."""
 DRAWS = 2000
-"""Bootstrap samples of the questions behind an interval."""
+"""Number of bootstrap samples of the questions for an interval."""
 
 Row = dict[str, Any]
 """The answer to one question, as a line of an answer file has it."""

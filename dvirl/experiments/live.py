@@ -1,4 +1,4 @@
-"""A draft that learns while it serves beside the same draft left as it is: the same prompts, in turn."""
+"""A draft that learns while it serves, and the same draft without learning: the same prompts, in turn."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +57,7 @@ def _row(name: str, session: LiveSession, prompt: Sequence[int]) -> dict[str, ob
 
 
 def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
-    """Tokens a block and seconds in windows of so many prompts.
+    """Tokens a block and seconds in windows of `size` prompts.
 
     Args:
         served: what `serve_both` gives.

@@ -23,7 +23,7 @@ def staleness(task: Task, folder: Path) -> VariantRows:
     """How wrong a gradient is that old records give: by age, against the exact gradient at the same positions.
 
     One run keeps every record. At its end, records of each age give the REINFORCE gradient with the tokens that the
-    old policy drew, the same with tokens drawn anew (once, and many times), and the exact gradient of the expected
+    old policy drew, the same with tokens drawn again (once, and many times), and the exact gradient of the expected
     reward. `extra`: `ages`, `records` of each, `draws` a position.
     """
     for name, variant in task.due():

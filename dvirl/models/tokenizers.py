@@ -295,7 +295,7 @@ def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | Non
     scheme: str = metaspace.get("prepend_scheme", "")
     of_llama = str(entries.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
     if of_llama and (metaspace or any(map(_prepends, kept))):
-        # Newest transformers builds a Llama tokenizer's spaces anew, by its settings.
+        # The newest transformers builds a Llama tokenizer's spaces from its settings.
         kept = []
         split = False
         scheme = "always" if entries.get("legacy") else "first"

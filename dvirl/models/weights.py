@@ -22,7 +22,7 @@ from dvirl.runs.errors import DvirlError
 FindFile = Callable[[str], str | None]
 """The path of one of a model's files by its name, None if the model does not have it."""
 FILES = ("model.safetensors", "pytorch_model.bin")
-"""Weights in one file; with `.index.json` behind the name, the list of several files."""
+"""Weights in one file; with `.index.json` after the name, the list of several files."""
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")

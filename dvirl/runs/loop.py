@@ -246,7 +246,7 @@ class TrainingLoop(ABC):
         self.load_state_dict(checkpoint.load(Path(folder), self.peft_model, self.model))
         begun = self.counters.step and not self.finished
         if begun and not any(optimizer.state for optimizer in self.optimizers):
-            self.say(f"{folder}: the run was done; it goes on with optimizers that begin anew")
+            self.say(f"{folder}: the run was finished; it goes on, and its optimizers start again")
 
     def load_newest(self) -> None:
         """Continue from the newest checkpoint in `run_dir`, or from the beginning if there is none yet."""

@@ -111,7 +111,7 @@ class Processes:
             parameter.grad = gradient
 
     def gather_rows(self, record: Record, count: int) -> Record:
-        """Put the rows together of which `share` gave each process its part.
+        """Undo `share`: put together the rows that the processes had.
 
         Args:
             record: a dataclass whose tensors `[R, …]` have this process's rows, at least one; other fields are equal in

@@ -153,7 +153,7 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
 
 
 def defaults(kind: Any) -> dict[str, Any]:
-    """The defaults of all settings that have a plain one: what a file meant that was written before they came."""
+    """The defaults of all settings that have a plain one; a file from before a setting existed means its default."""
     return {spec.name: spec.default for spec in dataclasses.fields(kind) if spec.default is not MISSING}
 
 

@@ -143,7 +143,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AverageConfig(Settings):
-    """What to average, and by which weights."""
+    """What to average, and the weights of the average."""
 
     out: str = positional()
     """Folder to make."""

@@ -331,7 +331,7 @@ class _Blocks:
         return matched, confidence, states
 
     def _begin_aside(self) -> torch.cuda.Stream | None:
-        """A stream beside the current one, where it has something to do."""
+        """A second stream, if it has something to do."""
         if not self.plan.looked_up or not self.state.own.is_cuda:
             return None
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]

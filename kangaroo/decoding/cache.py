@@ -25,7 +25,7 @@ from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_ma
 
 @functools.cache
 def steps(count: int, device: torch.device) -> Tensor:
-    """0, 1, … on a device; kept, since making it anew takes a kernel in every captured pass."""
+    """0, 1, … on a device; kept, since making it again takes a kernel in every captured pass."""
     return torch.arange(count, device=device)
 
 
@@ -320,7 +320,7 @@ def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, plan: CachedPas
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask).reshape(
             queries.shape
         )
-    # cuDNN plans its kernel anew for every length that the cache grows to, which takes 30 ms; products do not.
+    # cuDNN plans its kernel again for every length that the cache grows to, which takes 30 ms; products do not.
     scores = (grouped * size**-0.5) @ keys.transpose(-1, -2)
     if plan.mask is not None:
         scores = scores.masked_fill(~plan.mask, float("-inf"))

@@ -1,4 +1,4 @@
-"""What a drafter with feedback reads beside the exit states: the verifier's states of the positions before.
+"""The second input of a drafter with feedback, after the exit states: the verifier's states at the previous positions.
 
 Shapes: B texts, T new tokens, n drafts of a block, D hidden.
 """

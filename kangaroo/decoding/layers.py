@@ -1,8 +1,8 @@
 """Decoder layers as decoding runs them: projections that read the same input fused, weights packed on a CPU.
 
-oneDNN lays weights out anew at every call unless they are packed once, which saves a third to half of a product of few
+oneDNN lays weights out again at every call unless they are packed once, which saves a third to half of a product of few
 rows; its float32 product of two or three rows even takes twice that of five. Nothing here is trained: layers are made
-from the weights as they are, and made anew when these have changed.
+from the weights as they are, and made again when these have changed.
 """
 
 from __future__ import annotations

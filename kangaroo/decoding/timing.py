@@ -1,4 +1,4 @@
-"""Measuring what steps cost: blocks of every length, in turn, on the model at hand."""
+"""Measuring what steps cost: blocks of every length, in turn."""
 
 from __future__ import annotations
 
