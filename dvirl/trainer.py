@@ -431,7 +431,7 @@ class DVITrainer(TrainingLoop):
     def describe(self, line: Mapping[str, Any]) -> str:
         """What the progress bar says of a step; one step's accept rate alone would jump."""
         recent = fmean(self.rates[-DRIFT_WINDOW:] or [line["accept_rate"]])
-        return f"update {line['step']}, recent accept rate {recent:.2f}"
+        return f"update {line['step']}, recent acceptance rate {recent:.2f}"
 
     def _metrics(self, fast: dict[str, Any], slow: SlowResult | None) -> StepMetrics:
         """One log line, and a fresh account of what is served until the next."""

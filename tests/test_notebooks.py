@@ -155,7 +155,7 @@ def test_what_a_notebook_asks_to_try_can_be_tried(notebook):
 @pytest.mark.parametrize("injected", ["# Parameters\nrun_dir = 'run'", "# Parameters\nnum_prompts = 16"])
 @pytest.mark.parametrize(
     ("rate", "times", "message"),
-    [(0.062, 1.2, "accept rate 0.062 is under"), (0.6, 0.97, "drafting is 0.97 times as fast as plain")],
+    [(0.062, 1.2, "acceptance rate 0.062 is under"), (0.6, 0.97, "drafting is 0.97 times as fast as plain")],
 )
 def test_a_draft_that_does_not_pay_fails_the_default_run_of_03_alone(injected, rate, times, message):
     cells = code_cells("03_train")
@@ -234,7 +234,7 @@ def test_other_parameters_run(tmp_path, settings):
     assert lines and lines[0]["phase"] == settings["schedule"]
     said = (tmp_path / "run/summary.txt").read_text()
     assert re.fullmatch(
-        r"accept rate on unseen prompts [\d.]+ -> [\d.]+; [\d.]+ times plain decoding's speed\n", said
+        r"acceptance rate on unseen prompts [\d.]+ -> [\d.]+; [\d.]+ times plain decoding's speed\n", said
     )
     assert (tmp_path / "run/learning_curve.png").stat().st_size > 5000
     assert list((tmp_path / "run/checkpoints").glob("step-*/lora_S/adapter_model.safetensors"))

@@ -173,7 +173,13 @@ class TrainingLoop(ABC):
         tracker = self._tracker if self.processes.first else "none"
         with (
             tracking(tracker, self.run_dir, asdict(self.config)) as track,
-            tqdm(total=self.length, initial=self.position, unit=self.unit, disable=not show_progress) as bar,
+            tqdm(
+                desc=self.run_dir.name,
+                total=self.length,
+                initial=self.position,
+                unit=self.unit,
+                disable=not show_progress,
+            ) as bar,
         ):
 
             def report(line: Mapping[str, Any]) -> None:
