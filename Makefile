@@ -32,9 +32,9 @@ $(READY): pyproject.toml
 	$(BIN)/dvirl fetch
 	@touch $(READY)
 
-train: $(READY)  ## run notebooks/03_train.ipynb on its defaults
+train: $(READY)  ## run notebooks/03_train.ipynb on its defaults: a draft learns from nothing until it pays
 	@mkdir -p $(RUN)
-	$(BIN)/papermill notebooks/03_train.ipynb $(RUN)/03_train.ipynb -p run_dir $(RUN) --kernel python3 --no-log-output
+	@$(BIN)/python -m dvirl.experiments.execute notebooks/03_train.ipynb $(RUN)/03_train.ipynb run_dir=$(RUN)
 	@echo "executed notebook: $(RUN)/03_train.ipynb"
 	@echo "log:               $(RUN)/metrics.jsonl"
 	@echo "figure:            $(RUN)/learning_curve.png"

@@ -12,7 +12,7 @@ from kangaroo.decoding.blocks import TARGETS, DecodeConfig
 from kangaroo.kangaroo_model import HEADS
 from kangaroo.sgp_lora import LORA_TARGETS
 
-SOURCES = ("chatterbot", "magpie", "sharegpt", "dolly", "jsonl", "spec_bench")
+SOURCES = ("chatterbot", "docstrings", "magpie", "sharegpt", "dolly", "jsonl", "spec_bench")
 SCHEDULES = ("reinforce", "exact_pg", "ce", "masked_ce", "kl", "tv", "kl_to_rl")
 
 
@@ -99,7 +99,7 @@ class DVIConfig(TrainSettings):
     """Checkpoint or drafter folder whose lora_S and drafter the run starts from, with the same drafter settings; or a
     published Kangaroo adapter, from which drafter, drafter_layers and adapter_window follow (exit_layer does not)."""
     prompts_source: str = choice("chatterbot", SOURCES)
-    """chatterbot, magpie, sharegpt, dolly, jsonl or spec_bench."""
+    """chatterbot, docstrings, magpie, sharegpt, dolly, jsonl or spec_bench."""
     prompts_path: str = ""
     """File (JSON, JSONL, either with .gz, or parquet) or hub data set (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT) for the
     sources that need one; magpie: kinds of prompts, by commas, or all."""
@@ -162,8 +162,8 @@ class DVIConfig(TrainSettings):
     replay: int = number(1, 0, 1000)
     """Number of replay steps after each fast update, each on as many older responses and with the same loss (kl_to_rl:
     KL). There are none with reinforce and masked_ce, which need fresh drafts."""
-    slow_every: int = number(16, 0)
-    """Fast updates between slow updates; 0 turns the slow update off."""
+    slow_every: int = number(0, 0)
+    """Fast updates between slow updates, which change the verifier; 0 leaves the model as it is."""
     slow_batch: int = number(2, 1, 65536)
     """Number of most recent responses that a slow update uses, in each process."""
     beta_kl: float = number(0.1, 0, 1e6)

@@ -301,7 +301,7 @@ def _tv(on: Decisions) -> Tensor:
     return on.mean(torch.ones_like(accepted)) - on.mean(accepted)
 
 
-def _kl_to_rl(on: Decisions) -> Tensor:
+def kl_to_rl(on: Decisions) -> Tensor:
     """`(1 - w (1 - floor)) KL + w (masked CE + REINFORCE)`, w the reward's weight (arXiv 2510.05421)."""
     weight = on.reward_share
     kl = OBJECTIVES["kl"](on)
@@ -318,7 +318,7 @@ OBJECTIVES: dict[str, Callable[[Decisions], Tensor]] = {
     "masked_ce": lambda on: on.mean(-on.on_drafted(), over="accepted"),
     "kl": _kl,
     "tv": _tv,
-    "kl_to_rl": _kl_to_rl,
+    "kl_to_rl": kl_to_rl,
 }
 """What each schedule minimises, without regularisers. Cross-entropies are in nats: ce to the verifier's tokens that the
 exit head has (others have none that is finite), masked_ce to accepted drafts (arXiv 2510.05421)."""

@@ -253,22 +253,30 @@ class DVITrainer(TrainingLoop):
         Returns:
             The part of `StepMetrics` that it knows; the update was left out if its gradient was not finite.
         """
-        config = self.config
         lora.train_only(self.model, self.shallow)
         reward = float(batch.reward.mean())
         baseline = self.baseline.update(reward, len(batch.reward))
-        weight = reward_weight(self.progress, config.ramp_start, config.ramp_end)
-        loss = None
+        weight = reward_weight(self.progress, self.config.ramp_start, self.config.ramp_end)
+        loss: Tensor | None = None
         figures: dict[str, Tensor] = {}
         share = batch.share(self.processes)
         if len(share):
             decisions = self.decisions(share, baseline, weight, batch)
             loss = fast_loss(decisions)
-            figures["loss"] = loss
-            with torch.no_grad():
-                for name, objective in LOGGED.items():
-                    figures[name] = OBJECTIVES[objective](decisions)
-        phase = config.schedule
+            figures = self._logged(loss, decisions)
+        grad_norm = self._take_step(self.fast_optimizer, loss, self.lr)
+        return self._fast_line(figures, reward, baseline, weight, grad_norm)
+
+    @torch.no_grad()
+    def _logged(self, loss: Tensor, decisions: Decisions) -> dict[str, Tensor]:
+        """The loss, and the objectives that the log has of every fast update, before its step."""
+        return {"loss": loss} | {name: OBJECTIVES[key](decisions) for name, key in LOGGED.items()}
+
+    def _fast_line(
+        self, figures: dict[str, Tensor], reward: float, baseline: float, weight: float, grad_norm: float
+    ) -> dict[str, Any]:
+        """The part of the log's line that a fast update knows."""
+        phase = self.config.schedule
         if phase == "kl_to_rl":
             phase = "ramp" if weight else "kl"
         return {
@@ -276,7 +284,7 @@ class DVITrainer(TrainingLoop):
             **self._totals(figures, ("loss", *LOGGED)),
             "reward": reward,
             "baseline": baseline,
-            "grad_norm": self._take_step(self.fast_optimizer, loss, self.lr),
+            "grad_norm": grad_norm,
             "lr": self.lr,
         }
 
@@ -421,8 +429,9 @@ class DVITrainer(TrainingLoop):
             self.counters.wall_s += seconds
 
     def describe(self, line: Mapping[str, Any]) -> str:
-        """What the progress bar says of a step."""
-        return f"step {line['step']}, accept rate {line['accept_rate']:.3f}"
+        """What the progress bar says of a step; one step's accept rate alone would jump."""
+        recent = fmean(self.rates[-DRIFT_WINDOW:] or [line["accept_rate"]])
+        return f"update {line['step']}, recent acceptance rate {recent:.2f}"
 
     def _metrics(self, fast: dict[str, Any], slow: SlowResult | None) -> StepMetrics:
         """One log line, and a fresh account of what is served until the next."""

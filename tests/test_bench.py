@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_kangaroo
+from conftest import random_prompts, tiny_kangaroo
 from test_distill import question_file
 from test_drafters import exported
 from test_models import save_tiny
@@ -18,6 +18,7 @@ from dvirl.evaluation.measure import Answer, in_turn, timed
 from dvirl.evaluation.methods import BRANCHES, GENERATE, PLAIN
 from dvirl.evaluation.questions import spread
 from dvirl.models import loading
+from dvirl.models.drafters import load_drafter
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.costs import StepCosts
 
@@ -125,6 +126,20 @@ def test_a_set_that_is_done_is_kept_when_the_next_fails(tmp_path, monkeypatch):
             )
         )
     assert list(json.loads((tmp_path / "o.json").read_text())["figures"]) == files[:1]
+
+
+def test_the_learned_draft_is_timed_in_turn_with_plain_decoding(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "model")
+    loaded = loading.load(str(source), dtype="float32", device="cpu")
+    exported(tmp_path / "d", loaded)
+    drafter = load_drafter(tmp_path / "d", None, "float32", "cpu", str(source), 0)
+    asked = []
+    real = bench.answer_in_turn
+    monkeypatch.setattr(bench, "answer_in_turn", lambda run, *args: asked.extend(run) or real(run, *args))
+    prompts = random_prompts(3)
+    speed = bench.over_plain(drafter, prompts, 8, longest=3)
+    assert asked == [PLAIN, "dvi"] and speed.questions == speed.equal == 3
+    assert speed.over_plain > 0 and speed.mat >= 1 and speed.tok_per_s > 0
 
 
 def test_hostile_drafts_say_another_token_and_change_no_answer(tmp_path, monkeypatch):

@@ -332,6 +332,17 @@ def test_the_default_corpus():
     assert any(prompt.turns == ("What is AI?",) and prompt.category == "ai" for prompt in prompts)
 
 
+def test_docstrings_are_a_source_of_one_domain():
+    loaded = tiny_loaded()
+    split = load_prompts(
+        tiny_settings(prompts_source="docstrings", held_out=9, max_prompt_tokens=500), loaded
+    )
+    texts = [loaded.tokenizer.decode(ids) for ids in split.stream.prompts + split.held_out]
+    assert len(split.held_out) == 9 and len(texts) > 300
+    assert all("def " in text for text in texts)
+    assert not {*map(tuple, split.held_out)} & {*map(tuple, split.stream.prompts)}
+
+
 @given(count=st.integers(1, 7), seed=st.integers(0, 3), taken=st.integers(0, 20), more=st.integers(0, 9))
 def test_a_stream_goes_on_from_a_saved_position(count, seed, taken, more):
     prompts = [[n] for n in range(count)]

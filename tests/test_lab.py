@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # jupyter's own
 ROOT = Path(__file__).parents[1]
 TOKEN = "a-token-of-the-tests"
 TINY = dict(exit_layer=2, num_prompts=40, max_new_tokens=12, rollout_batch=8, judge_batch=2, fast_batch=3, slow_every=3,
-            lora_rank=4, draft_vocab=120, held_out=4, eval_prompts=1, threads=1, dtype="float32", device="cpu",
+            lora_rank=4, draft_vocab=120, held_out=4, timed=1, threads=1, dtype="float32", device="cpu",
             tracker="none")  # fmt: skip
 
 

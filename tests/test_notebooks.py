@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
+import nbformat
 import papermill
 import pytest
 
 from dvirl import config as training
 from dvirl import live
 from dvirl.evaluation import runner
+from dvirl.experiments import execute as run_notebook
+from dvirl.experiments.listing import show_source
 from dvirl.experiments.notebook import (
     DECLARED,
     INJECTED,
@@ -29,8 +31,9 @@ QUICK = dict(
     num_prompts=8,
     rollout_batch=8,
     max_new_tokens=16,
-    eval_prompts=2,
+    timed=2,
     judged=4,
+    trap_prompts=8,
     held_out=4,
     threads=1,
     fast_batch=1,
@@ -120,11 +123,7 @@ def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
         claims(space, defaults)(False, "")
 
 
-EXERCISES = [name for name in ALL if name != "03_train"]
-"""Notebooks that end with "Try it"; what 03 asks its readers to try is in its text."""
-
-
-@pytest.mark.parametrize("notebook", EXERCISES)
+@pytest.mark.parametrize("notebook", ALL)
 def test_what_a_notebook_asks_to_try_can_be_tried(notebook):
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
@@ -154,33 +153,89 @@ def test_what_a_notebook_asks_to_try_can_be_tried(notebook):
 
 
 @pytest.mark.parametrize("injected", ["# Parameters\nrun_dir = 'run'", "# Parameters\nnum_prompts = 16"])
-def test_an_accept_rate_under_the_floor_fails_the_default_run_of_03_alone(injected):
+@pytest.mark.parametrize(
+    ("rate", "times", "message"),
+    [(0.062, 1.2, "acceptance rate 0.062 is under"), (0.6, 0.97, "drafting is 0.97 times as fast as plain")],
+)
+def test_a_draft_that_does_not_pay_fails_the_default_run_of_03_alone(injected, rate, times, message):
     cells = code_cells("03_train")
     (asserting,) = (
         line for cell in cells for line in cell.splitlines() if line.startswith("claim = claims(")
     )
-    (judging,) = (cell for cell in cells if "is under 0.28" in cell)
-    step_by_step = SimpleNamespace(accept_rate=0.04, mat=1.04)
-    space = {"In": [cells[0], injected], "claims": claims, "config": SimpleNamespace(schedule="kl_to_rl"),
-             "rates": {"untrained": 0.037, "kl_to_rl": 0.062}, "before": step_by_step, "after": step_by_step}  # fmt: skip
+    (judging,) = (cell for cell in cells if "times as fast as plain decoding" in cell)
+    space = {"In": [cells[0], injected], "claims": claims, "before": 0.02, "trained": rate, "times": times}
     for cell in (*space["In"], asserting):
         exec(cell, space)
     if "run_dir" in injected:
-        with pytest.raises(AssertionError, match="accept rate 0.062 is under 0.28"):
+        with pytest.raises(AssertionError, match=message):
             exec(judging, space)
     else:
         exec(judging, space)
 
 
+def shown_here(batch, rate=1):
+    """Not for readers."""
+    # For readers.
+    return batch * rate
+
+
+class Shown:
+    def two(self):
+        """Several
+
+        lines.
+        """
+        return 2
+
+    def bare(self):
+        return 1
+
+
+def test_the_source_that_is_shown_is_the_one_that_runs():
+    blocks = [
+        "def shown_here(batch, rate=1):\n    # For readers.\n    return batch * rate",
+        "def two(self):\n    return 2",
+        "def bare(self):\n    return 1",
+    ]
+    joined = "\n\n".join(blocks)
+    assert show_source(shown_here, Shown.two, Shown.bare).data == f"```python\n{joined}\n```"
+
+
+@pytest.mark.filterwarnings("ignore")  # jupyter's own
+def test_a_notebook_runs_with_its_progress_shown_from_inside_and_a_summary(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "import sys, warnings",
+        "sys.stderr.write('a bar of its own')",
+        "print('said in the notebook')",
+        "open(f'{run_dir}/summary.txt', 'w').write('learned something\\n')",
+    ]
+    language = {"language_info": {"name": "python"}}
+    cells = [nbformat.v4.new_code_cell("run_dir = ''", metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), "a.ipynb")
+    run_notebook.main(["a.ipynb", "b.ipynb", f"run_dir={tmp_path}"])
+    out, err = capfd.readouterr()
+    assert out == "learned something\n" and err.strip() == "a bar of its own"
+    outputs = nbformat.read("b.ipynb", as_version=4).cells[-1].outputs
+    assert "said in the notebook\n" in [output.get("text") for output in outputs]
+
+
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")  # jupyter's own
 @pytest.mark.parametrize(
-    "settings", [dict(exit_layer=4, schedule="kl", seed=1), dict(exit_layer=8, schedule="ce", slow_every=0)]
-)
+    "settings",
+    [dict(exit_layer=6, schedule="kl", seed=1, drafter="none", slow_every=1),
+     dict(exit_layer=8, schedule="ce", prompts_source="chatterbot")],
+)  # fmt: skip
 def test_other_parameters_run(tmp_path, settings):
     execute(tmp_path, run_dir="run", **QUICK, **settings)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines and lines[0]["phase"] == settings["schedule"]
+    said = (tmp_path / "run/summary.txt").read_text()
+    assert re.fullmatch(
+        r"acceptance rate on unseen prompts [\d.]+ -> [\d.]+; [\d.]+ times plain decoding's speed\n", said
+    )
     assert (tmp_path / "run/learning_curve.png").stat().st_size > 5000
     assert list((tmp_path / "run/checkpoints").glob("step-*/lora_S/adapter_model.safetensors"))
 

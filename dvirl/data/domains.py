@@ -103,11 +103,11 @@ MODULES = [
 """Modules whose functions are asked about."""
 
 
-def docstring_prompts(count: int, seed: int = 0) -> list[str]:
+def docstring_prompts(count: int | None = None, seed: int = 0) -> list[str]:
     """Requests for the docstring of a function, each of another function of Python's library, shuffled.
 
     Args:
-        count: number of prompts; fewer if the library has fewer functions.
+        count: number of prompts; fewer if the library has fewer functions, and by default all.
         seed: of the order.
     """
     heads = []

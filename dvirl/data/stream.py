@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from dvirl.config import DVIConfig
+from dvirl.data.domains import docstring_prompts
 from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts, usable
 from dvirl.models.loading import LoadedModel
@@ -108,6 +109,8 @@ def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
         return write_prompts(loaded, config.num_prompts + config.held_out, config.seed, openers)
     if config.prompts_source == "chatterbot":
         prompts = chatterbot_prompts()
+    elif config.prompts_source == "docstrings":
+        prompts = [Prompt((text,)) for text in docstring_prompts()]
     elif config.prompts_path:
         prompts = read_prompts(config.prompts_source, config.prompts_path, config.on_bad_row)
     else:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dvirl.evaluation.measure import Answer, tally
 from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_configs, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
-from dvirl.models.drafters import LoadedDrafter, load_drafter
+from dvirl.models.drafters import Draft, LoadedDrafter, load_drafter
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
@@ -111,6 +111,27 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
         equal=sum(answer.tokens == base.tokens for answer, base in pairs),
         questions=len(answers),
     )
+
+
+@torch.no_grad()
+def over_plain(draft: Draft, prompts: Sequence[Sequence[int]], limit: int, longest: int = 8) -> Speed:
+    """Time the learned draft, in blocks as long as they pay, in turn with plain decoding.
+
+    Args:
+        draft: with its model.
+        prompts: token ids; the first ones also warm up.
+        limit: most tokens of an answer.
+        longest: most drafts of a block.
+    """
+    learned = WAYS["learned"]
+    run = decoders([PLAIN, learned], decode_configs(longest), draft, limit)
+    with draft.model.base_model.merged():
+        for prompt in prompts[:WARM_UP]:
+            for decode in run.values():
+                decode(prompt)
+        costs = draft.model.measure_costs(longest)
+        answers = answer_in_turn(run, prompts, "by the clock")
+    return _speed(answers[learned], answers[PLAIN], costs)
 
 
 def _batch_rate(

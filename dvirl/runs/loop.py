@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from peft import PeftModel
@@ -173,7 +173,7 @@ class TrainingLoop(ABC):
         tracker = self._tracker if self.processes.first else "none"
         with (
             tracking(tracker, self.run_dir, asdict(self.config)) as track,
-            tqdm(total=self.length, initial=self.position, unit=self.unit, disable=not show_progress) as bar,
+            self._bar(show_progress) as bar,
         ):
 
             def report(line: Mapping[str, Any]) -> None:
@@ -199,6 +199,11 @@ class TrainingLoop(ABC):
             self.save_checkpoint()
         # Only now: until here, a signal of its own would have been a process's second one, which ends it at once.
         stop.signal = stop.signal or asked
+
+    def _bar(self, shown: bool) -> "tqdm[NoReturn]":
+        """The progress bar, named after the run."""
+        name = self.run_dir.name
+        return tqdm(desc=name, total=self.length, initial=self.position, unit=self.unit, disable=not shown)
 
     def _write(self, lines: Sequence[Mapping[str, Any]], track: Track | None = None) -> None:
         """Put lines into the log and the trackers; the first process alone does."""
