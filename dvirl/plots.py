@@ -498,8 +498,9 @@ def acceptance_and_drift(runs: Mapping[str, pd.DataFrame], bound: float, save: S
         for (name, log), colour in _coloured(runs.items()):
             accepted.append(_trend(above, log.tokens, log.accept_rate, name, colour))
             measured = log[log.drift_kl.notna()]
-            below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3)
-            drifts.append(_End.of(measured.tokens, measured.drift_kl, name, colour))
+            if len(measured):  # a short run may end before its drift is measured
+                below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3)
+                drifts.append(_End.of(measured.tokens, measured.drift_kl, name, colour))
         below.axhline(bound, color="grey", linestyle="--", linewidth=1)
         below.annotate(
             "drift_bound", (0, bound), (3, 4), ("axes fraction", "data"), "offset points", color="dimgrey"
