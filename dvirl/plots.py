@@ -261,6 +261,7 @@ def _draw_overall(axes: Axes, figures: pd.DataFrame, overall: pd.DataFrame) -> N
 def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None:
     """Draw each task's dots and intervals in a colour of its own, side by side within the method's row."""
     for place, (task, colour) in enumerate(_coloured(tasks)):
+        # Tasks are centred on the method's row.
         own = figures[figures.task == task]
         rows = own.row + 0.17 * (place - (len(tasks) - 1) / 2)
         axes.hlines(rows, own.low, own.high, color=colour, linewidth=2)
@@ -443,6 +444,7 @@ def scatter(
             axes.set_title(axes.get_title(), pad=26)
             _legend_above(axes)
         axes.autoscale_view()
+        # Pixels are known once the limits are.
         points = axes.transData.transform(found[["x", "y"]].to_numpy(dtype=float))
         for point in found.sort_values("y").itertuples():
             _name_point(axes, point, points)
@@ -475,6 +477,7 @@ def _name_point(axes: Axes, point: Any, points: Any) -> None:
         inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
         return inside and not box.count_contains(points) and not any(map(box.overlaps, earlier))
 
+    # The last place stays if none is free.
     for across, up in NAME_PLACES:
         label.set_position((across, up))
         label.set_ha("left" if across > 0 else "right" if across < 0 else "center")
@@ -527,6 +530,7 @@ def gradients(norms: pd.DataFrame, exit_layer: int, save: SavePath = None) -> No
     with _figure(save, 3.6, ncols=len(losses), sharey=True, squeeze=False, layout="constrained") as (row,):
         for axes, loss in zip(row, losses, strict=True):
             axes.axvspan(0.5, exit_layer + 0.5, color="grey", alpha=0.12, linewidth=0)
+            # The thick line comes first, so that the thin one shows where both are one.
             for detached, lines in norms[norms.loss == loss].groupby("detached"):
                 axes.plot(lines.layer, lines.norm, **looks[bool(detached)])
             axes.set(title=loss, xlabel="layer")

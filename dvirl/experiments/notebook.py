@@ -44,7 +44,7 @@ table.dvirl-blocks span {white-space:pre-wrap; margin-right:.35em; padding:0 .2e
   table.dvirl-blocks :is(tbody, tr, th, td) {display:block}
   table.dvirl-blocks :is(th, td) {border:0; padding:.1em 0}
   table.dvirl-blocks tr {border-bottom:1px solid #8886; padding:.4em 0}
-  table.dvirl-blocks td:last-child::before {content:"\u2192 "}
+  table.dvirl-blocks td:nth-child(3)::before {content:"\u2192 "}
 }
 </style>"""
 """A row a block on a wide page, three short lines a block on a phone."""
@@ -174,6 +174,6 @@ def _block_row(number: int, block: Verification, words: Callable[[int], str]) ->
         parts.append(_piece(kind, words(token), f"{kind}, {how}"))
     if block.block_len > block.num_accepted:
         parts.append(_piece("the verifier's token", words(block.committed[-1])))
-    said = html.escape("".join(map(words, block.committed))).replace("\n", "\u21b5")
+    said = html.escape("".join(map(words, block.committed)).lstrip(" ")).replace("\n", "\u21b5")
     source = ", ".join(names) if confidence else "no draft"
     return f"<tr><th>{number} <small>{source}</small></th><td>{' '.join(parts)}</td><td><span>{said}</span></td></tr>"
