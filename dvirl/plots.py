@@ -26,6 +26,8 @@ LABEL_PIXELS = 16
 """Least distance between labels at the ends of lines."""
 FEW_POINTS = 40
 """A run of no more steps than this has its points drawn more strongly."""
+ABOVE_LEGEND = 26
+"""Points between the axes and a title that stands above a legend."""
 OVERALL = "overall"
 """The task that stands for all questions."""
 
@@ -208,7 +210,7 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
         axes.minorticks_off()
 
 
-def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None:
+def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePath = None) -> None:
     """How much faster than the reference each method is, with 95 % intervals: a row for each method.
 
     With a task "overall" that one is drawn large, with its number, and the other tasks are small grey dots around it.
@@ -217,6 +219,7 @@ def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None
     Args:
         found: as `spec_bench.measures` gives it.
         reference: left out, it is 1 everywhere.
+        title: of the figure.
         save: also write the figure here.
     """
     figures = found[found.method != reference]
@@ -238,6 +241,7 @@ def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None
             xlim=(-0.04 * figures.high.max(), None),
             xlabel=f"times as fast as {reference}",
         )
+        axes.set_title(title, pad=ABOVE_LEGEND)
         axes.grid(False, axis="y")
 
 
@@ -441,7 +445,7 @@ def scatter(
                 minor_formatter="",
             )
         if (parts[2] != "").any():
-            axes.set_title(axes.get_title(), pad=26)
+            axes.set_title(axes.get_title(), pad=ABOVE_LEGEND)
             _legend_above(axes)
         axes.autoscale_view()
         # Pixels are known once the limits are.
