@@ -8,6 +8,7 @@ add up to the result of one process with all records.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,26 +118,64 @@ def overlap(draft_logits: Tensor, verifier_logits: Tensor) -> Tensor:
     return torch.minimum(p, q).sum(dim=-1)
 
 
-def distillation_loss(
-    draft_logits: Tensor, verifier_logits: Tensor, index: Tensor, ce_weight: float
-) -> Tensor:
+@dataclass(frozen=True)
+class Teacher:
+    """The verifier's distributions, for drafts of several depths to learn from; no gradient goes to them.
+
+    Attributes:
+        probabilities: `[N, V']`, float32.
+        entropy: `[N]`, in nats.
+    """
+
+    probabilities: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Teacher":
+        """From the verifier's logits `[N, V']` over the draft's tokens."""
+        log_probs = logits.detach().log_softmax(dim=-1)
+        probabilities = log_probs.exp()
+        return cls(probabilities, -(probabilities * log_probs).sum(dim=-1))
+
+
+class _ForwardKL(torch.autograd.Function):
+    """`KL(p || q)` of each row by the teacher p and the draft's log-probabilities, with the gradient `q - p`.
+
+    Autograd's own way through `log_softmax` reads and writes the `[N, V']` numbers three times as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probabilities: Tensor, entropy: Tensor) -> Tensor:
+        log_q = logits.log_softmax(dim=-1, dtype=torch.float32)
+        ctx.save_for_backward(log_q, probabilities)
+        ctx.dtype = logits.dtype
+        return -entropy - (probabilities * log_q).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        log_q, probabilities = ctx.saved_tensors
+        difference = log_q.exp().sub_(probabilities).mul_(gradients[0][:, None])
+        return difference.to(ctx.dtype), None, None
+
+
+def distillation_loss(draft_logits: Tensor, teacher: Teacher, index: Tensor, ce_weight: float) -> Tensor:
     """`(1 - c) KL(verifier || draft) + c CE(draft, the verifier's token)`, in nats.
 
     Args:
         draft_logits: `[N, V']`, with gradient.
-        verifier_logits: `[N, V']`, over the same tokens.
+        teacher: the verifier, over the same tokens.
         index: `[N]`, the verifier's tokens as rows of the exit head; -1 for those it lacks, whose CE is 0.
         ce_weight: c.
 
     Returns:
         `[N]`.
     """
-    # The verifier teaches: no gradient goes to it.
-    draft = draft_logits.log_softmax(dim=-1)
-    verifier = verifier_logits.detach().log_softmax(dim=-1)
-    loss = (1 - ce_weight) * kl_divergence(verifier, draft).sum(dim=-1)
+    loss: Tensor = _ForwardKL.apply(  # type: ignore[no-untyped-call]
+        draft_logits, teacher.probabilities, teacher.entropy
+    )
     if ce_weight:
-        loss = loss + ce_weight * F.nll_loss(draft, index, ignore_index=-1, reduction="none")
+        entropy = F.cross_entropy(draft_logits, index, ignore_index=-1, reduction="none")
+        loss = (1 - ce_weight) * loss + ce_weight * entropy
     return loss
 
 

@@ -323,13 +323,13 @@ class LlamaAttention(nn.Module):
             earlier.append((keys, values))
             keys = torch.cat([keys for keys, _ in earlier], dim=2)
             values = torch.cat([values for _, values in earlier], dim=2)
+        shared = self.num_heads // self.num_groups
+        if plan.mask is not None and keys.is_cuda and shared > 1:
+            # With a mask no fused attention of torch takes groups, and the one that does is slow.
+            keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
+            shared = 1
         mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=plan.mask,
-            is_causal=plan.mask is None,
-            enable_gqa=self.num_groups != self.num_heads,
+            queries, keys, values, plan.mask, is_causal=plan.mask is None, enable_gqa=shared > 1
         )
         projected: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return projected

@@ -20,7 +20,7 @@ from test_models import save_tiny
 from dvirl import cli
 from dvirl.evaluation.agreement import measure_agreement
 from dvirl.lora import train_only
-from dvirl.losses import distillation_loss
+from dvirl.losses import Teacher, distillation_loss
 from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses
 from dvirl.runs.errors import DvirlError
@@ -73,9 +73,9 @@ def test_the_loss_is_that_of_a_plain_computation(ce_weight):
         q, p = log_softmax(q), log_softmax(p)
         kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
         total += w * ((1 - ce_weight) * kl + ce_weight * (-q[i] if i >= 0 else 0.0))
-    assert float((distillation_loss(draft, verifier, index, ce_weight) * weight).sum()) == pytest.approx(
-        total, rel=1e-5
-    )
+    assert float(
+        (distillation_loss(draft, Teacher.of(verifier), index, ce_weight) * weight).sum()
+    ) == pytest.approx(total, rel=1e-5)
 
 
 def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier():
@@ -83,7 +83,7 @@ def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier
     draft, verifier = (torch.randn(4, 6, generator=generator, requires_grad=True) for _ in range(2))
     index, weight, c = torch.tensor([1, -1, 0, 5]), torch.tensor([1.0, 1.0, 0.0, 1.0]), 0.25
     gradient, none = torch.autograd.grad(
-        (distillation_loss(draft, verifier, index, c) * weight).sum() / 3,
+        (distillation_loss(draft, Teacher.of(verifier), index, c) * weight).sum() / 3,
         [draft, verifier],
         allow_unused=True,
     )
@@ -127,6 +127,23 @@ def test_positions_and_the_logged_agreement_are_those_of_the_evaluation(tmp_path
     ):
         chosen = logits[row, start - 1 : start + length - 1].argmax(-1)
         assert chosen.tolist() == batch.tokens[row, start : start + length].tolist()
+
+
+def test_kept_states_are_those_that_a_pass_computes(tmp_path, responses, monkeypatch):
+    """With room and several passes the verifier reads each response once, a few at a time."""
+    monkeypatch.setattr(distill, "SWEPT", 3)
+    kept = distiller(tmp_path / "kept", responses, passes=2)
+    monkeypatch.setattr(distill, "KEPT_SHARE", 0.0)
+    computed = distiller(tmp_path / "computed", responses, passes=2)
+    assert kept._teacher._kept is not None and computed._teacher._kept is None
+    assert distiller(tmp_path / "once", responses, passes=1)._teacher._kept is None
+    monkeypatch.setattr(distill, "verifier_states", lambda *_: pytest.fail("read again"))
+    found = list(kept.batches())
+    monkeypatch.undo()
+    for (batch, states), (same, expected) in zip(found, computed.batches(), strict=True):
+        assert torch.equal(batch.tokens, same.tokens)
+        inside = torch.arange(states.shape[1]) < (batch.prompt_lens + batch.response_lens)[:, None]
+        torch.testing.assert_close(states[inside], expected[inside])
 
 
 # What it trains

@@ -25,10 +25,10 @@ from dvirl.config import DraftSettings
 from dvirl.data.selfwritten import TURN_TOKENS
 from dvirl.data.sources import read_prompts
 from dvirl.lora import attach_draft, shallow_parameters, train_only
-from dvirl.losses import distillation_loss
+from dvirl.losses import Teacher, distillation_loss
 from dvirl.models.drafters import export
 from dvirl.models.loading import LoadedModel, load
-from dvirl.models.placement import fitting
+from dvirl.models.placement import fitting, free_memory
 from dvirl.rollout import Responses, join, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs import folder as run_folder
@@ -46,6 +46,7 @@ from dvirl.scale.corpus import (
     write_shard,
 )
 from kangaroo.adapter import DRAFTERS
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import HEADS, KangarooModel
 
 SHARD = 16384
@@ -54,6 +55,10 @@ SORTED_TOGETHER = 16
 """Updates whose responses are drawn together and sorted by length, so that batches hold little padding."""
 TEACHER_BATCHES = 8
 """Updates for which the verifier reads the responses in one pass."""
+KEPT_SHARE = 0.5
+"""Share of the free memory that the verifier's states may take."""
+SWEPT = 128
+"""Responses that the verifier reads at once to keep its states."""
 WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
 
@@ -181,7 +186,8 @@ class _Objective(nn.Module):
             of positions where the argmax of a first draft is the verifier's token; 0-d.
         """
         half = verifier_hidden.dtype == torch.bfloat16
-        target = self.model.verifier_logits(verifier_hidden.flatten(0, 1)[positions]) / self.temperature
+        target = self.model.verifier_logits(verifier_hidden.flatten(0, 1)[positions])
+        teacher = Teacher.of(target / self.temperature)
         count = weight.sum()
         loss = torch.zeros((), device=tokens.device)
         shares = 0.0
@@ -190,12 +196,56 @@ class _Objective(nn.Module):
             states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths)
             for depth, state in enumerate(states):
                 logits = self.model.head_logits(state.flatten(0, 1)[positions])
-                losses = distillation_loss(logits, target, index, self.ce_weight)
+                losses = distillation_loss(logits, teacher, index, self.ce_weight)
                 loss = loss + self.depth_decay**depth * (losses * weight).sum() / count
                 shares += self.depth_decay**depth
                 if depth == 0:
                     agrees = logits.detach().argmax(dim=-1) == index
         return loss / shares, (agrees * weight).sum() / count
+
+
+class _Teacher:
+    """The verifier's states on the responses; computed once and kept, if several passes read them and they fit.
+
+    Args:
+        base: the verifier.
+        responses: N rows.
+        several: whether they are read more than once.
+    """
+
+    def __init__(self, base: EarlyExitLlamaForCausalLM, responses: Responses, several: bool) -> None:
+        self._base = base
+        lengths = responses.prompt_lens + responses.response_lens
+        self._kept: Tensor | None = None
+        device = base.model.norm.weight.device
+        size = base.config.hidden_size
+        needed = int(lengths.sum()) * size * base.dtype.itemsize
+        if not several or needed > KEPT_SHARE * free_memory(device):
+            return
+        self._kept = torch.empty(int(lengths.sum()), size, dtype=base.dtype, device=device)
+        order = lengths.argsort()
+        self._lengths = lengths.to(device)
+        self._starts = torch.empty_like(self._lengths)
+        self._starts[order.to(device)] = F.pad(lengths[order].cumsum(0), (1, 0))[:-1].to(device)
+        rows = torch.split(order, SWEPT)
+        for part in tqdm(rows, desc="verifier's states", unit="batch", leave=False):
+            tokens = responses.take(part).tokens.to(device)
+            states = verifier_states(base, tokens, ["lora_S"])
+            index, inside = self._index(part.to(device), tokens.shape[1])
+            self._kept[index[inside]] = states[inside]
+
+    def _index(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Where the states of some rows are kept, and whether there is one, `[B, T]` each."""
+        places = torch.arange(width, device=rows.device)
+        inside = places < self._lengths[rows][:, None]
+        return (self._starts[rows][:, None] + places) * inside, inside
+
+    def states(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """The states `[B, T, D]` on tokens `[B, T]`, which are rows `[B]` of the responses."""
+        if self._kept is None:
+            return verifier_states(self._base, tokens, ["lora_S"])
+        index, _ = self._index(rows.to(tokens.device), tokens.shape[1])
+        return self._kept[index]
 
 
 class Distiller(TrainingLoop):
@@ -247,6 +297,7 @@ class Distiller(TrainingLoop):
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
         self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
+        self._teacher = _Teacher(loaded.model, self.responses, config.passes > 1)
         self._batches = self.batches()
         self.load_newest()
 
@@ -436,7 +487,7 @@ class Distiller(TrainingLoop):
             for group_index in range(done // TEACHER_BATCHES, len(groups)):
                 group = self.responses.take(groups[group_index])
                 tokens = group.tokens.to(self.loaded.model.device)
-                states = verifier_states(self.loaded.model, tokens, ["lora_S"])
+                states = self._teacher.states(tokens, groups[group_index])
                 for start in range(done % TEACHER_BATCHES * size, len(group), size):
                     rows = slice(start, start + size)
                     yield (
