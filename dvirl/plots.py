@@ -484,7 +484,7 @@ def _name_point(axes: Axes, point: Any, points: Any) -> None:
     # The last place stays if none is free.
     for across, up in NAME_PLACES:
         label.set_position((across, up))
-        label.set_ha("left" if across > 0 else "right" if across < 0 else "center")
+        label.set(ha="left" if across > 0 else "right" if across < 0 else "center")
         if is_free():
             break
     if math.hypot(across, up) > 15:
