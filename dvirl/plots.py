@@ -24,6 +24,12 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
 LABEL_PIXELS = 16
 """Least distance between labels at the ends of lines."""
+FEW_POINTS = 40
+"""A run of no more steps than this has its points drawn more strongly."""
+ABOVE_LEGEND = 26
+"""Points between the axes and a title that stands above a legend."""
+OVERALL = "overall"
+"""The task that stands for all questions."""
 
 STYLE: Any = {
     "figure.dpi": 110,
@@ -95,7 +101,8 @@ def _label_ends(axes: Axes, ends: Iterable[_End]) -> None:
 
 def _trend(axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str) -> _End:
     """Draw a faint point for each step, and their centred mean over a tenth of the run as a line."""
-    axes.plot(x, y, ".", color=colour, alpha=0.2, markersize=4)
+    faint = 0.2 if len(y) > FEW_POINTS else 0.6
+    axes.plot(x, y, ".", color=colour, alpha=faint, markersize=4)
     window = max(3, len(y) // 10)
     smooth = y.rolling(window, center=True, min_periods=1).mean()
     axes.plot(x, smooth, color=colour)
@@ -203,48 +210,81 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
         axes.minorticks_off()
 
 
-def speedups(found: pd.DataFrame, reference: str, save: SavePath = None) -> None:
-    """How much faster than the reference each method is, task by task, with 95 % intervals.
+def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePath = None) -> None:
+    """How much faster than the reference each method is, with 95 % intervals: a row for each method.
+
+    With a task "overall" that one is drawn large, with its number, and the other tasks are small grey dots around it.
+    Without it each task has a colour of its own.
 
     Args:
         found: as `spec_bench.measures` gives it.
         reference: left out, it is 1 everywhere.
+        title: of the figure.
         save: also write the figure here.
     """
     figures = found[found.method != reference]
     names = list(figures.method.unique())
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0}  # keeps numbers readable on lines
-    tasks = list(found.task.unique())
-    with _figure(
-        save,
-        1.1 + 0.4 * len(names),
-        1.2 + 1.25 * len(tasks),
-        ncols=len(tasks),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    ) as (row,):
-        for axes, task in zip(row, tasks, strict=True):
-            # Not every task asks every method.
-            for method in figures[figures.task == task].itertuples():
-                place = names.index(method.method)
-                colour = PALETTE[place % len(PALETTE)]
-                axes.plot([method.low, method.high], [place, place], color=colour)
-                axes.plot([method.speedup], [place], "o", color=colour, zorder=4)
-                text = f"{method.speedup:.2f}"
-                look = {"ha": "center", "fontsize": 7.5, "color": colour, "bbox": box}
-                axes.text(method.speedup, place - 0.24, text, **look)
-            # The reference is as fast as itself.
-            axes.axvline(1.0, color="grey", linewidth=1)
-            axes.margins(x=0.12)
-            axes.set_title(task.replace("_", "\n"), fontsize=9)
-            axes.set(
-                yticks=range(len(names)),
-                yticklabels=names,
-                ylim=(len(names) - 0.5, -0.6),
-            )
-        row[0].figure.supxlabel(f"times as fast as {reference}", fontsize="medium")
+    figures = figures.assign(row=figures.method.map(names.index))
+    overall = figures[figures.task == OVERALL]
+    tasks = [] if len(overall) else list(figures.task.unique())
+    with _figure(save, 1.3 + (0.15 * len(tasks) or 0.42) * (len(names) + 1)) as axes:
+        # The reference is as fast as itself.
+        axes.axvline(1.0, color="grey", linewidth=1)
+        if tasks:
+            _draw_tasks(axes, figures, tasks)
+        else:
+            _draw_overall(axes, figures, overall)
+        axes.set(
+            yticks=range(len(names)),
+            yticklabels=names,
+            ylim=(len(names) - 0.5, -0.6),
+            xlim=(-0.04 * figures.high.max(), None),
+            xlabel=f"times as fast as {reference}",
+        )
+        axes.set_title(title, pad=ABOVE_LEGEND)
+        axes.grid(False, axis="y")
+
+
+def _draw_overall(axes: Axes, figures: pd.DataFrame, overall: pd.DataFrame) -> None:
+    """Draw all questions together as a large dot with its interval and number, each task as a small grey one."""
+    tasks = figures[figures.task != OVERALL]
+    axes.plot(
+        tasks.speedup, tasks.row, "o", color="grey", alpha=0.5, markersize=4, label="one kind of question"
+    )
+    axes.hlines(overall.row, overall.low, overall.high, color=BLUE, linewidth=2)
+    axes.plot(
+        overall.speedup, overall.row, "o", color=BLUE, markersize=8, label="all questions, 95 % interval"
+    )
+    for method in overall.itertuples():
+        text = f"{method.speedup:.2f}"
+        place = (method.speedup, method.row)
+        axes.annotate(text, place, (0, 8), "data", "offset points", color=BLUE, ha="center", weight="bold")
+    _legend_above(axes)
+
+
+def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None:
+    """Draw each task's dots and intervals in a colour of its own, side by side within the method's row."""
+    for place, (task, colour) in enumerate(_coloured(tasks)):
+        # Tasks are centred on the method's row.
+        own = figures[figures.task == task]
+        rows = own.row + 0.17 * (place - (len(tasks) - 1) / 2)
+        axes.hlines(rows, own.low, own.high, color=colour, linewidth=2)
+        axes.plot(own.speedup, rows, "o", color=colour, markersize=6, label=task)
+    for border in range(1, figures.row.max() + 1):
+        axes.axhline(border - 0.5, color="grey", alpha=0.25, linewidth=0.8)
+    _legend_above(axes)
+
+
+def _legend_above(axes: Axes) -> None:
+    """Name what is drawn in one line above the axes, from their left edge."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(PALETTE),
+        handlelength=1,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
 
 
 def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
@@ -375,7 +415,9 @@ def scatter(
     guide: Sequence[tuple[float, float]] = (),
     save: SavePath = None,
 ) -> None:
-    """Points with their intervals, each with its name, in the colour of what stands before the name's comma.
+    """Points with their intervals and names, in the colour of what stands before a name's comma.
+
+    What stands before the comma is named once, above the axes; a point is named by what stands after it.
 
     Args:
         found: `name`, `x` and `y`; `low` and `high` where an interval of y is known, `left` and `right` where of x.
@@ -383,18 +425,18 @@ def scatter(
         guide: ends of a grey line to compare with.
         save: also write the figure here.
     """
-    before_comma = found.name.str.split(",").str[0]
-    groups, _ = pd.factorize(before_comma)
-    found = found.assign(colour=[PALETTE[group] for group in groups])
-    look = {"color": found.colour, "alpha": 0.7}
-    with _figure(save, 4.2) as axes:
+    parts = found.name.str.partition(", ")
+    found = found.assign(group=parts[0], label=parts[2].where(parts[2] != "", parts[0]))
+    with _figure(save, 4.6) as axes:
         _guide(axes, guide)
         axes.set(**text)
-        if "low" in found:
-            axes.vlines(found.x, found.low, found.high, **look)
-        if "left" in found:
-            axes.hlines(found.y, found.left, found.right, **look)
-        axes.scatter(found.x, found.y, **look)
+        for (group, points), colour in _coloured(found.groupby("group", sort=False)):
+            if "low" in points:
+                axes.vlines(points.x, points.low, points.high, color=colour, alpha=0.35)
+            if "left" in points:
+                axes.hlines(points.y, points.left, points.right, color=colour, alpha=0.35)
+            axes.scatter(points.x, points.y, color=colour, label=group, zorder=3)
+            found.loc[points.index, "colour"] = colour
         if axes.get_xscale() == "log":
             # Powers of ten alone would leave most axes with one or two numbers.
             axes.xaxis.set(
@@ -402,23 +444,103 @@ def scatter(
                 major_formatter="{x:g}",
                 minor_formatter="",
             )
+        if (parts[2] != "").any():
+            axes.set_title(axes.get_title(), pad=ABOVE_LEGEND)
+            _legend_above(axes)
         axes.autoscale_view()
-        # Names are placed from the lowest point to the highest, since they move upwards.
+        # Pixels are known once the limits are.
+        points = axes.transData.transform(found[["x", "y"]].to_numpy(dtype=float))
         for point in found.sort_values("y").itertuples():
-            _name_point(axes, point)
+            _name_point(axes, point, points)
 
 
-def _name_point(axes: Axes, point: Any) -> None:
-    """Write a point's name towards the middle of the axes, as far up as it takes to cover no earlier name."""
-    place = (point.x, point.y)
-    middle = axes.bbox.x0 + axes.bbox.width / 2
-    side = "right" if axes.transData.transform(place)[0] > middle else "left"
+NAME_PLACES = [
+    (distance * across, distance * up)
+    for distance in (9, 14, 22, 32, 44, 58)
+    for across, up in ((0.6, 0.8), (-0.6, 0.8), (0.6, -0.8), (-0.6, -0.8), (1, 0), (-1, 0), (0, 1), (0, -1))
+]
+"""Where a point's name may stand, in points to the right and up, the best place first."""
+
+
+def _name_point(axes: Axes, point: Any, points: Any) -> None:
+    """Write a point's name at the nearest place where it covers no name and no point; a thin line leads far ones back.
+
+    Args:
+        axes: with the names written so far.
+        point: `x`, `y`, `label` and `colour`.
+        points: `[N, 2]`, all points in pixels.
+    """
+    frame = axes.get_window_extent()
     earlier = [text.get_window_extent() for text in axes.texts]
-    name = f" {point.name} "
-    label = axes.annotate(name, place, (0, 4), "data", "offset points", color=point.colour, ha=side)
-    while any(map(label.get_window_extent().overlaps, earlier)):
-        _, height = label.get_position()
-        label.set_position((0, height + 1))
+    label = axes.annotate(
+        point.label, (point.x, point.y), (0, 0), "data", "offset points", color=point.colour, va="center"
+    )
+
+    def is_free() -> bool:
+        box = label.get_window_extent()
+        inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+        return inside and not box.count_contains(points) and not any(map(box.overlaps, earlier))
+
+    # The last place stays if none is free.
+    for across, up in NAME_PLACES:
+        label.set_position((across, up))
+        label.set(ha="left" if across > 0 else "right" if across < 0 else "center")
+        if is_free():
+            break
+    if math.hypot(across, up) > 15:
+        line = {"arrowstyle": "-", "color": point.colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate("", (point.x, point.y), (across, up), "data", "offset points", arrowprops=line)
+
+
+def acceptance_and_drift(runs: Mapping[str, pd.DataFrame], bound: float, save: SavePath = None) -> None:
+    """What logs say step by step: the accept rate above, the drift below where it was measured, over response tokens.
+
+    Args:
+        runs: metrics by the name at each curve.
+        bound: `drift_bound`, drawn as a dashed line.
+        save: also write the figure here.
+    """
+    with _figure(save, 5.6, nrows=2, sharex=True) as (above, below):
+        accepted, drifts = [], []
+        for (name, log), colour in _coloured(runs.items()):
+            accepted.append(_trend(above, log.tokens, log.accept_rate, name, colour))
+            measured = log[log.drift_kl.notna()]
+            if len(measured):  # a short run may end before its drift is measured
+                below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3)
+                drifts.append(_End.of(measured.tokens, measured.drift_kl, name, colour))
+        below.axhline(bound, color="grey", linestyle="--", linewidth=1)
+        below.annotate(
+            "drift_bound", (0, bound), (3, 4), ("axes fraction", "data"), "offset points", color="dimgrey"
+        )
+        above.set(ylabel="accept rate", ylim=(0, None))
+        below.set(ylabel="drift (nats a token)", xlabel="response tokens")
+        _label_ends(above, accepted)
+        _label_ends(below, drifts)
+
+
+def gradients(norms: pd.DataFrame, exit_layer: int, save: SavePath = None) -> None:
+    """What each loss sends to each layer, a panel a loss: with the exit state detached, and without.
+
+    Args:
+        norms: `loss`, `detached`, `layer` and `norm`.
+        exit_layer: its last shallow layer is shaded with those before it.
+        save: also write the figure here.
+    """
+    losses = list(norms.loss.unique())
+    looks = {
+        False: {"color": ORANGE, "linewidth": 6, "alpha": 0.45, "label": "not detached"},
+        True: {"color": BLUE, "linewidth": 1.5, "marker": ".", "label": "detached"},
+    }
+    with _figure(save, 3.6, ncols=len(losses), sharey=True, squeeze=False, layout="constrained") as (row,):
+        for axes, loss in zip(row, losses, strict=True):
+            axes.axvspan(0.5, exit_layer + 0.5, color="grey", alpha=0.12, linewidth=0)
+            # The thick line comes first, so that the thin one shows where both are one.
+            for detached, lines in norms[norms.loss == loss].groupby("detached"):
+                axes.plot(lines.layer, lines.norm, **looks[bool(detached)])
+            axes.set(title=loss, xlabel="layer")
+        row[0].set(ylabel="norm of the gradient", ylim=(-0.02 * norms.norm.max(), None))
+        row[0].text(exit_layer / 2 + 0.5, 0.98 * row[0].get_ylim()[1], "shallow", ha="center", va="top")
+        row[0].figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
 def step_shares(found: pd.DataFrame, save: SavePath = None) -> None:

@@ -11,8 +11,9 @@ from dvirl import plots
 from dvirl.evaluation.agreement import logit_lens
 from dvirl.evaluation.cost import step_parts
 from dvirl.evaluation.rejections import accept_events, events_table, judged_events
-from dvirl.evaluation.report import recorded
-from dvirl.experiments.notebook import show_blocks
+from dvirl.evaluation.report import read_recorded, recorded
+from dvirl.experiments.figures import trained_exits
+from dvirl.experiments.notebook import caption, show_blocks
 from dvirl.rollout import generate
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig
@@ -66,12 +67,48 @@ def test_parts_of_a_step_are_all_timed(model):
 
 def test_coloured_blocks_show_every_draft_escaped(model):
     blocks = model.generate(PROMPTS[1], 16, DecodeConfig(3), [EOS]).blocks
-    page = show_blocks(blocks, words).data
+    page = show_blocks(blocks, words, title="a <draft>").data
     drafted = sum(len(block.draft.tokens) for block in blocks)
     own = sum(block.block_len > block.num_accepted for block in blocks)
-    assert page.count("confidence ") == drafted and page.count("<span") == 4 + drafted + own
+    assert page.count("confidence ") == drafted and page.count("<span") == 4 + drafted + own + len(blocks)
+    assert page.count("<tr>") == 1 + len(blocks)
+    drafting = sum(len(block.draft.tokens) > 0 for block in blocks)
+    assert page.count("learned</small>") == drafting and page.count("no draft") == len(blocks) - drafting > 0
+    assert "a &lt;draft&gt;" in page
+    signs = [page.count(f"<div>{sign}") - 1 for sign in "\u2713\u2717\u25cb+"]
+    accepted = sum(block.num_accepted for block in blocks)
+    rejected = sum(block.num_drafted > block.num_accepted for block in blocks)
+    assert signs == [accepted, rejected, drafted - accepted - rejected, own]
     assert page.count("accepted, confidence") == sum(block.num_accepted for block in blocks) > 0
-    assert f" &lt;{blocks[0].committed[0]}&gt;" in page and "> <" not in page.replace("</span> <span", "")
+    assert f" &lt;{blocks[0].committed[0]}&gt;" in page and "<1>" not in page
+
+
+def test_long_answers_and_lookups_say_what_they_are(model):
+    how = DecodeConfig(3, source="lookup")
+    blocks = model.generate([1, 5, 9, 5, 9, 5, 9, 5], 16, how, [EOS]).blocks
+    page = show_blocks(blocks, words, most=2).data
+    assert page.count("<tr>") == 4 and f"{len(blocks) - 2} more blocks" in page
+    every = show_blocks(blocks, words, most=99).data
+    assert "more blocks" not in every and "lookup</small>" in every and "looked up" in every
+
+
+def test_captions_say_where_results_are_from():
+    one, other = read_recorded("study-exit-layers"), read_recorded("cost-h200")
+    text = caption(one).data
+    assert "recorded 2026-11-22 on NVIDIA H200: <code>dvirl study configs/study-exit-layers.yaml" in text
+    assert "<details>" not in text
+    both = caption(one, other).data
+    assert "<summary>recorded 2026-11-22 on NVIDIA H200 and 2026-11-23 on NVIDIA H200, by 2 commands" in both
+    assert both.count("<li>") == 2 and "dvirl cost --model_name smollm2-135m --exit_layers 1 2 4" in both
+
+
+def test_trained_exits_are_those_of_the_record():
+    study = read_recorded("study-exit-layers")
+    found = trained_exits(study, "accept_rate")
+    row = found[(found.name == "trained head (H200)") & (found.x == 6)].iloc[0]
+    figures = study["summary"]["untrained/6, none"]["accept_rate"]
+    assert row.y == figures["mean"] and row.high - row.y == pytest.approx(figures["std"])
+    assert found.name.nunique() == 2 and len(found) > 8
 
 
 def test_results_on_record_say_where_they_are_from(capsys):
@@ -99,18 +136,83 @@ def test_curves_and_shares_are_drawn(tmp_path):
 def test_points_have_their_intervals_and_names_apart(monkeypatch):
     axes = []
     monkeypatch.setattr(plots.plt, "show", lambda: axes.append(plots.plt.gca()))
-    names = ["a, one", "a, two", "a, three", "b, one"]
+    names = ["a, one", "a, two", "a, three", "b, four"]
     found = pd.DataFrame({"name": names, "x": [1.0, 1.0, 1.1, 900.0], "y": [0.5, 0.5, 0.51, 0.9]})
     plots.scatter(found.assign(low=found.y - 0.1, high=found.y + 0.2), {"title": "t", "xscale": "log"})
-    boxes = {text.get_text().strip(): text.get_window_extent() for text in axes[0].texts}
-    assert sorted(boxes) == sorted(names) and axes[0].get_xscale() == "log"
-    assert not any(boxes[one].overlaps(boxes[two]) for one in names for two in names if one < two)
+    boxes = {text.get_text(): text.get_window_extent() for text in axes[0].texts if text.get_text()}
+    labels = ["one", "two", "three", "four"]
+    assert sorted(boxes) == sorted(labels) and axes[0].get_xscale() == "log"
+    assert not any(boxes[one].overlaps(boxes[two]) for one in labels for two in labels if one < two)
+    points = axes[0].transData.transform(found[["x", "y"]].to_numpy())
+    assert not any(box.count_contains(points) for box in boxes.values())
     frame = axes[0].get_window_extent()
     assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes.values())
-    colours = {text.get_text().strip(): text.get_color() for text in axes[0].texts}
-    assert colours["a, one"] == colours["a, two"] != colours["b, one"]
-    bars, points = axes[0].collections
-    assert points.get_offsets().tolist() == found[["x", "y"]].to_numpy().tolist()
-    assert [bar[:, 1].round(6).tolist() for bar in bars.get_segments()] == [
-        [0.4, 0.7], [0.4, 0.7], [0.41, 0.71], [0.8, 1.1]
+    colours = {text.get_text(): text.get_color() for text in axes[0].texts if text.get_text()}
+    assert colours["one"] == colours["two"] != colours["four"]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+    bars, dots, other_bars, other_dots = axes[0].collections
+    assert [*dots.get_offsets().tolist(), *other_dots.get_offsets().tolist()] == found[
+        ["x", "y"]
+    ].to_numpy().tolist()
+    segments = [*bars.get_segments(), *other_bars.get_segments()]
+    assert [bar[:, 1].round(6).tolist() for bar in segments] == [
+        [0.4, 0.7],
+        [0.4, 0.7],
+        [0.41, 0.71],
+        [0.8, 1.1],
+    ]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are shown."""
+    figures = []
+    monkeypatch.setattr(plots.plt, "show", lambda: figures.append(plots.plt.gcf()))
+    return figures
+
+
+def test_speedups_of_all_questions_have_numbers_and_those_of_sets_have_colours(drawn):
+    rows = [
+        ("a", "qa", 1.2),
+        ("a", "rag", 1.6),
+        ("a", "overall", 1.4),
+        ("plain", "overall", 1.0),
+        ("b", "overall", 2.0),
+    ]
+    found = pd.DataFrame(rows, columns=["method", "task", "speedup"])
+    found = found.assign(low=found.speedup - 0.1, high=found.speedup + 0.2)
+    plots.speedups(found, "plain")
+    plots.speedups(found[found.task != "overall"], "plain")
+    together, apart = (figure.axes[0] for figure in drawn)
+    assert [text.get_text() for text in together.texts] == ["1.40", "2.00"]
+    assert [label.get_text() for label in together.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in apart.get_legend().get_texts()] == ["qa", "rag"]
+    ends = [line.get_segments()[0][:, 0].round(6).tolist() for line in apart.collections]
+    assert ends == [[1.1, 1.4], [1.5, 1.8]]
+
+
+def test_drift_is_drawn_where_it_was_measured(drawn):
+    log = pd.DataFrame({"tokens": [10.0, 20.0, 30.0], "accept_rate": [0.1, 0.2, 0.3]})
+    runs = {
+        "never": log.assign(drift_kl=float("nan")),
+        "often": log.assign(drift_kl=[0.0, float("nan"), 0.4]),
+    }
+    plots.acceptance_and_drift(runs, 0.05)
+    above, below = drawn[0].axes
+    assert [text.get_text() for text in above.texts] == ["never", "often"]
+    assert [text.get_text() for text in below.texts] == ["drift_bound", "often"]
+    (measured,) = (line for line in below.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert measured.get_xydata().tolist() == [[10.0, 0.0], [30.0, 0.4]]
+
+
+def test_gradients_have_a_panel_a_loss_and_show_both_lines(drawn):
+    rows = [
+        (loss, detached, layer, 0.0 if detached and layer == 1 else 2.0)
+        for loss in ("loss_main", "sum") for detached in (False, True) for layer in (1, 2)
     ]  # fmt: skip
+    plots.gradients(pd.DataFrame(rows, columns=["loss", "detached", "layer", "norm"]), 1)
+    panels = drawn[0].axes
+    assert [axes.get_title() for axes in panels] == ["loss_main", "sum"]
+    thick, thin = panels[0].lines
+    assert thick.get_linewidth() > 3 * thin.get_linewidth()
+    assert thin.get_ydata().tolist() == [0.0, 2.0] and panels[0].get_ylim()[0] < 0

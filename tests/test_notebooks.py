@@ -109,6 +109,24 @@ def test_what_a_notebook_imports_is_there(notebook):
     exec("\n".join(line for line in lines if re.match(r"(from|import) ", line)), {})
 
 
+WIDEST = 84
+"""Columns of code that fit beside both side bars of the book's pages on a screen of 1280 pixels."""
+
+
+@pytest.mark.parametrize("notebook", ALL)
+def test_code_fits_on_its_page(notebook):
+    lines = [line for cell in code_cells(notebook) for line in cell.splitlines()]
+    assert [line for line in lines if len(line) > WIDEST] == []
+
+
+@pytest.mark.parametrize("notebook", ALL)
+def test_imports_are_folded(notebook):
+    for cell in json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]:
+        lines = "".join(cell["source"]).splitlines()
+        if cell["cell_type"] == "code" and lines[0].startswith(("import ", "from ")):
+            assert "hide-input" in cell["metadata"]["tags"], lines[0]
+
+
 @pytest.mark.parametrize("notebook", ALL)
 def test_every_notebook_asserts_its_claims_at_its_own_defaults(notebook):
     cells = code_cells(notebook)

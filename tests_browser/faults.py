@@ -11,6 +11,9 @@ from chromium import Page
 CONTRAST = 4.5
 """Of text on its background, as WCAG 2 counts it: between 1 and 21, at least 4.5 for level AA."""
 
+WIDE = 1280
+"""Pixels from which on a page has room for every code box, output and table."""
+
 PICTURES = """Promise.all([...document.images].map(async image => {
     if (!image.complete || !image.naturalWidth) return `image ${image.src} is not loaded`;
     if (location.protocol == 'file:') return '';  // which lets nobody look into images
@@ -21,6 +24,24 @@ PICTURES = """Promise.all([...document.images].map(async image => {
     const pixels = new Uint32Array(context.getImageData(0, 0, width, height).data.buffer);
     return pixels.every(pixel => pixel == pixels[0]) ? `image ${image.src} is blank` : '';
 })).then(said => said.filter(Boolean))"""
+
+CLIPPED = """(() => {
+    const folded = [...document.querySelectorAll('details:not([open])')];
+    folded.forEach(one => one.open = true);
+    const cut = box => box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX != 'visible';
+    const root = document.querySelector('article') ?? document.body, found = new Map();
+    for (const inner of root.querySelectorAll('pre, table, .cell_output .output')) {
+        if (!inner.getClientRects().length) continue;
+        for (let box = inner; box && box != root; box = box.parentElement) {
+            if (!cut(box)) continue;
+            found.set(box, `${inner.tagName.toLowerCase()} "${inner.innerText.trim().slice(0, 40)}" is cut off: `
+                + `${box.scrollWidth} px in ${box.clientWidth}`);
+            break;
+        }
+    }
+    folded.forEach(one => one.open = false);
+    return [...found.values()];
+})()"""
 
 EQUATIONS = r"""[...document.querySelectorAll('.math')].flatMap(math => {
     const set = math.querySelectorAll('mjx-container');
@@ -109,6 +130,11 @@ def layout(page: Page) -> list[str]:
     )
 
 
+def clipped(page: Page) -> list[str]:
+    """Code, output and tables of which a part is cut off, folded ones included; phones may scroll them."""
+    return page.js(CLIPPED) if page.width >= WIDE else []
+
+
 def text(page: Page) -> list[str]:
     """A page that was not ready in time, or whose text cannot be read without a click."""
     shown = page.js("""(main => main.checkVisibility({checkVisibilityCSS: true}) && main.innerText.trim()
@@ -136,7 +162,8 @@ def faint(page: Page) -> list[str]:
 
 def seen(page: Page, origin: str) -> list[str]:
     """All of these, of the page that is open."""
-    return [*noise(page, origin), *layout(page), *text(page), *pictures(page), *equations(page), *faint(page)]
+    parts = (layout, clipped, text, pictures, equations, faint)
+    return [*noise(page, origin), *(sentence for part in parts for sentence in part(page))]
 
 
 class Anchors(HTMLParser):

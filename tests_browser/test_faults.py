@@ -35,6 +35,12 @@ FAULTS = {
     "no text": ("<body>", "<body><article></article>", "the text is hidden"),
     "narrow text": ("<body>", '<body style="width: 300px">', "the text is hidden, empty or narrow"),
     "too wide": ("<h1", '<pre style="width: 1400px">wide</pre><h1', "page is 14"),
+    "code cut off": ("<h1", '<pre style="width: 200px; overflow: auto">one two three four five six seven</pre><h1',
+                     'pre "one two three four five six seven" is cut off'),
+    "table cut off": ("<h1", '<div style="width: 90px; overflow-x: auto"><table><td>wide_as_a_table_may_be</table></div><h1',
+                      'table "wide_as_a_table_may_be" is cut off'),
+    "folded code cut off": ("<h1", '<details><summary>code</summary><pre style="width: 90px; overflow: hidden">'
+                            "import everything.at.once</pre></details><h1", 'pre "import everything.at.once" is cut off'),
     "equation without MathJax": ('<script defer src="mathjax/tex-chtml.js"></script>', "", "x^2\\) is not set"),
     "equation without an end": ("x^2", "\\frac{x", "is not set"),
     "equation with a mistake": ("x^2", "\\frac", "has an error: Missing argument"),
@@ -98,6 +104,15 @@ def test_a_fault_is_found(page, site, fault):
     by_http, as_file = problems(page, site, WELL.replace(old, new))
     assert any(says in sentence for sentence in by_http), by_http
     assert as_file or "blank" in fault
+
+
+def test_phones_may_scroll_what_is_wide_and_folded_code_stays_folded(page, site):
+    text = WELL.replace(
+        "<h1", '<details><pre style="width: 90px; overflow: auto">wide as a table</pre></details><h1'
+    )
+    assert problems(page, site, text, width=390) == [[], []]
+    assert "is cut off" in problems(page, site, text)[0][0]
+    assert not page.js("document.querySelector('details').open")
 
 
 def test_a_picture_that_never_comes_is_found(page, site):

@@ -50,8 +50,8 @@ def describe(content: Mapping[str, Any]) -> str:
     )
 
 
-def recorded(name: str) -> dict[str, Any]:
-    """Read the recorded result `book/results/NAME.json`, and print its machine, date and command.
+def read_recorded(name: str) -> dict[str, Any]:
+    """Read the recorded result `book/results/NAME.json`, its `command` included.
 
     Raises:
         DvirlError: if there is none of this name.
@@ -62,15 +62,26 @@ def recorded(name: str) -> dict[str, Any]:
             f"{path}: no such result on record; expected a checkout of the repository that has it"
         )
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # Results from before `command` was kept are named after it, and have its arguments.
-    words = ["dvirl", name.split("-")[0]]
-    for flag, value in content.get("arguments", {}).items():
-        if value not in ("", [], None):
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *map(str, values)]
-    print(
-        f"recorded {content['date']} on {_machine(content)} by\n{content.get('command') or ' '.join(words)}"
-    )
+    if not content.get("command"):
+        # Results from before `command` was kept are named after it, and have its arguments.
+        words = ["dvirl", name.split("-")[0]]
+        for flag, value in content.get("arguments", {}).items():
+            if value not in ("", [], None):
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{flag}", *map(str, values)]
+        content["command"] = " ".join(words)
+    return content
+
+
+def origin(content: Mapping[str, Any]) -> str:
+    """When a recorded result was measured, and on what machine."""
+    return f"recorded {content['date']} on {_machine(content)}"
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """Read a recorded result, and print its machine, date and command."""
+    content = read_recorded(name)
+    print(f"{origin(content)} by\n{content['command']}")
     return content
 
 

@@ -352,7 +352,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
 
 def _report(folder: Path, config: EvalConfig, content: dict[str, Any], figures: pd.DataFrame) -> None:
     """Write report.md, report.html and the figure."""
-    plots.speedups(figures, config.reference, folder / "speedup.png")
+    plots.speedups(figures, config.reference, save=folder / "speedup.png")
     by_task = figures.pivot(index="method", columns="task", values="speedup")
     by_task = by_task.loc[config.methods.split(","), list(figures.task.unique())]
     last = figures.task.iloc[-1]  # all tasks, or the only one

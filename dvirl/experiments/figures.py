@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -68,6 +71,29 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
         group = examples[start : start + batch]
         sums += verifier_sums(trainer.loaded.model, group, trainer.config.target)
     return verifier_figures(sums)
+
+
+TRAINED_EXITS = {"none": "trained head (H200)", "layer": "trained head and layer (H200)"}
+"""How the drafters of the study of exit layers are named in figures."""
+
+
+def trained_exits(study: Mapping[str, Any], figure: str) -> pd.DataFrame:
+    """A figure of the recorded study of exit layers over the exit layer, for `plots.curves`.
+
+    Args:
+        study: `study-exit-layers`, as `report.read_recorded` gives it.
+        figure: "agreement" or "accept_rate".
+
+    Returns:
+        `name`, `x`, `y`, and `low` and `high`, a standard deviation over seeds away.
+    """
+    rows = []
+    for variant, figures in study["summary"].items():
+        layer, drafter = variant.removeprefix("untrained/").split(", ")
+        if drafter in TRAINED_EXITS:
+            mean, std = figures[figure]["mean"], figures[figure]["std"]
+            rows.append((TRAINED_EXITS[drafter], int(layer), mean, mean - std, mean + std))
+    return pd.DataFrame(rows, columns=["name", "x", "y", "low", "high"])
 
 
 def thinned_curve(run_dir: Path) -> dict[str, list[float | None]]:

@@ -1,8 +1,9 @@
-"""What notebooks share: their parameters, checked, a run folder of their own, and text in the colours of its blocks."""
+"""What notebooks share: their parameters, checked, a run folder of their own, captions, and answers block by block."""
 
 import ast
 import dataclasses
 import html
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -13,6 +14,7 @@ from zlib import crc32
 from IPython.display import HTML
 
 from dvirl.config import DVIConfig
+from dvirl.evaluation.report import origin
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import Settings, from_mapping
 from kangaroo.decoding.blocks import Verification
@@ -22,12 +24,30 @@ INJECTED = "# Parameters"
 DECLARED = "# Parameters of this notebook"
 """First line of the cell in which a notebook declares its own."""
 LOOKS = {
-    "accepted": "background:#009e7355",
-    "rejected": "background:#d55e0055;text-decoration:line-through",
-    "not judged": "opacity:0.75;text-decoration:line-through dotted",
-    "the verifier's word": "border-bottom:3px solid #56b4e9;font-weight:bold",
+    "accepted": ("\u2713", "background:#009e7355"),
+    "rejected": ("\u2717", "background:#d55e0055;text-decoration:line-through"),
+    "not judged": ("\u25cb", "background:#88888830"),
+    "the verifier's token": ("+", "border-bottom:3px solid #56b4e9;font-weight:bold"),
 }
-"""How a token of a block looks, by what became of it: not by colour alone, and on white as on black."""
+"""How a token of a block looks, by what became of it: a sign and a colour, on white as on black."""
+BLOCK_STYLE = """<style>
+table.dvirl-blocks {border-collapse:collapse; width:100%; margin:0 0 1.5em}
+table.dvirl-blocks caption {caption-side:top; text-align:left; font-weight:bold; padding:.3em 0}
+table.dvirl-blocks :is(th, td) {text-align:left; vertical-align:top; padding:.35em .6em; border-bottom:1px solid #8886}
+table.dvirl-blocks tbody th {font-weight:normal; white-space:nowrap}
+table.dvirl-blocks td div, table.dvirl-blocks caption div div {display:inline-block}
+table.dvirl-blocks caption div {font-weight:normal}
+table.dvirl-blocks span {white-space:pre-wrap; margin-right:.35em; padding:0 .2em; border-radius:.2em;
+  display:inline-block; line-height:1.5}
+@media (max-width:36em) {
+  table.dvirl-blocks thead {display:none}
+  table.dvirl-blocks :is(tbody, tr, th, td) {display:block}
+  table.dvirl-blocks :is(th, td) {border:0; padding:.1em 0}
+  table.dvirl-blocks tr {border-bottom:1px solid #8886; padding:.4em 0}
+  table.dvirl-blocks td:nth-child(3)::before {content:"\u2192 "}
+}
+</style>"""
+"""A row a block on a wide page, three short lines a block on a phone."""
 
 
 def assigned_names(source: str) -> list[str]:
@@ -99,27 +119,61 @@ def new_run_dir(wished: str, name: str) -> str:
     return next(folder for folder in folders if not Path(folder).exists())
 
 
-def show_blocks(blocks: Sequence[Verification], words: Callable[[int], str]) -> HTML:
-    """An answer as its blocks made it: drafts, what became of them, and the verifier's word; a key goes before.
+def caption(*records: Mapping[str, Any]) -> HTML:
+    """When, where and by which command recorded results were measured, small, for under a figure or a table.
+
+    Args:
+        records: what `report.read_recorded` gave; of several the commands are folded.
+    """
+    lines = [f"{origin(one)}: <code>{html.escape(one['command'])}</code>" for one in records]
+    text = f"{lines[0]}"
+    if len(lines) > 1:
+        places = " and ".join(sorted({origin(one).removeprefix("recorded ") for one in records}))
+        items = "".join(f"<li>{line}</li>" for line in lines)
+        text = f"<details><summary>recorded {places}, by {len(lines)} commands</summary><ul>{items}</ul></details>"
+    return HTML(f'<div class="provenance" style="font-size:85%;overflow-wrap:anywhere">{text}</div>')
+
+
+def show_blocks(
+    blocks: Sequence[Verification], words: Callable[[int], str], title: str = "", most: int = 12
+) -> HTML:
+    """An answer as its blocks made it, a row each: what drafted, each draft with its verdict, what was committed.
 
     Args:
         blocks: the answer's, the prefill's first.
-        words: what a token id adds to a text (`trace.token_texts`).
+        words: what a token id adds to a text (`rejections.token_texts`).
+        title: stands above.
+        most: blocks shown; the others are counted in the last row.
     """
+    key = " ".join(_piece(kind, kind) for kind in LOOKS)
+    columns = "".join(f"<th>{name}</th>" for name in ("block", "drafts and verdicts", "committed"))
+    head = f"<caption>{html.escape(title)}<div>{key}</div></caption><thead><tr>{columns}</tr></thead>"
+    rows = [_block_row(number, block, words) for number, block in enumerate(blocks[:most])]
+    if left := len(blocks) - len(rows):
+        rows.append(f'<tr><td colspan="3">{left} more blocks like these</td></tr>')
+    return HTML(f'{BLOCK_STYLE}<table class="dvirl-blocks">{head}<tbody>{"".join(rows)}</tbody></table>')
 
-    def piece(kind: str, text: str, says: str = "") -> str:
-        shown = html.escape(text or "\u25a1").replace("\n", "\u21b5<br>")
-        return f'<span style="{LOOKS[kind]}" title="{html.escape(says or kind)}">{shown}</span>'
 
-    parts = [piece(kind, kind) for kind in LOOKS]
-    parts[-1] += "<br><br>"
-    for block in blocks:
-        drafts = zip(block.draft.tokens.tolist(), block.draft.confidence.tolist(), strict=True)
-        for place, (token, sure) in enumerate(drafts):
-            judged = "rejected" if place < block.num_drafted else "not judged"
-            kind = "accepted" if place < block.num_accepted else judged
-            parts.append(piece(kind, words(token), f"{kind}, confidence {sure:.2f}"))
-        if block.block_len > block.num_accepted:
-            parts.append(piece("the verifier's word", words(block.committed[-1])))
-        parts.append("\u200a")
-    return HTML(f'<div style="line-height:1.9">{" ".join(parts[:4])}{"".join(parts[4:])}</div>')
+def _piece(kind: str, text: str, says: str = "") -> str:
+    """A token in the look of its kind, with the kind's sign before it; line ends are shown."""
+    sign, look = LOOKS[kind]
+    shown = html.escape(text or "\u25a1").replace("\n", "\u21b5")
+    return f'<div>{sign}<span style="{look}" title="{html.escape(says or kind)}">{shown}</span></div>'
+
+
+def _block_row(number: int, block: Verification, words: Callable[[int], str]) -> str:
+    """The row of a block; block 0 is the prefill, which has no drafts."""
+    confidence = block.draft.confidence.tolist()
+    looked_up = [math.isnan(sure) for sure in confidence]
+    names = [name for name, there in (("lookup", any(looked_up)), ("learned", not all(looked_up))) if there]
+    parts = []
+    for place, (token, sure) in enumerate(zip(block.draft.tokens.tolist(), confidence, strict=True)):
+        judged = "rejected" if place < block.num_drafted else "not judged"
+        kind = "accepted" if place < block.num_accepted else judged
+        how = "looked up" if looked_up[place] else f"confidence {sure:.2f}"
+        parts.append(_piece(kind, words(token), f"{kind}, {how}"))
+    if block.block_len > block.num_accepted:
+        parts.append(_piece("the verifier's token", words(block.committed[-1])))
+    said = html.escape("".join(map(words, block.committed)).lstrip(" ")).replace("\n", "\u21b5")
+    source = ", ".join(names) if confidence else "no draft"
+    return f"<tr><th>{number} <small>{source}</small></th><td>{' '.join(parts)}</td><td><span>{said}</span></td></tr>"
