@@ -113,6 +113,28 @@ def evaluation(machine: str) -> str:
     return table(["method", *counts, "mat, in this order"], rows)
 
 
+def recurrent() -> str:
+    """Both drafters in the box on an H200: speed over plain decoding, and tokens a verification."""
+    rows = []
+    files = {
+        "four layers a draft": "evaluate-{}-h200",
+        "the same, in the same run": "evaluate-{}-beside-recurrent-h200",
+        "later drafts without the shallow layers": "evaluate-{}-recurrent-h200",
+    }
+    for text, file in files.items():
+        for method in ("dvi", "hybrid"):
+            cells = []
+            for name in SETS:
+                if not (BOOK / f"results/{file.format(name)}.json").exists():
+                    cells.append("")
+                    continue
+                found = read(file.format(name))["figures"]
+                one = [row for row in found if row["method"] == method][-1]  # the last one is over all tasks
+                cells.append(f"{one['speedup']:.2f} ({one['mat']:.2f})")
+            rows.append([f"{'learned' if method == 'dvi' else 'learned and looked up'}, {text}", *cells])
+    return table(["speed over plain decoding (mat)", *SETS.values()], rows)
+
+
 def agreement() -> str:
     """Agreement of the shipped drafter."""
     found = read("agreement-smollm2-135m-k2-h200")["figures"]
@@ -331,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation_cpu": lambda: evaluation("cpu"),
     "evaluation_h200": lambda: evaluation("h200"),
     "agreement": agreement,
+    "recurrent": recurrent,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
     "bench_h200": lambda: bench("h200"),
@@ -347,7 +370,8 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-PAGES = (BOOK / "results.md", BOOK / "engines.md", BOOK.parent / "README.md")
+LATER = BOOK / "decisions/0015-later-drafts-without-the-shallow-layers.md"
+PAGES = (BOOK / "results.md", BOOK / "engines.md", LATER, BOOK.parent / "README.md")
 """Pages with tables."""
 
 

@@ -419,8 +419,12 @@ def score_drafts(
     scored, depth = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device).view(-1, 2).T
     table = depth.clamp(max=len(drafted) - 1)
     # 3) Keep the scored ones.
+    hidden = drafts.exit_hidden[scored]
+    if model.recurrent:  # later drafts stand on embeddings
+        before = rollout.tokens[rows[scored], rollout.prompt_lens[rows[scored]] + positions[scored] - 1]
+        hidden = torch.where((depth > 0)[:, None], model.base_model.model.embed_tokens(before), hidden)
     records = Records(
-        hidden=drafts.exit_hidden[scored],
+        hidden=hidden,
         token=drafted[table, scored],
         reward=agrees[table, scored].float(),
         verifier_confidence=rollout.verifier_confidence[rows[scored], positions[scored]],

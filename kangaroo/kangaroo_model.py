@@ -116,6 +116,11 @@ class KangarooModel(nn.Module):
         return self.adapter_model.fuse is not None
 
     @property
+    def recurrent(self) -> bool:
+        """Whether later drafts of a block read embeddings in place of exit states."""
+        return self.adapter_model.fuse_later is not None
+
+    @property
     def exit_norm(self) -> nn.RMSNorm:
         """The norm between drafter and exit head."""
         return self.adapter_model.norm

@@ -95,10 +95,10 @@ def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier
     assert none is None
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses, feedback):
+@pytest.mark.parametrize(("feedback", "recurrent"), [(False, False), (True, False), (True, True)])
+def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses, feedback, recurrent):
     """The shapes that CUDA graphs ask for: rows, widths and positions filled up; here for a short last batch too."""
-    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2, feedback=feedback)
+    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2, feedback=feedback, recurrent=recurrent)
     train_only(mine.model, mine.parameters)
     batches = list(mine.batches())
     assert len(batches[-1][0]) < 4

@@ -11,6 +11,7 @@ from conftest import random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kangaroo.decoding import timing
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.costs import StepCosts, monotone
 from kangaroo.decoding.drafting import LONGEST_NGRAM, AdaptivePolicy, BlockPolicy, LookupIndex, ScriptedPolicy
@@ -165,6 +166,28 @@ def test_costs_by_hand():
     assert COSTS.speedup(0.5, 2) == pytest.approx(1.75 * 10 / 14.5)
     assert COSTS.speedup(COSTS.break_even(4), 4) == pytest.approx(1.0, abs=1e-6)
     assert StepCosts((10.0, 21.0), 1.0).break_even(1) == math.inf
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_first_draft_of_a_recurrent_drafter_costs_by_itself(recurrent, monkeypatch):
+    """Clockwork: a step 10 ms, a row 1, a draft 2, the first of a block 3 more; a single draft is waited for, 7."""
+    clock = [0.0]
+
+    def step(stages, texts, config):
+        policy = texts[0].policy
+        rows = policy.num_learned + len(policy._looked_up)
+        drafts = 2 * policy.num_learned + 3 * recurrent * (policy.num_learned > 0)
+        clock[0] += (10 + rows + drafts + 7 * (policy.num_learned == 1)) / 1e3
+
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
+    monkeypatch.setattr(timing, "spec_decode_step", step)
+    model = tiny_kangaroo(drafter="layer", feedback=recurrent, recurrent=recurrent)
+    costs = model.measure_costs(5, repeats=3, context=8)
+    assert costs.verify == pytest.approx([10, 11, 12, 13, 14, 15])
+    assert (costs.draft, costs.first) == pytest.approx((2.0, 3.0 * recurrent))
+    assert costs.block(3, 1) == pytest.approx(14 + 6 + 3 * recurrent) and costs.block(0, 2) == pytest.approx(
+        12
+    )
 
 
 def test_noise_is_pooled_so_that_costs_grow():

@@ -167,6 +167,13 @@ def test_settings_that_do_not_go_with_feedback_are_refused(settings, changes):
         settings(feedback=True, **changes)
 
 
+def test_a_recurrent_drafter_needs_feedback():
+    with pytest.raises(DvirlError, match="recurrent is true; expected feedback with it"):
+        DVIConfig(recurrent=True)
+    with pytest.raises(ValueError, match="recurrent is true; expected feedback with it"):
+        tiny_kangaroo(1, drafter="layer", recurrent=True)
+
+
 def test_drafters_from_before_feedback_have_none(tmp_path):
     """The shipped one's config.yaml does not name it."""
     settings, _ = _drafter_settings(WEIGHTS[0] / "smollm2-135m-k2" / "config.yaml")

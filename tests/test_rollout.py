@@ -86,18 +86,20 @@ def compare(model, config, prompts, eos, noise=None):
     draft_len=st.integers(1, 6),
     threshold=st.sampled_from([0.0, 0.2, 0.6]),
     drafter=st.sampled_from(["none", "adapter", "layer"]),
-    feedback=st.booleans(),
+    feedback=st.sampled_from(["none", "whole", "recurrent"]),
     target=st.sampled_from(["base", "adapted"]),
     sampled=st.booleans(),
 )
 def test_records_equal_the_step_by_step_decoders(
     seed, exit_layer, draft_len, threshold, drafter, feedback, target, sampled
 ):
-    args = dict(drafter=drafter, adapter_window=6, draft_vocab=range(200), feedback=feedback)
+    args = dict(drafter=drafter, adapter_window=6, draft_vocab=range(200), feedback=feedback != "none")
+    args["recurrent"] = feedback == "recurrent"
     model = tiny_kangaroo(seed, exit_layer, **args)
-    if feedback:
+    if feedback != "none":
         target = "base"
-        model.adapter_model.fuse.weight.data += 0.3 * torch.randn_like(model.adapter_model.fuse.weight)
+        for fuse in filter(None, (model.adapter_model.fuse, model.adapter_model.fuse_later)):
+            fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
     config = DecodeConfig(draft_len, threshold, target, 0.5 if sampled else 0.0)
     noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed)) if sampled else None
     compare(model, config, random_prompts(4, seed), (EOS,), noise)

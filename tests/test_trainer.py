@@ -84,6 +84,7 @@ def test_schedules_replay_unless_they_need_fresh_drafts(tmp_path, schedule):
         (dict(schedule="kl_to_rl"), 0.3, 0.9),
         (dict(schedule="kl", drafter="layer"), 0.6, 0.9),
         (dict(schedule="kl_to_rl", drafter="layer", feedback=True), 0.6, 0.9),
+        (dict(schedule="kl", drafter="layer", feedback=True, recurrent=True), 0.6, 0.8),
         (dict(schedule="kl", kl_kind="reverse", kl_top_k=8), 0.3, 0.85),
         (dict(schedule="kl", kl_kind="js"), 0.3, 0.85),
         (dict(schedule="reinforce"), 0.3, 0.4),
