@@ -35,13 +35,14 @@ def model_with_feedback(seed=1, **args):
 
 
 @torch.no_grad()
-def table(model, tokens, depths):
-    """The two likeliest drafts of each depth after the last token of a text `[T]`."""
-    base, ids = model.base_model, torch.tensor([tokens])
+def table(model, text, drafts):
+    """The two likeliest tokens for each draft of a chain after a text, by one parallel pass over both."""
+    base, ids = model.base_model, torch.tensor([[*text, *drafts[:-1]]])
     with base.without_adapters("lora_S"):
         verifier_hidden = base.forward_deep(base.forward_shallow(ids))
-    states = model.drafter_depths(ids, base.forward_shallow(ids), verifier_hidden, depths)
-    return [model.token_ids(model.head_logits(state)[0, -1].topk(2).indices).tolist() for state in states]
+    states = model.drafter_depths(ids, base.forward_shallow(ids), verifier_hidden, len(drafts))
+    own = [state[0, len(text) - 1 + depth] for depth, state in enumerate(states)]
+    return [model.token_ids(model.head_logits(state).topk(2).indices).tolist() for state in own]
 
 
 def check_blocks(model, prompt, blocks):
@@ -49,9 +50,8 @@ def check_blocks(model, prompt, blocks):
     text, checked = list(prompt), 0
     for block in blocks:
         for draft in (chain.draft for chain in (block, *block.beside)):
-            tokens = draft.tokens.tolist()
-            for depth in range(draft.num_learned):
-                choices = table(model, [*text, *tokens[:depth]], depth + 1)[depth]
+            tokens = draft.tokens[: draft.num_learned].tolist()
+            for depth, choices in enumerate(table(model, text, tokens) if tokens else []):
                 assert tokens[depth] == choices[int(depth + 1 == draft.chain)], (text, depth)
                 checked += 1
         text += block.committed

@@ -55,14 +55,12 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
         block_ms(1, 0)  # brings the draft's caches up to the context
         drafts_ms = block_ms(longest, 0) - verify_ms[-1]
         later_ms = drafts_ms / longest
-        first_ms = 0.0  # beyond the later ones
         if stages.recurrent and longest > 2:
             # Of two drafts, since after a single one the host waits before it verifies.
             two_ms = block_ms(2, 0) - verify_ms[2]
             later_ms = (drafts_ms - two_ms) / (longest - 2)
-            first_ms = two_ms - 2 * later_ms
         forked_ms = [block_ms(0, count, count) for count in lengths] if stages.deep.cache.chains > 1 else []
-        rounds.append((verify_ms, later_ms, forked_ms, first_ms))
+        rounds.append((verify_ms, later_ms, forked_ms, drafts_ms - longest * later_ms))
     verify, draft, forked, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
     return StepCosts(
         monotone([median(times) for times in zip(*verify, strict=True)]),
