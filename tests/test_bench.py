@@ -90,7 +90,7 @@ def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, c
         == 0
     )
     printed = capsys.readouterr().out
-    assert "blocks of four learned drafts beat plain decoding above an acceptance of " in printed
+    assert "blocks of four drafts beat plain decoding above an acceptance of " in printed
     content = json.loads((tmp_path / "o.json").read_text())
     assert list(content["figures"]) == [questions]
     figures = content["figures"][questions]

@@ -249,9 +249,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     print(
         f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}"
     )
-    print(
-        f"blocks of four learned drafts beat plain decoding above an acceptance of {costs.break_even(4):.2f}"
-    )
+    print(f"blocks of four drafts beat plain decoding above an acceptance of {costs.break_even(4):.2f}")
     figures: dict[str, dict[str, Any]] = {}
     content = {"arguments": asdict(config), **provenance(drafter.loaded)}
     content |= {"costs": asdict(costs), "figures": figures}
