@@ -247,7 +247,9 @@ def test_a_run_that_is_done_keeps_no_moments_and_begins_them_anew_with_more_prom
     assert not any(name.startswith(trainers) for name in load_file(done / "trainer.safetensors"))
     run = DVITrainer(settings(tmp_path / "more", num_prompts=48), tiny_loaded(), tiny_split())
     run.load_checkpoint(done)
-    assert f"{done}: the run was finished; it goes on, and its optimizers start again" in capsys.readouterr().err
+    assert (
+        f"{done}: the run was finished; it goes on, and its optimizers start again" in capsys.readouterr().err
+    )
     step = run.counters.step
     run.train(show_progress=False)
     assert run.counters.prompts == 48 and run.counters.step > step
