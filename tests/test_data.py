@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import getpass
 import gzip
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -18,6 +22,7 @@ from test_trainer import tiny_settings
 from dvirl import train_dvi
 from dvirl.config import DVIConfig
 from dvirl.data import sources
+from dvirl.data.domains import docstring_prompts
 from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts
 from dvirl.data.stream import PromptStream, load_prompts
 from dvirl.models.chat import ChatEncoder
@@ -330,6 +335,15 @@ def test_the_default_corpus():
     prompts = chatterbot_prompts()
     assert len(prompts) > 700 and len({prompt.key for prompt in prompts}) == len(prompts)
     assert any(prompt.turns == ("What is AI?",) and prompt.category == "ai" for prompt in prompts)
+
+
+def test_requests_for_docstrings_are_the_same_in_every_process(monkeypatch):
+    here = docstring_prompts()
+    bare = "from dvirl.data.domains import docstring_prompts; print(ascii(docstring_prompts()))"
+    out = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(out) == here
+    monkeypatch.setattr(getpass, "getpass", lambda prompt="": "")  # as Jupyter does
+    assert docstring_prompts() == here
 
 
 def test_docstrings_are_a_source_of_one_domain():

@@ -243,8 +243,8 @@ def test_a_notebook_runs_with_its_progress_shown_from_inside_and_a_summary(tmp_p
 @pytest.mark.filterwarnings("ignore")  # jupyter's own
 @pytest.mark.parametrize(
     "settings",
-    [dict(exit_layer=6, schedule="kl", seed=1, drafter="none", slow_every=1),
-     dict(exit_layer=8, schedule="ce", prompts_source="chatterbot")],
+    [dict(exit_layer=6, schedule="kl", seed=1, drafter="none", slow_every=1, prompts_source="chatterbot"),
+     dict(exit_layer=20, schedule="ce")],
 )  # fmt: skip
 def test_other_parameters_run(tmp_path, settings):
     execute(tmp_path, run_dir="run", **QUICK, **settings)

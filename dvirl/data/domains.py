@@ -101,6 +101,8 @@ MODULES = [
     "zipfile",
 ]
 """Modules whose functions are asked about."""
+REPLACED = {"getpass.getpass", "inspect.getfile", "pdb.set_trace"}
+"""Functions that Jupyter, pytest or torch replace; without them the prompts of all processes are the same."""
 
 
 def docstring_prompts(count: int | None = None, seed: int = 0) -> list[str]:
@@ -114,7 +116,8 @@ def docstring_prompts(count: int | None = None, seed: int = 0) -> list[str]:
     for name in MODULES:
         module = import_module(name)
         for function, value in inspect.getmembers(module, inspect.isfunction):
-            if value.__module__ == name and not function.startswith("_"):
+            hidden = function.startswith("_") or f"{name}.{function}" in REPLACED
+            if value.__module__ == name and not hidden:
                 heads.append(f"def {function}{inspect.signature(value)}:")
     # Some heads name an address in memory, which no two programs share.
     heads = [head for head in dict.fromkeys(heads) if " at 0x" not in head]
