@@ -141,7 +141,7 @@ class Teacher:
 class _ForwardKL(torch.autograd.Function):
     """`KL(p || q)` of each row by the teacher p and the draft's log-probabilities, with the gradient `q - p`.
 
-    Autograd's own way through `log_softmax` reads and writes the `[N, V']` numbers three times as often.
+    Autograd's own way through `log_softmax` reads and writes the `[N, V']` numbers more often.
     """
 
     @staticmethod

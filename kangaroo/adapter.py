@@ -451,17 +451,19 @@ class AdapterModel(nn.Module):
             exit_states: `[B, T, D]`.
             feedback: `[B, T, D]`, the verifier's states of the positions before.
             depths: drafts of a block.
-            embeddings: `[B, T, D]`, of the tokens, which a recurrent drafter reads in later drafts.
+            embeddings: `[B, T, D]`, of the tokens; needed by a recurrent drafter, which reads them in later drafts.
 
         Returns:
             `[B, T, D]` for each depth, normed.
         """
         found: list[Tensor] = []
         earlier: list[KeysValues] = [[] for _ in self.layers]
+        recurrent = self.fuse_later is not None
+        later_inputs = embeddings if recurrent else exit_states
+        assert later_inputs is not None
         for depth in range(1, depths + 1):
-            later = depth > 1 and self.fuse_later is not None
-            inputs = embeddings if later and embeddings is not None else exit_states
-            hidden = self.fused(inputs, feedback, later)
+            inputs = exit_states if depth == 1 else later_inputs
+            hidden = self.fused(inputs, feedback, later=recurrent and depth > 1)
             plan = plan_unrolled(self.rotary, hidden, depth, self.window)
             for layer, kept in zip(self.layers, earlier, strict=True):
                 hidden = layer(hidden, plan, kept)

@@ -242,8 +242,10 @@ class KangarooModel(nn.Module):
         with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             weight = self.exit_norm.weight
             feedback = before(verifier_hidden).to(weight.dtype)
-            embeddings = self.base_model.model.embed_tokens(tokens).to(weight.dtype)
             exits = exit_hidden.to(weight.dtype)
+            embeddings = None
+            if self.recurrent:
+                embeddings = self.base_model.model.embed_tokens(tokens).to(weight.dtype)
             states = self.adapter_model.forward_unrolled(exits, feedback, depths, embeddings)
         return [state.to(dtype) for state in states]
 

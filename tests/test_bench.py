@@ -138,7 +138,7 @@ def test_the_learned_draft_is_timed_in_turn_with_plain_decoding(tmp_path, monkey
     monkeypatch.setattr(bench, "answer_in_turn", lambda run, *args: asked.extend(run) or real(run, *args))
     prompts = random_prompts(3)
     speed = bench.over_plain(drafter, prompts, 8, longest=3)
-    assert asked == [PLAIN, "dvi"] and speed.questions == speed.equal == 3
+    assert asked == [PLAIN, "learned"] and speed.questions == speed.equal == 3
     assert speed.over_plain > 0 and speed.mat >= 1 and speed.tok_per_s > 0
 
 

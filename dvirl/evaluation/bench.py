@@ -5,7 +5,7 @@ Figures are medians over questions of ratios on the same question. Each method a
 counts; the time in which CUDA graphs are captured is reported apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -68,10 +68,11 @@ class Speed:
 
 @torch.no_grad()
 def compare(
-    drafter: LoadedDrafter,
-    sets: dict[str, list[list[int]]],
+    drafter: Draft,
+    sets: Mapping[str, Sequence[Sequence[int]]],
     limit: int,
     longest: int,
+    names: Sequence[str] = (GENERATE, *WAYS),
 ) -> Iterator[tuple[str, dict[str, Speed]]]:
     """Time every method on every set, and yield each set when it is done.
 
@@ -80,9 +81,10 @@ def compare(
         sets: prompts by the name of their set.
         limit: most tokens of an answer.
         longest: most drafts of a block.
+        names: of the methods, plain decoding among them.
     """
     model = drafter.model
-    run = decoders([GENERATE, *WAYS], ways(longest), drafter, limit)
+    run = decoders(names, ways(longest), drafter, limit)
     with model.base_model.merged():
         for prompt in next(iter(sets.values()))[:WARM_UP]:
             for decode in run.values():
@@ -113,7 +115,6 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
     )
 
 
-@torch.no_grad()
 def over_plain(draft: Draft, prompts: Sequence[Sequence[int]], limit: int, longest: int = 8) -> Speed:
     """Time the learned draft, in blocks as long as they pay, in turn with plain decoding.
 
@@ -123,15 +124,8 @@ def over_plain(draft: Draft, prompts: Sequence[Sequence[int]], limit: int, longe
         limit: most tokens of an answer.
         longest: most drafts of a block.
     """
-    learned = WAYS["learned"]
-    run = decoders([PLAIN, learned], decode_configs(longest), draft, limit)
-    with draft.model.base_model.merged():
-        for prompt in prompts[:WARM_UP]:
-            for decode in run.values():
-                decode(prompt)
-        costs = draft.model.measure_costs(longest)
-        answers = answer_in_turn(run, prompts, "by the clock")
-    return _speed(answers[learned], answers[PLAIN], costs)
+    ((_, speeds),) = compare(draft, {"by the clock": prompts}, limit, longest, (PLAIN, "learned"))
+    return speeds["learned"]
 
 
 def _batch_rate(

@@ -123,7 +123,7 @@ def caption(*records: Mapping[str, Any]) -> HTML:
     """When, where and by which command recorded results were measured, small, for under a figure or a table.
 
     Args:
-        records: what `report.read_recorded` gave; of several the commands are folded.
+        records: what `report.read_recorded` gave; of several the commands are hidden until asked for.
     """
     lines = [f"{origin(one)}: <code>{html.escape(one['command'])}</code>" for one in records]
     text = f"{lines[0]}"

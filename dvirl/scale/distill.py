@@ -274,7 +274,9 @@ class Distiller(TrainingLoop):
         base = loaded.model
         # Said now, and not when the responses are written: a batch that will not fit.
         layers = base.model.layers[: config.exit_layer + config.drafter_layers]
-        positions = TURN_TOKENS + (MOST_PASSAGES + 1) * config.answer_tokens
+        positions = 2 * (TURN_TOKENS + config.answer_tokens)
+        if config.about_text:
+            positions = max(positions, TURN_TOKENS + (MOST_PASSAGES + 1) * config.answer_tokens)
         logits = config.answer_tokens * (config.draft_vocab or base.config.vocab_size)
         logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
