@@ -1,4 +1,4 @@
-"""Two adapters on one model: where they sit, how they are left out, folded, and kept from one another."""
+"""Two adapters on one model: where they sit, how they are left out, merged, and kept from one another."""
 
 from __future__ import annotations
 
