@@ -8,11 +8,13 @@ add up to the result of one process with all records.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from dvirl.config import DVIConfig
 
@@ -146,16 +148,34 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probabilities: Tensor, entropy: Tensor) -> Tensor:
-        log_q = logits.log_softmax(dim=-1, dtype=torch.float32)
-        ctx.save_for_backward(log_q, probabilities)
-        ctx.dtype = logits.dtype
-        return -entropy - (probabilities * log_q).sum(dim=-1)
+        losses, normalizer = _compiled(_forward_kl, logits.device.type)(logits, probabilities, entropy)
+        ctx.save_for_backward(logits, normalizer, probabilities)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        log_q, probabilities = ctx.saved_tensors
-        difference = log_q.exp().sub_(probabilities).mul_(gradients[0][:, None])
-        return difference.to(ctx.dtype), None, None
+        gradient = _compiled(_kl_gradient, gradients[0].device.type)(*ctx.saved_tensors, *gradients)
+        return gradient, None, None
+
+
+def _forward_kl(logits: Tensor, probabilities: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence of each row, and the logarithm of the sum of its exponentials, `[N]` each."""
+    logits = logits.float()
+    normalizer = logits.logsumexp(dim=-1)
+    log_q = logits - normalizer[:, None]
+    return -entropy - (probabilities * log_q).sum(dim=-1), normalizer
+
+
+def _kl_gradient(logits: Tensor, normalizer: Tensor, probabilities: Tensor, gradient: Tensor) -> Tensor:
+    """`q - p` of each row, times its gradient, in the dtype of the logits."""
+    q = (logits.float() - normalizer[:, None]).exp()
+    return ((q - probabilities) * gradient[:, None]).to(logits.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function as one kernel or two on CUDA, where Triton can make them: they read the numbers once or twice."""
+    return torch.compile(function, dynamic=False) if device == "cuda" and has_triton() else function
 
 
 def distillation_loss(draft_logits: Tensor, teacher: Teacher, index: Tensor, ce_weight: float) -> Tensor:
@@ -174,7 +194,7 @@ def distillation_loss(draft_logits: Tensor, teacher: Teacher, index: Tensor, ce_
         draft_logits, teacher.probabilities, teacher.entropy
     )
     if ce_weight:
-        entropy = F.cross_entropy(draft_logits, index, ignore_index=-1, reduction="none")
+        entropy = F.cross_entropy(draft_logits.float(), index, ignore_index=-1, reduction="none")
         loss = (1 - ce_weight) * loss + ce_weight * entropy
     return loss
 

@@ -9,6 +9,7 @@ Letters in shapes: B prompts, P prompt positions, R response positions, N record
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -22,9 +23,15 @@ from dvirl.models.placement import fitting
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
+from kangaroo.decoding.passes import CudaGraphs
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
+
+MOST_ROWS = 512
+"""Texts of a batch on a GPU up to which our own kernels decode faster than the library's."""
+CAPACITY_STEP = 64
+"""On a GPU caches have a multiple of so many slots, for which products are fastest."""
 
 Rows = TypeVar("Rows", bound="Responses")
 Answer = Callable[[list[list[int]]], "Rollout"]
@@ -223,7 +230,13 @@ def generate(
             batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
             settings = (max_new_tokens, eos_ids, target, sampler, keep_states)
             return join([generate(model, batch, *settings) for batch in batches])
-        stages = model.new_stages(capacity, None, target, len(tokens), fused=False)
+        captured = device.type == "cuda" and len(model.layer_devices()) == 1
+        if captured:
+            capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
+        few_rows = captured and len(tokens) <= MOST_ROWS
+        stages = model.new_stages(capacity, None, target, len(tokens), few_rows=few_rows)
+        if captured:
+            stages.passes.graphs = CudaGraphs([])
         batch = PlainBatch(stages, tokens, prompt_lens)
         answers = decode_plainly(batch, max_new_tokens, ends, sampler, keep_states)
     return _rollout(tokens, prompt_lens, answers, ends, keep_states)

@@ -289,6 +289,19 @@ def plan_unrolled(
     return AttentionPlan(plan.cos, plan.sin, torch.cat(seen, dim=1)[None, None])
 
 
+def for_masked_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, G, S, E]`, one a head of `queries [B, H, T, E]` where that is the faster way to attend.
+
+    With a mask no fused attention of torch on CUDA takes groups, and the one that does computes in float32.
+    """
+    shared = queries.shape[1] // keys.shape[1]
+    if mask is None or shared == 1 or not keys.is_cuda:
+        return keys, values
+    return keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
+
+
 class LlamaAttention(nn.Module):
     """Multi-head attention with grouped queries and rotary positions, Llama's parameter names."""
 
@@ -323,13 +336,10 @@ class LlamaAttention(nn.Module):
             earlier.append((keys, values))
             keys = torch.cat([keys for keys, _ in earlier], dim=2)
             values = torch.cat([values for _, values in earlier], dim=2)
-        shared = self.num_heads // self.num_groups
-        if plan.mask is not None and keys.is_cuda and shared > 1:
-            # With a mask no fused attention of torch takes groups, and the one that does is slow.
-            keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
-            shared = 1
+        keys, values = for_masked_attention(queries, keys, values, plan.mask)
+        grouped = keys.shape[1] != self.num_heads
         mixed = F.scaled_dot_product_attention(
-            queries, keys, values, plan.mask, is_causal=plan.mask is None, enable_gqa=shared > 1
+            queries, keys, values, plan.mask, is_causal=plan.mask is None, enable_gqa=grouped
         )
         projected: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return projected

@@ -252,18 +252,18 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         target: str = "base",
         batch_size: int = 1,
         chains: int = 1,
-        fused: bool = True,
+        few_rows: bool = True,
     ) -> Stages:
         """Stages with empty caches, their adapters as they are now; arguments as in `decoding`.
 
         Args:
-            fused: fuse and pack the weights; False runs the layers' own modules, as batches of many texts do.
+            few_rows: as in `CachedLayer`; the stages are kept for texts to come while the weights stay the same.
         """
         passes = Passes(self.lm_head.weight.device)
         k = self.exit_layer
 
         def stage(name: str, first: int, stop: int) -> Stage:
-            weights = self._stage_weights(name, first, stop, fused)
+            weights = self._stage_weights(name, first, stop, few_rows)
             cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
             return Stage(weights, self.rotary, cache, passes)
 
@@ -298,20 +298,20 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         devices = [layer.device for layer in weights.layers]
         return KVCache(config, devices, batch_size, capacity, self.model.norm.weight, window, chains)
 
-    def _stage_weights(self, name: str, first: int, stop: int, fused: bool) -> StageWeights:
-        """layers[first:stop] with the embedding or with final norm and head; fused ones are kept while weights last."""
+    def _stage_weights(self, name: str, first: int, stop: int, few_rows: bool) -> StageWeights:
+        """layers[first:stop] with the embedding or with final norm and head; for few rows kept while weights last."""
         layers: list[Any] = list(self.model.layers[first:stop])
         dtype = self.lm_head.weight.dtype
 
         def make() -> StageWeights:
-            cached = [CachedLayer(layer, dtype, fused) for layer in layers]
+            cached = [CachedLayer(layer, dtype, few_rows) for layer in layers]
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
-            head = product(self.lm_head.weight) if fused else self.lm_head
+            head = product(self.lm_head.weight) if few_rows else self.lm_head
             norm = rms_norm(self.model.norm, dtype)
             return StageWeights(cached, norm=norm, head=head, head_weight=self.lm_head.weight)
 
-        if not fused:
+        if not few_rows:
             return make()
         used: list[Tensor] = [weight for layer in layers for weight in layer.parameters()]
         return self._weights.get(name, [*used, self.model.norm.weight, self.lm_head.weight], make)

@@ -261,14 +261,14 @@ class KangarooModel(nn.Module):
             inputs = exit_hidden.to(self.exit_norm.weight.dtype)
             return self.adapter_model.forward_early_stop(inputs).to(dtype)
 
-    def head_logits(self, states: Tensor) -> Tensor:
-        """`[…, D]` to the draft's float32 logits `[…, V']`, with gradients."""
+    def head_logits(self, states: Tensor, exact: bool = True) -> Tensor:
+        """`[…, D]` to the draft's logits `[…, V']`, with gradients; in float32, or as they were computed."""
         logits = F.linear(states, self.exit_proj.weight.to(states.dtype))
         if self.head == "lora":  # (W + U D) x, without building W + U D at every step
             logits = logits + F.linear(
                 F.linear(states, self.head_down.to(states.dtype)), self.head_up.to(states.dtype)
             )
-        return logits.float()
+        return logits.float() if exact else logits
 
     def token_ids(self, draft_index: Tensor) -> Tensor:
         """Vocabulary ids of rows of the exit head."""

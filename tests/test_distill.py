@@ -16,6 +16,8 @@ import yaml
 from conftest import copied, random_prompts, tiny_loaded
 from test_corpus import ENDS
 from test_models import save_tiny
+from torch import nn
+from torch.optim import AdamW, Muon
 
 from dvirl import cli
 from dvirl.evaluation.agreement import measure_agreement
@@ -23,8 +25,10 @@ from dvirl.lora import train_only
 from dvirl.losses import Teacher, distillation_loss
 from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses
+from dvirl.runs import optim
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_metrics
+from dvirl.runs.optim import Optimizers
 from dvirl.scale import distill
 from dvirl.scale.corpus import answer, write_shard
 from dvirl.scale.distill import DistillConfig, Distiller, _Objective
@@ -462,3 +466,35 @@ def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
     shipped = load_drafter(result.drafter, dtype="float32", device="cpu")
     assert measure_agreement(shipped.model, mine.responses).rate == pytest.approx(after.rate, abs=0.06)
     assert shipped.loaded.fingerprint == real.fingerprint
+
+
+# Without the host
+
+
+def test_a_captured_step_of_muon_is_muons_step(monkeypatch):
+    """Beside torch's own optimizers over some updates, one of them with gradients that are not finite."""
+    torch.manual_seed(0)
+    shapes = [(8, 12), (20, 6), (5,)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    mine = Optimizers(ours, ours[:2], muon=0.5)
+    mine._captured = optim.CapturedMuon(ours[:2], adjust_lr_fn="match_rms_adamw")  # as on CUDA
+    mine._parts = {"fast": AdamW(ours[2:], weight_decay=0.0, fused=True), "muon": mine._captured.muon}
+    muon = Muon(theirs[:2], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adamw = AdamW(theirs[2:], weight_decay=0.0)
+    for step in range(8):
+        mine.zero_grad()
+        kept = step not in (0, 4)
+        for own, other in zip(ours, theirs, strict=True):
+            other.grad = torch.randn(other.shape)
+            own.grad = other.grad.clone() if kept else torch.full(own.shape, math.nan)
+        lr = 0.1 / (step + 1)
+        mine.step(lr, torch.tensor(kept))
+        if kept:
+            for optimizer, rate in ((muon, 0.5 * lr), (adamw, lr)):
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+        for own, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(own, other)
+        if step == 5:  # as after a checkpoint
+            mine.load(mine.tensors())

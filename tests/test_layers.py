@@ -35,7 +35,7 @@ def test_a_stage_computes_what_the_layers_compute(length, biased):
                 getattr(layer.self_attn, name).bias = torch.nn.Parameter(torch.randn(
                     getattr(layer.self_attn, name).out_features))  # fmt: skip
     with torch.no_grad():
-        slow = model.new_stages(16, fused=False).deep
+        slow = model.new_stages(16, few_rows=False).deep
         with model.decoding(16, None) as stages:
             fast = stages.deep
             for turn in range(1, 4):
@@ -56,7 +56,7 @@ def test_decoding_with_fused_layers_and_with_the_modules_is_the_same(args, monke
     monkeypatch.setattr(
         layers.CachedLayer,
         "__init__",
-        lambda self, layer, dtype, fused=True: build(self, layer, dtype, False),
+        lambda self, layer, dtype, few_rows=True: build(self, layer, dtype, False),
     )
     model._weights, model.base_model._weights = MadeFromWeights(), MadeFromWeights()
     slow = [model.generate(prompt, 20, settings, (EOS,)) for prompt in prompts]

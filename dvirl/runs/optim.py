@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,77 @@ def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> N
         optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
+class CapturedMuon:
+    """Muon's step without the host: on CUDA its two hundred small kernels are one captured graph.
+
+    It steps stand-ins of the matrices, which start at zero, at the rate 1. What they become is added to the matrices at
+    the rate of the moment, so that no number of the graph depends on it.
+
+    Args:
+        matrices: what it steps.
+        settings: of Muon.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter], **settings: Any) -> None:
+        self._matrices = matrices
+        self._moved = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
+        self._gradients = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
+        for moved, gradient in zip(self._moved, self._gradients, strict=True):
+            moved.grad = gradient
+        self.muon = Muon(self._moved, lr=1.0, weight_decay=0.0, **settings)
+        self._kept = torch.ones((), dtype=torch.bool, device=matrices[0].device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, lr: float, kept: Tensor) -> None:
+        """Step along the matrices' gradients, unless `kept` is False, 0-d."""
+        if self._kept.is_cuda and self._graph is None:
+            self._graph = self._capture()
+        torch._foreach_zero_(self._gradients)
+        pairs = [
+            (own, matrix.grad)
+            for own, matrix in zip(self._gradients, self._matrices, strict=True)
+            if matrix.grad is not None
+        ]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        self._kept.copy_(kept)
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.replay()
+        with torch.no_grad():
+            torch._foreach_add_(list(self._matrices), self._moved, alpha=lr)
+
+    def forget(self) -> None:
+        """Capture anew: the moments have been replaced."""
+        self._graph = None
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        for gradient in self._gradients:
+            gradient.copy_(torch.where(self._kept, gradient, 0.0))
+        moments = [state["momentum_buffer"] for state in self.muon.state.values()]
+        before = [moment.clone() for moment in moments]
+        torch._foreach_zero_(self._moved)
+        self.muon.step()
+        for moment, old in zip(moments, before, strict=True):
+            moment.copy_(torch.where(self._kept, moment, old))
+        for moved in self._moved:
+            moved.mul_(self._kept)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Capture a step; the run before it, which allocates, is one that is left out."""
+        self._kept.fill_(False)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph
+
+
 class Optimizers:
     """AdamW for `parameters`, and Muon (Jordan et al. 2024) for those of them that are among `matrices`.
 
@@ -63,27 +135,42 @@ class Optimizers:
         muon: float,
     ) -> None:
         self.lr = 0.0
+        self._parameters = parameters
+        self._captured: CapturedMuon | None = None
         for_muon = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in parameters if id(parameter) not in for_muon]
-        on_cuda = all(parameter.is_cuda for parameter in rest)
-        self._parts: dict[str, Optimizer] = {"fast": AdamW(rest, weight_decay=0.0, fused=on_cuda)}
+        self._on_cuda = all(parameter.is_cuda for parameter in parameters)
+        self._parts: dict[str, Optimizer] = {"fast": AdamW(rest, weight_decay=0.0, fused=self._on_cuda)}
         self._muon = muon
-        if matrices:
-            self._parts["muon"] = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        settings = {"adjust_lr_fn": "match_rms_adamw"}
+        if matrices and self._on_cuda and len({matrix.device for matrix in matrices}) == 1:
+            self._captured = CapturedMuon(matrices, **settings)
+            self._parts["muon"] = self._captured.muon
+        elif matrices:
+            self._parts["muon"] = Muon(matrices, weight_decay=0.0, **settings)
 
     def __iter__(self) -> Iterator[Optimizer]:
         return iter(self._parts.values())
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for optimizer in self._parts.values():
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
 
-    def step(self, lr: float) -> None:
-        """Step all parameters, AdamW's at the rate `lr`."""
+    def step(self, lr: float, kept: Tensor) -> None:
+        """Step all parameters, AdamW's at the rate `lr`, unless `kept` is False, 0-d; on CUDA the host never looks."""
         self.lr = lr
+        on_device = self._captured is not None or (self._on_cuda and len(self._parts) == 1)
+        if not on_device and not bool(kept):
+            return
         for name, optimizer in self._parts.items():
-            optimizer.param_groups[0]["lr"] = lr * self._muon if name == "muon" else lr
+            rate = lr * self._muon if name == "muon" else lr
+            if name == "muon" and self._captured:
+                self._captured.step(rate, kept)
+                continue
+            optimizer.param_groups[0]["lr"] = rate
+            if on_device:
+                optimizer.found_inf = (~kept).float()  # type: ignore[attr-defined]  # as torch's GradScaler says it
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -93,6 +180,8 @@ class Optimizers:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         load_optimizers(tensors, **self._parts)
+        if self._captured:
+            self._captured.forget()
 
 
 def cosine_rate(

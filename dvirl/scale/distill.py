@@ -26,7 +26,7 @@ from dvirl.data.selfwritten import TURN_TOKENS
 from dvirl.data.sources import read_prompts
 from dvirl.lora import attach_draft, shallow_parameters, train_only
 from dvirl.losses import Teacher, distillation_loss
-from dvirl.models.drafters import export
+from dvirl.models.drafters import drafter_folder, export
 from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import fitting, free_memory
 from dvirl.rollout import Responses, join, response_index, verifier_states
@@ -57,7 +57,7 @@ TEACHER_BATCHES = 8
 """Updates for which the verifier reads the responses in one pass."""
 KEPT_SHARE = 0.5
 """Share of the free memory that the verifier's states may take."""
-SWEPT = 128
+SWEPT = 384
 """Responses that the verifier reads at once to keep its states."""
 WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
@@ -84,6 +84,8 @@ class DistillConfig(DraftSettings):
     head: str = choice("lora", HEADS)
     """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
 
+    start_from: str = ""
+    """Name or folder of a drafter with the same settings, to go on from."""
     responses_from: str = ""
     """Folder with another run's shards of responses; they are read there and none are written."""
     num_tokens: int = number(10_000_000, 1, 1e12)
@@ -186,7 +188,7 @@ class _Objective(nn.Module):
             of positions where the argmax of a first draft is the verifier's token; 0-d.
         """
         half = verifier_hidden.dtype == torch.bfloat16
-        target = self.model.verifier_logits(verifier_hidden.flatten(0, 1)[positions])
+        target = self.model.verifier_logits(verifier_hidden.flatten(0, 1).index_select(0, positions))
         teacher = Teacher.of(target / self.temperature)
         count = weight.sum()
         loss = torch.zeros((), device=tokens.device)
@@ -195,7 +197,7 @@ class _Objective(nn.Module):
             exit_hidden = self.model.base_model.forward_shallow(tokens)
             states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths)
             for depth, state in enumerate(states):
-                logits = self.model.head_logits(state.flatten(0, 1)[positions])
+                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, positions), exact=False)
                 losses = distillation_loss(logits, teacher, index, self.ce_weight)
                 loss = loss + self.depth_decay**depth * (losses * weight).sum() / count
                 shares += self.depth_decay**depth
@@ -288,6 +290,9 @@ class Distiller(TrainingLoop):
         self.length = self.num_steps
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
+        if config.start_from:
+            folder = drafter_folder(config.start_from)
+            checkpoint.load(folder, self.peft_model, self.model, draft_only=True)
         # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
@@ -449,6 +454,8 @@ class Distiller(TrainingLoop):
                 break
         loss, agreement, norm = (torch.stack(values) for values in zip(*updates, strict=True))
         kept = (loss + norm).isfinite()
+        for place in (~kept).nonzero()[:, 0].tolist():
+            self.skip_update(counters.step - len(updates) + 1 + place)
         mean_loss = float(loss[kept].mean())  # waits for the device, so that the time is that of all updates
         self.clock()
         line = {
@@ -525,10 +532,7 @@ class Distiller(TrainingLoop):
         lr = self.lr
         self.counters.step += 1
         self.counters.tokens += int((batch.response_lens - 1).sum())
-        if bool((loss + norm).isfinite()):
-            self.optimizers.step(lr)
-        else:
-            self.skip_update(self.counters.step)
+        self.optimizers.step(lr, (loss + norm).detach().isfinite())
         return loss.detach(), agreement, norm
 
     def _positions(self, batch: Responses, states: Tensor, padded: bool) -> tuple[Tensor, ...]:
@@ -543,7 +547,9 @@ class Distiller(TrainingLoop):
             ragged = -tokens.shape[1] % WIDTH_STEP
             tokens = F.pad(tokens, (0, ragged, 0, missing))
             states = F.pad(states, (0, 0, 0, ragged, 0, missing))
-        chosen = torch.zeros(count, dtype=torch.long)
+        chosen = torch.arange(
+            count
+        )  # padding is spread: many gradients of one place would be added one by one
         chosen[: len(rows)] = rows * tokens.shape[1] + before
         chosen = chosen.to(tokens.device)
         weight = torch.zeros(count)
@@ -560,7 +566,8 @@ class Distiller(TrainingLoop):
                 objective = torch.cuda.make_graphed_callables(objective, inputs, allow_unused_input=True)
             self._captured[width] = objective
         loss, agreement = self._captured[width](*inputs)
-        return loss, agreement
+        # Copies: the next replay writes over its outputs.
+        return loss.clone(), agreement.clone()
 
     @property
     def lr(self) -> float:

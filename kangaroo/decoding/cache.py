@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
-from kangaroo.adapter import LlamaRotaryEmbedding, _prepare_decoder_attention_mask, head_dim
+from kangaroo.adapter import (
+    LlamaRotaryEmbedding,
+    _prepare_decoder_attention_mask,
+    for_masked_attention,
+    head_dim,
+)
 
 
 @functools.cache
@@ -312,8 +317,9 @@ def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, plan: CachedPas
         weights = torch.baddbmm(plan.bias, grouped, seen.transpose(1, 2), alpha=size**-0.5).softmax(dim=-1)
         return torch.bmm(weights, values.reshape(seen.shape)).view(queries.shape)
     if length > 1:  # the prefill, or a verification of one text
+        keys, values = for_masked_attention(queries, keys, values, plan.mask)
         return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=groups != heads
+            queries, keys, values, plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads
         )
     grouped = queries.view(batch, groups, -1, size)
     if not queries.is_cuda:

@@ -97,10 +97,13 @@ class PlainBatch:
     Attributes:
         rows: `[B]`, the place of each remaining row in the batch.
         last: `[B, D]`, the normed states that the next tokens are chosen from.
+        captured: whether the steps after the prompts are captured.
     """
 
     def __init__(self, stages: Stages, tokens: Tensor, lengths: Tensor) -> None:
         self._stages = (stages.base, stages.deep)
+        self._passes = stages.passes
+        self.captured = stages.passes.graphs is not None
         self.rows = torch.arange(len(tokens), device=tokens.device)
         # Prompts of one chat format begin alike; what they share is computed once.
         shared = common_prefix(tokens, lengths)
@@ -109,7 +112,9 @@ class PlainBatch:
         hidden = self._read(tokens[:, shared:])
         for stage in self._stages:
             stage.cache.lengths = lengths.tolist()  # padding is overwritten
+        self._lengths = lengths.clone()
         self.last = hidden[self.rows, lengths - shared - 1]
+        self._best: tuple[Tensor, Tensor] | None = None
 
     def _read(self, tokens: Tensor) -> Tensor:
         base, deep = self._stages
@@ -129,13 +134,36 @@ class PlainBatch:
         """Logits `[B, V]` of the next tokens, in the model's dtype."""
         return self._stages[1].logits(self.last)
 
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The likeliest next token of every row, and its probability in float32; `[B]` each."""
+        if self._best is None:
+            tokens, confidence = self._stages[1].best(self.last)
+            self._best = tokens[0], confidence
+        return self._best
+
     def append(self, tokens: Tensor) -> None:
         """Read the next token `[B]` of every row."""
-        self.last = self._read(tokens[:, None])[:, -1]
+        deep = self._stages[1]
+
+        def read(tokens: Tensor) -> tuple[Tensor, ...]:
+            last = self._read(tokens)[:, -1]
+            if not (self.captured and deep.weights.fused):
+                return (last,)
+            best, confidence = deep.best(last)  # by our own kernels, as where there are drafts
+            return last, best[0], confidence
+
+        caches = [stage.cache for stage in self._stages]
+        ones = [1] * len(tokens)
+        self.last, *best = self._passes.run(
+            "plain", read, caches, ones, tokens[:, None], starts=self._lengths
+        )
+        self._lengths = self._lengths + 1
+        self._best = (best[0], best[1]) if best else None
 
     def keep(self, alive: Tensor) -> None:
         """Drop the rows that are not alive, `[B]` boolean."""
         self.rows = self.rows[alive]
+        self._lengths = self._lengths[alive]
         for stage in self._stages:
             stage.cache.keep(alive.nonzero().flatten().tolist())
 
@@ -184,13 +212,19 @@ def decode_plainly(
     confidence = torch.zeros(count, max_new_tokens, device=device)
     alive = torch.ones(count, dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    # A captured pass is captured again for every number of rows.
+    compact_below = 0.5 if batch.captured else COMPACT_BELOW
     for step in range(max_new_tokens):
-        logits = batch.logits()
-        scores = logits.float().softmax(dim=-1) if keep_states else logits
-        chosen = scores.argmax(dim=-1) if sampler is None else sampler(logits.float())
+        if sampler is None:
+            chosen, chances = batch.best()
+        else:
+            logits = batch.logits().float()
+            scores = logits.softmax(dim=-1) if keep_states else logits
+            chosen = sampler(logits)
+            chances = scores.gather(1, chosen[:, None])[:, 0]
         if keep_states:
             hidden[batch.rows, step] = batch.last
-        confidence[batch.rows, step] = scores.gather(1, chosen[:, None])[:, 0].float()
+        confidence[batch.rows, step] = chances
         tokens[batch.rows, step] = chosen
         alive = alive & ~torch.isin(chosen, ends)
         if step + 1 == max_new_tokens:
@@ -200,7 +234,7 @@ def decode_plainly(
             share_alive = float(alive.float().mean())
             if share_alive == 0.0:
                 break
-            if share_alive < COMPACT_BELOW:
+            if share_alive < compact_below:
                 batch.keep(alive)
                 chosen = chosen[alive]
                 alive = alive[alive]

@@ -69,13 +69,15 @@ class CachedLayer:
     Args:
         layer: the layer, its adapters merged or left out.
         dtype: to compute in.
-        fused: copy the weights, fused and packed; False runs the layer's own modules, as batches of many rows do.
+        few_rows: what makes few rows fast: packed weights, and on CUDA our own kernels. False leaves the products to
+            the library, as batches of many rows do; on a CPU to the layer's own modules.
     """
 
-    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, fused: bool = True) -> None:
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True) -> None:
         attention = layer.self_attn
-        on_cuda = fused and attention.q_proj.weight.is_cuda
-        self.kernels = _kernels_for(layer, dtype) if on_cuda else None
+        on_cuda = attention.q_proj.weight.is_cuda
+        fused = few_rows or on_cuda  # products of the same input are one, of copied weights
+        self.kernels = _kernels_for(layer, dtype) if few_rows and on_cuda else None
         # Where our kernels run, the library's only read prompts, which is not worth a compilation.
         compile_it = on_cuda and self.kernels is None
         self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if compile_it else apply_rotary

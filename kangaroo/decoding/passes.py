@@ -96,6 +96,7 @@ class Passes:
         counts: Sequence[int],
         *inputs: Tensor,
         ahead: int = 0,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run a pass that adds `counts` tokens, row by row, to some equally long caches.
 
@@ -106,6 +107,7 @@ class Passes:
             counts: tokens of each row; the next pass overwrites what padding wrote.
             inputs: tensors on the host or the device, the first one `[B, T, …]`.
             ahead: tokens that it reads after its inputs, each chosen on the device; they are not counted.
+            starts: `[B]`, the caches' lengths on the device, for passes that the host does not wait for.
 
         Returns:
             What the function returns, on the device, until the next pass.
@@ -116,7 +118,9 @@ class Passes:
         if self.takes_prompt(inputs[0].shape[1]) if prompt else (self.graphs or self.positions):
             needed = max(before) + inputs[0].shape[1] + ahead
             slots = caches[0].capacity if self.positions and not prompt else view(needed, caches[0].capacity)
-            outputs = self._run_fixed(name, function, caches, slots, *inputs)
+            if starts is None:
+                starts = torch.tensor(before)
+            outputs = self._run_fixed((name, slots), function, caches, starts, *inputs)
         else:
             outputs = function(*(tensor.to(self.device) for tensor in inputs))
         # Count each row's own tokens only: the next pass overwrites its padding.
@@ -125,10 +129,19 @@ class Passes:
         return outputs
 
     def _run_fixed(
-        self, name: Hashable, function: Pass, caches: Sequence[KVCache], slots: int, *inputs: Tensor
+        self,
+        key: tuple[Hashable, int],
+        function: Pass,
+        caches: Sequence[KVCache],
+        starts: Tensor,
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Run a pass whose shapes do not depend on the caches' lengths, captured if possible."""
+        """Run a pass whose shapes do not depend on the caches' lengths, captured if possible.
+
+        The key is its name with the slots that it reads.
+        """
         before = caches[0].lengths
+        _, slots = key
 
         def fixed(starts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             for cache in caches:  # a capture runs the function more than once
@@ -139,9 +152,8 @@ class Passes:
             finally:
                 self.fixed = None
 
-        starts = torch.tensor(before)
         if self.graphs:
-            return self.graphs((name, slots), fixed, starts, *inputs)
+            return self.graphs(key, fixed, starts, *inputs)
         return fixed(starts.to(self.device), *(tensor.to(self.device) for tensor in inputs))
 
 
