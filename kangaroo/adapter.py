@@ -265,28 +265,33 @@ def plan_uncached(
 
 
 def plan_unrolled(
-    rotary: LlamaRotaryEmbedding, states: Tensor, depth: int, window: int | None = None
+    rotary: LlamaRotaryEmbedding, states: Tensor, depth: int, later: Tensor, window: int | None = None
 ) -> AttentionPlan:
-    """Plan the pass of drafts that stand at one depth of their blocks, at all positions of a text at once.
+    """Plan the pass of drafts that stand at one depth of their blocks, at many positions of a text at once.
 
-    The keys are those of depth 1, 2, …, each over all positions. The draft at position t and depth j belongs to the
-    block whose first draft stands at t - j + 1: up to there it sees keys of depth 1, after it those of its own block.
+    The draft at position t and depth j belongs to the block whose first draft stands at t - j + 1: up to there it sees
+    keys of depth 1, which are those of all positions, and after it those of its own block.
 
     Args:
         rotary: gives the factors.
-        states: `[B, T, …]`, for length, dtype and device.
+        states: `[B, T, …]` of depth 1, for length, dtype and device.
         depth: j, from 1.
+        later: `[B, R]` or `[1, R]`, the positions of the drafts of depth 2, 3, …, one after another.
         window: as in `_prepare_decoder_attention_mask`.
     """
     if depth == 1:
         return plan_uncached(rotary, states, window=window)
-    positions = torch.arange(states.shape[1], device=states.device)
-    back = positions[:, None] - positions  # [T, T], positions from the key to the query
-    seen = [back >= depth - 1, *(back == depth - step for step in range(2, depth + 1))]
+    length = states.shape[1]
+    places = torch.arange(length, device=states.device)
+    back = later[..., None] - places  # positions from the key to the query
+    place = torch.arange(later.shape[1], device=states.device)
+    apart = place[:, None] - place
+    seen = [back >= depth - 1]
+    seen += [(apart == depth - step).expand(len(later), -1, -1) for step in range(2, depth + 1)]
     if window is not None:
-        seen = [mask & (back < window) for mask in seen]
-    plan = plan_uncached(rotary, states)
-    return AttentionPlan(plan.cos, plan.sin, torch.cat(seen, dim=1)[None, None])
+        seen = [seen[0] & (back < window), *(mask & (apart < window) for mask in seen[1:])]
+    cos, sin = rotary(later, length - 1, states.dtype, whole=True)
+    return AttentionPlan(cos, sin, torch.cat(seen, dim=-1)[:, None])
 
 
 def for_masked_attention(
@@ -395,6 +400,14 @@ def before(states: Tensor) -> Tensor:
     return F.pad(states, (0, 0, 1, 0))[:, :-1]
 
 
+def at_positions(states: Tensor, positions: Tensor) -> Tensor:
+    """Of states `[B, T, D]` those at some positions `[B, R]` of each text: `[B, R, D]`."""
+    batch, length, size = states.shape
+    starts = length * torch.arange(batch, device=states.device)
+    index = (starts[:, None] + positions).flatten()
+    return states.flatten(0, 1).index_select(0, index).view(batch, -1, size)
+
+
 class AdapterModel(nn.Module):
     """The drafter between the exit state and the exit head, its last norm (`exit_norm`) included.
 
@@ -450,7 +463,12 @@ class AdapterModel(nn.Module):
         return new
 
     def forward_unrolled(
-        self, exit_states: Tensor, feedback: Tensor, depths: int, embeddings: Tensor | None = None
+        self,
+        exit_states: Tensor,
+        feedback: Tensor,
+        depths: int,
+        embeddings: Tensor | None = None,
+        later: Tensor | None = None,
     ) -> list[Tensor]:
         """What the exit head reads for the first, second, … draft of a block, at every position of a verified text.
 
@@ -462,23 +480,30 @@ class AdapterModel(nn.Module):
             feedback: `[B, T, D]`, the verifier's states of the positions before.
             depths: drafts of a block.
             embeddings: `[B, T, D]`, of the tokens; needed by a recurrent drafter, which reads them in later drafts.
+            later: `[B, R]`, consecutive positions at which later drafts are made; None for all. Those of depth j at the
+                first j - 2 mean nothing, since the drafts before them are missing.
 
         Returns:
-            `[B, T, D]` for each depth, normed.
+            `[B, T, D]` for the first draft, `[B, R, D]` for each later one, normed.
         """
         found: list[Tensor] = []
         earlier: list[KeysValues] = [[] for _ in self.layers]
         recurrent = self.fuse_later is not None
-        later_inputs = embeddings if recurrent else exit_states
-        assert later_inputs is not None
+        inputs = exit_states
+        places = (
+            torch.arange(exit_states.shape[1], device=exit_states.device)[None] if later is None else later
+        )
         for depth in range(1, depths + 1):
-            inputs = exit_states if depth == 1 else later_inputs
             hidden = self.fused(inputs, feedback, later=recurrent and depth > 1)
-            plan = plan_unrolled(self.rotary, hidden, depth, self.window)
+            plan = plan_unrolled(self.rotary, exit_states, depth, places, self.window)
             for layer, kept in zip(self.layers, earlier, strict=True):
                 hidden = layer(hidden, plan, kept)
             found.append(self.norm(hidden))
             feedback = before(found[-1])
+            if depth == 1:
+                inputs = embeddings if recurrent and embeddings is not None else exit_states
+                if later is not None:
+                    inputs, feedback = at_positions(inputs, later), at_positions(feedback, later)
         return found
 
     def fused(self, inputs: Tensor, feedback: Tensor, later: bool = False) -> Tensor:

@@ -223,7 +223,12 @@ class KangarooModel(nn.Module):
         return StageWeights(layers, None, norm, product(head), head, *maps)
 
     def drafter_depths(
-        self, tokens: Tensor, exit_hidden: Tensor, verifier_hidden: Tensor, depths: int
+        self,
+        tokens: Tensor,
+        exit_hidden: Tensor,
+        verifier_hidden: Tensor,
+        depths: int,
+        later: Tensor | None = None,
     ) -> list[Tensor]:
         """What the exit head reads for the first, second, … draft of a block at every position of a verified text.
 
@@ -232,9 +237,11 @@ class KangarooModel(nn.Module):
             exit_hidden: `[B, T, D]`.
             verifier_hidden: `[B, T, D]`, the verifier's normed states, lora_S off; only read with feedback.
             depths: drafts of a block.
+            later: `[B, R]`, where later drafts are made, see `AdapterModel.forward_unrolled`.
 
         Returns:
-            `[B, T, D]` for each depth, with gradients; without feedback all depths are the same, and there is one.
+            `[B, T, D]` for each depth, with gradients, `[B, R, D]` for later ones if `later` is given; without feedback
+            all depths are the same, and there is one.
         """
         if not self.feedback:
             return [self.drafter_states(exit_hidden)]
@@ -246,7 +253,7 @@ class KangarooModel(nn.Module):
             embeddings = None
             if self.recurrent:
                 embeddings = self.base_model.model.embed_tokens(tokens).to(weight.dtype)
-            states = self.adapter_model.forward_unrolled(exits, feedback, depths, embeddings)
+            states = self.adapter_model.forward_unrolled(exits, feedback, depths, embeddings, later)
         return [state.to(dtype) for state in states]
 
     def drafter_states(self, exit_hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
 from dvirl.config import DVIConfig, SGPConfig
 from dvirl.models.drafters import WEIGHTS, _drafter_settings
 from dvirl.runs.errors import DvirlError
-from kangaroo.adapter import rotary_for
+from kangaroo.adapter import at_positions, rotary_for
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.planning import Plan
@@ -143,6 +143,28 @@ def test_the_depths_of_one_pass_by_hand(recurrent):
             torch.testing.assert_close(found[depth - 1][:, start + depth - 1], states[-1])
             feedback = torch.cat([feedback, states[-1][:, None]], dim=1)
     assert adapter.rotary.max_seq_len_cached >= rotary_for(model.base_model.config).max_seq_len_cached
+
+
+@pytest.mark.parametrize(("recurrent", "window"), [(False, None), (True, None), (True, 3)])
+def test_later_drafts_at_some_positions_are_those_at_all(recurrent, window):
+    """Values and gradients; the first few positions of later depths, whose blocks began before them, mean nothing."""
+    model = model_with_feedback(drafter_layers=2, recurrent=recurrent)
+    adapter, width = model.adapter_model, model.base_model.config.hidden_size
+    adapter.window = window
+    exits, deep, embedded = (torch.randn(2, 12, width).double() for _ in range(3))
+    later = torch.tensor([[3], [5]]) + torch.arange(6)
+    depths = range(1, 5)
+    whole = adapter.forward_unrolled(exits, deep, len(depths), embedded)
+    some = adapter.forward_unrolled(exits, deep, len(depths), embedded, later)
+    torch.testing.assert_close(some[0], whole[0])
+    kept = [(at_positions(one, later)[:, depth - 2 :], other[:, depth - 2 :])
+            for depth, one, other in zip(depths, whole, some, strict=True) if depth > 1]  # fmt: skip
+    gradients = []
+    for pairs in zip(*kept, strict=True):
+        loss = sum((state * state.cos()).sum() for state in pairs)
+        gradients.append(torch.autograd.grad(loss, list(adapter.layers.parameters())))
+    for one, other in [*kept, *zip(*gradients, strict=True)]:
+        torch.testing.assert_close(one, other)
 
 
 def test_a_fresh_drafter_with_feedback_is_the_one_without():

@@ -172,13 +172,20 @@ class _Objective(nn.Module):
         self.depth_decay = config.depth_decay
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, index: Tensor, verifier_hidden: Tensor, weight: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        later: Tensor,
+        index: Tensor,
+        verifier_hidden: Tensor,
+        weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Draft after the chosen positions.
 
         Args:
             tokens: `[B, T]`.
             positions: `[N]`, where to draft the next token, counted through all rows.
+            later: `[B, R]`, the positions of each row at which later drafts of blocks are made.
             index: `[N]`, the verifier's tokens there, as rows of the exit head.
             verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
             weight: `[N]`, 0 at padding.
@@ -195,15 +202,23 @@ class _Objective(nn.Module):
         shares = 0.0
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths)
+            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths, later)
             for depth, state in enumerate(states):
-                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, positions), exact=False)
+                where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
+                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
                 losses = distillation_loss(logits, teacher, index, self.ce_weight)
                 loss = loss + self.depth_decay**depth * (losses * weight).sum() / count
                 shares += self.depth_decay**depth
                 if depth == 0:
                     agrees = logits.detach().argmax(dim=-1) == index
         return loss / shares, (agrees * weight).sum() / count
+
+    @staticmethod
+    def _among(later: Tensor, positions: Tensor, width: int) -> Tensor:
+        """Where positions, counted through all rows of a width, are among the consecutive ones of `later`."""
+        rows = positions // width
+        offsets = (positions % width - later[rows, 0]).clamp(0, later.shape[1] - 1)  # padding can be anywhere
+        return rows * later.shape[1] + offsets
 
 
 class _Teacher:
@@ -541,8 +556,10 @@ class Distiller(TrainingLoop):
         before = batch.prompt_lens[rows] + positions - 1
         tokens = batch.tokens
         count = len(rows)
+        longest = int(batch.response_lens.max())
         if padded:
-            count = self.config.batch * (self.longest - 1)
+            longest = self.longest
+            count = self.config.batch * (longest - 1)
             missing = self.config.batch - len(tokens)
             ragged = -tokens.shape[1] % WIDTH_STEP
             tokens = F.pad(tokens, (0, ragged, 0, missing))
@@ -554,8 +571,13 @@ class Distiller(TrainingLoop):
         chosen = chosen.to(tokens.device)
         weight = torch.zeros(count)
         weight[: len(rows)] = 1.0
+        # Later drafts at the response's positions and the few before, where their blocks can begin.
+        lead = max(0, self.config.depths - 2)
+        starts = F.pad((batch.prompt_lens - lead).clamp(min=0), (0, len(tokens) - len(batch.prompt_lens)))
+        later = starts[:, None] + torch.arange(longest - 1 + lead)
+        later = later.clamp(max=tokens.shape[1] - 1).to(tokens.device)
         index = self.model.draft_index(tokens.flatten()[chosen + 1].long())
-        return tokens, chosen, index, states, weight.to(tokens.device)
+        return tokens, chosen, later, index, states, weight.to(tokens.device)
 
     def objective(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """`_Objective` of these inputs; with CUDA, replayed from a CUDA graph of their shape."""
