@@ -89,10 +89,10 @@ def test_claims_are_asserted_at_the_defaults_and_only_there(edited, injected, as
     claim = claims(space, defaults)
     assert claim(True, "") is True
     if asserted:
-        with pytest.raises(AssertionError, match="accept rate 0.062 is under 0.28"):
-            claim(False, "accept rate 0.062 is under 0.28")
+        with pytest.raises(AssertionError, match="acceptance rate 0.062 is under 0.28"):
+            claim(False, "acceptance rate 0.062 is under 0.28")
     else:
-        assert claim(False, "accept rate 0.062 is under 0.28") is False
+        assert claim(False, "acceptance rate 0.062 is under 0.28") is False
 
 
 def test_nbval_which_keeps_no_cells_asserts_claims():

@@ -91,7 +91,7 @@ TUNE = f"{MODEL} --run_dir OUT --exit_layer 2 --records_path records.jsonl --max
 ASK = "--questions FILE --answer_tokens 6"
 STUDY = "num_prompts=4 held_out=2 max_new_tokens=6 rollout_batch=4 draft_vocab=0 lora_rank=2"
 ADDED = {
-    "train": (TRAIN, "accept rate: "),
+    "train": (TRAIN, "acceptance rate: "),
     "sgp": (TUNE, "held-out loss_exit: "),
     "distill": (
         f"{MODEL} --run_dir OUT --responses_from shards --head_rank 4 --batch 8",
