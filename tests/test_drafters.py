@@ -424,6 +424,7 @@ def test_the_card_says_the_recorded_figures(name):
         assert rates["magpie"] >= 0.75
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_measured_agreement_comes_out_again(real, name):
@@ -436,6 +437,7 @@ def test_the_measured_agreement_comes_out_again(real, name):
     assert sum(found.answers) / 6 == pytest.approx(sum(recorded) / 6, abs=0.03)
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_both_drafters_draft_losslessly_and_much_of_it_is_right(real):
     """Greedy answers in float32 are plain ones; tokens a verification of four drafts."""

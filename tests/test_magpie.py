@@ -42,6 +42,7 @@ def test_the_sampler_draws_from_the_nucleus_in_proportion():
     )
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_model_writes_its_own_prompts(real):
     prompts = write_prompts(real, 3, seed=1, batch=8)
