@@ -300,7 +300,7 @@ def staleness() -> str:
 def robustness() -> str:
     """What was broken on purpose, and what came of it."""
     faults, soak, resume = read("faults-cpu"), read("soak-cpu")["soak"], read("resume-h200")["comparisons"]
-    rows = [[what, f"{faults[what]['count']}", f"{faults[what]['equal']} end as the run that was left alone"]
+    rows = [[what, f"{faults[what]['count']}", f"{faults[what]['equal']} end as the run that was not disturbed"]
             for what in ("kills of dvirl train", "kills of dvirl sgp", "full disks")]  # fmt: skip
     same = sum(resume[name]["lines_equal"] for name in ("whole-killed", "whole32-killed32"))
     rows.append(
@@ -341,7 +341,7 @@ def headline() -> str:
             learned,
         ],
         [
-            "share of the model's tokens that the shipped drafter knows",
+            "agreement: share of the model's tokens that are the first choice of the first shipped drafter",
             "",
             f"**{agreed():.3f}** on three public sets",
         ],

@@ -86,7 +86,7 @@ class TrainSettings(DraftSettings):
     checkpoint_every: int = number(100, 1)
     """Steps (fast updates) between checkpoints, which fall between two rollouts; one is always written at the end."""
     keep_checkpoints: int = number(3, 1)
-    """Newest checkpoints that are kept; the one with the best accept rate of the steps before it is kept as well."""
+    """Newest checkpoints that are kept; so is the one with the best acceptance rate of the steps before it."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class DVIConfig(TrainSettings):
     beta_kl: float = number(0.1, 0, 1e6)
     """Weight of the slow update's KL to the frozen verifier."""
     drift_bound: float = number(0.05, 0, 1e6)
-    """Drift of the verifier, in nats a token, above which a rising accept rate is called suspect; 0 never warns."""
+    """Drift of the verifier, in nats a token, above which a rising acceptance rate is called suspect; 0 never warns."""
     # Rewards and rates
 
     baseline: str = choice("ema", ("ema", "mean", "none"))

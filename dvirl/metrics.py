@@ -157,7 +157,7 @@ class StepMetrics(Counters, SlowResult):
 STEP_COLUMNS = tuple(spec.name for spec in fields(StepMetrics))
 """What a line of the log has."""
 DRIFT_WINDOW = 8
-"""Steps at either end of a run whose accept rates the drift guard compares."""
+"""Steps at either end of a run whose acceptance rates the drift guard compares."""
 
 
 class Baseline:
@@ -256,7 +256,7 @@ def drift_suspected(rates: Sequence[float], drift_kl: float, bound: float) -> bo
     """Whether acceptance may be rising because the verifier got worse: it rose, and the verifier drifted too far.
 
     Args:
-        rates: accept rates of the first and of the last `DRIFT_WINDOW` steps; with fewer there is no suspicion.
+        rates: acceptance rates of the first and of the last `DRIFT_WINDOW` steps; with fewer there is no suspicion.
         drift_kl: nats a token.
         bound: what `drift_kl` may be at most; 0 for anything.
     """

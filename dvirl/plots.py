@@ -118,11 +118,11 @@ def _guide(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
 def learning_curve(
     metrics: pd.DataFrame, held_out: tuple[float, float] | None = None, save: SavePath = None
 ) -> None:
-    """Accept rate, reward and baseline above, the distillation loss below, over response tokens.
+    """Acceptance rate, reward and baseline above, the distillation loss below, over response tokens.
 
     Args:
         metrics: of one run, as `read_metrics` gives it.
-        held_out: accept rate on unseen prompts before and after, drawn at both ends.
+        held_out: acceptance rate on unseen prompts before and after, drawn at both ends.
         save: also write the figure here.
 
     Raises:
@@ -142,7 +142,7 @@ def learning_curve(
             text = "\u25c6 unseen prompts, before and after"
             above.text(0.01, 0.93, text, color=GREEN, transform=above.transAxes)
         above.set(
-            ylabel="accept rate",
+            ylabel="acceptance rate",
             ylim=(0, None),
             title="The draft learns while the model generates",
         )
@@ -155,14 +155,14 @@ def learning_curve(
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: SavePath = None) -> None:
-    """The served draft's accept rate over response tokens, of several runs: metrics by the name at each curve."""
+    """The served draft's acceptance rate over response tokens, of several runs: metrics by the name at each curve."""
     with _figure(save, 3.8) as axes:
         ends = []
         for (name, metrics), colour in _coloured(runs.items()):
             ends.append(_trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour))
         axes.set(
             xlabel="response tokens (thousands)",
-            ylabel="accept rate",
+            ylabel="acceptance rate",
             ylim=(0, None),
             title=title,
         )
@@ -304,7 +304,7 @@ def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
 def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
     """Where drafts are rejected: by position in the block, token class and category, one colour a method.
 
-    Left the accept rate of the drafts scored there, with its 95 % interval; right the share of all rejects.
+    Left the acceptance rate of the drafts scored there, with its 95 % interval; right the share of all rejects.
 
     Args:
         events: as `read_trace` gives them.
@@ -332,7 +332,7 @@ def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
     ) as axes:
         for (left, right), by, group in zip(axes, FACETS, groups, strict=True):
             _draw_facet(left, right, events, by, group)
-        left.set(xlabel="accept rate, 95 % interval")
+        left.set(xlabel="acceptance rate, 95 % interval")
         right.set(xlabel="share of all rejects", xlim=(0, None))
         left.figure.legend(
             *left.get_legend_handles_labels(),
@@ -493,7 +493,7 @@ def _name_point(axes: Axes, point: Any, points: Any) -> None:
 
 
 def acceptance_and_drift(runs: Mapping[str, pd.DataFrame], bound: float, save: SavePath = None) -> None:
-    """What logs say step by step: the accept rate above, the drift below where it was measured, over response tokens.
+    """The log of each step, over response tokens: the acceptance rate above, the drift below where it was measured.
 
     Args:
         runs: metrics by the name at each curve.
@@ -512,7 +512,7 @@ def acceptance_and_drift(runs: Mapping[str, pd.DataFrame], bound: float, save: S
         below.annotate(
             "drift_bound", (0, bound), (3, 4), ("axes fraction", "data"), "offset points", color="dimgrey"
         )
-        above.set(ylabel="accept rate", ylim=(0, None))
+        above.set(ylabel="acceptance rate", ylim=(0, None))
         below.set(ylabel="drift (nats a token)", xlabel="response tokens")
         _label_ends(above, accepted)
         _label_ends(below, drifts)

@@ -95,7 +95,7 @@ def _report(trainer: DVITrainer) -> None:
         tenth = max(1, len(metrics) // 10)
         first = metrics.accept_rate.head(tenth).mean()
         last = metrics.accept_rate.tail(tenth).mean()
-        print(f"accept rate: {first:.3f} over the first {tenth} steps, {last:.3f} over the last {tenth}")
+        print(f"acceptance rate: {first:.3f} over the first {tenth} steps, {last:.3f} over the last {tenth}")
     else:
         accepted = f"{trainer.buffer.accepted_since_update} drafts were accepted in all"
         needed = f"the first update waits for fast_batch = {trainer.config.fast_batch}"

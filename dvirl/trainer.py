@@ -429,7 +429,7 @@ class DVITrainer(TrainingLoop):
             self.counters.wall_s += seconds
 
     def describe(self, line: Mapping[str, Any]) -> str:
-        """What the progress bar says of a step; one step's accept rate alone would jump."""
+        """What the progress bar says of a step; one step's acceptance rate alone would jump."""
         recent = fmean(self.rates[-DRIFT_WINDOW:] or [line["accept_rate"]])
         return f"update {line['step']}, recent acceptance rate {recent:.2f}"
 
@@ -462,7 +462,7 @@ class DVITrainer(TrainingLoop):
             return
         counters.drift_flag = True
         self.say(
-            f"step {counters.step}: the accept rate rose from {fmean(first):.3f} to {fmean(last):.3f} while the "
+            f"step {counters.step}: the acceptance rate rose from {fmean(first):.3f} to {fmean(last):.3f} while the "
             f"verifier drifted {drift_kl:.3g} nats a token, past drift_bound {bound:g}; it may accept more because it "
             "got worse"
         )

@@ -19,7 +19,7 @@ def test_train_runs_and_says_where_things_are(tmp_path, capsys):
     model, run_dir = save_tiny(tmp_path / "model"), tmp_path / "run"
     assert cli.main(["train", "--model_name", str(model), "--run_dir", str(run_dir), *TINY]) == 0
     out = capsys.readouterr().out
-    assert f"log: {run_dir}/metrics.jsonl" in out and "accept rate:" in out
+    assert f"log: {run_dir}/metrics.jsonl" in out and "acceptance rate:" in out
     checkpoint = next(line.split(": ")[1] for line in out.splitlines() if line.startswith("checkpoint"))
     assert checkpoint.startswith(f"{run_dir}/checkpoints/step-")
     assert cli.main(["train", "--model_name", str(model), "--run_dir", str(run_dir), *TINY]) == 2

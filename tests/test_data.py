@@ -290,7 +290,7 @@ def test_a_fast_batch_that_is_never_reached_is_said(tmp_path, capsys):
     said = capsys.readouterr().out
     accepted = trainer.buffer.accepted_since_update
     assert f"nothing was learned: {accepted} drafts were accepted in all" in said
-    assert "fast_batch = 1000000; lower it, or give more prompts" in said and "accept rate" not in said
+    assert "fast_batch = 1000000; lower it, or give more prompts" in said and "acceptance rate" not in said
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

@@ -424,27 +424,31 @@ def test_the_card_says_the_recorded_figures(name):
         assert rates["magpie"] >= 0.75
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_measured_agreement_comes_out_again(real, name):
-    """Two prompts of each kind, answered and drafted on anew, against the record of these very prompts."""
+    """A prompt of each kind, answered and drafted on anew, against the record of these very prompts."""
     drafter = load_drafter(name, dtype="float32", device="cpu")
-    prompts = question_sets(drafter.loaded, [str(SHIPPED[name] / HELD_OUT)], 0, 0).popitem()[1][:12]
-    found = measure_agreement(drafter.model, answer(drafter.loaded, prompts, 128, 12))
-    recorded = held_out_record(name)["answers"][:12]
-    assert len(found.answers) == 12 and found.positions > 700
-    assert sum(found.answers) / 12 == pytest.approx(sum(recorded) / 12, abs=0.02)
+    prompts = question_sets(drafter.loaded, [str(SHIPPED[name] / HELD_OUT)], 0, 0).popitem()[1][:6]
+    found = measure_agreement(drafter.model, answer(drafter.loaded, prompts, 128, 6))
+    recorded = held_out_record(name)["answers"][:6]
+    assert len(found.answers) == 6 and found.positions > 350
+    assert sum(found.answers) / 6 == pytest.approx(sum(recorded) / 6, abs=0.03)
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_both_drafters_draft_losslessly_and_much_of_it_is_right(real):
     """Greedy answers in float32 are plain ones; tokens a verification of four drafts."""
     prompts = question_sets(real, [str(SHIPPED["smollm2-135m-k2"] / HELD_OUT)], 0, 0).popitem()[1][:6]
+    plain = [KangarooModel(real.model, EARLY_STOP_LAYER=1).generate(prompt, 40, DecodeConfig(0), real.eos_ids)
+             for prompt in prompts]  # fmt: skip
     for name in SHIPPED:
         model = load_drafter(name, dtype="float32", device="cpu").model
         tokens = blocks = 0
-        for prompt in prompts:
-            plain, drafted = (model.generate(prompt, 40, DecodeConfig(n), real.eos_ids) for n in (0, 4))
-            assert drafted.tokens == plain.tokens
+        for prompt, expected in zip(prompts, plain, strict=True):
+            drafted = model.generate(prompt, 40, DecodeConfig(4), real.eos_ids)
+            assert drafted.tokens == expected.tokens
             tokens, blocks = tokens + len(drafted.tokens), blocks + len(drafted.blocks)
         assert tokens / blocks > 2.2, name

@@ -24,6 +24,8 @@ from kangaroo.decoding.stages import Stage, StageWeights
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 CAPACITY = 192
+TOKENS = 16 if DEVICE.type == "cuda" else 5
+"""Tokens of a pass that are compared with passes of one token; the interpreter takes a third of a second for each."""
 
 
 def random_layer(config, feed_forward: bool, seed: int) -> DecoderLayer:
@@ -101,16 +103,20 @@ def test_kangaroos_adapter_layer_with_a_window():
     torch.testing.assert_close(run(ours, states, [90]), run(theirs, states, [90]), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("start", [1, 40, 62, 63, 64, 65, 120])
+@pytest.mark.no_cover
+@pytest.mark.parametrize("start", [1, 62, 64, 126])
 def test_a_row_has_the_same_bits_alone_and_among_others(start):
-    """Plain decoding, drafts and other texts: what a token computes depends on its own text alone."""
+    """Plain decoding, drafts and other texts: what a token computes depends on its own text alone.
+
+    A chunk of keys has 64 slots: the passes lie within one, begin with one, and cross the end of the first and second.
+    """
     config = tiny_config(hidden_size=64)
     layer = random_layer(config, feed_forward=True, seed=3)
-    states = torch.randn(1, 16, 64, device=DEVICE)
+    states = torch.randn(1, TOKENS, 64, device=DEVICE)
     ours, _ = stages(layer, config, 1)
     together = run(ours, states, [start])
     alone, _ = stages(layer, config, 1)
-    one_by_one = [run(alone, states[:, [step]], [start + step]) for step in range(16)]
+    one_by_one = [run(alone, states[:, [step]], [start + step]) for step in range(TOKENS)]
     assert_same(torch.cat(one_by_one, dim=1), together)
     pair, _ = stages(layer, config, 2)
     fresh, _ = stages(layer, config, 1)

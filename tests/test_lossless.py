@@ -98,6 +98,7 @@ def test_an_adapted_target_would_not_pass_as_the_base():
     assert found != [hf_greedy(untouched, prompt, LENGTH, EOS) for prompt in prompts]
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_default_model_on_twenty_prompts(real):
     base = copied(real)

@@ -203,7 +203,7 @@ def test_the_launchers_train(tmp_path, launcher):
     start = [sys.executable, "-m", *how, "-m", "dvirl.train_dvi", *where, *flags]
     done = subprocess.run(start, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accept rate: ") == 1
+    assert done.stdout.count("acceptance rate: ") == 1
     # On a CPU Accelerate's launcher starts one process, and the command says what starts several.
     said = {"accelerate": "processes: 1; on a CPU, torchrun", "torchrun": "processes: 2\n"}[launcher]
     assert done.stdout.startswith(said) and done.stdout.count("processes: ") == 1

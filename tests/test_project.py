@@ -55,12 +55,15 @@ def clone(tmp_path):
 
 
 DVIRL = Path(sys.executable).parent / "dvirl"
-OURS = "import kangaroo.adapter, dvirl; assert kangaroo.adapter.DRAFTERS"
+OURS = """from importlib.util import find_spec
+from pathlib import Path
+assert "DRAFTERS" in Path(find_spec("kangaroo").origin).with_name("adapter.py").read_text()"""
+"""Asks which package would be imported, which takes no seconds to import it."""
 
 
 def test_a_folder_kangaroo_in_the_working_directory_hides_nothing(clone):
     """Holds by the way of installing that pyproject.toml sets: `make setup`, or any `pip install -e`."""
-    for words in (["-c", OURS], ["-m", "dvirl.cli", "cost", "--help"], [DVIRL, "cost", "--help"]):
+    for words in (["-c", OURS], ["-m", "dvirl.cli", "cost", "--help"]):
         found = clone(*words)
         assert found.returncode == 0, found.stderr
 
@@ -70,9 +73,8 @@ def test_a_package_kangaroo_in_the_working_directory_can_be_left_out(clone, tmp_
     (tmp_path / "kangaroo/__init__.py").touch()
     assert clone("-c", OURS).returncode
     assert clone(DVIRL, "cost", "--help").returncode == 0
-    for words in (["-c", OURS], ["-m", "dvirl.cli", "cost", "--help"]):
-        found = clone(*words, PYTHONSAFEPATH="1")
-        assert found.returncode == 0, found.stderr
+    found = clone("-c", OURS, PYTHONSAFEPATH="1")
+    assert found.returncode == 0, found.stderr
 
 
 def imported(path):

@@ -22,7 +22,7 @@ from kangaroo.decoding.sampling import (
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
-VOCAB, LENGTH, DRAWS, ROWS = 5, 3, 50_000, 2_000
+VOCAB, LENGTH, DRAWS, ROWS = 5, 3, 20_000, 2_000
 PROMPT = [0, 4, 4, 3, 4, 2, 4, 1, 4, 0, 3, 3, 2, 3, 1, 3, 0, 2, 2, 1, 2, 0, 1, 1, 0, 0]
 """Every pair of tokens once, so that there is always something to look up."""
 

@@ -262,7 +262,7 @@ def test_suspected_drift_is_flagged_from_then_on_and_said_once(tmp_path, capsys)
     head, tail = metrics.accept_rate[:DRIFT_WINDOW], metrics.accept_rate[: first.step].tail(DRIFT_WINDOW)
     said = capsys.readouterr().err.strip().splitlines()
     assert said == [
-        f"step {first.step}: the accept rate rose from {head.mean():.3f} to {tail.mean():.3f} while the verifier "
+        f"step {first.step}: the acceptance rate rose from {head.mean():.3f} to {tail.mean():.3f} while the verifier "
         f"drifted {first.drift_kl:.3g} nats a token, past drift_bound 0.05; it may accept more because it got worse"
     ]
     other = DVITrainer(trainer.config, tiny_loaded(), tiny_split())

@@ -272,7 +272,7 @@ def main(config: CostConfig) -> list[Cost]:
     checked = check(config) if config.check else []
     for row in checked:
         print(
-            f"{config.check}, draft_len {row.draft_len}: predicted {row.predicted:.2f} from an accept rate of "
+            f"{config.check}, draft_len {row.draft_len}: predicted {row.predicted:.2f} from an acceptance rate of "
             f"{row.accept_rate:.2f}, measured {row.measured:.2f}"
         )
     if config.figure:

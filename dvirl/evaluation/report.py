@@ -78,13 +78,6 @@ def origin(content: Mapping[str, Any]) -> str:
     return f"recorded {content['date']} on {_machine(content)}"
 
 
-def recorded(name: str) -> dict[str, Any]:
-    """Read a recorded result, and print its machine, date and command."""
-    content = read_recorded(name)
-    print(f"{origin(content)} by\n{content['command']}")
-    return content
-
-
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write `path`.md and `path`.html, from parts in Markdown."""
     text = "\n\n".join([f"# {title}", *parts]) + "\n"

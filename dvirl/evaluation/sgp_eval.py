@@ -52,7 +52,10 @@ class SGPEvalConfig(DrafterOptions):
 
 
 parse_args = partial(
-    settings.parse_args, SGPEvalConfig, "dvirl sgp-eval", "Measure accept rate, throughput and perplexity."
+    settings.parse_args,
+    SGPEvalConfig,
+    "dvirl sgp-eval",
+    "Measure acceptance rate, throughput and perplexity.",
 )
 """Settings from flags; see `settings.parse_args`."""
 

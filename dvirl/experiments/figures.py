@@ -97,7 +97,7 @@ def trained_exits(study: Mapping[str, Any], figure: str) -> pd.DataFrame:
 
 
 def thinned_curve(run_dir: Path) -> dict[str, list[float | None]]:
-    """A run's curve: accept rate, reward, KL and drift over response tokens, in a few dozen means."""
+    """A run's curve: acceptance rate, reward, KL and drift over response tokens, in a few dozen means."""
     metrics = read_metrics(run_dir / "metrics.jsonl", STEP_COLUMNS)
     bins = metrics.index * CURVE_POINTS // max(1, len(metrics))
     shown = metrics[["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]].astype(float)
