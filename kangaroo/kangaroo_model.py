@@ -341,6 +341,10 @@ class KangarooModel(nn.Module):
             self._costs[rows] = self.measure_costs(longest, rows=rows)
         return self._costs[rows]
 
+    def share_costs(self, other: "KangarooModel") -> None:
+        """Take what steps cost from another of the same model and draft, measured once for both."""
+        self._costs = other._costs
+
     def measure_costs(
         self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1
     ) -> StepCosts:
