@@ -114,9 +114,9 @@ class Memory:
     def _next(self, text: Sequence[int]) -> tuple[int, int]:
         """What followed the longest known ending most often, and the length of this ending; 0 if none is known."""
         for size in reversed(REMEMBERED):
-            followers = self._followers.get(tuple(text[-size:]))
-            if followers:
-                return followers.best, size
+            ending = tuple(text[-size:])
+            if len(ending) == size and ending in self._followers:
+                return self._followers[ending].best, size
         return -1, 0
 
 
