@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pandas as pd
@@ -92,7 +92,7 @@ def serve_both(
     Returns:
         A row for each prompt and session: `prompt` from 1, `session`, `tokens` and `blocks` of its answer without the
         prefill's, `answer_s` and `learn_s`, seconds spent on the answer and on learning after it, and `done`, what was
-        learned.
+        learned. Its `attrs` have the `costs` of steps by which blocks were chosen.
     """
     unlearning = replace(config, budget=0.0, run_dir="")
     configs = {FROZEN: replace(unlearning, remember=0), REMEMBERS: unlearning, LIVE: config}
@@ -108,7 +108,10 @@ def serve_both(
             tokens = sessions[names[0]].loaded.chat.encode((text,))
             for name in in_turn(names, turn):
                 rows.append({"prompt": turn + 1, **answer[name](tokens)})
-    return pd.DataFrame(rows)
+    served = pd.DataFrame(rows)
+    if config.adaptive:
+        served.attrs["costs"] = asdict(sessions[names[0]].model.step_costs(config.draft_len))
+    return served
 
 
 def _row(name: str, session: LiveSession, prompt: Sequence[int]) -> dict[str, object]:
@@ -131,15 +134,19 @@ def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
 
     Returns:
         A row for each window, named by its last prompt: tokens a block of every session and the live one's over the
-        frozen one's; the live one's speed over the frozen one's, and the seconds of all so far, learning counted in.
+        frozen one's; the live one's speed over the frozen one's, learning counted in; and the seconds so far. The speed
+        is by the median of all prompts' ratios, since other load on the machine can double the time of an answer.
     """
     window = ((served.prompt - 1) // size + 1) * size
     sums = served.groupby([window, "session"])[["tokens", "blocks", "answer_s", "learn_s"]].sum().unstack()
     mat = sums.tokens / sums.blocks
     seconds = sums.answer_s + sums.learn_s
+    answer_s = served.pivot(index="prompt", columns="session", values="answer_s")
+    ratio = (answer_s[FROZEN] / answer_s[LIVE]).groupby((answer_s.index - 1) // size * size + size).median()
+    learning = 1 + sums.learn_s[LIVE] / sums.answer_s[LIVE]
     table = pd.DataFrame({f"tokens a block, {name}": mat[name] for name in (FROZEN, LIVE)})
     table["live over frozen"] = mat[LIVE] / mat[FROZEN]
-    table["speed, live over frozen"] = seconds[FROZEN] / seconds[LIVE]  # of the same tokens
+    table["speed, live over frozen"] = ratio / learning
     so_far = seconds.cumsum()
     for name in (FROZEN, LIVE):
         table[f"seconds so far, {name}"] = so_far[name]
