@@ -147,6 +147,7 @@ class HeadTrainer(DVITrainer):
     def __init__(self, config: DVIConfig, draft: LoadedDrafter) -> None:
         no_prompts = PromptSplit(PromptStream([[0]], None), [])  # they come from people
         super().__init__(config, draft.loaded, no_prompts, seeded=True, draft=draft)
+        # The trainer steps all of the draft; here the rest stays, and so do the states in the records.
         self.shallow = lora.head_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
         self.optimizers = [self.fast_optimizer, self.slow_optimizer]
@@ -228,6 +229,7 @@ class Guard:
     def _measure(self, draft: KeptDraft) -> float:
         """Expected tokens a block of a draft, which becomes the live one; it is judged on each answer once."""
         self.put(draft)
+        # An answer that this draft was judged on before has its rate already.
         for hidden, token in self.held[len(draft.rates) :]:
             drafted = self._model.token_ids(self._model.head_logits(hidden).argmax(dim=-1))
             draft.rates.append(float((drafted == token).float().mean()))

@@ -382,8 +382,7 @@ class KangarooModel(nn.Module):
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
             eos_ids: tokens that end a response, or one such token, or None.
-            noise: uniform `[max_new_tokens]`, one number for each position of the response, for sampled drafts; drawn
-                if the answer is sampled, too, and none is given.
+            noise: uniform `[max_new_tokens]`, one number a position, for sampled drafts; by default drawn where needed.
             seed: of what sampling draws, for all prompts or one each; a response does not depend on other prompts.
             memory: earlier texts to look up drafts in, for blocks that do not run ahead of the host.
 
@@ -400,7 +399,6 @@ class KangarooModel(nn.Module):
         rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
         if not rows:
             raise ValueError("there is no prompt; expected at least one")
-        ends = end_ids(eos_ids)
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         texts = []
         for prompt, text_seed in zip(rows, seeds, strict=True):
@@ -411,7 +409,7 @@ class KangarooModel(nn.Module):
             texts.append(text)
         capacity = max(text.stop for text in texts)
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:
-            yield from decode_texts(stages, texts, settings, ends)
+            yield from decode_texts(stages, texts, settings, end_ids(eos_ids))
 
     def _chains(self, settings: DecodeConfig) -> int:
         """Chains of drafts that a block may have.

@@ -416,8 +416,7 @@ class Stages:
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
         drawn = probabilities.clone() if config.draft_temperature else None
         self._own = own.clone()
-        read = [state.clone() for state in states]
-        return Drafted(chosen.clone(), drawn, exits.clone(), self._own, read)
+        return Drafted(chosen.clone(), drawn, exits.clone(), self._own, [state.clone() for state in states])
 
     def chain(
         self,
