@@ -15,6 +15,7 @@ from dvirl.experiments.live import (
     REMEMBERS,
     STREAMS,
     break_even,
+    figures,
     question_prompts,
     serve_both,
     windows,
@@ -104,6 +105,13 @@ def test_windows_pool_blocks_and_add_up_seconds():
     assert table[f"tokens a block, {FROZEN}"].tolist() == [2.0, 2.0]
     assert table[f"tokens a block, {LIVE}"].tolist() == [3.0, 4.0]
     assert table["live over frozen"].tolist() == pytest.approx([1.5, 2.0])
+    short = figures(served, 2)
+    assert (short["frozen_mat"], short["live_mat"]) == pytest.approx((38 / 19, 38 / 12))
+    assert short["mat_ratio"] == pytest.approx(19 / 12) and short["slowest_window"] == pytest.approx(1.0)
+    assert short["speed"] == pytest.approx(1.0 / (1 + 0.5 / 2.5)) and short["learning"] == pytest.approx(
+        1 / 6
+    )
+    assert short["break_even"] == 2
     # Medians of 1 / 1 and 2 / 0.5, and of 1; a half of 1.5 seconds of answering went into learning.
     assert table["speed, live over frozen"].tolist() == pytest.approx([2.5 / (1 + 0.5 / 1.5), 1.0])
     assert table[f"seconds so far, {LIVE}"].tolist() == pytest.approx([2.0, 3.0])

@@ -153,6 +153,30 @@ def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
     return table.rename_axis("prompts")
 
 
+def figures(served: pd.DataFrame, size: int = 50) -> dict[str, float | None]:
+    """What a stream shows, in short: `windows` of `size` prompts and of all of it, and `break_even`.
+
+    Args:
+        served: what `serve_both` gives.
+        size: prompts of a window.
+
+    Returns:
+        Tokens a block of both sessions (`frozen_mat`, `live_mat`) and their ratio, `speed` over all and in the
+        `slowest_window`, the `break_even`, and the share of the live session's time that `learning` took.
+    """
+    whole = windows(served, int(served.prompt.max())).iloc[0]
+    live = served[served.session == LIVE]
+    return {
+        "frozen_mat": whole[f"tokens a block, {FROZEN}"],
+        "live_mat": whole[f"tokens a block, {LIVE}"],
+        "mat_ratio": whole["live over frozen"],
+        "speed": whole["speed, live over frozen"],
+        "slowest_window": windows(served, size)["speed, live over frozen"].min(),
+        "break_even": break_even(served),
+        "learning": live.learn_s.sum() / (live.learn_s + live.answer_s).sum(),
+    }
+
+
 def break_even(served: pd.DataFrame) -> int | None:
     """The first prompt from which on the live session is ahead, learning counted in; None if there is none."""
     seconds = served.assign(s=served.answer_s + served.learn_s).pivot(
