@@ -6,9 +6,11 @@ A session answers prompts, and between two answers it spends a bounded share of 
         ...
     session.learn()                         # an update or a look of the guard, if the budget allows it
 
-What verification has computed for an answer becomes the records: the drafts that it scored, the verifier's tokens and
-its states. So no update runs the deep layers. Updates, buffer and log are the trainer's (`dvirl.trainer`). A guard
-keeps the draft of the beginning and the last good one, and goes back to the better of them when the live one is worse.
+What decoding has computed for an answer becomes the records: the drafts that were scored, the states that the exit head
+chose them from, and the verifier's tokens and states. An update moves the exit head alone, so that it runs no layer.
+Buffer, losses and log are the trainer's (`dvirl.trainer`). A guard keeps the head of the beginning and the last good
+one, and goes back to the better of them when the live one is worse. Beside that a session remembers its answers, and
+looks up drafts in them.
 
 The user's text stays in memory unless `keep_text` is set.
 """
@@ -18,26 +20,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from dvirl.buffer import ReplayBuffer
+from dvirl import lora
+from dvirl.buffer import ReplayBuffer, TrainingBatch
 from dvirl.config import DraftSettings, DVIConfig
 from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.metrics import Tally
 from dvirl.models.drafters import LoadedDrafter, load_drafter
 from dvirl.models.loading import LoadedModel
-from dvirl.rollout import Judgement, Rollout, decoded_records, decoded_rollout, join, judge
-from dvirl.runs import checkpoint
+from dvirl.rollout import Judgement, Records, decoded_records, decoded_rollout, decoded_states
+from dvirl.runs import checkpoint, optim
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import cut_log, keep_lines, log_line
 from dvirl.runs.settings import MANY, Settings, choice, number, read_yaml
 from dvirl.trainer import DVITrainer
 from kangaroo.decoding.blocks import SOURCES, DecodeConfig, Verification
+from kangaroo.decoding.costs import expected_tokens
+from kangaroo.decoding.drafting import Memory
 from kangaroo.decoding.generate import Decoded
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published
@@ -45,7 +51,9 @@ from kangaroo.published import is_published
 EVENTS = "live.jsonl"
 """The session's log: answers, updates, looks of the guard and checkpoints, in numbers."""
 GUARDED_DRAFTS = 4
-"""Drafts of a block by which the guard compares drafts."""
+"""Drafts of a block for which the guard says how many tokens to expect."""
+FRESH_ANSWERS = 4
+"""Answers that an update learns from at most, the newest."""
 KEPT_CHECKPOINTS = 2
 SAVED = 0.5
 """Share of a gain in tokens a block that is taken for time saved; prompts and drafts take the rest."""
@@ -59,6 +67,8 @@ class LiveConfig(Settings):
     """Folder that keeps what was learned, from which the next session goes on; without one nothing is kept."""
     keep_text: bool = False
     """Also keep prompts, answers and the buffer on the disk; off, they are in memory alone."""
+    remember: int = number(50_000, 0)
+    """Number of tokens of earlier prompts and answers in which drafts are looked up; 0 for none."""
     max_new_tokens: int = number(256, 2)
     """Length limit of an answer."""
     draft_len: int = number(8, 1, 64)
@@ -82,11 +92,11 @@ class LiveConfig(Settings):
     """Number of accepted drafts after which an update on the newest answer is due."""
     replay_every: int = number(8, 0)
     """Number of updates after which an older answer is learned from again, so that it is not forgotten; 0 for never."""
-    hold_every: int = number(4, 2)
+    hold_every: int = number(5, 2)
     """One answer of so many is not learned from: the guard compares drafts on it."""
-    guard_answers: int = number(6, 1, 1024)
+    guard_answers: int = number(12, 1, 1024)
     """Number of such answers that the guard keeps, the newest."""
-    guard_every: int = number(12, 1)
+    guard_every: int = number(24, 1)
     """Number of updates after which the guard looks."""
     guard_margin: float = number(0.02, 0, 1)
     """Share of its tokens a block by which the live draft may be worse before the session goes back."""
@@ -126,31 +136,61 @@ def training_settings(config: LiveConfig, drafter: LoadedDrafter, name: str) -> 
     )
 
 
+class HeadTrainer(DVITrainer):
+    """Updates the exit head alone, on the states that it read when it drafted: no layer runs again.
+
+    Args:
+        config: all settings.
+        draft: what drafts.
+    """
+
+    def __init__(self, config: DVIConfig, draft: LoadedDrafter) -> None:
+        no_prompts = PromptSplit(PromptStream([[0]], None), [])  # they come from people
+        super().__init__(config, draft.loaded, no_prompts, seeded=True, draft=draft)
+        # The trainer steps all of the draft; here the rest stays, and so do the states in the records.
+        self.shallow = lora.head_parameters(self.model)
+        self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
+        self.optimizers = [self.fast_optimizer, self.slow_optimizer]
+
+    def draft_logits(self, share: TrainingBatch) -> Tensor:
+        """As in the trainer; records here keep what the exit head read."""
+        return self.model.head_logits(share.hidden)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in the trainer, and the states."""
+        state = super().state_dict()
+        if len(self.buffer):
+            state["tensors"]["buffer.field.hidden"] = self.buffer.field("hidden")
+        return state
+
+
 @dataclass
 class KeptDraft:
-    """A draft to go back to: its trained weights, and what it does on the guard's answers, the first ones first."""
+    """A head to go back to, and the share of right drafts on the guard's answers, the first ones first."""
 
     weights: list[Tensor]
-    tallies: list[Tally] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
 
     @property
     def mat(self) -> float:
-        """Tokens a block on all of them."""
-        committed = sum(tally.committed for tally in self.tallies)
-        return committed / max(1, sum(tally.blocks for tally in self.tallies))
+        """Expected tokens a block."""
+        return expected_tokens(fmean(self.rates), GUARDED_DRAFTS) if self.rates else 0.0
 
 
 class Guard:
-    """Drafts to go back to, and recent answers on which they are compared with the live one.
+    """Heads to go back to, and recent answers on which they are compared with the live one.
+
+    A head is judged by the share of its drafts that are right, from the states in the records: they do not change.
 
     Args:
         model: drafts.
         parameters: those that learn.
         size: number of answers that are kept.
-        margin: share of its tokens a block by which the live draft may be worse.
+        margin: share of its expected tokens a block by which the live draft may be worse.
 
     Attributes:
-        held: the answers, which nobody learns from, without the verifier's states.
+        held: of each answer, which nobody learns from, what the exit head read `[N, D]` and the verifier's tokens
+            `[N]`.
         start, floor: the draft of the beginning, and the last good one.
     """
 
@@ -161,7 +201,7 @@ class Guard:
         self._parameters = parameters
         self._size = size
         self._margin = margin
-        self.held: list[Rollout] = []
+        self.held: list[tuple[Tensor, Tensor]] = []
         self.start = self._live()
         self.floor = self.start
 
@@ -175,32 +215,32 @@ class Guard:
         for parameter, weight in zip(self._parameters, draft.weights, strict=True):
             parameter.copy_(weight)
 
-    def hold(self, rollout: Rollout) -> None:
-        """Keep an answer; beyond the number the oldest goes."""
-        self.held.append(replace(rollout, verifier_hidden=rollout.verifier_hidden[..., :0]))
+    def hold(self, records: Records) -> None:
+        """Keep an answer's records; beyond the number the oldest goes."""
+        if not len(records):
+            return
+        self.held.append((records.hidden, records.verifier_token))
         if len(self.held) > self._size:
             self.held.pop(0)
             for draft in {id(draft): draft for draft in (self.start, self.floor)}.values():
-                draft.tallies = draft.tallies[1:]
+                draft.rates = draft.rates[1:]
 
+    @torch.no_grad()
     def _measure(self, draft: KeptDraft) -> float:
-        """Tokens a block of a draft, which becomes the live one; it is judged on each answer once."""
+        """Expected tokens a block of a draft, which becomes the live one; it is judged on each answer once."""
         self.put(draft)
-        new = self.held[len(draft.tallies) :]
-        # One pass of shallow layers and drafter over the verifier's text judges all positions.
-        rows = judge(self._model, join(new), DecodeConfig(GUARDED_DRAFTS)).blocks if new else []
-        for blocks in rows:
-            tally = Tally()
-            tally.count(blocks)
-            draft.tallies.append(tally)
+        # An answer that this draft was judged on before has its rate already.
+        for hidden, token in self.held[len(draft.rates) :]:
+            drafted = self._model.token_ids(self._model.head_logits(hidden).argmax(dim=-1))
+            draft.rates.append(float((drafted == token).float().mean()))
         return draft.mat
 
     def look(self) -> dict[str, Any]:
         """Compare the live draft with those that are kept, and go back if it is clearly worse than one of them.
 
         Returns:
-            `verdict` ("back", "floor" for a new floor, or "" for neither), and the tokens a block of "live", "floor"
-            and "start" on the answers that are held, before it.
+            `verdict` ("back", "floor" for a new floor, or "" for neither), and the expected tokens a block of "live",
+            "floor" and "start" on the answers that are held, before it.
         """
         live = self._live()
         best = self.floor
@@ -223,21 +263,19 @@ class Guard:
         tensors = {}
         if self.floor is not self.start:
             tensors = {f"guard.floor.{index}": weight for index, weight in enumerate(self.floor.weights)}
-        if keep_text and self.held:
-            held = vars(join(self.held)).items()
-            tensors |= {f"guard.held.{name}": value for name, value in held if isinstance(value, Tensor)}
+        for index, (hidden, token) in enumerate(self.held if keep_text else []):
+            tensors |= {f"guard.hidden.{index}": hidden, f"guard.token.{index}": token}
         return tensors
 
-    def load(self, tensors: dict[str, Tensor], max_new_tokens: int) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave; what was measured is measured again when it is needed."""
         if "guard.floor.0" in tensors:
-            self.floor = KeptDraft(
-                [tensors[f"guard.floor.{index}"] for index in range(len(self._parameters))]
-            )
-        prefix = "guard.held."
-        held = {name.removeprefix(prefix): value for name, value in tensors.items() if prefix in name}
-        if held:
-            self.held = list(Rollout(**held, max_new_tokens=max_new_tokens).groups(1))
+            count = len(self._parameters)
+            self.floor = KeptDraft([tensors[f"guard.floor.{index}"] for index in range(count)])
+        self.held = []
+        while f"guard.token.{len(self.held)}" in tensors:
+            index = len(self.held)
+            self.held.append((tensors[f"guard.hidden.{index}"], tensors[f"guard.token.{index}"]))
 
 
 @dataclass
@@ -247,7 +285,8 @@ class LiveCounters:
     Attributes:
         answers: answers so far.
         answer_s, learn_s: seconds of answering and of learning so far, by the session's clock.
-        gain: the live draft's tokens a block over those of the beginning's, less 1, as the guard saw it; None before.
+        gain: the live draft's expected tokens a block over those of the beginning's, less 1, as the guard saw it;
+            None before.
         unreplayed, unguarded, unsaved: updates since an older answer was replayed, since the guard looked, and since
             the last checkpoint.
         costs: seconds that an update, a replay and a look of the guard took last, by these names.
@@ -282,6 +321,7 @@ class LiveSession:
         model: the model with its draft.
         trainer: makes the updates; holds buffer, baseline and optimizer.
         guard: what the session goes back to.
+        memory: earlier prompts and answers, to look up drafts in; None if nothing is remembered.
         counters: how far it is.
 
     Raises:
@@ -299,14 +339,14 @@ class LiveSession:
         self.config = config or LiveConfig()
         self.loaded = model
         draft = load_drafter(drafter, model)
-        # Its records would need the verifier's states of the prompt as well.
-        if draft.model.feedback or is_published(draft.folder):
-            raise DvirlError(f"{drafter}: expected a drafter of dvirl without feedback, to learn live")
+        if is_published(draft.folder) or not lora.head_parameters(draft.model):
+            raise DvirlError(
+                f"{drafter}: expected a drafter of dvirl with a trained exit head, to learn live"
+            )
         self.model = draft.model
-        settings = training_settings(self.config, draft, str(drafter))
-        no_prompts = PromptSplit(PromptStream([[0]], None), [])  # they come from people
-        self.trainer = DVITrainer(settings, model, no_prompts, seeded=True, draft=draft)
         config = self.config
+        self.trainer = HeadTrainer(training_settings(config, draft, str(drafter)), draft)
+        self.memory = Memory(config.remember) if config.remember and config.source != "learned" else None
         self.guard = Guard(self.model, self.trainer.shallow, config.guard_answers, config.guard_margin)
         self.counters = LiveCounters()
         self._clock = clock
@@ -342,7 +382,10 @@ class LiveSession:
             before = run_folder.run_settings(folder)
             same = {"start_from": settings.start_from}
             run_folder.refuse_other_settings(path, before, same, "choose another run_dir")
-            fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
+            written = read_yaml(path)
+            if "remember" not in written.get("live", {}):
+                raise DvirlError(f"{path}: of a version that learned the whole draft; choose another run_dir")
+            fingerprint = written.get("model", {}).get("fingerprint")
             if not self.loaded.is_made_of(fingerprint):
                 raise DvirlError(f"{path}: learned with the model {fingerprint}; choose another run_dir")
             if any(folder.glob("checkpoints/step-*")):
@@ -372,8 +415,9 @@ class LiveSession:
         """
         config = self.config
         seed = config.seed + self.counters.answers
+        limit = config.max_new_tokens
         ends = self.loaded.eos_ids
-        decoding = self.model.decode_blocks(prompt, config.max_new_tokens, config.decode, ends, seed=seed)
+        decoding = self.model.decode_blocks(prompt, limit, config.decode, ends, seed=seed, memory=self.memory)
         blocks: list[Verification] = []
         try:
             while True:
@@ -392,17 +436,20 @@ class LiveSession:
         """Take in what the verification of one answer has shown."""
         counters = self.counters
         counters.answers += 1
+        if self.memory is not None:
+            with self._timed("learn_s"):
+                self.memory.add([*prompt, *(token for block in blocks for token in block.committed)])
         if not self.config.budget:
             return
         tally = Tally()
         tally.count(blocks[1:])  # the first one is the prefill's
         with self._timed("learn_s"):
             rollout = decoded_rollout(prompt, blocks, self.config.max_new_tokens)
-            records = decoded_records(rollout, blocks)
+            records = replace(decoded_records(rollout, blocks), hidden=decoded_states(rollout, blocks))
             self.trainer.count(rollout, Judgement(records, [blocks[1:]]))
             # What the guard judges by must not have been learned from.
             if counters.answers % self.config.hold_every == 0:
-                self.guard.hold(rollout)
+                self.guard.hold(records)
             else:
                 self.trainer.buffer.add(records, rollout)
         text = {}
@@ -426,9 +473,8 @@ class LiveSession:
         if not kind or learn_s > self._share() * (self.counters.answer_s + learn_s):
             return ""
         began = self._clock()
-        self._merged.close()
         figures = self._do(kind)
-        self._merge()  # here and not in the next answer, so that it counts as learning
+        self._pack()  # here and not in the next answer, so that it counts as learning
         seconds = self._clock() - began
         if kind != "checkpoint":  # its own time cannot stand in it
             self.counters.learn_s += seconds
@@ -460,7 +506,9 @@ class LiveSession:
         trainer = self.trainer
         counters = self.counters
         if kind == "checkpoint":
+            self._merged.close()
             self.save_checkpoint()
+            self._merge()
             return {}
         if kind == "replay":
             counters.unreplayed = 0
@@ -476,7 +524,7 @@ class LiveSession:
                 trainer.fast_optimizer.state.clear()  # moments of a draft that is gone
             return figures
         # Many small updates learn more than few large ones in the same time; what is passed over can be replayed.
-        trainer.buffer.skip_fresh(1)
+        trainer.buffer.skip_fresh(FRESH_ANSWERS)
         metrics = asdict(trainer.step())
         counters.unreplayed += 1
         counters.unguarded += 1
@@ -486,8 +534,12 @@ class LiveSession:
         return {"loss": metrics["loss"]}
 
     def _merge(self) -> None:
-        """Merge the adapters and pack the weights for the answers to come."""
+        """Merge lora_S, which does not change, once for all answers to come."""
         self._merged.enter_context(self.model.base_model.merged())
+        self._pack()
+
+    def _pack(self) -> None:
+        """Pack the weights that have changed."""
         with self.model.decoding(1):
             pass
 
@@ -526,6 +578,9 @@ class LiveSession:
             left_out.append("buffer.")
             state["numbers"]["buffer"] = ReplayBuffer(1).state_dict()["numbers"]
         tensors = self.guard.tensors(self.config.keep_text)
+        if self.memory is not None and self.config.keep_text:
+            texts = enumerate(self.memory.texts)
+            tensors |= {f"memory.{index}": torch.tensor(text) for index, text in texts}
         for name, value in state["tensors"].items():
             if not name.startswith(tuple(left_out)):
                 tensors[name] = value
@@ -535,11 +590,16 @@ class LiveSession:
         checkpoint.prune(self._folder, KEPT_CHECKPOINTS)
 
     def _load(self, folder: Path) -> None:
-        """Go on from a checkpoint; without its text the buffer and the guard's answers begin empty."""
+        """Go on from a checkpoint; without its text buffer, guard's answers and memory begin empty."""
         state = checkpoint.load(folder, self.trainer.peft_model, self.model)
         random = checkpoint.random_state()
-        state["tensors"] |= random["tensors"]
+        tensors = state["tensors"]
+        tensors |= random["tensors"]
         state["numbers"]["random"] = random["numbers"]
         self.trainer.load_state_dict(state)
-        self.guard.load(state["tensors"], self.config.max_new_tokens)
+        self.guard.load(tensors)
+        index = 0
+        while self.memory is not None and f"memory.{index}" in tensors:
+            self.memory.add(tensors[f"memory.{index}"].tolist())
+            index += 1
         self.counters = LiveCounters(**state["numbers"]["live"])

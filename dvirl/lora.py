@@ -48,12 +48,14 @@ def shallow_parameters(model: KangarooModel, lora_shallow: bool = True) -> list[
     """What the fast update steps: lora_S unless that is off, the drafter with its norm, the exit head if trained."""
     # A frozen head has nothing to step, and a low-rank one only its two factors.
     parameters = lora_parameters(model, ["lora_S"]) if lora_shallow else []
-    parameters += model.adapter_model.parameters()
+    return [*parameters, *model.adapter_model.parameters(), *head_parameters(model)]
+
+
+def head_parameters(model: KangarooModel) -> list[nn.Parameter]:
+    """What learns of the exit head: all of it, the two factors of its change, or nothing."""
     if model.head == "full":
-        parameters += model.exit_proj.parameters()
-    elif model.head == "lora":
-        parameters += [model.head_down, model.head_up]
-    return parameters
+        return list(model.exit_proj.parameters())
+    return [model.head_down, model.head_up] if model.head == "lora" else []
 
 
 def deep_parameters(model: KangarooModel) -> list[nn.Parameter]:

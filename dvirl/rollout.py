@@ -536,6 +536,16 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification]) -> Records
     )
 
 
+def decoded_states(rollout: Rollout, blocks: Sequence[Verification]) -> Tensor:
+    """What the exit head read for each record of `decoded_records`, `[N, D]`, as it was when the draft was made."""
+    states = [rollout.verifier_hidden[0, :0]]
+    for block in blocks:
+        chain = block.main_chain
+        scored = min(chain.num_drafted, chain.draft.num_learned, block.block_len)
+        states.append(chain.draft.drafter_hidden[:scored].to(states[0].device))
+    return torch.cat(states)
+
+
 def judge(
     model: KangarooModel, rollout: Rollout, settings: DecodeConfig, noise: Tensor | None = None
 ) -> Judgement:

@@ -303,16 +303,9 @@ class DVITrainer(TrainingLoop):
             batch: the records of all processes, of which these are this process's share; by default these.
         """
         everything = share if batch is None else batch
-        # Trap 1: a stored exit state carries no gradient to lora_S, so the shallow pass is recomputed with gradients.
-        if self.config.exit_states == "stored":
-            logits = self.model.head_logits(self.model.drafter_states(share.hidden))
-        else:
-            logits, _ = draft_logits_at(
-                self.model, share.tokens, share.prompt_lens, share.row, share.position, share.depth
-            )
         return Decisions(
             config=self.config,
-            logits=logits,
+            logits=self.draft_logits(share),
             verifier=cache(lambda: self.model.verifier_logits(share.verifier_hidden)),
             drafted=self.model.draft_index(share.token),
             verified=self.model.draft_index(share.verifier_token),
@@ -321,6 +314,14 @@ class DVITrainer(TrainingLoop):
             reward_share=reward_share,
             totals=count(everything.reward, self.model.draft_index(everything.verifier_token)),
         )
+
+    def draft_logits(self, share: TrainingBatch) -> Tensor:
+        """The draft's logits `[N, V']` for some records, with gradients."""
+        # Trap 1: a stored exit state carries no gradient to lora_S, so the shallow pass is recomputed with gradients.
+        if self.config.exit_states == "stored":
+            return self.model.head_logits(self.model.drafter_states(share.hidden))
+        at = (share.row, share.position, share.depth)
+        return draft_logits_at(self.model, share.tokens, share.prompt_lens, *at)[0]
 
     def replay_update(self, batch: TrainingBatch) -> None:
         """One more step of lora_S, drafter and exit head, on older responses and without the reward of any draft.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kangaroo.adapter import AdapterModel, before
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts
-from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex
+from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
 from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm
@@ -200,27 +200,39 @@ class KangarooModel(nn.Module):
 
     def drafter_parts(self) -> DrafterParts:
         """What decoding drafts with: the weights as they are now, in the base model's dtype."""
-        used = [*self.adapter_model.parameters(), self.exit_proj.weight, self.head_rows]
+        head = [self.exit_proj.weight, self.head_rows]
         if self.head == "lora":
-            used += [self.head_down, self.head_up]
+            head += [self.head_down, self.head_up]
         adapter = self.adapter_model
-        weights = self._weights.get("drafter", used, self._fused_drafter)
+        layers = list(adapter.parameters())
+
+        def make() -> StageWeights:
+            # An update may have changed one of the two alone.
+            drafter = self._weights.get("drafter layers", layers, self._fused_drafter)
+            exit_head = self._weights.get("exit head", head, self._merged_head)
+            return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
+
+        weights = self._weights.get("drafter", [*layers, *head], make)
         return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids)
 
     def _fused_drafter(self) -> StageWeights:
-        """Drafter, exit norm and exit head for decoding, a low-rank change of the head merged."""
+        """Drafter and exit norm for decoding."""
         dtype = self.head_rows.dtype
-        head = self.exit_proj.weight.float()
-        if self.head == "lora":
-            head = head + self.head_up @ self.head_down
         layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
-        head = head.to(dtype)
         norm = rms_norm(self.exit_norm, dtype)
         maps = [
             None if fuse is None else product(fuse.weight.detach().to(dtype))
             for fuse in (self.adapter_model.fuse, self.adapter_model.fuse_later)
         ]
-        return StageWeights(layers, None, norm, product(head), head, *maps)
+        return StageWeights(layers, None, norm, None, None, *maps)
+
+    def _merged_head(self) -> StageWeights:
+        """The exit head for decoding, a low-rank change merged."""
+        head = self.exit_proj.weight.float()
+        if self.head == "lora":
+            head = torch.addmm(head, self.head_up, self.head_down)
+        head = head.to(self.head_rows.dtype)
+        return StageWeights([], head=product(head), head_weight=head)
 
     def drafter_depths(
         self,
@@ -336,6 +348,10 @@ class KangarooModel(nn.Module):
             self._costs[rows] = self.measure_costs(longest, rows=rows)
         return self._costs[rows]
 
+    def share_costs(self, other: "KangarooModel") -> None:
+        """Take what steps cost from another of the same model and draft, measured once for both."""
+        self._costs = other._costs
+
     def measure_costs(
         self, longest: int = 8, repeats: int = 9, context: int = 128, rows: int = 1
     ) -> StepCosts:
@@ -364,6 +380,7 @@ class KangarooModel(nn.Module):
         eos_ids: Ends = (),
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
+        memory: Memory | None = None,
     ) -> Iterator[dict[int, Verification]]:
         """Decode prompts together, each advancing as far as its own drafts are accepted.
 
@@ -372,9 +389,9 @@ class KangarooModel(nn.Module):
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
             eos_ids: tokens that end a response, or one such token, or None.
-            noise: uniform `[max_new_tokens]`, one number for each position of the response, for sampled drafts; drawn
-                if the answer is sampled, too, and none is given.
+            noise: uniform `[max_new_tokens]`, one number a position, for sampled drafts; by default drawn where needed.
             seed: of what sampling draws, for all prompts or one each; a response does not depend on other prompts.
+            memory: earlier texts to look up drafts in, for blocks that do not run ahead of the host.
 
         Yields:
             After each step what the texts commit, by the prompt's index; nothing for texts that are over. The first
@@ -389,18 +406,17 @@ class KangarooModel(nn.Module):
         rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
         if not rows:
             raise ValueError("there is no prompt; expected at least one")
-        ends = end_ids(eos_ids)
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         texts = []
         for prompt, text_seed in zip(rows, seeds, strict=True):
             policy = self.block_policy(settings, len(rows))
-            text = Text(LookupIndex(prompt), len(prompt) + max_new_tokens, policy, noise)
+            text = Text(LookupIndex(prompt, memory), len(prompt) + max_new_tokens, policy, noise)
             if settings.temperature:
                 text.seed(text_seed, max_new_tokens if settings.draft_temperature else 0)
             texts.append(text)
         capacity = max(text.stop for text in texts)
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:
-            yield from decode_texts(stages, texts, settings, ends)
+            yield from decode_texts(stages, texts, settings, end_ids(eos_ids))
 
     def _chains(self, settings: DecodeConfig) -> int:
         """Chains of drafts that a block may have.
@@ -420,12 +436,13 @@ class KangarooModel(nn.Module):
         eos_ids: Ends = (),
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
+        memory: Memory | None = None,
     ) -> Iterator[Verification]:
         """Decode one prompt, yielding each verification as it is committed; the first one is the prefill's.
 
         Arguments and errors as in `decode_rows`.
         """
-        for committed in self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed):
+        for committed in self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed, memory):
             yield committed[0]
 
     def generate(

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from kangaroo.decoding import timing
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.costs import StepCosts, monotone
-from kangaroo.decoding.drafting import LONGEST_NGRAM, AdaptivePolicy, BlockPolicy, LookupIndex, ScriptedPolicy
+from kangaroo.decoding.drafting import (
+    LONGEST_NGRAM,
+    AdaptivePolicy,
+    BlockPolicy,
+    LookupIndex,
+    Memory,
+    ScriptedPolicy,
+)
 from kangaroo.decoding.speculate import Text
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
@@ -52,6 +59,62 @@ def test_a_lookup_grows_with_the_text_as_if_made_anew():
     for start in range(5, 60, 5):
         growing.extend(text[start : start + 5])
         assert growing.propose(4) == LookupIndex(text[: start + 5]).propose(4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=8), st.lists(st.integers(0, 3), max_size=6)
+)
+def test_a_memory_knows_what_followed_most_often_in_the_texts_that_it_keeps(texts, ending):
+    memory = Memory(30)
+    for text in texts:
+        memory.add(text)
+    kept = texts[len(texts) - len(memory.texts) :]
+    assert sum(map(len, kept)) <= 30 and [list(text) for text in memory.texts] == kept
+    assert not kept or len(kept) == len(texts) or sum(map(len, kept)) + len(texts[-len(kept) - 1]) > 30
+    proposed, matched = memory.propose(ending, 1)
+    for size in (3, 2):
+        pairs = [(text[at : at + size], text[at + size]) for text in kept for at in range(len(text) - size)]
+        followers = [token for ngram, token in pairs if ngram == ending[-size:] and len(ending) >= size]
+        if followers:
+            most = max(map(followers.count, followers))
+            assert matched == size and followers.count(proposed[0]) == most
+            return
+    assert (proposed, matched) == ([], 0)
+
+
+def test_a_long_text_is_remembered_by_its_end_and_forgotten_without_a_trace():
+    memory = Memory(5)
+    memory.add(range(9))
+    assert list(memory.texts) == [(4, 5, 6, 7, 8)] and memory.propose([5, 6], 9) == ([7, 8], 2)
+    memory.add([1, 1, 1, 1, 1])
+    assert memory.propose([5, 6], 9) == ([], 0) and memory.propose([1, 1, 1], 2) == ([1, 1], 3)
+    assert all(1 in ngram for ngram in memory._followers)
+
+
+def test_earlier_texts_go_on_where_the_text_itself_knows_less():
+    memory = Memory(50)
+    memory.add([7, 8, 9, 10, 11])
+    known = LookupIndex([1, 8, 9, 2, 8, 9], memory)
+    assert known.propose(2) == ([2, 8], 2)  # the text's own among equals
+    assert LookupIndex([1, 9, 2, 7, 8, 9], memory).propose(3) == ([10, 11], LONGEST_NGRAM + 3)
+    assert LookupIndex([1, 2, 3, 7], memory).propose(2, [8, 9]) == ([10, 11], LONGEST_NGRAM + 3)
+    assert LookupIndex([1, 2, 3], memory).propose(2) == ([], 0)
+
+
+def test_what_is_remembered_wrongly_is_soon_no_longer_drafted():
+    """By measured acceptance, like all sources: a memory that is always wrong costs a few blocks."""
+    memory = Memory(50)
+    memory.add([1, 2, 3, 4, 5, 6, 7, 8])
+    policy = AdaptivePolicy(DecodeConfig(4, source="lookup", adaptive=True), COSTS)
+    drafted = []
+    for _ in range(60):
+        policy.begin(LookupIndex([9, 1, 2, 3], memory), 9)
+        tokens = policy.look_up()
+        drafted.append(len(tokens))
+        draft = DraftBlock(torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), math.nan))
+        policy.observe(Verification(4, (0,), min(1, len(tokens)), 0, draft))
+    assert drafted[0] == 4 and sum(map(bool, drafted[20:])) < 10
 
 
 # Losslessness

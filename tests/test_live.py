@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from test_drafters import exported, trained
 
 from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.live import KeptDraft, LiveConfig, LiveSession, training_settings
+from dvirl.lora import head_parameters
 from dvirl.models.drafters import export, load_drafter
-from dvirl.rollout import generate, judge
+from dvirl.rollout import decoded_records, decoded_rollout, decoded_states, generate, judge
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.optim import make_optimizer
 from dvirl.trainer import DVITrainer
 from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.costs import expected_tokens
 
 FIXED = dict(
     max_new_tokens=16,
@@ -50,22 +54,38 @@ class Clock:
         return self.seconds
 
 
+def good_drafter(folder, **changes):
+    loaded = tiny_loaded(deep_scale=0.1)
+    model, peft_model, config = trained(loaded, draft_vocab=0, **changes)
+    model._start_from_base()
+    scramble_lora(model, ["lora_S"], 0.02)
+    export(folder, peft_model, model, config, loaded)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def drafter(tmp_path_factory):
     """The folder of a drafter for the tiny model; some of what it drafts is right."""
-    loaded = tiny_loaded(deep_scale=0.1)
-    model, peft_model, config = trained(loaded, draft_vocab=0)
-    model._start_from_base()
-    scramble_lora(model, ["lora_S"], 0.02)
-    folder = tmp_path_factory.mktemp("drafter") / "d"
-    export(folder, peft_model, model, config, loaded)
-    return folder
+    return good_drafter(tmp_path_factory.mktemp("drafter") / "d")
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory):
+    """The same with feedback, whose later drafts stand on embeddings."""
+    return good_drafter(tmp_path_factory.mktemp("drafter") / "r", feedback=True, recurrent=True)
 
 
 def session(drafter, **changes):
     return LiveSession(
         tiny_loaded(deep_scale=0.1), drafter, LiveConfig(**{**FIXED, **changes}), clock=Clock()
     )
+
+
+def records_of(live, prompt):
+    """The records of an answer that nothing was learned from."""
+    blocks = list(live.model.decode_blocks(prompt, 16, live.config.decode, (EOS,)))
+    rollout = decoded_rollout(prompt, blocks, 16)
+    return replace(decoded_records(rollout, blocks), hidden=decoded_states(rollout, blocks)), blocks
 
 
 def weights(live):
@@ -83,36 +103,47 @@ def events(folder):
 # What it learns
 
 
-def test_updates_are_those_of_the_trainer_on_the_same_records(drafter):
-    """The offline trainer judges the verifier's text anew, with passes of its own."""
-    offline = load_drafter(drafter, tiny_loaded(deep_scale=0.1))
-    config = training_settings(LiveConfig(**FIXED), offline, str(drafter))
+@pytest.mark.parametrize("kind", ["drafter", "recurrent"])
+def test_updates_are_those_of_the_trainer_on_the_same_records(kind, request):
+    """The offline trainer judges the verifier's text anew, with passes of its own; there, too, the head alone learns."""
+    folder = request.getfixturevalue(kind)
+    offline = load_drafter(folder, tiny_loaded(deep_scale=0.1))
+    config = training_settings(LiveConfig(**FIXED), offline, str(folder))
     trainer = DVITrainer(config, offline.loaded, PromptSplit(PromptStream([[0]], None), []), draft=offline)
-    with session(drafter, guard_every=100, replay_every=0) as live:
+    trainer.shallow = head_parameters(offline.model)
+    trainer.fast_optimizer = make_optimizer(trainer.shallow, config.lr_shallow)
+    with session(folder, guard_every=100, replay_every=0) as live:
         before = weights(live)
+        depths = set()
         for number, prompt in enumerate(PROMPTS[:8], start=1):
             live.answer(prompt)
             rollout = generate(offline.model.base_model, [prompt], 16, (EOS,))
             judgement = judge(offline.model, rollout, DecodeConfig(3))
+            depths |= set(judgement.records.depth.tolist())
             trainer.count(rollout, judgement)
             if number % 3:
                 trainer.buffer.add(judgement.records, rollout)
                 if trainer.buffer.due(1):
                     trainer.step()
-        assert live.trainer.counters.step == trainer.counters.step > 3
+        assert live.trainer.counters.step == trainer.counters.step > 3 and depths == {0, 1, 2}
         assert live.trainer.baseline.value == pytest.approx(trainer.baseline.value)
         assert not same(weights(live), before)
         for own, expected in zip(weights(live), trainer.shallow, strict=True):
             torch.testing.assert_close(own, expected.detach(), atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"source": "hybrid"}, {"schedule": "tv"}])
-def test_answers_are_plain_decodings_whatever_is_learned(drafter, changes):
-    with session(drafter, lr=0.05, **changes) as live:
+@pytest.mark.parametrize("kind", ["drafter", "recurrent"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"source": "hybrid"}, {"source": "lookup", "budget": 0.0}, {"schedule": "tv"}]
+)
+def test_answers_are_plain_decodings_whatever_is_learned_and_remembered(kind, request, changes):
+    with session(request.getfixturevalue(kind), lr=0.05, **changes) as live:
+        if live.memory:
+            live.memory.add([*PROMPTS[0], *[9, 9, 7] * 20])  # what follows 9, 9 in every prompt, wrongly
         for prompt in PROMPTS:
             expected = generate(live.model.base_model, [prompt], 16, (EOS,)).responses()[0]
             assert live.answer(prompt).tokens == expected
-        assert live.trainer.counters.step > 2
+        assert live.trainer.counters.step > 2 or not live.config.budget
 
 
 def test_it_gets_better_at_what_it_is_asked(tmp_path):
@@ -139,8 +170,11 @@ def test_held_back_answers_are_not_learned_from(drafter):
     with session(drafter) as live:
         for prompt in PROMPTS[:6]:
             live.answer(prompt)
-        held = [rollout.prompts()[0] for rollout in live.guard.held]
-        assert held == [PROMPTS[2], PROMPTS[5]]
+        assert len(live.guard.held) == 2
+        for (states, tokens), prompt in zip(live.guard.held, (PROMPTS[2], PROMPTS[5]), strict=True):
+            records, _ = records_of(live, prompt)
+            assert len(states) == len(tokens) and tokens[0] == records.verifier_token[0]
+        held = [PROMPTS[2], PROMPTS[5]]
         learned = live.trainer.buffer.recent(100)
         prompts = [
             row[:length].tolist() for row, length in zip(learned.tokens, learned.prompt_lens, strict=True)
@@ -211,8 +245,8 @@ def test_an_update_waits_for_the_budget_and_learns_from_the_last_answers_alone(d
         seen = []
         update = live.trainer.fast_update
         live.trainer.fast_update = lambda batch: seen.append(batch) or update(batch)
-        assert live.learn() == "update" and len(seen[0].tokens) == 1
-        assert seen[0].tokens[0, : len(PROMPTS[4])].tolist() == PROMPTS[4]
+        assert live.learn() == "update" and len(seen[0].tokens) == 3  # of the last four one is held back
+        assert seen[0].tokens[-1, : len(PROMPTS[4])].tolist() == PROMPTS[4]
 
 
 # The guard
@@ -243,7 +277,7 @@ def test_the_guard_goes_back_to_the_beginning_where_that_is_better(drafter):
     with session(drafter) as live:
         start = weights(live)
         for prompt in PROMPTS[:2]:
-            live.guard.hold(generate(live.model.base_model, [prompt], 16, (EOS,)))
+            live.guard.hold(records_of(live, prompt)[0])
         with torch.no_grad():
             for parameter in live.trainer.shallow:
                 parameter.add_(torch.randn_like(parameter))
@@ -257,17 +291,44 @@ def test_the_guard_goes_back_to_the_beginning_where_that_is_better(drafter):
         )
 
 
-def test_what_the_guard_measures_is_what_drafting_commits(drafter):
-    with session(drafter) as live:
-        rollouts = [generate(live.model.base_model, [prompt], 16, (EOS,)) for prompt in PROMPTS[:2]]
-        for rollout in rollouts:
-            live.guard.hold(rollout)
-        blocks = [
-            block
-            for prompt in PROMPTS[:2]
-            for block in live.model.generate(prompt, 16, DecodeConfig(4), (EOS,)).blocks[1:]
-        ]
-        assert live.guard.look()["live"] == pytest.approx(sum(b.block_len for b in blocks) / len(blocks))
+@pytest.mark.parametrize("kind", ["drafter", "recurrent"])
+def test_what_the_guard_measures_is_how_often_drafts_are_right(kind, request):
+    with session(request.getfixturevalue(kind)) as live:
+        rates = []
+        for prompt in PROMPTS[:2]:
+            records, blocks = records_of(live, prompt)
+            live.guard.hold(records)
+            drafted = sum(block.num_drafted for block in blocks)
+            rates.append(sum(block.num_accepted for block in blocks) / drafted)
+        expected = expected_tokens(sum(rates) / 2, 4)
+        assert live.guard.look()["live"] == pytest.approx(expected)
+
+
+# What it remembers
+
+
+def test_a_question_that_was_answered_before_is_looked_up(drafter):
+    with session(drafter, source="lookup", budget=0.0, max_new_tokens=32) as live:
+        first = live.answer(PROMPTS[0])
+        again = live.answer(PROMPTS[0])
+    assert again.tokens == first.tokens and 2 * len(again.blocks) < len(first.blocks)
+
+
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_what_is_remembered_ends_with_the_session_unless_text_is_kept(drafter, tmp_path, keep_text):
+    changes = dict(source="hybrid", run_dir=str(tmp_path), keep_text=keep_text)
+    with session(drafter, **changes) as live:
+        for prompt in PROMPTS[:4]:
+            live.answer(prompt)
+        texts = list(live.memory.texts)
+    assert len(texts) == 4 and texts[0][: len(PROMPTS[0])] == tuple(PROMPTS[0])
+    with session(drafter, **changes) as again:
+        assert list(again.memory.texts) == (texts if keep_text else [])
+
+
+def test_nothing_is_remembered_where_it_is_not_looked_up_or_not_wanted(drafter):
+    assert session(drafter, source="hybrid", remember=0).memory is None
+    assert session(drafter).memory is None
 
 
 # Going on
@@ -415,8 +476,8 @@ def test_bad_settings_are_one_sentence(changes, message):
 
 
 def test_drafters_that_cannot_learn_live_are_refused(drafter, tmp_path):
-    exported(tmp_path / "f", tiny_loaded(), feedback=True)
-    with pytest.raises(DvirlError, match="expected a drafter of dvirl without feedback"):
+    exported(tmp_path / "f", tiny_loaded(), head="frozen")
+    with pytest.raises(DvirlError, match="expected a drafter of dvirl with a trained exit head"):
         session(tmp_path / "f")
     with pytest.raises(DvirlError, match="no drafter 'nowhere'"):
         session("nowhere")
@@ -438,7 +499,14 @@ def test_a_folder_of_something_else_is_refused(drafter, tmp_path):
     ):
         pass
     path = tmp_path / "run/config.yaml"
-    path.write_text(path.read_text().replace("sha256:tiny", "sha256:else"))
+    written = path.read_text()
+    path.write_text(written.replace("remember:", "remembered:"))
+    with (
+        pytest.raises(DvirlError, match="of a version that learned the whole draft; choose another run_dir"),
+        session(drafter, run_dir=str(tmp_path / "run")),
+    ):
+        pass
+    path.write_text(written.replace("sha256:tiny", "sha256:else"))
     with (
         pytest.raises(DvirlError, match="learned with the model sha256:else"),
         session(drafter, run_dir=str(tmp_path / "run")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from argparse import Namespace
 from dataclasses import replace
 from itertools import product
@@ -13,6 +14,7 @@ from conftest import random_prompts, tiny_config, tiny_kangaroo
 
 from kangaroo.decoding import speculate
 from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.drafting import Memory
 from kangaroo.decoding.sampling import (
     distribution,
     inverse_cdf,
@@ -64,6 +66,15 @@ class Adversary(KangarooModel):
         )
 
 
+class Remembering(KangarooModel):
+    """Looks drafts up in an earlier text that knows every pair of tokens and no model."""
+
+    def decode_rows(self, *arguments):
+        memory = Memory(100)
+        memory.add([random.Random(0).randrange(VOCAB) for _ in range(100)])
+        return super().decode_rows(*arguments, memory=memory)
+
+
 def five_tokens(kind=KangarooModel, **args):
     torch.manual_seed(0)
     base = EarlyExitLlamaForCausalLM(tiny_config(vocab_size=VOCAB, num_hidden_layers=2)).eval()
@@ -105,8 +116,9 @@ def p_value(model: KangarooModel, how: DecodeConfig, draws: int = DRAWS) -> tupl
             Adversary,
         ),
         (DecodeConfig(3, temperature=1.5, source="hybrid", branches=2), {}, KangarooModel),
+        (DecodeConfig(3, temperature=1.5, source="lookup"), {}, Remembering),
     ],
-    ids=["draft vocabulary", "adversary and lookup, cut", "branches and lookup"],
+    ids=["draft vocabulary", "adversary and lookup, cut", "branches and lookup", "earlier texts"],
 )
 def test_speculative_samples_follow_the_exact_distribution(how, args, kind):
     chance, rate = p_value(five_tokens(kind, **args), how)

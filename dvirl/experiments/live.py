@@ -1,23 +1,82 @@
-"""A draft that learns while it serves, and the same draft without learning: the same prompts, in turn."""
+"""A draft that learns and remembers while it serves, and the same draft as it is: the same prompts, in turn."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 
 import pandas as pd
 from tqdm import tqdm
 
+from dvirl.data.domains import docstring_prompts
+from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.measure import in_turn
 from dvirl.live import LiveConfig, LiveSession
 from dvirl.metrics import Tally
 from dvirl.models.loading import load
 
 FROZEN = "frozen"
+REMEMBERS = "remembers"
 LIVE = "live"
+FLIPS_EVERY = 5
+"""Prompts after which a flipping stream changes its domain."""
+
+
+def question_prompts(count: int, seed: int = 0) -> list[str]:
+    """Questions of many topics, shuffled: the openings of chatterbot's conversations."""
+    texts = [prompt.turns[0] for prompt in chatterbot_prompts()]
+    random.Random(seed).shuffle(texts)
+    return texts[:count]
+
+
+def one_domain(count: int, seed: int = 0) -> list[str]:
+    """Requests for docstrings, and after these a sixth as many questions of many topics."""
+    return docstring_prompts(count, seed) + question_prompts(count // 6, seed)
+
+
+def mixed(count: int, seed: int = 0) -> list[str]:
+    """Requests for docstrings and questions of many topics, in random order."""
+    rng = random.Random(seed)
+    pairs = zip(docstring_prompts(count, seed), question_prompts(count, seed), strict=True)
+    return [rng.choice(pair) for pair in pairs]
+
+
+def flipping(count: int, seed: int = 0) -> list[str]:
+    """The same in turn, a few of each."""
+    docstrings = docstring_prompts(count, seed)
+    questions = question_prompts(count, seed)
+    places = range(count)
+    return [(docstrings, questions)[place // FLIPS_EVERY % 2][place] for place in places]
+
+
+def poisoned(count: int, seed: int = 0) -> list[str]:
+    """Requests for docstrings; in place of every second one its letters in random order, every third of these again."""
+    rng = random.Random(seed)
+    prompts = docstring_prompts(count, seed)
+    for place in range(1, count, 2):
+        letters = list(prompts[place])
+        rng.shuffle(letters)
+        prompts[place] = prompts[place - 2] if place % 6 == 5 else "".join(letters)
+    return prompts
+
+
+STREAMS: dict[str, Callable[[int, int], list[str]]] = {
+    "one domain": one_domain,
+    "mixed": mixed,
+    "flipping": flipping,
+    "poisoned": poisoned,
+}
+"""Prompts by number and seed."""
 
 
 def serve_both(
-    model_name: str, drafter: str, dtype: str, prompts: Sequence[str], config: LiveConfig
+    model_name: str,
+    drafter: str,
+    dtype: str,
+    prompts: Sequence[str],
+    config: LiveConfig,
+    names: Sequence[str] = (FROZEN, LIVE),
 ) -> pd.DataFrame:
     """Answer a stream of prompts with the draft as it is and with one that learns, in a changing order.
 
@@ -26,23 +85,33 @@ def serve_both(
         drafter: name or folder of the draft.
         dtype: of the weights.
         prompts: the users' texts, each a conversation of its own.
-        config: of the session that learns; the other one's budget is 0.
+        config: of the live session; the frozen one has no budget and remembers nothing, and the one that `REMEMBERS`
+            has no budget.
+        names: of the sessions.
 
     Returns:
         A row for each prompt and session: `prompt` from 1, `session`, `tokens` and `blocks` of its answer without the
         prefill's, `answer_s` and `learn_s`, seconds spent on the answer and on learning after it, and `done`, what was
-        learned.
+        learned. Its `attrs` have the `costs` of steps by which blocks were chosen.
     """
-    configs = {FROZEN: replace(config, budget=0.0, run_dir=""), LIVE: config}
+    unlearning = replace(config, budget=0.0, run_dir="")
+    configs = {FROZEN: replace(unlearning, remember=0), REMEMBERS: unlearning, LIVE: config}
     rows = []
-    sessions = {name: LiveSession(load(model_name, dtype), drafter, one) for name, one in configs.items()}
-    with sessions[FROZEN], sessions[LIVE]:
+    sessions = {name: LiveSession(load(model_name, dtype), drafter, configs[name]) for name in names}
+    with ExitStack() as opened:
+        for session in sessions.values():
+            # What steps cost is measured once, so that all choose their blocks by the same figures.
+            session.model.share_costs(sessions[names[0]].model)
+            opened.enter_context(session)
         answer = {name: partial(_row, name, session) for name, session in sessions.items()}
         for turn, text in enumerate(tqdm(prompts, desc="serving", unit="prompt", leave=False)):
-            tokens = sessions[LIVE].loaded.chat.encode((text,))
-            for name in in_turn(list(answer), turn):
+            tokens = sessions[names[0]].loaded.chat.encode((text,))
+            for name in in_turn(names, turn):
                 rows.append({"prompt": turn + 1, **answer[name](tokens)})
-    return pd.DataFrame(rows)
+    served = pd.DataFrame(rows)
+    if config.adaptive:
+        served.attrs["costs"] = asdict(sessions[names[0]].model.step_costs(config.draft_len))
+    return served
 
 
 def _row(name: str, session: LiveSession, prompt: Sequence[int]) -> dict[str, object]:
@@ -64,15 +133,55 @@ def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
         size: prompts of a window.
 
     Returns:
-        A row for each window, named by its last prompt: tokens a block of either session, the live one's over the
-        frozen one's, and the seconds of all so far, learning counted in.
+        A row for each window, named by its last prompt: tokens a block of every session and the live one's over the
+        frozen one's; the live one's speed over the frozen one's, learning counted in; and the seconds so far. The speed
+        is by the median of all prompts' ratios, since other load on the machine can double the time of an answer.
     """
     window = ((served.prompt - 1) // size + 1) * size
     sums = served.groupby([window, "session"])[["tokens", "blocks", "answer_s", "learn_s"]].sum().unstack()
     mat = sums.tokens / sums.blocks
-    seconds = (sums.answer_s + sums.learn_s).cumsum()
+    seconds = sums.answer_s + sums.learn_s
+    answer_s = served.pivot(index="prompt", columns="session", values="answer_s")
+    ratio = (answer_s[FROZEN] / answer_s[LIVE]).groupby((answer_s.index - 1) // size * size + size).median()
+    learning = 1 + sums.learn_s[LIVE] / sums.answer_s[LIVE]
     table = pd.DataFrame({f"tokens a block, {name}": mat[name] for name in (FROZEN, LIVE)})
     table["live over frozen"] = mat[LIVE] / mat[FROZEN]
+    table["speed, live over frozen"] = ratio / learning
+    so_far = seconds.cumsum()
     for name in (FROZEN, LIVE):
-        table[f"seconds so far, {name}"] = seconds[name]
+        table[f"seconds so far, {name}"] = so_far[name]
     return table.rename_axis("prompts")
+
+
+def figures(served: pd.DataFrame, size: int = 50) -> dict[str, float | None]:
+    """What a stream shows, in short: `windows` of `size` prompts and of all of it, and `break_even`.
+
+    Args:
+        served: what `serve_both` gives.
+        size: prompts of a window.
+
+    Returns:
+        Tokens a block of both sessions (`frozen_mat`, `live_mat`) and their ratio, `speed` over all and in the
+        `slowest_window`, the `break_even`, and the share of the live session's time that `learning` took.
+    """
+    whole = windows(served, int(served.prompt.max())).iloc[0]
+    live = served[served.session == LIVE]
+    return {
+        "frozen_mat": whole[f"tokens a block, {FROZEN}"],
+        "live_mat": whole[f"tokens a block, {LIVE}"],
+        "mat_ratio": whole["live over frozen"],
+        "speed": whole["speed, live over frozen"],
+        "slowest_window": windows(served, size)["speed, live over frozen"].min(),
+        "break_even": break_even(served),
+        "learning": live.learn_s.sum() / (live.learn_s + live.answer_s).sum(),
+    }
+
+
+def break_even(served: pd.DataFrame) -> int | None:
+    """The first prompt from which on the live session is ahead, learning counted in; None if there is none."""
+    seconds = served.assign(s=served.answer_s + served.learn_s).pivot(
+        index="prompt", columns="session", values="s"
+    )
+    behind = (seconds[LIVE] - seconds[FROZEN]).cumsum() >= 0
+    last = int(behind[behind].index.max()) if behind.any() else 0
+    return last + 1 if last < len(behind) else None

@@ -94,6 +94,8 @@ class DraftBlock:
         tokens: `[n]` int64, vocabulary ids.
         confidence: `[n]`, the policy's largest probability at each position; NaN for tokens that were looked up.
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
+        drafter_hidden: `[m, D]`, the drafter's normed states, from which the exit head chose them; empty where blocks
+            run ahead of the host.
         probabilities: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
         chain: its place among the chains of its block; 0 is the main one.
     """
@@ -103,6 +105,7 @@ class DraftBlock:
     exit_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     probabilities: Tensor | None = None
     chain: int = 0
+    drafter_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     @property
     def num_learned(self) -> int:

@@ -1,11 +1,13 @@
 """What to draft in the next block, and how far: fixed, or chosen by measured acceptance and measured step costs.
 
 Two sources propose tokens: the learned draft, and a lookup of what followed the last tokens where they occurred before
-(prompt lookup, Saxena 2023). Neither can change an answer; choosing between them only changes the time it takes.
+in the text (prompt lookup, Saxena 2023) or in earlier texts (as in REST, arXiv 2311.08252). Neither can change an
+answer; choosing between them only changes the time it takes.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -15,6 +17,8 @@ from kangaroo.decoding.planning import Plan, Planner
 
 LONGEST_NGRAM = 4
 """Tokens that a lookup compares at most."""
+REMEMBERED = (2, 3)
+"""Tokens that a lookup in earlier texts compares."""
 SURE_NGRAM = 2
 """Tokens that must match before a fixed hybrid takes the lookup rather than the learned draft."""
 USED_DECAY = 0.95
@@ -33,14 +37,106 @@ PRIOR_DRAFTS = 4
 """Drafts by which a bin's own confidence counts before any were scored in it."""
 
 
+class _Followers:
+    """How often each token followed an n-gram, and the one that did so most often, the latest among equals."""
+
+    def __init__(self) -> None:
+        self.best = -1
+        self.counts: dict[int, int] = {}
+
+    def add(self, token: int) -> None:
+        self.counts[token] = self.counts.get(token, 0) + 1
+        if self.counts[token] >= self.counts.get(self.best, 0):
+            self.best = token
+
+    def drop(self, token: int) -> None:
+        self.counts[token] -= 1
+        if not self.counts[token]:
+            del self.counts[token]
+        if token == self.best and self.counts:
+            self.best = max(self.counts, key=lambda follower: self.counts[follower])
+
+
+class Memory:
+    """What followed pairs and triples of tokens in earlier texts: constant time a token.
+
+    Args:
+        capacity: tokens of texts that are remembered, at most; the oldest texts are forgotten first.
+
+    Attributes:
+        texts: those that are remembered, the oldest first.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.texts: deque[tuple[int, ...]] = deque()
+        self._size = 0
+        self._followers: dict[tuple[int, ...], _Followers] = {}
+
+    def add(self, text: Sequence[int]) -> None:
+        """Remember a text, or as much of its end as there is capacity for."""
+        kept = tuple(text[-self.capacity :])
+        self.texts.append(kept)
+        self._size += len(kept)
+        for ngram, token in _ngrams(kept):
+            self._followers.setdefault(ngram, _Followers()).add(token)
+        while self._size > self.capacity:
+            self._forget(self.texts.popleft())
+
+    def _forget(self, text: tuple[int, ...]) -> None:
+        self._size -= len(text)
+        for ngram, token in _ngrams(text):
+            followers = self._followers[ngram]
+            followers.drop(token)
+            if not followers.counts:
+                del self._followers[ngram]
+
+    def propose(self, ending: Sequence[int], count: int) -> tuple[list[int], int]:
+        """The likeliest continuation: each token is the one that followed the last ones most often.
+
+        Args:
+            ending: the last tokens of a text.
+            count: tokens wanted.
+
+        Returns:
+            `count` tokens, fewer where nothing is known to follow, and the length of the ending that is known.
+        """
+        continued = list(ending)
+        matched = 0
+        while len(continued) < len(ending) + count:
+            token, size = self._next(continued)
+            if not size:
+                break
+            matched = matched or size
+            continued.append(token)
+        return continued[len(ending) :], matched
+
+    def _next(self, text: Sequence[int]) -> tuple[int, int]:
+        """What followed the longest known ending most often, and the length of this ending; 0 if none is known."""
+        for size in reversed(REMEMBERED):
+            ending = tuple(text[-size:])
+            if len(ending) == size and ending in self._followers:
+                return self._followers[ending].best, size
+        return -1, 0
+
+
+def _ngrams(text: Sequence[int]) -> list[tuple[tuple[int, ...], int]]:
+    """Every n-gram of a text that a memory compares, with the token after it."""
+    return [
+        (tuple(text[end - size : end]), text[end]) for size in REMEMBERED for end in range(size, len(text))
+    ]
+
+
 class LookupIndex:
     """Where each n-gram of a text occurred last: constant time a token.
 
     Args:
         tokens: the text so far.
+        memory: earlier texts, as a second place to look.
     """
 
-    def __init__(self, tokens: Sequence[int] = ()) -> None:
+    def __init__(self, tokens: Sequence[int] = (), memory: Memory | None = None) -> None:
+        self._memory = memory
         self.tokens: list[int] = []
         self._next_position: dict[tuple[int, ...], int] = {}  # n-gram -> the position right after it
         self.extend(tokens)
@@ -56,22 +152,29 @@ class LookupIndex:
     def propose(self, count: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
         """What followed the longest known ending of the text, last time.
 
-        A continuation that runs into the end of the text repeats itself, as the text would.
+        A continuation that runs into the end of the text repeats itself, as the text would. Where earlier texts know
+        a longer ending than the text itself, they continue it.
 
         Args:
             count: tokens wanted.
             drafts: tokens after the text that belong to its ending.
 
         Returns:
-            `count` tokens, or none, and the length of the ending.
+            `count` tokens, fewer from earlier texts, or none; and the length of the ending, to which
+            `LONGEST_NGRAM` is added for one of earlier texts.
         """
         # The longest ending that occurred before says most about what follows.
         ending = [*self.tokens[-LONGEST_NGRAM:], *drafts][-LONGEST_NGRAM:]
-        for size in range(len(ending), 0, -1):
+        start = None
+        size = len(ending)
+        while size and start is None:
             start = self._next_position.get(tuple(ending[-size:]))
-            if start is not None:
-                return self._continue_from(start, count, drafts), size
-        return [], 0
+            size -= start is None
+        if self._memory is not None and size < max(REMEMBERED):
+            remembered, known = self._memory.propose(ending, count)
+            if known > size:
+                return remembered, LONGEST_NGRAM + known
+        return ([] if start is None else self._continue_from(start, count, drafts)), size
 
     def _continue_from(self, start: int, count: int, drafts: Sequence[int]) -> list[int]:
         """`count` tokens of text and drafts from position `start` on, again from there at the end."""
@@ -265,11 +368,12 @@ class AdaptivePolicy(BlockPolicy):
         forks = forks and costs.forked[first] - costs.verify[first] < FORK_SHARE * costs.verify[0]
         self._branches = config.learned_chains - 1 if forks else 0
         self._planner = Planner(config, costs, self._branches)
-        for matched in range(LONGEST_NGRAM + 1):
+        for matched in (*range(LONGEST_NGRAM + 1), *(LONGEST_NGRAM + size for size in REMEMBERED)):
+            length = matched if matched <= LONGEST_NGRAM else matched - LONGEST_NGRAM
             self._add_start("learned", matched, 0.7, first, costs.block(first))
-            self._add_start("lookup", matched, 0.25 + 0.1 * matched, first, costs.block(0, first))
+            self._add_start("lookup", matched, 0.25 + 0.1 * length, first, costs.block(0, first))
             if forks and config.source == "hybrid":
-                self._add_start("both", matched, 0.7 + 0.05 * matched, first, costs.block(first, beside=1))
+                self._add_start("both", matched, 0.7 + 0.05 * length, first, costs.block(first, beside=1))
         self._records = {kind: replace(start) for kind, start in self._starts.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]

@@ -252,6 +252,7 @@ class Draft:
         self._limit = 0
         self._confidence: list[list[float]] = [[]]  # of each learned chain
         self._exit_hidden: list[Tensor] = []  # [chains, n, D] each
+        self._own: list[Tensor] = []  # likewise, of the drafter
         self._probabilities: list[Tensor] = []
 
     @property
@@ -330,6 +331,7 @@ class Draft:
             )
             self.wants_more = keeps_drafting and len(self.tokens) < self._limit
         self._exit_hidden.append(drafted.exit_hidden[row::texts, :count])
+        self._own.append(drafted.own[row::texts, :count])
         for step, states in enumerate(drafted.states[:count]):
             self.read_states.append(states[row, : num_read if step == 0 else 1])
         if drafted.probabilities is not None:
@@ -371,9 +373,10 @@ class Draft:
         """A chain as records and policies see it."""
         tokens = self.chains()[place]
         confidence = self._confidence[place] if place < len(self.learned) else []
-        exit_hidden = torch.empty(0, stages.hidden_size)
+        exit_hidden = own = torch.empty(0, stages.hidden_size)
         if confidence:
             exit_hidden = torch.cat([states[place] for states in self._exit_hidden])
+            own = torch.cat([states[place] for states in self._own])
         num_looked_up = len(tokens) - len(confidence)
         return DraftBlock(
             tokens=torch.tensor(tokens, dtype=torch.long),
@@ -381,4 +384,5 @@ class Draft:
             exit_hidden=exit_hidden,
             probabilities=torch.cat(self._probabilities) if self._probabilities and place == 0 else None,
             chain=place,
+            drafter_hidden=own,
         )

@@ -174,12 +174,14 @@ class Drafted:
         chosen: their ids and confidences, `packed`, `[2, rows, n]`.
         probabilities: `[rows, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
         exit_hidden: `[rows, n, D]`, the exit state that each draft was made from.
+        own: `[rows, n, D]`, the drafter's normed state that each draft was chosen from.
         states: `[rows, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
     """
 
     chosen: Tensor
     probabilities: Tensor | None
     exit_hidden: Tensor
+    own: Tensor
     states: list[Tensor]
 
     @cached_property
@@ -414,7 +416,7 @@ class Stages:
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
         drawn = probabilities.clone() if config.draft_temperature else None
         self._own = own.clone()
-        return Drafted(chosen.clone(), drawn, exits.clone(), [state.clone() for state in states])
+        return Drafted(chosen.clone(), drawn, exits.clone(), self._own, [state.clone() for state in states])
 
     def chain(
         self,
