@@ -148,13 +148,14 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probabilities: Tensor, entropy: Tensor) -> Tensor:
+        losses: Tensor
         losses, normalizer = _compiled(_forward_kl, logits.device.type)(logits, probabilities, entropy)
         ctx.save_for_backward(logits, normalizer, probabilities)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        gradient = _compiled(_kl_gradient, gradients[0].device.type)(*ctx.saved_tensors, *gradients)
+        gradient: Tensor = _compiled(_kl_gradient, gradients[0].device.type)(*ctx.saved_tensors, *gradients)
         return gradient, None, None
 
 

@@ -25,6 +25,7 @@ from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
 from kangaroo.decoding.passes import CudaGraphs
 from kangaroo.decoding.sampling import choose_tokens
+from kangaroo.decoding.stages import Stages
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -230,16 +231,20 @@ def generate(
             batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
             settings = (max_new_tokens, eos_ids, target, sampler, keep_states)
             return join([generate(model, batch, *settings) for batch in batches])
-        captured = device.type == "cuda" and len(model.layer_devices()) == 1
-        if captured:
-            capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
-        few_rows = captured and len(tokens) <= MOST_ROWS
-        stages = model.new_stages(capacity, None, target, len(tokens), few_rows=few_rows)
-        if captured:
-            stages.passes.graphs = CudaGraphs([])
-        batch = PlainBatch(stages, tokens, prompt_lens)
+        batch = PlainBatch(_stages(model, capacity, target, len(tokens)), tokens, prompt_lens)
         answers = decode_plainly(batch, max_new_tokens, ends, sampler, keep_states)
     return _rollout(tokens, prompt_lens, answers, ends, keep_states)
+
+
+def _stages(model: EarlyExitLlamaForCausalLM, capacity: int, target: str, rows: int) -> Stages:
+    """Stages for a large batch; its steps are captured where they can be."""
+    captured = model.lm_head.weight.is_cuda and len(model.layer_devices()) == 1
+    if not captured:
+        return model.new_stages(capacity, None, target, rows, few_rows=False)
+    capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
+    stages = model.new_stages(capacity, None, target, rows, few_rows=rows <= MOST_ROWS)
+    stages.passes.graphs = CudaGraphs([])
+    return stages
 
 
 def _rollout(

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,10 @@ def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> N
         optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
+def _new_muon(matrices: Sequence[Tensor], lr: float = 1e-3) -> Muon:
+    return Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+
 class CapturedMuon:
     """Muon's step without the host: on CUDA its two hundred small kernels are one captured graph.
 
@@ -51,16 +54,15 @@ class CapturedMuon:
 
     Args:
         matrices: what it steps.
-        settings: of Muon.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], **settings: Any) -> None:
+    def __init__(self, matrices: Sequence[nn.Parameter]) -> None:
         self._matrices = matrices
         self._moved = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
         self._gradients = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
         for moved, gradient in zip(self._moved, self._gradients, strict=True):
             moved.grad = gradient
-        self.muon = Muon(self._moved, lr=1.0, weight_decay=0.0, **settings)
+        self.muon = _new_muon(self._moved, 1.0)
         self._kept = torch.ones((), dtype=torch.bool, device=matrices[0].device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -69,12 +71,9 @@ class CapturedMuon:
         if self._kept.is_cuda and self._graph is None:
             self._graph = self._capture()
         torch._foreach_zero_(self._gradients)
-        pairs = [
-            (own, matrix.grad)
-            for own, matrix in zip(self._gradients, self._matrices, strict=True)
-            if matrix.grad is not None
-        ]
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        for own, matrix in zip(self._gradients, self._matrices, strict=True):
+            if matrix.grad is not None:
+                own.copy_(matrix.grad)
         self._kept.copy_(kept)
         if self._graph is None:
             self._run()
@@ -94,7 +93,7 @@ class CapturedMuon:
         moments = [state["momentum_buffer"] for state in self.muon.state.values()]
         before = [moment.clone() for moment in moments]
         torch._foreach_zero_(self._moved)
-        self.muon.step()
+        self.muon.step()  # type: ignore[no-untyped-call]
         for moment, old in zip(moments, before, strict=True):
             moment.copy_(torch.where(self._kept, moment, old))
         for moved in self._moved:
@@ -142,12 +141,11 @@ class Optimizers:
         self._on_cuda = all(parameter.is_cuda for parameter in parameters)
         self._parts: dict[str, Optimizer] = {"fast": AdamW(rest, weight_decay=0.0, fused=self._on_cuda)}
         self._muon = muon
-        settings = {"adjust_lr_fn": "match_rms_adamw"}
         if matrices and self._on_cuda and len({matrix.device for matrix in matrices}) == 1:
-            self._captured = CapturedMuon(matrices, **settings)
+            self._captured = CapturedMuon(matrices)
             self._parts["muon"] = self._captured.muon
         elif matrices:
-            self._parts["muon"] = Muon(matrices, weight_decay=0.0, **settings)
+            self._parts["muon"] = _new_muon(matrices)
 
     def __iter__(self) -> Iterator[Optimizer]:
         return iter(self._parts.values())

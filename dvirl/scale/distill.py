@@ -468,9 +468,7 @@ class Distiller(TrainingLoop):
             if counters.step % self.config.log_every == 0:
                 break
         loss, agreement, norm = (torch.stack(values) for values in zip(*updates, strict=True))
-        kept = (loss + norm).isfinite()
-        for place in (~kept).nonzero()[:, 0].tolist():
-            self.skip_update(counters.step - len(updates) + 1 + place)
+        kept = self._report_skipped(loss + norm)
         mean_loss = float(loss[kept].mean())  # waits for the device, so that the time is that of all updates
         self.clock()
         line = {
@@ -487,6 +485,13 @@ class Distiller(TrainingLoop):
             "wall_s": counters.wall_s,
         }
         self.report(line)
+
+    def _report_skipped(self, numbers: Tensor) -> Tensor:
+        """Which of the last updates were made, `[N]`; those whose numbers are not finite were left out."""
+        kept = numbers.isfinite()
+        for place in (~kept).nonzero()[:, 0].tolist():
+            self.skip_update(self.counters.step - len(numbers) + 1 + place)
+        return kept
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """What the progress bar says of an update."""

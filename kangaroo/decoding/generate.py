@@ -18,6 +18,8 @@ Sampler = Callable[[Tensor], Tensor]
 
 COMPACT_BELOW = 0.75
 """Share of unfinished rows below which finished ones are dropped from a batch."""
+COMPACT_CAPTURED_BELOW = 0.5
+"""The same where passes are captured, again for every number of rows."""
 LOOK_EVERY = 16
 """Tokens between looks at which rows are finished, on a device that a look would make wait."""
 
@@ -130,16 +132,18 @@ class PlainBatch:
             cache.copy_prefix(stage.cache)
             stage.cache = cache
 
-    def logits(self) -> Tensor:
-        """Logits `[B, V]` of the next tokens, in the model's dtype."""
-        return self._stages[1].logits(self.last)
-
     def best(self) -> tuple[Tensor, Tensor]:
         """The likeliest next token of every row, and its probability in float32; `[B]` each."""
         if self._best is None:
             tokens, confidence = self._stages[1].best(self.last)
             self._best = tokens[0], confidence
         return self._best
+
+    def sampled(self, sampler: Sampler) -> tuple[Tensor, Tensor]:
+        """A sampled next token of every row, and its probability in float32; `[B]` each."""
+        logits = self._stages[1].logits(self.last).float()
+        chosen = sampler(logits)
+        return chosen, logits.softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
 
     def append(self, tokens: Tensor) -> None:
         """Read the next token `[B]` of every row."""
@@ -184,8 +188,7 @@ class PlainAnswers:
     Attributes:
         tokens: `[B, N]` for N new tokens.
         hidden: `[B, N, D]`, the normed states that each token was chosen from; `[B, N, 0]` if not kept.
-        confidence: `[B, N]` float32, the probability of each token. A token's logit stands in its place where states
-            are not kept: it, too, shows whether the numbers are finite.
+        confidence: `[B, N]` float32, the probability of each token.
     """
 
     tokens: Tensor
@@ -203,7 +206,7 @@ def decode_plainly(
         max_new_tokens: N.
         ends: ids of the tokens that end a row.
         sampler: picks tokens; None for greedy.
-        keep_states: keep `hidden` and compute `confidence`.
+        keep_states: keep `hidden`.
     """
     count = len(batch.last)
     device = batch.last.device
@@ -212,16 +215,9 @@ def decode_plainly(
     confidence = torch.zeros(count, max_new_tokens, device=device)
     alive = torch.ones(count, dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
-    # A captured pass is captured again for every number of rows.
-    compact_below = 0.5 if batch.captured else COMPACT_BELOW
+    compact_below = COMPACT_CAPTURED_BELOW if batch.captured else COMPACT_BELOW
     for step in range(max_new_tokens):
-        if sampler is None:
-            chosen, chances = batch.best()
-        else:
-            logits = batch.logits().float()
-            scores = logits.softmax(dim=-1) if keep_states else logits
-            chosen = sampler(logits)
-            chances = scores.gather(1, chosen[:, None])[:, 0]
+        chosen, chances = batch.best() if sampler is None else batch.sampled(sampler)
         if keep_states:
             hidden[batch.rows, step] = batch.last
         confidence[batch.rows, step] = chances
