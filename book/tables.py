@@ -138,7 +138,8 @@ def recurrent() -> str:
     files = {
         "four layers a draft": ("evaluate-{}-h200", "k2"),
         "the same, in the same run": ("evaluate-{}-beside-recurrent-h200", ""),
-        "later drafts without the shallow layers": ("evaluate-{}-recurrent-h200", "recurrent"),
+        "later drafts without the shallow layers, first training": ("evaluate-{}-recurrent-first-h200", ""),
+        "the same, trained on": ("evaluate-{}-recurrent-h200", "recurrent"),
     }
     for text, (file, on_cpu) in files.items():
         for method in ("dvi", "hybrid"):
