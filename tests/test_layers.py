@@ -85,6 +85,11 @@ def test_fused_layers_are_made_once_and_anew_when_a_weight_has_changed(monkeypat
     optimizer = torch.optim.SGD([model.exit_proj.weight], lr=1.0)
     model.exit_proj.weight.grad = torch.randn_like(model.exit_proj.weight)
     optimizer.step()
+    # The head alone is made anew.
+    assert decode() == (before, 0)
+    assert torch.equal(model.drafter_parts().weights.head_weight, model.exit_proj.weight)
+    with torch.no_grad():
+        model.adapter_model.layers[0].mlp.down_proj.weight.mul_(2.0)
     assert decode() == (before, 1)
     with torch.no_grad():
         model.base_model.model.layers[3].mlp.down_proj.weight.mul_(-3.0)
