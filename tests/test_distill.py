@@ -498,3 +498,20 @@ def test_a_captured_step_of_muon_is_muons_step(monkeypatch):
             torch.testing.assert_close(own, other)
         if step == 5:  # as after a checkpoint
             mine.load(mine.tensors())
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_it_goes_on_from_a_drafter(tmp_path, responses, recurrent):
+    kind = dict(feedback=recurrent, recurrent=recurrent)
+    first = distiller(tmp_path / "first", responses, **kind)
+    result = first.train(show_progress=False)
+    on = distiller(tmp_path / "on", responses, start_from=result.drafter, **kind)
+    fresh = distiller(tmp_path / "fresh", responses, **kind)
+    for parameter, trained, untrained in zip(on.parameters, first.parameters, fresh.parameters, strict=True):
+        assert torch.equal(parameter, trained.bfloat16().float())
+        assert not torch.equal(trained, untrained)
+    on.train(show_progress=False)
+    log = [read_metrics(run.log).query("phase == 'train'").loss for run in (first, on)]
+    assert log[1].iloc[0] < log[0].iloc[0]
+    with pytest.raises(DvirlError, match="no drafter|nowhere"):
+        distiller(tmp_path / "none", responses, start_from="nowhere", **kind)
