@@ -8,15 +8,14 @@ add up to the result of one process with all records.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._triton import has_triton
 
 from dvirl.config import DVIConfig
+from kangaroo.decoding.layers import compiled
 
 
 def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tensor:
@@ -148,15 +147,15 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probabilities: Tensor, entropy: Tensor) -> Tensor:
-        losses: Tensor
-        losses, normalizer = _compiled(_forward_kl, logits.device.type)(logits, probabilities, entropy)
+        forward = compiled(_forward_kl, dynamic=False) if logits.is_cuda else _forward_kl
+        losses, normalizer = forward(logits, probabilities, entropy)
         ctx.save_for_backward(logits, normalizer, probabilities)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        gradient: Tensor = _compiled(_kl_gradient, gradients[0].device.type)(*ctx.saved_tensors, *gradients)
-        return gradient, None, None
+        gradient = compiled(_kl_gradient, dynamic=False) if gradients[0].is_cuda else _kl_gradient
+        return gradient(*ctx.saved_tensors, *gradients), None, None
 
 
 def _forward_kl(logits: Tensor, probabilities: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,12 +170,6 @@ def _kl_gradient(logits: Tensor, normalizer: Tensor, probabilities: Tensor, grad
     """`q - p` of each row, times its gradient, in the dtype of the logits."""
     q = (logits.float() - normalizer[:, None]).exp()
     return ((q - probabilities) * gradient[:, None]).to(logits.dtype)
-
-
-@cache
-def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The function as one kernel or two on CUDA, where Triton can make them: they read the numbers once or twice."""
-    return torch.compile(function, dynamic=False) if device == "cuda" and has_triton() else function
 
 
 def distillation_loss(draft_logits: Tensor, teacher: Teacher, index: Tensor, ce_weight: float) -> Tensor:

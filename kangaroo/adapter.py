@@ -501,7 +501,9 @@ class AdapterModel(nn.Module):
             found.append(self.norm(hidden))
             feedback = before(found[-1])
             if depth == 1:
-                inputs = embeddings if recurrent and embeddings is not None else exit_states
+                if recurrent:
+                    assert embeddings is not None
+                    inputs = embeddings
                 if later is not None:
                     inputs, feedback = at_positions(inputs, later), at_positions(feedback, later)
         return found

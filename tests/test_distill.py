@@ -478,8 +478,10 @@ def test_a_captured_step_of_muon_is_muons_step(monkeypatch):
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     mine = Optimizers(ours, ours[:2], muon=0.5)
-    mine._captured = optim.CapturedMuon(ours[:2])  # as on CUDA
-    mine._parts = {"fast": AdamW(ours[2:], weight_decay=0.0, fused=True), "muon": mine._captured.muon}
+    mine._on_device = True  # as on CUDA
+    mine._captured = optim.CapturedMuon(ours[:2])
+    mine._fast = AdamW(ours[2:], weight_decay=0.0, fused=True)
+    mine._parts = {"fast": mine._fast, "muon": mine._captured.muon}
     muon = Muon(theirs[:2], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adamw = AdamW(theirs[2:], weight_decay=0.0)
     for step in range(8):

@@ -138,10 +138,13 @@ class Optimizers:
         self._captured: CapturedMuon | None = None
         for_muon = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in parameters if id(parameter) not in for_muon]
-        self._on_cuda = all(parameter.is_cuda for parameter in parameters)
-        self._parts: dict[str, Optimizer] = {"fast": AdamW(rest, weight_decay=0.0, fused=self._on_cuda)}
+        on_cuda = all(parameter.is_cuda for parameter in parameters)
+        # A graph cannot span devices.
+        self._on_device = on_cuda and len({matrix.device for matrix in matrices}) <= 1
+        self._fast = AdamW(rest, weight_decay=0.0, fused=on_cuda)
+        self._parts: dict[str, Optimizer] = {"fast": self._fast}
         self._muon = muon
-        if matrices and self._on_cuda and len({matrix.device for matrix in matrices}) == 1:
+        if matrices and self._on_device:
             self._captured = CapturedMuon(matrices)
             self._parts["muon"] = self._captured.muon
         elif matrices:
@@ -158,18 +161,17 @@ class Optimizers:
     def step(self, lr: float, kept: Tensor) -> None:
         """Step all parameters, AdamW's at the rate `lr`, unless `kept` is False, 0-d; on CUDA the host never looks."""
         self.lr = lr
-        on_device = self._captured is not None or (self._on_cuda and len(self._parts) == 1)
-        if not on_device and not bool(kept):
+        if self._on_device:  # as torch's GradScaler says it
+            self._fast.found_inf = (~kept).float()  # type: ignore[attr-defined]
+        elif not bool(kept):
             return
-        for name, optimizer in self._parts.items():
-            rate = lr * self._muon if name == "muon" else lr
-            if name == "muon" and self._captured:
-                self._captured.step(rate, kept)
-                continue
-            optimizer.param_groups[0]["lr"] = rate
-            if on_device:
-                optimizer.found_inf = (~kept).float()  # type: ignore[attr-defined]  # as torch's GradScaler says it
-            optimizer.step()
+        self._fast.param_groups[0]["lr"] = lr
+        self._fast.step()
+        if self._captured:
+            self._captured.step(lr * self._muon, kept)
+        elif "muon" in self._parts:
+            self._parts["muon"].param_groups[0]["lr"] = lr * self._muon
+            self._parts["muon"].step()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, as `optimizer_tensors` names it."""

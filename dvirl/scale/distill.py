@@ -569,9 +569,8 @@ class Distiller(TrainingLoop):
             ragged = -tokens.shape[1] % WIDTH_STEP
             tokens = F.pad(tokens, (0, ragged, 0, missing))
             states = F.pad(states, (0, 0, 0, ragged, 0, missing))
-        chosen = torch.arange(
-            count
-        )  # padding is spread: many gradients of one place would be added one by one
+        # Padding is spread: many gradients of one place would be added one by one.
+        chosen = torch.arange(count)
         chosen[: len(rows)] = rows * tokens.shape[1] + before
         chosen = chosen.to(tokens.device)
         weight = torch.zeros(count)

@@ -165,9 +165,14 @@ def _gated_by(hidden_act: str) -> Callable[[Tensor], Tensor]:
 
 
 @cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as one kernel where Triton can make it. Only for what has no sums: their order could change."""
-    return torch.compile(function, dynamic=True) if has_triton() else function
+def compiled(function: Callable[..., Made], dynamic: bool = True) -> Callable[..., Made]:
+    """The function as few kernels where Triton can. In decoding only for what has no sums: their order could change.
+
+    Args:
+        function: of tensors alone.
+        dynamic: one for all shapes; False is faster, and compiles for each shape.
+    """
+    return torch.compile(function, dynamic=dynamic) if has_triton() else function
 
 
 class MadeFromWeights(Generic[Made]):
