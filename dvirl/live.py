@@ -34,7 +34,7 @@ from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.metrics import Tally
 from dvirl.models.drafters import LoadedDrafter, load_drafter
 from dvirl.models.loading import LoadedModel
-from dvirl.rollout import Judgement, Records, decoded_records, decoded_rollout, decoded_states
+from dvirl.rollout import Judgement, Records, decoded_records, decoded_rollout
 from dvirl.runs import checkpoint, optim
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
@@ -445,7 +445,7 @@ class LiveSession:
         tally.count(blocks[1:])  # the first one is the prefill's
         with self._timed("learn_s"):
             rollout = decoded_rollout(prompt, blocks, self.config.max_new_tokens)
-            records = replace(decoded_records(rollout, blocks), hidden=decoded_states(rollout, blocks))
+            records = decoded_records(rollout, blocks, head_states=True)
             self.trainer.count(rollout, Judgement(records, [blocks[1:]]))
             # What the guard judges by must not have been learned from.
             if counters.answers % self.config.hold_every == 0:

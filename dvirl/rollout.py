@@ -502,7 +502,7 @@ def decoded_rollout(prompt: Sequence[int], blocks: Sequence[Verification], max_n
     )
 
 
-def decoded_records(rollout: Rollout, blocks: Sequence[Verification]) -> Records:
+def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_states: bool = False) -> Records:
     """The records of the learned drafts of a response that was decoded step by step, without a pass of any layer.
 
     They are those of `judge` if all drafts were learned ones; a token that was looked up leaves none.
@@ -510,11 +510,12 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification]) -> Records
     Args:
         rollout: see `decoded_rollout`.
         blocks: those that it was made of.
+        head_states: keep as `hidden` what the exit head read when it drafted, in place of the exit states.
     """
     device = rollout.tokens.device
     prompt_len = int(rollout.prompt_lens)
     tokens = [DraftBlock().tokens]
-    exits = [rollout.verifier_hidden[0, :0]]
+    states = [rollout.verifier_hidden[0, :0]]
     rewards: list[float] = []
     positions: list[int] = []
     depths: list[int] = []
@@ -524,13 +525,14 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification]) -> Records
         scored = min(chain.num_drafted, chain.draft.num_learned, block.block_len)
         start = block.start - prompt_len
         tokens.append(chain.draft.tokens[:scored])
-        exits.append(chain.draft.exit_hidden[:scored].to(device))
+        hidden = chain.draft.drafter_hidden if head_states else chain.draft.exit_hidden
+        states.append(hidden[:scored].to(device))
         rewards += [float(depth < chain.num_accepted) for depth in range(scored)]
         positions += range(start, start + scored)
         depths += range(scored)
     position = torch.tensor(positions, dtype=torch.long, device=device)
     return Records(
-        hidden=torch.cat(exits),
+        hidden=torch.cat(states),
         token=torch.cat(tokens).to(device),
         reward=torch.tensor(rewards, device=device),
         verifier_confidence=rollout.verifier_confidence[0, position],
@@ -539,16 +541,6 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification]) -> Records
         position=position,
         depth=torch.tensor(depths, dtype=torch.long, device=device),
     )
-
-
-def decoded_states(rollout: Rollout, blocks: Sequence[Verification]) -> Tensor:
-    """What the exit head read for each record of `decoded_records`, `[N, D]`, as it was when the draft was made."""
-    states = [rollout.verifier_hidden[0, :0]]
-    for block in blocks:
-        chain = block.main_chain
-        scored = min(chain.num_drafted, chain.draft.num_learned, block.block_len)
-        states.append(chain.draft.drafter_hidden[:scored].to(states[0].device))
-    return torch.cat(states)
 
 
 def judge(

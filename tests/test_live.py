@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.live import KeptDraft, LiveConfig, LiveSession, training_settings
 from dvirl.lora import head_parameters
 from dvirl.models.drafters import export, load_drafter
-from dvirl.rollout import decoded_records, decoded_rollout, decoded_states, generate, judge
+from dvirl.rollout import decoded_records, decoded_rollout, generate, judge
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.optim import make_optimizer
@@ -85,7 +84,7 @@ def records_of(live, prompt):
     """The records of an answer that nothing was learned from."""
     blocks = list(live.model.decode_blocks(prompt, 16, live.config.decode, (EOS,)))
     rollout = decoded_rollout(prompt, blocks, 16)
-    return replace(decoded_records(rollout, blocks), hidden=decoded_states(rollout, blocks)), blocks
+    return decoded_records(rollout, blocks, head_states=True), blocks
 
 
 def weights(live):
