@@ -125,7 +125,7 @@ def test_code_fits_on_its_page(notebook):
 
 
 @pytest.mark.parametrize("notebook", ALL)
-def test_imports_are_folded(notebook):
+def test_imports_are_hidden(notebook):
     for cell in json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]:
         lines = "".join(cell["source"]).splitlines()
         if cell["cell_type"] == "code" and lines[0].startswith(("import ", "from ")):

@@ -26,8 +26,8 @@ PICTURES = """Promise.all([...document.images].map(async image => {
 })).then(said => said.filter(Boolean))"""
 
 CLIPPED = """(() => {
-    const folded = [...document.querySelectorAll('details:not([open])')];
-    folded.forEach(one => one.open = true);
+    const closed = [...document.querySelectorAll('details:not([open])')];
+    closed.forEach(one => one.open = true);
     const cut = box => box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX != 'visible';
     const root = document.querySelector('article') ?? document.body, found = new Map();
     for (const inner of root.querySelectorAll('pre, table, .cell_output .output')) {
@@ -39,7 +39,7 @@ CLIPPED = """(() => {
             break;
         }
     }
-    folded.forEach(one => one.open = false);
+    closed.forEach(one => one.open = false);
     return [...found.values()];
 })()"""
 
@@ -131,7 +131,7 @@ def layout(page: Page) -> list[str]:
 
 
 def clipped(page: Page) -> list[str]:
-    """Code, output and tables of which a part is cut off, folded ones included; phones may scroll them."""
+    """Code, output and tables of which a part is cut off, closed ones included; phones may scroll them."""
     return page.js(CLIPPED) if page.width >= WIDE else []
 
 

@@ -39,7 +39,7 @@ FAULTS = {
                      'pre "one two three four five six seven" is cut off'),
     "table cut off": ("<h1", '<div style="width: 90px; overflow-x: auto"><table><td>wide_as_a_table_may_be</table></div><h1',
                       'table "wide_as_a_table_may_be" is cut off'),
-    "folded code cut off": ("<h1", '<details><summary>code</summary><pre style="width: 90px; overflow: hidden">'
+    "closed code cut off": ("<h1", '<details><summary>code</summary><pre style="width: 90px; overflow: hidden">'
                             "import everything.at.once</pre></details><h1", 'pre "import everything.at.once" is cut off'),
     "equation without MathJax": ('<script defer src="mathjax/tex-chtml.js"></script>', "", "x^2\\) is not set"),
     "equation without an end": ("x^2", "\\frac{x", "is not set"),
@@ -106,7 +106,7 @@ def test_a_fault_is_found(page, site, fault):
     assert as_file or "blank" in fault
 
 
-def test_phones_may_scroll_what_is_wide_and_folded_code_stays_folded(page, site):
+def test_phones_may_scroll_what_is_wide_and_closed_code_stays_closed(page, site):
     text = WELL.replace(
         "<h1", '<details><pre style="width: 90px; overflow: auto">wide as a table</pre></details><h1'
     )

@@ -182,6 +182,6 @@ def break_even(served: pd.DataFrame) -> int | None:
     seconds = served.assign(s=served.answer_s + served.learn_s).pivot(
         index="prompt", columns="session", values="s"
     )
-    behind = (seconds[LIVE] - seconds[FROZEN]).cumsum() >= 0
-    last = int(behind[behind].index.max()) if behind.any() else 0
-    return last + 1 if last < len(behind) else None
+    slower = (seconds[LIVE] - seconds[FROZEN]).cumsum() >= 0
+    last = int(slower[slower].index.max()) if slower.any() else 0
+    return last + 1 if last < len(slower) else None

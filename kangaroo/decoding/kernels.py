@@ -415,13 +415,13 @@ class FusedLayer:
         self.groups = attention.num_groups
         self.size = attention.head_dim
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self._qkv = _folded(layer.input_layernorm, inputs, dtype)
-        self._out = _folded(None, [attention.o_proj], dtype)
+        self._qkv = _joined(layer.input_layernorm, inputs, dtype)
+        self._out = _joined(None, [attention.o_proj], dtype)
         self._gate_up: Projection | None = None
         if layer.feed_forward:
-            joined = _folded(layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
+            joined = _joined(layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
             self._gate_up = Projection(joined.weight.unflatten(0, (2, -1)), joined.bias, joined.eps)
-            self._down = _folded(None, [layer.mlp.down_proj], dtype)
+            self._down = _joined(None, [layer.mlp.down_proj], dtype)
 
     def __call__(self, hidden: Tensor, plan: FusedPass, keys: Tensor, values: Tensor) -> Tensor:
         """`[B T, D]` to `[B T, D]`; keys and values `[B, G, capacity, E]` gain those of the new tokens."""
@@ -444,7 +444,7 @@ class FusedLayer:
         return self._down(self._gate_up(hidden), hidden)
 
 
-def _folded(
+def _joined(
     norm: torch.nn.RMSNorm | None, projections: Sequence[torch.nn.Linear], dtype: torch.dtype
 ) -> Projection:
     """The joined projections, with the norm before them."""
