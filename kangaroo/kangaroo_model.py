@@ -17,7 +17,7 @@ from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
-from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm
+from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, product, rms_norm
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
 from kangaroo.decoding.timing import measure_costs, now
@@ -204,7 +204,7 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head += [self.head_down, self.head_up]
         adapter = self.adapter_model
-        layers = list(adapter.parameters())
+        layers = [*adapter.parameters(), self._embeddings()]
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.
@@ -220,11 +220,17 @@ class KangarooModel(nn.Module):
         dtype = self.head_rows.dtype
         layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
         norm = rms_norm(self.exit_norm, dtype)
-        maps = [
-            None if fuse is None else product(fuse.weight.detach().to(dtype))
-            for fuse in (self.adapter_model.fuse, self.adapter_model.fuse_later)
-        ]
-        return StageWeights(layers, None, norm, None, None, *maps)
+        fuse, fuse_later = self.adapter_model.fuse, self.adapter_model.fuse_later
+        first = None if fuse is None else Fuse(fuse.weight.detach().to(dtype))
+        later = None
+        if fuse_later is not None:
+            later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings())
+        return StageWeights(layers, norm=norm, fuse=first, fuse_later=later)
+
+    def _embeddings(self) -> Tensor:
+        """`[V, D]`."""
+        weight: Tensor = self.base_model.model.embed_tokens.weight
+        return weight.detach()
 
     def _merged_head(self) -> StageWeights:
         """The exit head for decoding, a low-rank change merged."""

@@ -162,4 +162,4 @@ def test_plans_read_whole_chunks():
         FixedShape(torch.tensor([4], device=DEVICE), 100),
         4,
     )
-    assert plan.chunks == 2 and plan.cos.shape[1] == 16 and len(plan.partial) == 3 * 4 * 2 * 16
+    assert plan.span == 2 and plan.spans == 1 and plan.cos.shape[1] == 16 and not len(plan.partial)

@@ -208,14 +208,18 @@ class FixedShape:
     Attributes:
         starts: `[B]`, the slot of each row's first new token.
         num_slots: slots that every query reads.
+        settled: `[B]`, slots that were filled before the captured passes that are running; None for `starts`.
     """
 
     starts: Tensor
     num_slots: int
+    settled: Tensor | None = None
 
-    def after(self, counts: Tensor | int) -> FixedShape:
-        """The pass that follows on the device once every row has read `counts`, or `[B]`, tokens."""
-        return FixedShape(self.starts + counts, self.num_slots)
+    def after(self, counts: Tensor, passes: int) -> list[FixedShape]:
+        """The next passes on the device, of one token each, once every row has read `counts [B]` tokens."""
+        starts = self.starts + counts + steps(passes, counts.device)[:, None]  # [passes, B]
+        settled = self.starts if self.settled is None else self.settled
+        return [FixedShape(own, self.num_slots, settled) for own in starts]
 
 
 @dataclass(frozen=True)

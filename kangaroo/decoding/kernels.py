@@ -1,27 +1,28 @@
-"""Triton kernels for a decoder layer over a cache: six a layer, in tiles of sixteen rows.
+"""Triton kernels for a decoder layer over a cache: five a layer, in tiles of sixteen rows.
 
 A row is one token of one text. Rows always stand in tiles of sixteen and keys in chunks of 64 slots, whatever a pass
 reads, and what a row computes depends on its own tokens alone. So a token gets the same bits in plain decoding, among
 drafts and among other texts.
 
-    1  norm, queries, keys and values           [M, D]     -> [M, (H + 2 G) E]
-    2  rotary, cache, attention over a chunk               -> partial sums of each chunk
-    3  merge of the chunks                                 -> [M, H E]
-    4  output, residual                         [M, H E]   -> [M, D]
-    5  norm, gate and up, activation            [M, D]     -> [M, I]
-    6  down, residual                           [M, I]     -> [M, D]
+    1  norm, queries, keys and values, rotary, cache   [M, D]     -> [M, H E]
+    2  attention (over several spans of slots: their sums, and a kernel that merges these)
+    3  output, residual                                [M, H E]   -> [M, D]
+    4  norm, gate and up, activation                   [M, D]     -> [M, I]
+    5  down, residual                                  [M, I]     -> [M, D]
 
-The weight of a norm is multiplied into the weights after it, and its scale is applied after the product. Letters:
-M rows, D hidden, I feed-forward width, H query heads, G key/value heads, E head size, B texts, T tokens of a text.
-A kernel takes every pointer and size by itself: Triton knows no records.
+The weight of a norm is multiplied into the weights after it, and its scale is applied after the product. Where the card
+can start a kernel before the one before it has ended (programmatic dependent launch), every kernel begins at once,
+reads its weights, and waits only then. Letters: M rows, D hidden, I feed-forward width, H query heads, G key/value
+heads, E head size, B texts, T tokens of a text, S parts of a sum. A kernel takes every pointer and size by itself:
+Triton knows no records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -38,53 +39,230 @@ CHUNK = 64
 """Slots whose keys one program reads."""
 HEAD_BLOCK = 128
 """Tokens of the vocabulary whose logits one program computes."""
+WARPS = 4
+"""Warps of a program that computes products; each takes a part of every sum."""
+SPAN_BYTES = 64 * 1024
+"""Keys that one program reads, at most."""
+HELD_BYTES = 48 * 1024
+"""Weights that a program reads before it waits for the kernel before, at most; they stay in its registers."""
 EVERYTHING = 1 << 30
 """A window that no text fills."""
+
+
+@triton.jit
+def _states(x, row, live, k, K: tl.constexpr):
+    """Places `k [S, k]` of some rows of states `[rows, K]`: `[S, rows, k]`; 0 in rows that are not live."""
+    inside = live[None, :, None] & (k < K)[:, None, :]
+    return tl.load(x + row[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _weights(weight, column, k, N: tl.constexpr, K: tl.constexpr):
+    """The same places of some columns of a product, rows of its weight `[N, K]`: `[S, k, columns]`."""
+    inside = (k < K)[:, :, None] & (column < N)[None, None, :]
+    return tl.load(weight + column[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _places(step, S: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The inner places of a piece, in S parts `[S, BLOCK_K / S]`."""
+    part: tl.constexpr = BLOCK_K // S
+    return step * BLOCK_K + tl.arange(0, S)[:, None] * part + tl.arange(0, part)[None, :]
+
+
+@triton.jit
+def _held(
+    weight,
+    column,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """The first pieces of some columns of a weight. No kernel changes them: they are read while the one before ends."""
+    pieces = ()
+    for step in tl.static_range(HELD):
+        pieces += (_weights(weight, column, _places(step, S, BLOCK_K), N, K),)
+    return pieces
+
+
+@triton.jit
+def _product(
+    x, row, live, weight, held, column, total,
+    N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Add x @ weight.T to `total [S, 16, columns]`, whose S parts each take a part of every piece of K.
+
+    Sums of one part follow one another, which takes as long as reading; so each warp has a part.
+
+    Returns:
+        The sums, and the squares of x, `[16]`.
+    """
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    squares = tl.zeros((16,), dtype=tl.float32)
+    read = ()
+    for step in tl.static_range(HELD):
+        read += (_states(x, row, live, _places(step, S, BLOCK_K), K),)
+    for step in tl.static_range(HELD):
+        total = tl.dot(read[step], held[step], total, input_precision=precision)
+        squares += _squares(read[step])
+    for step in range(HELD, tl.cdiv(K, BLOCK_K)):
+        k = _places(step, S, BLOCK_K)
+        values = _states(x, row, live, k, K)
+        total = tl.dot(values, _weights(weight, column, k, N, K), total, input_precision=precision)
+        squares += _squares(values)
+    return total, squares
+
+
+@triton.jit
+def _squares(values):
+    exact = values.to(tl.float32)
+    return tl.sum(tl.sum(exact * exact, axis=2), axis=0)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _project(
     x, weight, bias, residual, out, rows, eps,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
+    S: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The product x @ weight.T of `[rows, K]` and `[N, K]`; after a norm, plus a bias, plus a residual as asked for.
 
-    With a gate the weights are `[2, N, K]`, gate and up, and the result is silu(gate) * up.
+    With a gate the weights of gate and up take turns, and the result is silu(gate) * up, `[rows, N / 2]`.
     """
-    tile = tl.program_id(1)
-    row = tile * 16 + tl.arange(0, 16)
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    if PDL:
-        gdc_wait()
-    total = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    total_up = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    squares = tl.zeros((16,), dtype=tl.float32)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    for start in range(0, K, BLOCK_K):
-        k = start + inner
-        inside = (row[:, None] < rows) & (k[None, :] < K)
-        values = tl.load(x + row[:, None] * K + k[None, :], mask=inside, other=0.0)
-        wanted = (column[None, :] < N) & (k[:, None] < K)
-        place = column[None, :] * K + k[:, None]
-        total = tl.dot(
-            values, tl.load(weight + place, mask=wanted, other=0.0), total, input_precision=precision
-        )
-        if GATE:
-            up = tl.load(weight + N * K + place, mask=wanted, other=0.0)
-            total_up = tl.dot(values, up, total_up, input_precision=precision)
-        if NORM:
-            exact = values.to(tl.float32)
-            squares += tl.sum(exact * exact, axis=1)
+    live = row < rows
     if PDL:
         gdc_launch_dependents()
+    held = _held(weight, column, N, K, S, BLOCK_K, HELD)
+    width: tl.constexpr = N // 2 if GATE else N
+    left: tl.constexpr = BLOCK_N // 2 if GATE else BLOCK_N
+    to = tl.program_id(0) * left + tl.arange(0, left)
+    place = row[:, None] * width + to[None, :]
+    kept = live[:, None] & (to < width)[None, :]
+    if PDL:
+        gdc_wait()
+    if ADD:
+        added = tl.load(residual + place, mask=kept, other=0.0).to(tl.float32)
+    total = tl.zeros((S, 16, BLOCK_N), dtype=tl.float32)
+    total, squares = _product(x, row, live, weight, held, column, total, N, K, S, BLOCK_K, HELD, EXACT)
+    total = tl.sum(total, axis=0)
     if NORM:
-        scale = 1.0 / tl.sqrt(squares / K + eps)
-        total *= scale[:, None]
-        total_up *= scale[:, None]
-    _write(total, total_up, bias, residual, out, row, column, rows, N, GATE, BIAS, ADD)
+        total *= (1.0 / tl.sqrt(squares / K + eps))[:, None]
+    if BIAS:
+        total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if GATE:
+        gate, up = tl.split(tl.reshape(total, (16, left, 2)))
+        total = gate / (1.0 + tl.exp(-gate)) * up
+    if ADD:
+        total += added
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["rows", "T", "capacity"])
+def _qkv(
+    x, weight, bias, cos, sin, starts, queries, keys, values, rows, T, capacity, eps,
+    K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, S: tl.constexpr,
+    BIAS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Norm, queries, keys and values, rotary; keys and values go into the cache.
+
+    In the weights `[(H + 2 G) E, K]` of a head the two numbers that rotary turns together stand side by side.
+    """
+    N: tl.constexpr = (H + 2 * G) * E  # noqa: N806
+    half: tl.constexpr = E // 2
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < rows
+    if PDL:
+        gdc_launch_dependents()
+    held = _held(weight, column, N, K, S, BLOCK_K, HELD)
+    pair = tl.program_id(0) * BLOCK_N + 2 * tl.arange(0, BLOCK_N // 2)
+    head = pair // E
+    place = pair % E // 2
+    text = row // T
+    slot = tl.load(starts + text, mask=live, other=0) + row % T
+    fits = live & (slot < capacity)
+    turned = fits[:, None] & (head < H + G)[None, :]
+    angle = slot[:, None] * E + place[None, :]
+    c = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    total = tl.zeros((S, 16, BLOCK_N), dtype=tl.float32)
+    total, squares = _product(x, row, live, weight, held, column, total, N, K, S, BLOCK_K, HELD, EXACT)
+    total = tl.sum(total, axis=0) * (1.0 / tl.sqrt(squares / K + eps))[:, None]
+    if BIAS:
+        total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    first, second = tl.split(tl.reshape(total, (16, BLOCK_N // 2, 2)))
+    kind = queries.dtype.element_ty
+    left = (first * c - second * s).to(kind)
+    right = (second * c + first * s).to(kind)
+    is_query = live[:, None] & (head < H)[None, :]
+    to = row[:, None] * (H * E) + (head * E + place)[None, :]
+    tl.store(queries + to, left, mask=is_query)
+    tl.store(queries + to + half, right, mask=is_query)
+    group = (head - H) % G
+    to = ((text * G)[:, None] + group[None, :]) * capacity + slot[:, None]
+    to = to * E + place[None, :]
+    is_key = fits[:, None] & (head >= H)[None, :] & (head < H + G)[None, :]
+    tl.store(keys + to, left, mask=is_key)
+    tl.store(keys + to + half, right, mask=is_key)
+    is_value = fits[:, None] & (head >= H + G)[None, :] & (pair < N)[None, :]
+    tl.store(values + to, left, mask=is_value)
+    tl.store(values + to + half, right, mask=is_value)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fuse(
+    x, tokens, feedback, weight, out, rows,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
+    S: tl.constexpr, LOOKED_UP: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The sum of two products, of x and of feedback `[rows, K]`, with weights `[2, N, K]`.
+
+    With `LOOKED_UP` x is a table of embeddings, and its rows are those of the tokens.
+    """
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < rows
+    other = weight + N * K
+    if PDL:
+        gdc_launch_dependents()
+    held = _held(weight, column, N, K, S, BLOCK_K, HELD)
+    held_other = _held(other, column, N, K, S, BLOCK_K, HELD)
+    if PDL:
+        gdc_wait()
+    from_row = row
+    if LOOKED_UP:
+        from_row = tl.load(tokens + row, mask=live, other=0)
+    total = tl.zeros((S, 16, BLOCK_N), dtype=tl.float32)
+    total, _ = _product(feedback, row, live, other, held_other, column, total, N, K, S, BLOCK_K, HELD, EXACT)
+    total, _ = _product(x, from_row, live, weight, held, column, total, N, K, S, BLOCK_K, HELD, EXACT)
+    kept = live[:, None] & (column[None, :] < N)
+    place = row[:, None] * N + column[None, :]
+    tl.store(out + place, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _norm(x, weight, out, eps, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The root-mean-square norm of a row."""
+    place = tl.arange(0, BLOCK)
+    inside = place < K
+    if PDL:
+        gdc_launch_dependents()
+    scale = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    row = tl.program_id(0) * K + place
+    values = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+    normed = values / tl.sqrt(tl.sum(values * values, axis=0) / K + eps) * scale
+    tl.store(out + row, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -106,127 +284,103 @@ def _write(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
-def _rotated(base, row, row_mask, column, cos, sin, position, E: tl.constexpr):
-    """Rows of queries or keys, turned by their positions, `[rows, E]` float32."""
-    half: tl.constexpr = E // 2
-    partner = tl.where(column < half, column + half, column - half)
-    sign = tl.where(column < half, -1.0, 1.0)
-    mask = row_mask[:, None] & (column[None, :] < E)
-    own = tl.load(base + row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(base + row[:, None] + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-    turn = position[:, None] * E + column[None, :]
-    c = tl.load(cos + turn, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sin + turn, mask=mask, other=0.0).to(tl.float32)
-    return own * c + sign[None, :] * other * s
-
-
-@triton.jit
-def _chunk(
-    qkv, cos, sin, keys, values, text, group, start, slot, column, T, capacity, writes,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of a chunk of slots, `[CHUNK, E]`, from the cache or new; new ones are stored if asked for."""
-    width: tl.constexpr = (H + 2 * G) * E
-    fresh = slot - start
-    is_new = (fresh >= 0) & (fresh < T)
-    row = (text * T + fresh) * width
-    in_head = column[None, :] < E
-    new_key = _rotated(qkv + (H + group) * E, row, is_new, column, cos, sin, slot, E).to(
-        keys.dtype.element_ty
-    )
-    place = (H + G + group) * E + row[:, None] + column[None, :]
-    new_value = tl.load(qkv + place, mask=is_new[:, None] & in_head, other=0.0)
-    stored = ((text * G + group) * capacity + slot)[:, None] * E + column[None, :]
-    is_old = (slot < start)[:, None] & in_head
-    old_key = tl.load(keys + stored, mask=is_old, other=0.0)
-    old_value = tl.load(values + stored, mask=is_old, other=0.0)
-    if writes:
-        fits = is_new[:, None] & in_head & (slot < capacity)[:, None]
-        tl.store(keys + stored, new_key, mask=fits)
-        tl.store(values + stored, new_value, mask=fits)
-    key = tl.where(is_new[:, None], new_key, old_key)
-    value = tl.where(is_new[:, None], new_value, old_value)
-    return key, value
-
-
 @triton.jit(do_not_specialize=["T", "capacity", "window"])
 def _attend(
-    qkv, cos, sin, starts, keys, values, partial, statistics, T, capacity, window, scale,
+    queries, starts, settled, keys, values, out, partial, statistics, T, capacity, window, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    SPAN: tl.constexpr, SPANS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one tile of a text's tokens on one chunk of slots; the new keys and values go into the cache.
+    """One head of one tile of a text's tokens on a span of chunks of slots; of several spans `_merge` makes one.
 
-    Old and new keys lie in the places of their slots, so that sums are always taken in the same order.
+    Slots before `settled [B]` hold what earlier passes wrote: they are read while the kernel before ends.
     """
-    chunk = tl.program_id(0)
+    span = tl.program_id(0)
     head = tl.program_id(1)
     text = tl.program_id(2) // tl.cdiv(T, 16)
-    tile = tl.program_id(2) % tl.cdiv(T, 16)
-    group = head // (H // G)
+    token = tl.program_id(2) % tl.cdiv(T, 16) * 16 + tl.arange(0, 16)
     column = tl.arange(0, E2)
-    token = tile * 16 + tl.arange(0, 16)
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    if PDL:
-        gdc_wait()
-    start = tl.load(starts + text)
+    in_head = column < E
+    slot = (span * SPAN + tl.arange(0, SPAN)[:, None]) * CHUNK + tl.arange(0, CHUNK)[None, :]  # [SPAN, CHUNK]
     own = token < T
     place = text * T + token
-    position = start + token
-    statistic = statistics + (place * H + head) * CHUNKS * 2 + chunk * 2
-    if chunk * CHUNK >= start + T:
-        return
-    query = _rotated(qkv + head * E, place * ((H + 2 * G) * E), own, column, cos, sin, position, E)
-    writes = (head % (H // G) == 0) & (tile == 0)
-    key, value = _chunk(
-        qkv, cos, sin, keys, values, text, group, start, slot, column, T, capacity, writes, H, G, E
-    )
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    scores = tl.dot(query.to(key.dtype), tl.trans(key), input_precision=precision) * scale
-    seen = (slot[None, :] <= position[:, None]) & (slot[None, :] > position[:, None] - window)
-    scores = tl.where(seen, scores, float("-inf"))
     if PDL:
         gdc_launch_dependents()
-    highest = tl.max(scores, axis=1)
-    finite = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp(scores - finite[:, None])
-    mixed = tl.dot(weights.to(value.dtype), value, input_precision=precision)
-    tl.store(statistic, highest, mask=own)
-    tl.store(statistic + 1, tl.sum(weights, axis=1), mask=own)
-    where = (((place * H + head) * CHUNKS + chunk) * E)[:, None] + column[None, :]
-    tl.store(partial + where, mixed, mask=own[:, None] & (column[None, :] < E))
+    start = tl.load(starts + text)
+    known = tl.load(settled + text)
+    stored = ((text * G + head // (H // G)) * capacity + slot) * E
+    key_at = keys + stored[:, None, :] + column[None, :, None]
+    value_at = values + stored[:, :, None] + column[None, None, :]
+    old = slot < known
+    key = tl.load(key_at, mask=old[:, None, :] & in_head[None, :, None], other=0.0)
+    value = tl.load(value_at, mask=old[:, :, None] & in_head[None, None, :], other=0.0)
+    if PDL:
+        gdc_wait()
+    position = start + token
+    at = (place[:, None] * H + head) * E + column[None, :]
+    query = tl.load(queries + at, mask=own[:, None] & in_head[None, :], other=0.0)
+    new = (slot >= known) & (slot < start + T) & (slot < capacity)
+    key = tl.load(key_at, mask=new[:, None, :] & in_head[None, :, None], other=key)
+    value = tl.load(value_at, mask=new[:, :, None] & in_head[None, None, :], other=value)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    query = tl.broadcast_to(query[None], (SPAN, 16, E2))
+    scores = tl.dot(query, key, input_precision=precision) * scale  # [SPAN, 16, CHUNK]
+    seen = (slot[:, None, :] <= position[None, :, None]) & (
+        slot[:, None, :] > position[None, :, None] - window
+    )
+    scores = tl.where(seen, scores, float("-inf"))
+    top = tl.max(scores, axis=2)
+    weights = tl.exp(scores - _finite(top)[:, :, None])
+    mixed = tl.dot(weights.to(value.dtype), value, input_precision=precision)  # [SPAN, 16, E2]
+    highest = tl.max(top, axis=0)
+    share = tl.exp(top - _finite(highest)[None, :])
+    total = tl.sum(share * tl.sum(weights, axis=2), axis=0)
+    mixed = tl.sum(share[:, :, None] * mixed, axis=0)
+    kept = own[:, None] & in_head[None, :]
+    if SPANS == 1:
+        tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=kept)
+    else:
+        part = (place * H + head) * SPANS + span
+        tl.store(statistics + part * 2, highest, mask=own)
+        tl.store(statistics + part * 2 + 1, total, mask=own)
+        tl.store(partial + part[:, None] * E + column[None, :], mixed, mask=kept)
+
+
+@triton.jit
+def _finite(top):
+    """The largest of scores, 0 where none was seen."""
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _merge(
     partial, statistics, starts, out, T,
-    H: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS2: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, SLOTS: tl.constexpr, SPANS: tl.constexpr,
+    SPANS2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row: the sums of its chunks put together, in the chunks' order."""
+    """One head of one row: the sums of its spans of `SLOTS` slots put together, in their order."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     column = tl.arange(0, E2)
     inside = column < E
+    every = tl.arange(0, SPANS2)
+    place = (row * H + head) * SPANS
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     length = tl.load(starts + row // T) + row % T + 1
-    place = (row * H + head) * CHUNKS
-    every = tl.arange(0, CHUNKS2)  # chunks beyond the row's length hold nothing that it sees
-    live_chunks = (every < CHUNKS) & (every * CHUNK < length)
-    tops = tl.load(statistics + (place + every) * 2, mask=live_chunks, other=float("-inf"))
-    highest = tl.max(tops, axis=0)
+    seen = (every < SPANS) & (
+        every * SLOTS < length
+    )  # spans beyond the row's length hold nothing that it sees
+    highest = tl.max(tl.load(statistics + (place + every) * 2, mask=seen, other=float("-inf")), axis=0)
     total = 0.0
     mixed = tl.zeros((E2,), dtype=tl.float32)
-    # In the chunks' order, however many there are: a sum of all at once would depend on their number.
-    for chunk in tl.range(0, CHUNKS, loop_unroll_factor=8):
-        live = chunk * CHUNK < length
-        local = tl.load(statistics + (place + chunk) * 2, mask=live, other=float("-inf"))
+    # In their order, however many there are: a sum of all at once would depend on their number.
+    for span in tl.range(0, SPANS, loop_unroll_factor=8):
+        live = span * SLOTS < length
+        local = tl.load(statistics + (place + span) * 2, mask=live, other=float("-inf"))
         share = tl.exp(local - highest)
-        total += share * tl.load(statistics + (place + chunk) * 2 + 1, mask=live, other=0.0)
-        mixed += share * tl.load(partial + (place + chunk) * E + column, mask=inside & live, other=0.0)
+        total += share * tl.load(statistics + (place + span) * 2 + 1, mask=live, other=0.0)
+        mixed += share * tl.load(partial + (place + span) * E + column, mask=inside & live, other=0.0)
     tl.store(out + (row * H + head) * E + column, (mixed / total).to(out.dtype.element_ty), mask=inside)
 
 
@@ -245,15 +399,15 @@ def _choose(
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     logits = tl.zeros((16, BLOCK_N), dtype=tl.float32)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for start in range(0, K, BLOCK_K):
         k = start + inner
-        values = tl.load(
-            x + row[:, None] * K + k[None, :], mask=(row[:, None] < rows) & (k[None, :] < K), other=0.0
-        )
-        wanted = (column[None, :] < N) & (k[:, None] < K)
+        inside = (row < rows)[:, None] & (k < K)[None, :]
+        values = tl.load(x + row[:, None] * K + k[None, :], mask=inside, other=0.0)
+        wanted = (column < N)[None, :] & (k < K)[:, None]
         used = tl.load(weight + column[None, :] * K + k[:, None], mask=wanted, other=0.0)
         logits = tl.dot(values, used, logits, input_precision=precision)
     logits = tl.where(column[None, :] < N, logits, float("-inf"))
@@ -268,19 +422,22 @@ def _choose(
         place += rows * tl.num_programs(0)
         tl.store(highest + place, tl.max(rest, axis=1), mask=row < rows)
         tl.store(index + place, block * BLOCK_N + tl.argmax(rest, axis=1), mask=row < rows)
-    if PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit
 def _best(
-    highest, index, sums, token, confidence, blocks, BLOCKS: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr
+    highest, index, sums, ids, token, confidence, blocks,
+    BLOCKS: tl.constexpr, NAMED: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The likeliest of all tokens of one row, and its probability; with `TWO` the runner-up, too, after all rows'."""
+    """The likeliest of all tokens of one row, and its probability; with `TWO` the runner-up, too, after all rows'.
+
+    With `NAMED` a token is given by its id in `ids`.
+    """
     row = tl.program_id(0)
     rows = tl.num_programs(0)
     block = tl.arange(0, BLOCKS)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     tops = tl.load(highest + row * blocks + block, mask=block < blocks, other=float("-inf"))
     top = tl.max(tops, axis=0)
@@ -288,7 +445,10 @@ def _best(
         tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(tops - top), axis=0
     )
     best = tl.argmax(tops, axis=0)
-    tl.store(token + row, tl.load(index + row * blocks + best))
+    first = tl.load(index + row * blocks + best)
+    if NAMED:
+        first = tl.load(ids + first)
+    tl.store(token + row, first)
     tl.store(confidence + row, 1.0 / total)
     if TWO:
         runners_up = (rows + row) * blocks
@@ -296,7 +456,10 @@ def _best(
         others = tl.where(block == best, second, tops)
         winner = tl.argmax(others, axis=0)
         place = tl.where(winner == best, runners_up, row * blocks)
-        tl.store(token + rows + row, tl.load(index + place + winner))
+        after = tl.load(index + place + winner)
+        if NAMED:
+            after = tl.load(ids + after)
+        tl.store(token + rows + row, after)
 
 
 @cache
@@ -321,42 +484,51 @@ def _tiles(rows: int) -> int:
     return -(-rows // ROWS)
 
 
+def _pieces(inner: int, columns: int, exact: bool, weights: int = 1) -> dict[str, int]:
+    """In which pieces a program reads its columns of weights `[N, inner]`, and how many it holds before it waits."""
+    size = 4 if exact else 2
+    block = 64 if exact else 128 if inner <= 1024 else 256
+    held = HELD_BYTES // (columns * block * size * weights)
+    most = 2 if exact else held
+    return {"BLOCK_N": columns, "BLOCK_K": block, "HELD": min(most, held, -(-inner // block)), "S": WARPS}
+
+
 @dataclass(frozen=True)
 class Projection:
     """A product with what stands before and after it; see `_project`.
 
     Attributes:
-        weight: `[N, K]`, or `[2, N, K]` with a gate, the weight of the norm before it multiplied in.
-        bias: `[N]`, or `[2 N]` with a gate.
+        weight: `[N, K]`, the weight of the norm before it multiplied in.
+        bias: `[N]`.
         eps: of the norm before it; None without one.
+        gate: whether its rows are those of gate and up in turn.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     eps: float | None = None
+    gate: bool = False
 
     def __call__(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`[M, K]` to `[M, N]`."""
-        gate = self.weight.dim() == 3
-        width, inner = self.weight.shape[-2:]
-        out = states.new_empty(len(states), width)
+        """`[M, K]` to `[M, N]`, with a gate to `[M, N / 2]`."""
+        width, inner = self.weight.shape
+        columns = 2 * ROWS if self.gate else ROWS
+        out = states.new_empty(len(states), width // 2 if self.gate else width)
         exact = states.dtype == torch.float32
         bias = states if self.bias is None else self.bias
         added = states if residual is None else residual
         arguments = (states, self.weight, bias, added, out, len(states), self.eps or 0.0)
-        long = inner > 1024
         _launch(
             _project,
-            (-(-width // ROWS), _tiles(len(states))),
+            (-(-width // columns), _tiles(len(states))),
             arguments,
-            warps=2,
+            warps=WARPS,
             stages=4,
             K=inner,
             N=width,
-            BLOCK_N=ROWS,
-            BLOCK_K=32 if exact else 256 if long and not gate else 64,
+            **_pieces(inner, columns, exact),
             NORM=self.eps is not None,
-            GATE=gate,
+            GATE=self.gate,
             BIAS=self.bias is not None,
             ADD=residual is not None,
             EXACT=exact,
@@ -371,18 +543,22 @@ class FusedPass:
     Attributes:
         cos, sin: rotary factors of all positions, float32 `[P, E]`.
         starts: `[B]`, the slot of each text's first new token.
+        settled: `[B]`, slots that earlier passes have filled.
         length: T.
-        chunks: chunks of slots that are read.
         window: how many slots back a query sees.
-        partial, statistics: space for the sums of each chunk, `[B T, H, chunks, E]` and `[…, 2]`.
+        span: chunks of slots that one program reads.
+        spans: of these, how many there are.
+        partial, statistics: space for the sums of several spans, `[B T, H, spans, E]` and `[…, 2]`.
     """
 
     cos: Tensor
     sin: Tensor
     starts: Tensor
+    settled: Tensor
     length: int
-    chunks: int
     window: int
+    span: int
+    spans: int
     partial: Tensor
     statistics: Tensor
 
@@ -393,16 +569,22 @@ def plan_fused(
     """Plan a pass over new tokens `states [B, T, D]`, their positions by the rotary table."""
     batch, length, _ = states.shape
     cos, sin = table
-    chunks = -(-fixed.num_slots // CHUNK)
-    sums = batch * length * num_heads * chunks
-    space = torch.empty(sums * (cos.shape[-1] + 2), device=states.device)
-    partial = space[: sums * cos.shape[-1]]
+    size = cos.shape[-1]
+    chunks = triton.next_power_of_2(-(-fixed.num_slots // CHUNK))
+    most = SPAN_BYTES // (CHUNK * triton.next_power_of_2(size) * states.element_size())
+    span = max(1, min(chunks, most))
+    spans = chunks // span
+    sums = batch * length * num_heads * spans if spans > 1 else 0
+    space = torch.empty(sums * (size + 2), device=states.device)
+    partial = space[: sums * size]
     window = cache.window or EVERYTHING
-    return FusedPass(cos, sin, fixed.starts, length, chunks, window, partial, space[len(partial) :])
+    statistics = space[len(partial) :]
+    settled = fixed.starts if fixed.settled is None else fixed.settled
+    return FusedPass(cos, sin, fixed.starts, settled, length, window, span, spans, partial, statistics)
 
 
 class FusedLayer:
-    """A decoder layer over a cache by six kernels, for passes whose shape is fixed; without gradients.
+    """A decoder layer over a cache by our kernels, for passes whose shape is fixed; without gradients.
 
     Args:
         layer: the layer, its adapters merged or left out.
@@ -415,33 +597,61 @@ class FusedLayer:
         self.groups = attention.num_groups
         self.size = attention.head_dim
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self._qkv = _joined(layer.input_layernorm, inputs, dtype)
+        joined = _joined(layer.input_layernorm, inputs, dtype)
+        self._qkv = replace(
+            joined, weight=_paired(joined.weight, self.size), bias=_paired(joined.bias, self.size)
+        )
         self._out = _joined(None, [attention.o_proj], dtype)
         self._gate_up: Projection | None = None
         if layer.feed_forward:
             joined = _joined(layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
-            self._gate_up = Projection(joined.weight.unflatten(0, (2, -1)), joined.bias, joined.eps)
+            size = len(joined.weight)
+            self._gate_up = Projection(
+                _paired(joined.weight, size), _paired(joined.bias, size), joined.eps, gate=True
+            )
             self._down = _joined(None, [layer.mlp.down_proj], dtype)
 
     def __call__(self, hidden: Tensor, plan: FusedPass, keys: Tensor, values: Tensor) -> Tensor:
         """`[B T, D]` to `[B T, D]`; keys and values `[B, G, capacity, E]` gain those of the new tokens."""
-        rows = len(hidden)
-        texts = len(plan.starts)
-        exact = hidden.dtype == torch.float32
-        shape = {"H": self.heads, "E": self.size, "E2": triton.next_power_of_2(self.size)}
-        shape |= {"CHUNK": CHUNK, "CHUNKS": plan.chunks}
-        qkv = self._qkv(hidden)
-        grid = (plan.chunks, self.heads, texts * _tiles(plan.length))
-        arguments = (qkv, plan.cos, plan.sin, plan.starts, keys, values, plan.partial, plan.statistics)
-        scalars = (plan.length, keys.shape[2], plan.window, self.size**-0.5)
-        _launch(_attend, grid, (*arguments, *scalars), 4, 1, G=self.groups, EXACT=exact, **shape)
-        mixed = hidden.new_empty(rows, self.heads * self.size)
-        parts = (plan.partial, plan.statistics, plan.starts, mixed, plan.length)
-        _launch(_merge, (rows, self.heads), parts, 1, 1, CHUNKS2=triton.next_power_of_2(plan.chunks), **shape)
+        mixed = self._attend(self._queries(hidden, plan, keys, values), plan, keys, values)
         hidden = self._out(mixed, hidden)
         if self._gate_up is None:  # Kangaroo's adapter has no feed-forward half
             return hidden
         return self._down(self._gate_up(hidden), hidden)
+
+    def _queries(self, hidden: Tensor, plan: FusedPass, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries `[B T, H E]`, rotated; keys and values go into the cache."""
+        rows, inner = hidden.shape
+        weight, bias, eps = self._qkv.weight, self._qkv.bias, self._qkv.eps
+        exact = hidden.dtype == torch.float32
+        queries = hidden.new_empty(rows, self.heads * self.size)
+        read = (hidden, weight, hidden if bias is None else bias, plan.cos, plan.sin, plan.starts)
+        scalars = (rows, plan.length, keys.shape[2], eps)
+        shape = {"K": inner, "H": self.heads, "G": self.groups, "E": self.size, "EXACT": exact}
+        shape |= _pieces(inner, ROWS, exact)
+        grid = (-(-len(weight) // ROWS), _tiles(rows))
+        written = (queries, keys, values)
+        _launch(_qkv, grid, (*read, *written, *scalars), WARPS, 4, BIAS=bias is not None, **shape)
+        return queries
+
+    def _attend(self, queries: Tensor, plan: FusedPass, keys: Tensor, values: Tensor) -> Tensor:
+        """What attention mixes for each head, `[B T, H E]`."""
+        rows = len(queries)
+        mixed = torch.empty_like(queries)
+        shape = {"H": self.heads, "E": self.size, "E2": triton.next_power_of_2(self.size)}
+        grid = (plan.spans, self.heads, len(plan.starts) * _tiles(plan.length))
+        arguments = (queries, plan.starts, plan.settled, keys, values, mixed, plan.partial, plan.statistics)
+        scalars = (plan.length, keys.shape[2], plan.window, self.size**-0.5)
+        spans = {"CHUNK": CHUNK, "SPAN": plan.span, "SPANS": plan.spans}
+        exact = queries.dtype == torch.float32
+        warps = max(WARPS, plan.span)
+        _launch(_attend, grid, (*arguments, *scalars), warps, 1, G=self.groups, EXACT=exact, **shape, **spans)
+        if plan.spans > 1:
+            parts = (plan.partial, plan.statistics, plan.starts, mixed, plan.length)
+            sizes = {"SLOTS": plan.span * CHUNK, "SPANS": plan.spans}
+            sizes["SPANS2"] = triton.next_power_of_2(plan.spans)
+            _launch(_merge, (rows, self.heads), parts, 1, 1, **shape, **sizes)
+        return mixed
 
 
 def _joined(
@@ -456,13 +666,26 @@ def _joined(
     return Projection((weight * norm.weight.detach().float()).to(dtype), bias, norm.eps)
 
 
-def best_tokens(states: Tensor, head: Tensor, two: bool = False) -> tuple[Tensor, Tensor]:
+PerRow = TypeVar("PerRow", Tensor, Tensor | None)
+
+
+def _paired(joined: PerRow, size: int) -> PerRow:
+    """The rows of every `size`, its first half and its second half in turn."""
+    if joined is None:
+        return joined
+    return joined.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def best_tokens(
+    states: Tensor, head: Tensor, two: bool = False, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The likeliest token of each row of normed states `[M, D]`, by a head `[V, D]`, and its probability `[M]`.
 
     Args:
         states: the rows.
         head: the head's weight.
         two: find the runners-up, too.
+        ids: `[V]`, the tokens' ids; None for 0, 1, …
 
     Returns:
         Tokens `[1, M]`, or `[2, M]` with the runners-up; probabilities of the likeliest.
@@ -480,9 +703,42 @@ def best_tokens(states: Tensor, head: Tensor, two: bool = False) -> tuple[Tensor
     arguments = (states, head, highest, index, sums, rows)
     shape = {"K": inner, "N": vocab, "BLOCK_N": HEAD_BLOCK, "BLOCK_K": 32 if exact else 64, "EXACT": exact}
     _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, TWO=two, **shape)
-    parts = (highest, index, sums, tokens, confidence, blocks)
-    _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks), TWO=two)
+    parts = (highest, index, sums, index if ids is None else ids, tokens, confidence, blocks)
+    named = ids is not None
+    _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks), NAMED=named, TWO=two)
     return tokens, confidence
+
+
+def normed(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The root-mean-square norm of states `[…, D]`, with a weight `[D]`."""
+    out = torch.empty_like(states)
+    size = states.shape[-1]
+    rows = states.numel() // size
+    block = triton.next_power_of_2(size)
+    _launch(_norm, (rows,), (states, weight, out, eps), 4, 1, K=size, BLOCK=block)
+    return out
+
+
+def fused(states: Tensor, tokens: Tensor | None, feedback: Tensor, weights: Tensor) -> Tensor:
+    """The sum of two maps `[2, D, D]` of two states.
+
+    Args:
+        states: `[M, D]`, what the first map reads; with tokens a table `[V, D]` of embeddings.
+        tokens: `[M]`, whose embeddings the first map reads.
+        feedback: `[M, D]`, what the second map reads.
+        weights: of both.
+
+    Returns:
+        `[M, D]`.
+    """
+    out = torch.empty_like(feedback)
+    rows, size = feedback.shape
+    exact = feedback.dtype == torch.float32
+    looked_up = tokens is not None
+    arguments = (states, states if tokens is None else tokens, feedback, weights, out, rows)
+    shape = {"K": size, "N": size, "LOOKED_UP": looked_up, "EXACT": exact, **_pieces(size, ROWS, exact, 2)}
+    _launch(_fuse, (-(-size // ROWS), _tiles(rows)), arguments, 4, 4, **shape)
+    return out
 
 
 def supports(layer: DecoderLayer, dtype: torch.dtype, most: int) -> bool:

@@ -8,6 +8,7 @@ from the weights as they are, and made again when these have changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -127,12 +128,45 @@ def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
     return FusedLayer(layer, dtype) if supports(layer, dtype, LARGE) else None
 
 
-def rms_norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Product:
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm.
+
+    Attributes:
+        weight: `[D]`.
+        eps: its epsilon; None for the dtype's own.
+    """
+
+    weight: Tensor
+    eps: float | None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of states `[…, D]`."""
+        return F.rms_norm(states, self.weight.shape, self.weight, self.eps)
+
+
+def rms_norm(norm: nn.RMSNorm, dtype: torch.dtype) -> Norm:
     """The norm with its weight as it is now, in a dtype."""
-    shape = norm.normalized_shape
-    weight = norm.weight.detach().to(dtype)
-    eps = norm.eps
-    return lambda states: F.rms_norm(states, shape, weight, eps)
+    return Norm(norm.weight.detach().to(dtype), norm.eps)
+
+
+class Fuse:
+    """One map of two states, side by side, to the state that a drafter's layer reads.
+
+    Args:
+        weight: `[D, 2 D]`.
+        embeddings: `[V, D]`; with them the first state is a token's embedding.
+    """
+
+    def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:
+        self.embeddings = embeddings
+        self.halves = weight.unflatten(1, (2, -1)).transpose(0, 1).contiguous() if weight.is_cuda else weight
+        self._product = product(weight)
+
+    def __call__(self, inputs: Tensor, feedback: Tensor) -> Tensor:
+        """Of tokens `[B, T]` or states `[B, T, D]`, and of states `[B, T, D]`."""
+        states = inputs if self.embeddings is None else F.embedding(inputs, self.embeddings)
+        return self._product(torch.cat([states, feedback], dim=-1))
 
 
 def _side_by_side(parts: Sequence[Product]) -> Product:

@@ -83,11 +83,6 @@ class Passes:
             longest = PADDING_STEP * math.ceil((longest - spare) / PADDING_STEP) + spare
         return max(self.positions, longest)
 
-    def follow(self, counts: Tensor | int) -> None:
-        """Within a pass of fixed shape: let what comes next be read after `counts`, or `[B]`, tokens."""
-        assert self.fixed
-        self.fixed = self.fixed.after(counts)
-
     def run(
         self,
         name: Hashable,

@@ -23,7 +23,7 @@ from kangaroo.adapter import LlamaRotaryEmbedding
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
-from kangaroo.decoding.layers import CachedLayer, Product
+from kangaroo.decoding.layers import CachedLayer, Fuse, Norm, Product
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.sampling import distribution, inverse_cdf
 
@@ -38,18 +38,18 @@ class StageWeights:
         norm: after the layers.
         head: from normed states to logits.
         head_weight: `[V, D]`, its weight, in the dtype to compute in.
-        fuse: from exit states and the verifier's states of the positions before, side by side, to what the first layer
-            reads; None for a stage without feedback.
-        fuse_later: the same for later drafts of a block, from embeddings; None where these read exit states, too.
+        fuse: from exit states and the verifier's states of the positions before to what the first layer reads; None for
+            a stage without feedback.
+        fuse_later: the same for later drafts of a block, from tokens; None where these read exit states, too.
     """
 
     layers: list[CachedLayer]
     embed: Callable[[Tensor], Tensor] | None = None
-    norm: Product | None = None
+    norm: Norm | None = None
     head: Product | None = None
     head_weight: Tensor | None = None
-    fuse: Product | None = None
-    fuse_later: Product | None = None
+    fuse: Fuse | None = None
+    fuse_later: Fuse | None = None
 
     @property
     def fused(self) -> bool:
@@ -101,7 +101,7 @@ class Stage:
         Args:
             inputs: the tokens or states.
             feedback: `[B, T, D]`, states of the positions before, for a stage that reads them.
-            later: the inputs are embeddings of drafts, see `fuse_later`.
+            later: the inputs are drafts, see `fuse_later`.
 
         Returns:
             States `[B, T, D]`, normed if the stage has a norm.
@@ -109,9 +109,9 @@ class Stage:
         states = inputs if self.weights.embed is None else self.weights.embed(inputs)
         fuse = self.weights.fuse_later if later else self.weights.fuse
         if fuse is not None and feedback is not None:
-            states = fuse(torch.cat([states, feedback], dim=-1))
+            states = self._fused(fuse, inputs, feedback)
         length = states.shape[1]
-        if self.passes.fixed and self.weights.fused:
+        if self.passes.fixed and self._by_own_kernels:
             states = self._run_fused(states, self.passes.fixed)
         elif self.weights.layers:
             plan = plan_cached(self.rotary, self.cache, length, states.dtype, self.passes.fixed)
@@ -120,7 +120,34 @@ class Stage:
                 states = layer(states.to(layer.device), plan, self.cache, index)
             states = states.to(self.passes.device)
         self.cache.advance(length)
-        return states if self.weights.norm is None else self.weights.norm(states)
+        return self._normed(states)
+
+    @property
+    def _by_own_kernels(self) -> bool:
+        """Whether our own kernels compute the pass that is running."""
+        return self.passes.fixed is not None and self.weights.fused
+
+    def _fused(self, fuse: Fuse, inputs: Tensor, feedback: Tensor) -> Tensor:
+        if not self._by_own_kernels:
+            return fuse(inputs, feedback)
+        from kangaroo.decoding.kernels import fused
+
+        rows = feedback.flatten(0, 1)
+        if fuse.embeddings is None:
+            mapped = fused(inputs.flatten(0, 1), None, rows, fuse.halves)
+        else:
+            mapped = fused(fuse.embeddings, inputs.flatten(), rows, fuse.halves)
+        return mapped.view(feedback.shape)
+
+    def _normed(self, states: Tensor) -> Tensor:
+        norm = self.weights.norm
+        if norm is None:
+            return states
+        if not (self._by_own_kernels and norm.eps):
+            return norm(states)
+        from kangaroo.decoding.kernels import normed
+
+        return normed(states, norm.weight, norm.eps)
 
     def _run_fused(self, states: Tensor, fixed: FixedShape) -> Tensor:
         """The same by our own kernels, for a pass of fixed shape."""
@@ -135,28 +162,32 @@ class Stage:
             hidden = layer(hidden, plan, keys, values)
         return hidden.view(states.shape)
 
-    def best(self, states: Tensor, two: bool = False) -> tuple[Tensor, Tensor]:
+    def best(
+        self, states: Tensor, two: bool = False, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The likeliest token of each normed state `[…, D]`, and its probability in float32.
 
         Args:
             states: normed states.
             two: find the runners-up, too.
+            ids: `[V']`, what the head's rows stand for; None for 0, 1, …
 
         Returns:
             Tokens `[1, …]`, or `[2, …]` with the runners-up; probabilities `[…]` of the likeliest.
         """
         weight = self.weights.head_weight
-        if self.passes.fixed and self.weights.fused and weight is not None:
+        if self._by_own_kernels and weight is not None:
             from kangaroo.decoding.kernels import best_tokens
 
-            tokens, confidence = best_tokens(states.flatten(0, -2).contiguous(), weight, two)
+            tokens, confidence = best_tokens(states.flatten(0, -2).contiguous(), weight, two, ids)
             return tokens.view(-1, *states.shape[:-1]), confidence.view(states.shape[:-1])
         probabilities = self.logits(states).float().softmax(dim=-1)
         confidence, first = probabilities.max(dim=-1)
-        if not two:
-            return first[None], confidence
-        rest = probabilities.scatter(-1, first[..., None], -1.0)
-        return torch.stack([first, rest.argmax(dim=-1)]), confidence
+        tokens = first[None]
+        if two:
+            rest = probabilities.scatter(-1, first[..., None], -1.0)
+            tokens = torch.stack([first, rest.argmax(dim=-1)])
+        return tokens if ids is None else ids[tokens], confidence
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits of normed states `[…, D]`, in their dtype: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
@@ -199,13 +230,17 @@ from."""
 class Chain:
     """Drafts of each row on the device.
 
+    Args:
+        embed: tokens to states.
+
     Attributes:
         own_states: `[rows, D]` for each draft, of the drafter, that it was made from.
         probabilities: `[rows, V']` for each draft, what drawn drafts come from; `[rows, 1]` for argmax drafts.
         read: `[rows, T, D]` for each draft, the exit states of all tokens read for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+        self._embed = embed
         self._tokens: list[Tensor] = []
         self._confidence: list[Tensor] = []
         self._exit_states: list[Tensor] = []
@@ -214,7 +249,10 @@ class Chain:
         self.read: list[Tensor] = []
 
     def add(self, *draft: Tensor) -> None:
-        """Add the next draft: its tokens and confidence `[rows]`, the exit states and own states, and the other two."""
+        """Add the next draft: its tokens and confidence `[rows]`, the exit states and own states, and the other two.
+
+        Of a later draft of a recurrent drafter the exit state is the embedding of a token: then that token.
+        """
         parts = (self._tokens, self._confidence, self._exit_states, self.own_states, self.probabilities)
         for part, tensor in zip((*parts, self.read), draft, strict=True):
             part.append(tensor)
@@ -232,7 +270,11 @@ class Chain:
     @property
     def exit_states(self) -> Tensor:
         """Of the shallow layers, that each was made from, `[rows, n, D]`."""
-        return torch.stack(self._exit_states, dim=1)
+        tokens = [made for made in self._exit_states if made.dim() == 1]
+        found = [made[:, None] for made in self._exit_states if made.dim() > 1]
+        if tokens:  # of all at once, after the first
+            found.append(self._embed(torch.stack(tokens, dim=1)))
+        return torch.cat(found, dim=1)
 
 
 @dataclass(frozen=True)
@@ -441,10 +483,13 @@ class Stages:
             choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
             uniform: `[rows, n]`.
         """
-        made = Chain()
+        assert self.shallow.weights.embed is not None
+        made = Chain(self.shallow.weights.embed)
+        # Before what runs first, so that no kernel begins while these are written.
+        following = self.passes.fixed.after(last + 1, count - 1) if self.passes.fixed else []
         for step in range(count):
             later = self.recurrent and depth + step > 0
-            states = self._embed(tokens) if later else self.shallow(tokens)  # [rows, T, D]
+            states = tokens if later else self.shallow(tokens)  # [rows, T, D]
             hidden = self.drafter(states, feedback, later)
             place = (steps(len(tokens), tokens.device), last) if step == 0 else (slice(None), 0)
             own = hidden[place]  # [rows, D]
@@ -455,24 +500,20 @@ class Stages:
                 drawn_from = confidence[:, None]
             made.add(drafts, confidence, states[place], own, drawn_from, states)
             if step + 1 < count:  # the next draft is made after this one
-                self.passes.follow(last + 1 if step == 0 else 1)
+                self.passes.fixed = following[step] if following else None
                 tokens = drafts[:, None]
                 feedback = own[:, None]
         return made
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        assert self.shallow.weights.embed is not None
-        return self.shallow.weights.embed(tokens)
 
     def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
         start = (depth + 1) * texts  # of the rows of that branch
         leaves = start < len(hidden)
-        tokens, confidence = self.drafter.best(hidden, leaves)
+        tokens, confidence = self.drafter.best(hidden, leaves, self.draft_ids)
         chosen = tokens[0]
         if leaves:
             chosen = torch.cat([chosen[:start], tokens[1, start : start + texts], chosen[start + texts :]])
-        return self.token_ids(chosen), confidence
+        return chosen, confidence
 
     def _chooser(self, config: DecodeConfig) -> Choose | None:
         """What draws drafts by normed states `[B, D]`: their ids, confidence and distributions `[B, V']`."""
