@@ -21,7 +21,7 @@ from kangaroo.adapter import DecoderLayer, LlamaRotaryEmbedding, plan_uncached, 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.cache import KVCache
 from kangaroo.decoding.feedback import Feedback
-from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm
+from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm, weights_of
 from kangaroo.decoding.passes import CudaGraphs, Passes, view
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import DrafterParts, Stage, Stages, StageWeights
@@ -65,6 +65,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self.adapter_switch: AdapterSwitch | None = None
         self.past_key_values: Stages | None = None
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
+        self._used: dict[str, tuple[object, list[Tensor]]] = {}  # what the weights of a stage are made from
         self._kept_stages: list[Stages] = []
         self._capture_seconds: list[float] = []
         self.set_exit_layer(config.num_hidden_layers // 2 if EARLY_STOP_LAYER is None else EARLY_STOP_LAYER)
@@ -90,7 +91,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
     def layer_devices(self) -> set[torch.device]:
         """Where the decoder layers lie: one device, or several if they are spread; all else lies with `lm_head`."""
-        return {parameter.device for parameter in self.parameters()}
+        layers: list[Any] = list(self.model.layers)
+        return {self.lm_head.weight.device, *(layer.input_layernorm.weight.device for layer in layers)}
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, for weight tying."""
@@ -262,14 +264,13 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         passes = Passes(self.lm_head.weight.device)
         k = self.exit_layer
 
-        def stage(name: str, first: int, stop: int) -> Stage:
-            weights = self._stage_weights(name, first, stop, few_rows)
+        def stage(name: str, first: int, stop: int, without: tuple[str, ...] = ()) -> Stage:
+            weights = self._stage_weights(name, first, stop, few_rows, without)
             cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
             return Stage(weights, self.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
-        with self.without_adapters(*(("lora_S",) if target == "base" else ())):
-            base = stage(f"shallow layers, {target}", 0, k)
+        base = stage(f"shallow layers, {target}", 0, k, ("lora_S",) if target == "base" else ())
         deep = stage("deep layers", k, self.config.num_hidden_layers)
         if drafter is None:
             drafter = DrafterParts(StageWeights([]), self.rotary, self.config)
@@ -298,13 +299,19 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         devices = [layer.device for layer in weights.layers]
         return KVCache(config, devices, batch_size, capacity, self.model.norm.weight, window, chains)
 
-    def _stage_weights(self, name: str, first: int, stop: int, few_rows: bool) -> StageWeights:
-        """layers[first:stop] with the embedding or with final norm and head; for few rows kept while weights last."""
-        layers: list[Any] = list(self.model.layers[first:stop])
+    def _stage_weights(
+        self, name: str, first: int, stop: int, few_rows: bool, without: tuple[str, ...] = ()
+    ) -> StageWeights:
+        """layers[first:stop] without some adapters, with the embedding or with final norm and head.
+
+        For few rows they are kept while the weights last.
+        """
         dtype = self.lm_head.weight.dtype
 
         def make() -> StageWeights:
-            cached = [CachedLayer(layer, dtype, few_rows) for layer in layers]
+            with self.without_adapters(*without):
+                layers: list[Any] = list(self.model.layers[first:stop])
+                cached = [CachedLayer(layer, dtype, few_rows) for layer in layers]
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
             head = product(self.lm_head.weight) if few_rows else self.lm_head
@@ -313,8 +320,14 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         if not few_rows:
             return make()
-        used: list[Tensor] = [weight for layer in layers for weight in layer.parameters()]
-        return self._weights.get(name, [*used, self.model.norm.weight, self.lm_head.weight], make)
+        # Which tensors these are changes only where adapters are merged anew; to look takes a millisecond.
+        merges = 0 if self.adapter_switch is None else self.adapter_switch.merges
+        key = (first, stop, self.adapter_switch, merges)
+        if name not in self._used or self._used[name][0] != key:
+            with self.without_adapters(*without):
+                used = [weight for layer in self.model.layers[first:stop] for weight in weights_of(layer)]
+            self._used[name] = (key, [*used, self.model.norm.weight, self.lm_head.weight])
+        return self._weights.get(name, self._used[name][1], make)
 
     def _reused(self, fresh: Stages) -> Stages:
         """The stages of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""

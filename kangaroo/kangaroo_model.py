@@ -17,7 +17,7 @@ from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
-from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, product, rms_norm
+from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, product, rms_norm, weights_of
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
 from kangaroo.decoding.timing import measure_costs, now
@@ -204,7 +204,7 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head += [self.head_down, self.head_up]
         adapter = self.adapter_model
-        layers = [*adapter.parameters(), self._embeddings()]
+        layers = [*weights_of(adapter), self._embeddings()]
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.

@@ -33,6 +33,9 @@ class AdapterSwitch:
 
     PEFT's own `set_adapter` and `disable_adapter()` make every active adapter trainable again when they return,
     which would let an update step weights that it must not. This switch only changes what a layer computes.
+
+    Attributes:
+        merges: how often the adapters were merged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,6 +46,7 @@ class AdapterSwitch:
             if isinstance(child, LoraLinear)
         ]
         self._is_merged = False
+        self.merges = 0
 
     @contextmanager
     def without(self, *names: str) -> Iterator[None]:
@@ -71,6 +75,7 @@ class AdapterSwitch:
             yield
             return
         self._is_merged = True
+        self.merges += 1
         try:
             for site in self._sites:
                 site.put(_merged(site.layer))

@@ -177,6 +177,7 @@ class Recorded:
 
     def __init__(self):
         self.held = {}
+        self.ms = {}
 
     def __call__(self, key, run, *inputs):
         key = (key, *(one.shape for one in inputs))

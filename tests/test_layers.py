@@ -9,6 +9,7 @@ from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
 from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.layers import MadeFromWeights, packed_dtypes, product
+from kangaroo.sgp_lora import AdapterSwitch
 
 
 def test_a_packed_product_is_the_product():
@@ -120,3 +121,28 @@ def test_weights_are_held_for_as_long_as_what_was_made_from_them():
         made.get("x", [weight], lambda: calls.append(1))
         del weight
     assert len(calls) == 20
+
+
+def test_weights_are_found_again_where_adapters_are_attached_or_merged_anew():
+    """What a stage computes with is kept while the weights last, and no longer: other adapters give other answers."""
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1)
+    prompt = random_prompts(1, 3)[0]
+
+    def drafts():
+        with model.decoding(40) as stages:
+            return stages.shallow(torch.tensor([prompt]))
+
+    before = drafts()
+    assert torch.equal(drafts(), before)
+    with torch.no_grad():
+        for name, weight in model.base_model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.1)
+    changed = drafts()
+    assert not torch.allclose(changed, before)
+    switch = AdapterSwitch(model.base_model.model)
+    switch.merges = model.base_model.adapter_switch.merges - 1  # so that it will have merged as often
+    model.base_model.adapter_switch = switch
+    with torch.no_grad():
+        model.base_model.model.layers[0].mlp.down_proj.base_layer.weight.mul_(1.5)
+    assert not torch.allclose(drafts(), changed)

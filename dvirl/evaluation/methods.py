@@ -14,7 +14,7 @@ GENERATE = "generate"
 """Hugging Face's greedy decoding."""
 PLAIN = "plain"
 """Our own loop, which also verifies drafts, without any."""
-BRANCHES = 2
+BRANCHES = 1
 """Chains beside the learned one, where their rows cost little."""
 METHODS = (GENERATE, PLAIN, "pld", "kangaroo", "fixed", "dvi", "hybrid")
 

@@ -78,16 +78,23 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     blocks.load(texts)
     looks: deque[_Look] = deque()
     goes_on = True
+    committed = blocks_read = 1
     while any(text.room for text in texts):
         room = [text.room for text in texts if text.room]
         goes_on = goes_on and (len(texts) == 1 or 2 * len(room) > len(texts))
         goes_on = goes_on and all(text.policy.ahead() == plan for text in texts if text.room)
-        # Each block under way commits a token at least.
-        if goes_on and len(looks) < UNDER_WAY and max(room) > len(looks):
+        # No block for what those under way will commit if they go on like the others.
+        expected = len(looks) * committed / blocks_read
+        if goes_on and len(looks) < UNDER_WAY and max(room) > expected:
             longest = max(len(text.tokens) for text in texts) + len(looks) * (plan.longest + 1)
             looks.append(blocks.start(longest))
+            for text in texts if blocks.ms else ():
+                text.policy.timed(plan, blocks.ms)
         elif looks:
-            yield blocks.look(looks.popleft(), texts)
+            results = blocks.look(looks.popleft(), texts)
+            committed += sum(result.block_len for result in results if result)
+            blocks_read += sum(result is not None for result in results)
+            yield results
         else:
             blocks.unload(texts)
             return
@@ -195,6 +202,9 @@ class _Blocks:
         state: where the blocks leave their state.
         plan: what they draft.
         threshold: as in `DecodeConfig`.
+
+    Attributes:
+        ms: milliseconds that a block takes the device, once one was started; None where that was not measured.
     """
 
     def __init__(self, stages: Stages, state: _State, plan: Plan, threshold: float) -> None:
@@ -202,6 +212,7 @@ class _Blocks:
         self.state = state
         self.plan = plan
         self.threshold = threshold
+        self.ms: float | None = None
 
     @property
     def _reader(self) -> Stage:
@@ -245,6 +256,7 @@ class _Blocks:
         slots = view(longest + self.plan.longest + 1, stages.deep.cache.capacity)
         key = ("block", len(state.own), self.plan, self.threshold, slots)
         numbers, states = stages.passes.graphs.in_place(key, lambda: self._block(slots), state.tensors())
+        self.ms = stages.passes.graphs.ms.get(key)
         states = states.clone()  # the next block writes over it
         if not numbers.is_cuda:
             return _Look(numbers.clone(), None, states)

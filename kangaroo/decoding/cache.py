@@ -67,14 +67,7 @@ class KVCache:
         chains: int = 1,
     ) -> None:
         self._config = config
-        shape = (batch_size * chains, config.num_key_value_heads, capacity, head_dim(config))
-        # All layers on a device lie in one tensor, so that slots of all of them are copied at once.
-        self._stores = [
-            torch.zeros(2, len(list(layers)), *shape, dtype=like.dtype, device=device)
-            for device, layers in groupby(devices)
-        ]
-        self.keys = [keys for store in self._stores for keys in store[0]]
-        self.values = [values for store in self._stores for values in store[1]]
+        self._devices = devices
         self.batch_size = batch_size
         self.chains = chains
         self.capacity = capacity
@@ -83,6 +76,29 @@ class KVCache:
         self._like = like
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         self.clear()
+
+    @functools.cached_property
+    def _stores(self) -> list[Tensor]:
+        """Keys and values of each device's layers in one tensor, so that slots of all are copied at once.
+
+        They are allocated when they are first used: on a GPU most caches give way to kept ones before that.
+        """
+        heads = self._config.num_key_value_heads
+        shape = (self.batch_size * self.chains, heads, self.capacity, head_dim(self._config))
+        return [
+            torch.zeros(2, len(list(layers)), *shape, dtype=self._like.dtype, device=device)
+            for device, layers in groupby(self._devices)
+        ]
+
+    @functools.cached_property
+    def keys(self) -> list[Tensor]:
+        """As said above."""
+        return [keys for store in self._stores for keys in store[0]]
+
+    @functools.cached_property
+    def values(self) -> list[Tensor]:
+        """As said above."""
+        return [values for store in self._stores for values in store[1]]
 
     def clear(self) -> None:
         """Forget everything; every text is in use again."""
@@ -175,8 +191,7 @@ class KVCache:
 
     def like_one_row(self, capacity: int) -> KVCache:
         """An empty cache of one row for the same layers."""
-        devices = [keys.device for keys in self.keys]
-        return KVCache(self._config, devices, 1, capacity, self._like, self.window)
+        return KVCache(self._config, self._devices, 1, capacity, self._like, self.window)
 
     def copy_prefix(self, source: KVCache) -> None:
         """Begin every row with what the only row of `source` holds."""

@@ -139,15 +139,18 @@ class LookupIndex:
         self._memory = memory
         self.tokens: list[int] = []
         self._next_position: dict[tuple[int, ...], int] = {}  # n-gram -> the position right after it
+        self._indexed = 0  # tokens whose n-grams are known; the rest follow when they are asked for
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
-        for token in tokens:
-            end = len(self.tokens)
+        self.tokens.extend(tokens)
+
+    def _catch_up(self) -> None:
+        for end in range(self._indexed, len(self.tokens)):
             for size in range(1, min(LONGEST_NGRAM, end) + 1):
-                self._next_position[tuple(self.tokens[end - size :])] = end
-            self.tokens.append(token)
+                self._next_position[tuple(self.tokens[end - size : end])] = end
+        self._indexed = len(self.tokens)
 
     def propose(self, count: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
         """What followed the longest known ending of the text, last time.
@@ -163,6 +166,7 @@ class LookupIndex:
             `count` tokens, fewer from earlier texts, or none; and the length of the ending, to which
             `LONGEST_NGRAM` is added for one of earlier texts.
         """
+        self._catch_up()
         # The longest ending that occurred before says most about what follows.
         ending = [*self.tokens[-LONGEST_NGRAM:], *drafts][-LONGEST_NGRAM:]
         start = None
@@ -271,6 +275,9 @@ class BlockPolicy:
 
     def observe(self, verification: Verification) -> None:
         """Learn from the outcome of the block."""
+
+    def timed(self, plan: Plan, ms: float) -> None:
+        """Learn how long blocks of a plan take where they run ahead."""
 
 
 class ScriptedPolicy(BlockPolicy):
@@ -486,6 +493,10 @@ class AdaptivePolicy(BlockPolicy):
             return []
         proposed, matched = self._index.propose(self._room - depth, self._drafts)
         return self._worth(proposed, matched, depth, self.costs.verify)
+
+    def timed(self, plan: Plan, ms: float) -> None:
+        """As in `BlockPolicy`."""
+        self._planner.timed(plan, ms)
 
     def observe(self, verification: Verification) -> None:
         """As in `BlockPolicy`."""

@@ -29,6 +29,8 @@ PADDING_STEP = 8
 """Captured passes of more than two tokens have a multiple of this many, so that few shapes are captured."""
 PROMPT_STEP = 64
 """The same for passes of more than two of these steps, which read prompts."""
+TIMED_REPLAYS = 5
+"""Replays over which the time of a captured pass is measured."""
 LONGEST_PROMPT = 512
 """Tokens of a prompt that our own kernels read, at most; they are made for few rows."""
 
@@ -176,9 +178,13 @@ class CudaGraphs:
 
     Args:
         seconds: where to note how long each capture took, warm-up included.
+
+    Attributes:
+        ms: milliseconds of a replay of each pass that was captured in place, by its key.
     """
 
     def __init__(self, seconds: list[float]) -> None:
+        self.ms: dict[Hashable, float] = {}
         self._captured: dict[Hashable, _Captured] = {}
         self._in_place: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self._pool: Any = None
@@ -223,6 +229,7 @@ class CudaGraphs:
 
             began = self._begin()
             self._in_place[key] = self._record(again, run)
+            self.ms[key] = _replay_ms(self._in_place[key][0])
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
             self._end(began)
@@ -274,6 +281,18 @@ class CudaGraphs:
         graph, outputs = self._record(lambda: run(*static), lambda: run(*static))
         self._end(began)
         return _Captured(graph, static, pinned, (host, device), outputs)
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of one of several replays that follow one another, as in use."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    graph.replay()
+    began.record()
+    for _ in range(TIMED_REPLAYS):
+        graph.replay()
+    ended.record()
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / TIMED_REPLAYS
 
 
 @contextmanager

@@ -62,41 +62,52 @@ class _Mean:
     def value(self) -> float:
         return self._total / self._weight
 
-    def add(self, total: float, weight: float = 1.0) -> None:
-        self._total = DECAY * self._total + total
-        self._weight = DECAY * self._weight + weight
-
-    def idle(self) -> None:
-        total, weight = self._start
-        self._total = total + IDLE * (self._total - total)
-        self._weight = weight + IDLE * (self._weight - weight)
+    def count(self, is_shown: bool, total: float, weight: float = 1.0) -> None:
+        """Count a block, if it shows this figure."""
+        if is_shown:
+            self._total = DECAY * self._total + total
+            self._weight = DECAY * self._weight + weight
+            return
+        first_total, first_weight = self._start
+        self._total = first_total + IDLE * (self._total - first_total)
+        self._weight = first_weight + IDLE * (self._weight - first_weight)
 
 
 class Planner:
-    """Chooses the plan that is fastest by recent acceptance and measured step costs.
+    """Chooses the plan that is fastest by recent acceptance and measured times.
+
+    A plan's time is what its blocks took the device, once it was tried. Before that it is estimated from step costs,
+    which were measured step by step, with the host in them; so estimates are corrected by how the tried plans differ
+    from theirs.
 
     Args:
         config: `source` and `draft_len`, the longest chain.
         costs: for blocks up to that length.
-        branches: chains beside the learned one.
+        branches: chains beside the learned one, where they pay.
     """
 
     def __init__(self, config: DecodeConfig, costs: StepCosts, branches: int) -> None:
         self._costs = costs
+        self._times: dict[Plan, float] = {}  # milliseconds of the plans that were tried
         self._acceptance = _Mean(0.7)
-        self._more = _Mean(0.3)  # tokens of a block that only the other chains gave
+        self._branched = _Mean(0.35)  # tokens of a block that only branches gave
+        self._beside = _Mean(0.25)  # tokens of a block that only a lookup beside learned drafts gave
         self._looked_up = _Mean(0.8)  # accepted tokens of a lookup
         self._plan = Plan()
         lookup = config.source != "learned"
         together = config.source == "hybrid"
-        chains = branches + together
-        most = min(config.draft_len, WIDEST if chains else PASS_ROWS - 1)
+        most = min(config.draft_len, WIDEST if branches + together else PASS_ROWS - 1)
         self._plans = [Plan()]
         if lookup:
             self._plans.append(Plan(looked_up=min(config.draft_len, PASS_ROWS - 1)))
         if config.source != "lookup":
-            beside = most if together else 0
-            self._plans += [Plan(length, branches, beside) for length in LENGTHS if length <= most]
+            self._plans += [
+                Plan(length, forks, beside)
+                for length in LENGTHS
+                if length <= most
+                for forks in sorted({0, branches})
+                for beside in sorted({0, most * together})
+            ]
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
@@ -105,31 +116,44 @@ class Planner:
             self._plan = best
         return self._plan
 
+    def timed(self, plan: Plan, ms: float) -> None:
+        """Learn how long a block of a plan takes."""
+        self._times[plan] = ms
+
     def _speed(self, plan: Plan) -> float:
         """Expected tokens a millisecond."""
+        return self._tokens(plan) / self._ms(plan)
+
+    def _tokens(self, plan: Plan) -> float:
+        """Expected tokens of a block."""
+        if not plan.learned:
+            return 1.0 + (self._looked_up.value if plan.looked_up else 0.0)
+        tokens = expected_tokens(self._acceptance.value, plan.learned)
+        tokens += self._branched.value if plan.branches else 0.0
+        return tokens + (self._beside.value if plan.looked_up else 0.0)
+
+    def _ms(self, plan: Plan) -> float:
+        """Milliseconds of a block."""
+        if plan in self._times:
+            return self._times[plan]
+        found = sum(self._times.values())
+        estimated = sum(map(self._estimate, self._times))
+        return self._estimate(plan) * (found / estimated if estimated else 1.0)
+
+    def _estimate(self, plan: Plan) -> float:
         if plan.learned:
-            tokens = expected_tokens(self._acceptance.value, plan.learned)
-            tokens += self._more.value if plan.chains > 1 else 0.0
-            cost = self._costs.block(plan.learned, beside=plan.chains - 1)
-        else:
-            tokens = 1.0 + (self._looked_up.value if plan.looked_up else 0.0)
-            cost = self._costs.block(0, plan.looked_up)
-        return tokens / cost
+            return self._costs.block(plan.learned, beside=plan.chains - 1)
+        return self._costs.block(0, plan.looked_up)
 
     def observe(self, verification: Verification) -> None:
         """Count the outcome of a block."""
         main = verification.main_chain
         learned = main.draft.num_learned
-        if learned:
-            self._acceptance.add(main.num_accepted, main.num_drafted)
-        else:
-            self._acceptance.idle()
-        if learned and self._plan.chains > 1:
-            self._more.add(verification.num_accepted - main.num_accepted)
-        else:
-            self._more.idle()
-        if self._plan.looked_up:
-            lookup = verification.lookup_chain if learned else main
-            self._looked_up.add(lookup.num_accepted if lookup else 0)
-        else:
-            self._looked_up.idle()
+        drafted = [chain for chain in (verification, *verification.beside) if chain.draft.num_learned]
+        lookup = verification.lookup_chain if learned else main
+        best = max((chain.num_accepted for chain in drafted), default=0)
+        self._acceptance.count(learned > 0, main.num_accepted, main.num_drafted)
+        self._branched.count(learned > 0 and self._plan.branches > 0, best - main.num_accepted)
+        beside = self._plan.looked_up > 0
+        self._beside.count(learned > 0 and beside, verification.num_accepted - best)
+        self._looked_up.count(beside, lookup.num_accepted if lookup else 0)
