@@ -139,8 +139,8 @@ def test_kept_states_are_those_that_a_pass_computes(tmp_path, responses, monkeyp
     kept = distiller(tmp_path / "kept", responses, passes=2)
     monkeypatch.setattr(distill, "KEPT_SHARE", 0.0)
     computed = distiller(tmp_path / "computed", responses, passes=2)
-    assert kept._teacher._kept is not None and computed._teacher._kept is None
-    assert distiller(tmp_path / "once", responses, passes=1)._teacher._kept is None
+    assert kept._teacher._kept and not computed._teacher._kept
+    assert not distiller(tmp_path / "once", responses, passes=1)._teacher._kept
     monkeypatch.setattr(distill, "verifier_states", lambda *_: pytest.fail("read again"))
     found = list(kept.batches())
     monkeypatch.undo()

@@ -45,7 +45,7 @@ from dvirl.trainer import DVITrainer
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (loop, "cut_log"), (loop, "log_line"), (DVITrainer, "judge"), (DVITrainer, "step"),
-          (checkpoint, "save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
+          (checkpoint, "save_adapters"), (checkpoint, "save_file"), (run_folder, "flush"), (checkpoint, "prune"),
           (run_folder, "discard"), (run_folder, "write_text"), (run_log, "write_text"), (os, "replace"),
           (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""

@@ -164,4 +164,4 @@ def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) ->
     folders = [_save(trainer) for trainer in trainers]
     mean = average_adapters(folders, tokens, folders[0].with_name(f"mean-{share:.3f}"))
     for trainer in trainers:
-        checkpoint.load(mean, trainer.peft_model, trainer.model, draft_only=True)
+        checkpoint.load_weights(mean, trainer.peft_model, trainer.model, ["lora_S"])

@@ -24,8 +24,6 @@ from kangaroo.sgp_lora import get_peft_model_state_dict
 
 DRAFTER = "drafter.safetensors"
 """Weights of the drafter and the exit head, and the draft vocabulary."""
-STATE = ("trainer.safetensors", "trainer.json")
-"""Tensors and numbers of the trainer's state."""
 PORTABLE = (
     "base_model_name_or_path",
     "inference_mode",
@@ -160,19 +158,13 @@ def load(
     folder: Path,
     peft_model: PeftModel,
     model: KangarooModel,
-    draft_only: bool = False,
 ) -> dict[str, Any]:
     """Load the weights of a checkpoint in place, and return the trainer's state.
-
-    With `draft_only`, only what drafts is loaded, lora_S and drafter, and no state is returned.
 
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    if draft_only:
-        load_weights(folder, peft_model, model, ["lora_S"])
-        return {}
-    _refuse_missing(folder, [*STATE, MANIFEST])
+    _refuse_missing(folder, ["trainer.safetensors", "trainer.json", MANIFEST])
     load_weights(folder, peft_model, model, list(peft_model.peft_config))
     try:
         tensors = load_file(folder / "trainer.safetensors", device=str(model.head_model.weight.device))
@@ -189,6 +181,8 @@ def load_weights(
     adapters: Sequence[str],
 ) -> None:
     """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
+
+    What drafts is lora_S and the drafter; lora_D makes another verifier.
 
     A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is.
 

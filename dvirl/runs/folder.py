@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import write_text
+from dvirl.runs.log import flush, write_text
 from dvirl.runs.settings import Settings, defaults, read_yaml
 
 PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -26,10 +26,6 @@ PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors
 
 class Describable(Protocol):
     """A model that says what it is: a `dvirl.models.loading.LoadedModel`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells it from every other model."""
 
     def description(self) -> dict[str, str]:
         """Its fingerprint, and how it was loaded."""
@@ -53,20 +49,6 @@ def write_config(folder: Path, config: Settings, loaded: Describable, **more: An
     """Write `config.yaml`: every setting, the provenance, and `more`."""
     content = {"config": asdict(config), **provenance(loaded), **more}
     write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
-
-
-def start_log(run_dir: Path, config: Settings, loaded: Describable, new: bool = True) -> Path:
-    """Write the `config.yaml` of a run, create its `metrics.jsonl` if there is none, and return the latter's path.
-
-    Raises:
-        DvirlError: if the run is new and the folder holds the log of another one.
-    """
-    log = run_dir / "metrics.jsonl"
-    if new and log.exists():
-        raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
-    write_config(run_dir, config, loaded)
-    log.touch()
-    return log
 
 
 @contextmanager
@@ -108,36 +90,14 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         try:
             yield filled
             for path in (*filled.rglob("*"), filled):
-                _flush(path)
+                flush(path)
         except (OSError, SafetensorError) as error:
             raise DvirlError(
                 f"{folder}: could not be written ({error}); what was there before is whole"
             ) from error
         discard(folder)
         os.replace(filled, folder)
-        _flush(folder.parent)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file to write, as `atomic_directory` is a folder to fill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / path.name
-        try:
-            yield written
-            _flush(written)
-            os.replace(written, path)
-        except OSError as error:
-            raise DvirlError(f"{path}: could not be written ({error})") from error
-        _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        flush(folder.parent)
 
 
 def discard(folder: Path) -> None:
@@ -156,8 +116,7 @@ def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:
     """
     path = run_dir / "config.yaml"
     if path.exists():
-        before = {**defaults(config), **read_yaml(path).get("config", {})}
-        refuse_other_settings(path, before, asdict(config))
+        refuse_other_settings(path, defaults(config) | run_settings(run_dir), asdict(config))
     write_config(run_dir, config, loaded)
 
 

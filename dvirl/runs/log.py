@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,36 @@ def to_plain(values: Any) -> Any:
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file, and its folder if there is none. The file appears whole or not at all, and is then on the disk.
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary file to write. At the end it replaces `path` in one step; if anything fails, it is removed.
 
     Raises:
-        DvirlError: if it cannot be written.
+        DvirlError: if it, or its folder where there is none, cannot be written.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+            written = Path(scratch) / path.name
+            yield written
+            flush(written)
+            os.replace(written, path)
+        flush(path.parent)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
+        raise DvirlError(f"{path}: could not be written ({error})") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(Path(path)) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, values: Any) -> None:

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
-COSINE_FLOOR = 0.1
-"""Share of the peak rate that the cosine schedule ends with."""
-
 
 def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
     """AdamW without weight decay: the weights start as those of a good model and must not shrink towards zero."""
@@ -189,7 +186,7 @@ def cosine_rate(
     step: int,
     warmup_steps: int,
     progress: float,
-    floor: float = COSINE_FLOOR,
+    floor: float = 0.1,
 ) -> float:
     """The learning rate of a step.
 

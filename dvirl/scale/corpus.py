@@ -1,6 +1,5 @@
 """Cached greedy responses at scale: conversations that the model holds with itself, in shards on disk."""
 
-import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from dvirl.data.selfwritten import Openers, sample_turns
 from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Responses, generate, join
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import atomic_file
 
 NGRAM = 13
 """Training data may not share so many tokens in a row with a question; GPT-3's decontamination counts 13 words."""
@@ -133,10 +133,8 @@ def without_repeats(responses: Responses) -> Responses:
 
 def write_shard(path: Path, responses: Responses) -> None:
     """Write one shard, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(vars(responses), scratch)
-    os.replace(scratch, path)
+    with atomic_file(path) as scratch:
+        save_file(vars(responses), scratch)
 
 
 def read_shard(path: Path) -> Responses:
@@ -201,16 +199,11 @@ def overlapping(
         hashes_by_length[length].append(hashes)
     sought = {}
     for length, parts in hashes_by_length.items():
-        sought[length] = torch.cat(parts).sort().values.to(device)
+        sought[length] = torch.cat(parts).to(device)
     overlaps = torch.zeros(len(responses), dtype=torch.bool)
     for start in range(0, len(responses), SCANNED):
         rows = slice(start, start + SCANNED)
         for length, hashes in _hashes(responses.tokens[rows].to(device), n):
-            if length not in sought:
-                continue
-            # Binary search: the first sought hash that is not smaller, or the last one.
-            index = torch.searchsorted(sought[length], hashes)
-            index = index.clamp(max=len(sought[length]) - 1)
-            equal = sought[length][index] == hashes
-            overlaps[rows] |= equal.any(dim=1).cpu()
+            if length in sought:
+                overlaps[rows] |= torch.isin(hashes, sought[length]).any(dim=1).cpu()
     return overlaps

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dvirl.config import DraftSettings
@@ -166,10 +167,7 @@ class _Objective(nn.Module):
     def __init__(self, model: KangarooModel, config: DistillConfig) -> None:
         super().__init__()
         self.model = model
-        self.temperature = config.temperature
-        self.ce_weight = config.ce_weight
-        self.depths = config.depths
-        self.depth_decay = config.depth_decay
+        self.config = config
 
     def forward(
         self,
@@ -194,21 +192,23 @@ class _Objective(nn.Module):
             The mean loss in nats, over the first drafts of blocks and with feedback over later ones, too; and the share
             of positions where the argmax of a first draft is the verifier's token; 0-d.
         """
+        config = self.config
         half = verifier_hidden.dtype == torch.bfloat16
         target = self.model.verifier_logits(verifier_hidden.flatten(0, 1).index_select(0, positions))
-        teacher = Teacher.of(target / self.temperature)
+        teacher = Teacher.of(target / config.temperature)
         count = weight.sum()
         loss = torch.zeros((), device=tokens.device)
         shares = 0.0
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths, later)
+            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
             for depth, state in enumerate(states):
                 where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
                 logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
-                losses = distillation_loss(logits, teacher, index, self.ce_weight)
-                loss = loss + self.depth_decay**depth * (losses * weight).sum() / count
-                shares += self.depth_decay**depth
+                losses = distillation_loss(logits, teacher, index, config.ce_weight)
+                share = config.depth_decay**depth
+                loss = loss + share * (losses * weight).sum() / count
+                shares += share
                 if depth == 0:
                     agrees = logits.detach().argmax(dim=-1) == index
         return loss / shares, (agrees * weight).sum() / count
@@ -232,37 +232,25 @@ class _Teacher:
 
     def __init__(self, base: EarlyExitLlamaForCausalLM, responses: Responses, several: bool) -> None:
         self._base = base
+        self._kept: dict[int, Tensor] = {}
         lengths = responses.prompt_lens + responses.response_lens
-        self._kept: Tensor | None = None
         device = base.model.norm.weight.device
-        size = base.config.hidden_size
-        needed = int(lengths.sum()) * size * base.dtype.itemsize
+        needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
         if not several or needed > KEPT_SHARE * free_memory(device):
             return
-        self._kept = torch.empty(int(lengths.sum()), size, dtype=base.dtype, device=device)
-        order = lengths.argsort()
-        self._lengths = lengths.to(device)
-        self._starts = torch.empty_like(self._lengths)
-        self._starts[order.to(device)] = F.pad(lengths[order].cumsum(0), (1, 0))[:-1].to(device)
-        rows = torch.split(order, SWEPT)
-        for part in tqdm(rows, desc="verifier's states", unit="batch", leave=False):
-            tokens = responses.take(part).tokens.to(device)
+        parts = torch.split(lengths.argsort(), SWEPT)
+        for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
+            tokens = responses.take(rows).tokens.to(device)
             states = verifier_states(base, tokens, ["lora_S"])
-            index, inside = self._index(part.to(device), tokens.shape[1])
-            self._kept[index[inside]] = states[inside]
-
-    def _index(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Where the states of some rows are kept, and whether there is one, `[B, T]` each."""
-        places = torch.arange(width, device=rows.device)
-        inside = places < self._lengths[rows][:, None]
-        return (self._starts[rows][:, None] + places) * inside, inside
+            for row, state in zip(rows.tolist(), states, strict=True):
+                # A copy, so that padding is not kept with it.
+                self._kept[row] = state[: lengths[row]].clone()
 
     def states(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """The states `[B, T, D]` on tokens `[B, T]`, which are rows `[B]` of the responses."""
-        if self._kept is None:
+        if not self._kept:
             return verifier_states(self._base, tokens, ["lora_S"])
-        index, _ = self._index(rows.to(tokens.device), tokens.shape[1])
-        return self._kept[index]
+        return pad_sequence([self._kept[row] for row in rows.tolist()], batch_first=True)
 
 
 class Distiller(TrainingLoop):
@@ -307,7 +295,7 @@ class Distiller(TrainingLoop):
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         if config.start_from:
             folder = drafter_folder(config.start_from)
-            checkpoint.load(folder, self.peft_model, self.model, draft_only=True)
+            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"])
         # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
@@ -320,7 +308,6 @@ class Distiller(TrainingLoop):
         self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
         self._teacher = _Teacher(loaded.model, self.responses, config.passes > 1)
-        self._batches = self.batches()
         self.load_newest()
 
     # Responses
@@ -407,7 +394,7 @@ class Distiller(TrainingLoop):
         drafter = self.run_dir / "drafter"
         result = DistillResult(
             written=int(written.tokens.sum()),
-            write_s=float(written.wall_s.sum()) if len(written) else 0.0,
+            write_s=float(written.wall_s.sum()),
             learned=self.counters.tokens,
             train_s=self.counters.wall_s,
             steps=self.counters.step,
