@@ -1,14 +1,11 @@
 """What a study says of a run: the draft on answers, the verifier on human replies, the run's curve."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
@@ -61,7 +58,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
         `metrics.verifier_figures` of the first `replies` conversations of chatterbot-corpus, in the chat format.
     """
     chat = trainer.loaded.chat
-    examples: list[Tensor] = []
+    examples = []
     for prompt in chatterbot_prompts()[:replies]:
         tokens = chat.encode(prompt.turns)
         examples.append(make_example(tokens, chat.encode_response(prompt.response)))

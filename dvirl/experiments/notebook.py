@@ -56,6 +56,12 @@ def assigned_names(source: str) -> list[str]:
     return [target.id for one in assignments for target in one.targets if isinstance(target, ast.Name)]
 
 
+def _parameters(namespace: Mapping[str, Any], mark: str) -> set[str]:
+    """Names that the executed cells assign whose first line begins with a mark; none in nbval, which keeps no `In`."""
+    cells = [cell for cell in namespace.get("In", ()) if cell.startswith(mark)]
+    return {name for cell in cells for name in assigned_names(cell)}
+
+
 def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConfig, **fixed: Any) -> Settings:
     """Settings from a notebook's parameters, which stand in its `globals()`, and `fixed` ones that it decides itself.
 
@@ -64,16 +70,13 @@ def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConf
     Raises:
         DvirlError: for a parameter that is neither, or a value out of range.
     """
-    cells = [cell for cell in namespace["In"] if cell.startswith(INJECTED)]
-    declared = [name for cell in cells if cell.startswith(DECLARED) for name in assigned_names(cell)]
-    injected = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
     settings = {spec.name for spec in dataclasses.fields(kind)}
-    known = settings | set(declared)
-    if unknown := sorted(set(injected) - known):
+    known = settings | _parameters(namespace, DECLARED)
+    if unknown := sorted(_parameters(namespace, INJECTED) - known):
         raise DvirlError(
             f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
-    given = {name: namespace[name] for name in namespace if name in settings}  # nbval keeps no `In`
+    given = {name: value for name, value in namespace.items() if name in settings}
     return from_mapping(kind, {**given, **fixed}, "notebook parameters")
 
 
@@ -98,10 +101,9 @@ def claims(namespace: Mapping[str, Any], defaults: str) -> Callable[[bool, str],
         `claim(holds, message)`, which returns whether the claim holds. At the default parameters a claim that does not
         hold is an AssertionError with the message.
     """
-    executed = [cell for cell in namespace.get("In", ()) if cell]
-    names = {name for cell in executed if cell.startswith(INJECTED) for name in assigned_names(cell)}
-    # nbval keeps no history of cells, and changes no parameters.
-    at_defaults = not executed or fingerprint({name: namespace[name] for name in names}) == defaults
+    names = _parameters(namespace, INJECTED)
+    # In nbval, which changes no parameters, there are none.
+    at_defaults = not names or fingerprint({name: namespace[name] for name in names}) == defaults
 
     def claim(holds: bool, message: str) -> bool:
         assert holds or not at_defaults, message
@@ -126,7 +128,7 @@ def caption(*records: Mapping[str, Any]) -> HTML:
         records: what `report.read_recorded` gave; of several the commands are hidden until asked for.
     """
     lines = [f"{origin(one)}: <code>{html.escape(one['command'])}</code>" for one in records]
-    text = f"{lines[0]}"
+    text = lines[0]
     if len(lines) > 1:
         places = " and ".join(sorted({origin(one).removeprefix("recorded ") for one in records}))
         items = "".join(f"<li>{line}</li>" for line in lines)

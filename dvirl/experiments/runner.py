@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +168,11 @@ class StudyCommand(Settings):
         study = from_mapping(Study, read_yaml(self.file), self.file)
         if self.quick:
             study = study.small()
-        changes: dict[str, Any] = {}
+        changes = {}
         for pair in self.set:
             name, value = pair.split("=", 1)
             changes[name] = yaml.safe_load(value)
         return replace(study, seeds=self.seeds or study.seeds, base=study.base | changes)
-
-
-parse_command = partial(
-    settings.parse_args,
-    StudyCommand,
-    "dvirl study",
-    "Run a study: variants and seeds that answer one question.",
-)
-"""Settings from flags; see `settings.parse_args`."""
 
 
 def main(argv: Sequence[str]) -> Path:
@@ -191,7 +181,9 @@ def main(argv: Sequence[str]) -> Path:
     Raises:
         DvirlError: for a bad file or bad settings.
     """
-    command = parse_command(argv)
+    command = settings.parse_args(
+        StudyCommand, "dvirl study", "Run a study: variants and seeds that answer one question.", argv
+    )
     study = command.study()
     out = Path(command.out or f"results/{Path(command.file).stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)

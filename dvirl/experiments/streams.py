@@ -1,19 +1,16 @@
 """Studies of kinds `adaptation` (a stream that changes domain) and `federated` (clients with streams of their own)."""
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from dvirl.config import DVIConfig
 from dvirl.data.stream import load_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.experiments.study import Prompts, Task, VariantRows, free_memory, load_model, trainer_on
+from dvirl.experiments.study import Prompts, Task, Values, VariantRows, free_memory, load_model, trainer_on
 from dvirl.experiments.summary import Row
 from dvirl.rollout import Responses
 from dvirl.runs import checkpoint
@@ -42,7 +39,7 @@ def adaptation(task: Task, folder: Path) -> VariantRows:
     (old, new), probes = _domains(task, sources, count)
     # Drawn for all variants, also those that are done, so that a study that goes on draws the same.
     rng = random.Random(task.seed)
-    mixed: dict[str, Prompts] = {}
+    mixed = {}
     for name, variant in task.study.variants.items():
         share = variant["replay_share"]
         mixed[name] = [rng.choice(old) if rng.random() < share else prompt for prompt in new]
@@ -54,9 +51,7 @@ def adaptation(task: Task, folder: Path) -> VariantRows:
         yield name, [{"figures": adaptation_figures(curve, count), "curve": curve}]
 
 
-def _domains(
-    task: Task, sources: Mapping[str, Mapping[str, Any]], count: int
-) -> tuple[list[Prompts], Probes]:
+def _domains(task: Task, sources: dict[str, Values], count: int) -> tuple[list[Prompts], Probes]:
     """`count` training prompts of every source, and the untouched model's answers to its held-out ones, by name."""
     loaded = load_model(task.config(task.shared))
     prompts = []
@@ -118,7 +113,7 @@ def federated(task: Task, folder: Path) -> VariantRows:
         by_client = {"pooled": pooled}
         if mode != "pooled":
             by_client = dict(zip(probes, streams, strict=True))
-        clients: Clients = {}
+        clients = {}
         for client, prompts in by_client.items():
             changes = {"start_from": str(untrained), "num_prompts": len(prompts)}
             clients[client] = (task.config(folder / name / client, changes), prompts)
@@ -154,7 +149,7 @@ def _in_rounds(clients: Clients, probes: Probes, rounds: int, average: bool) -> 
 
 def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) -> None:
     """Train every client up to a share of its prompts, then give all of them the mean of their drafts if asked to."""
-    tokens: list[int] = []
+    tokens = []
     for trainer in trainers:
         before = trainer.counters.tokens
         _advance(trainer, share * trainer.config.num_prompts - 1e-6)  # the share may be rounded up

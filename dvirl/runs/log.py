@@ -14,6 +14,9 @@ import pandas as pd
 
 from dvirl.runs.errors import DvirlError
 
+Line = Mapping[str, Any]
+"""A line of a log: figures by name."""
+
 
 def to_plain(values: Any) -> Any:
     """The same value as JSON has it: numbers that JSON cannot spell, such as NaN, become None."""
@@ -57,7 +60,7 @@ def write_json(path: str | Path, values: Any) -> None:
     write_text(path, json.dumps(to_plain(values), indent=1) + "\n")
 
 
-def log_line(path: Path, values: Mapping[str, Any]) -> None:
+def log_line(path: Path, values: Line) -> None:
     """Append one line to a JSONL file and write it at once; numbers that JSON cannot spell become null.
 
     Raises:

@@ -3,7 +3,7 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
-from dvirl.runs.log import cut_log, log_line
+from dvirl.runs.log import Line, cut_log, log_line
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import ModelSettings, defaults, from_mapping, read_yaml
 from dvirl.runs.trackers import installed_trackers, tracking
@@ -40,7 +40,7 @@ class Counters:
     wall_s: float = 0.0
 
 
-def no_report(line: Mapping[str, Any]) -> None:
+def no_report(line: Line) -> None:
     """Drop a log line."""
 
 
@@ -94,7 +94,7 @@ class TrainingLoop(ABC):
         self._keep_checkpoints = keep_checkpoints
         self._tracker = tracker
         self._began = 0.0
-        self.report: Callable[[Mapping[str, Any]], None] = no_report
+        self.report: Callable[[Line], None] = no_report
 
     # What a trainer defines
 
@@ -110,7 +110,7 @@ class TrainingLoop(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
 
-    def start(self) -> Sequence[Mapping[str, Any]]:
+    def start(self) -> Sequence[Line]:
         """What is done once before the first unit of work of every start; return its log lines."""
         return []
 
@@ -129,7 +129,7 @@ class TrainingLoop(ABC):
         """How much of `length` is done."""
         return self.counters.step
 
-    def describe(self, line: Mapping[str, Any]) -> str:
+    def describe(self, line: Line) -> str:
         """What the progress bar says of a log line."""
         return f"step {line['step']}"
 
@@ -185,7 +185,7 @@ class TrainingLoop(ABC):
             ) as bar,
         ):
 
-            def report(line: Mapping[str, Any]) -> None:
+            def report(line: Line) -> None:
                 self._log_line(line)
                 track(line)
                 bar.update(self.position - bar.n)
@@ -210,7 +210,7 @@ class TrainingLoop(ABC):
         # Only now: until here, a signal of its own would have been a process's second one, which ends it at once.
         stop.signal = stop.signal or asked
 
-    def _log_line(self, line: Mapping[str, Any]) -> None:
+    def _log_line(self, line: Line) -> None:
         """Put a line into the log; the first process alone does."""
         if self.processes.first:
             log_line(self.log, line)

@@ -8,6 +8,7 @@ import textwrap
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -201,11 +202,9 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(owner))
         tree = ast.parse(source).body[0]
         assert isinstance(tree, ast.ClassDef)
-        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        for statement, following in pairwise(tree.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                assert isinstance(statement.target, ast.Name)
-                assert isinstance(following.value, ast.Constant)
-                texts[statement.target.id] = str(following.value.value)
+                texts[ast.unparse(statement.target)] = ast.literal_eval(following.value)
     return texts
 
 

@@ -9,10 +9,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import Line
 
 TRACKERS = ("auto", "none", *LoggerType.list())
 """Names to choose from: auto is TensorBoard if it is installed, all is every installed tracker."""
-Track = Callable[[Mapping[str, Any]], None]
+Track = Callable[[Line], None]
 """Takes the figures of one step, `step` among them; values that are not numbers are ignored."""
 
 
@@ -50,7 +51,7 @@ def tracking(name: str, run_dir: Path, settings: Mapping[str, Any]) -> Iterator[
         tracker.store_init_configuration(dict(settings))
         trackers.append(tracker)
 
-    def track(figures: Mapping[str, Any]) -> None:
+    def track(figures: Line) -> None:
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         for tracker in trackers:
             tracker.log(numbers, step=figures["step"])

@@ -90,18 +90,20 @@ def _tasks_about(loaded: LoadedModel, first: Responses, count: int, rng: random.
     """Prompts that set a task about a text of one or more answers among `first`, `count` of them."""
     start, end, _ = loaded.chat.frame()
     openers = Openers()
+    decode = loaded.tokenizer.decode
     prompts = []
     for _ in range(count):
         rows = rng.sample(range(len(first)), rng.randint(1, min(MOST_PASSAGES, len(first))))
-        texts, questions = [], []
+        passages = []
+        questions = []
         for row in rows:
-            prompt_len, length = int(first.prompt_lens[row]), int(first.response_lens[row])
-            tokens = first.tokens[row, : prompt_len + length].tolist()
+            prompt_len = int(first.prompt_lens[row])
+            tokens = first.tokens[row, : prompt_len + first.response_lens[row]].tolist()
             stop = -1 if tokens[-1] in loaded.eos_ids else None
-            questions.append(loaded.tokenizer.decode(tokens[len(start) : prompt_len - len(end)]))
-            texts.append(loaded.tokenizer.decode(tokens[prompt_len:stop]).strip())
-        numbered = rng.random() < 0.5
-        passages = [f"[{place}] {text}" if numbered else text for place, text in enumerate(texts, start=1)]
+            questions.append(decode(tokens[len(start) : prompt_len - len(end)]))
+            passages.append(decode(tokens[prompt_len:stop]).strip())
+        if rng.random() < 0.5:
+            passages = [f"[{place}] {text}" for place, text in enumerate(passages, start=1)]
         task = openers.task_about("\n\n".join(passages), rng.choice(questions), rng)
         prompts.append([*start, *loaded.chat.plain(task), *end])
     return prompts

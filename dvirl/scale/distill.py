@@ -9,7 +9,7 @@ import random
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,9 @@ from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import fitting, free_memory
 from dvirl.rollout import Responses, join, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
-from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import log_line, read_metrics
+from dvirl.runs.folder import claim
+from dvirl.runs.log import Line, log_line, read_metrics
 from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
@@ -221,36 +221,22 @@ class _Objective(nn.Module):
         return rows * later.shape[1] + offsets
 
 
-class _Teacher:
-    """The verifier's states on the responses; computed once and kept, if several passes read them and they fit.
-
-    Args:
-        base: the verifier.
-        responses: N rows.
-        several: whether they are read more than once.
-    """
-
-    def __init__(self, base: EarlyExitLlamaForCausalLM, responses: Responses, several: bool) -> None:
-        self._base = base
-        self._kept: dict[int, Tensor] = {}
-        lengths = responses.prompt_lens + responses.response_lens
-        device = base.model.norm.weight.device
-        needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
-        if not several or needed > KEPT_SHARE * free_memory(device):
-            return
-        parts = torch.split(lengths.argsort(), SWEPT)
-        for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
-            tokens = responses.take(rows).tokens.to(device)
-            states = verifier_states(base, tokens, ["lora_S"])
-            for row, state in zip(rows.tolist(), states, strict=True):
-                # A copy, so that padding is not kept with it.
-                self._kept[row] = state[: lengths[row]].clone()
-
-    def states(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """The states `[B, T, D]` on tokens `[B, T]`, which are rows `[B]` of the responses."""
-        if not self._kept:
-            return verifier_states(self._base, tokens, ["lora_S"])
-        return pad_sequence([self._kept[row] for row in rows.tolist()], batch_first=True)
+def kept_states(base: EarlyExitLlamaForCausalLM, responses: Responses) -> dict[int, Tensor]:
+    """The verifier's states on every response, `[T, D]`, by row; none if they would take too much of the memory."""
+    kept: dict[int, Tensor] = {}
+    device = base.model.norm.weight.device
+    lengths = responses.prompt_lens + responses.response_lens
+    needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
+    if needed > KEPT_SHARE * free_memory(device):
+        return kept
+    parts = torch.split(lengths.argsort(), SWEPT)
+    for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
+        tokens = responses.take(rows).tokens.to(device)
+        states = verifier_states(base, tokens, ["lora_S"])
+        for row, state in zip(rows.tolist(), states, strict=True):
+            # A copy, so that padding is not kept with it.
+            kept[row] = state[: lengths[row]].clone()
+    return kept
 
 
 class Distiller(TrainingLoop):
@@ -263,7 +249,7 @@ class Distiller(TrainingLoop):
     Attributes:
         responses: what is learned from.
         left_out: number of rows that are not, by reason.
-        num_steps: updates of the whole run, if the clock does not end it before.
+        length: updates of the whole run, if the clock does not end it before.
 
     Raises:
         DvirlError: for settings that do not fit the model, or a run folder with other settings.
@@ -286,11 +272,9 @@ class Distiller(TrainingLoop):
         logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
         fitting("batch", config.batch, base, layers, positions, logits, drafter)
-        run_folder.claim(self.run_dir, config, loaded)
+        claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
-        self.longest = int(self.responses.response_lens.max())
-        self.num_steps = config.passes * math.ceil(len(self.responses) / config.batch)
-        self.length = self.num_steps
+        self.length = config.passes * math.ceil(len(self.responses) / config.batch)
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         if config.start_from:
@@ -307,7 +291,8 @@ class Distiller(TrainingLoop):
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
         self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
-        self._teacher = _Teacher(loaded.model, self.responses, config.passes > 1)
+        # States that are read once are not kept.
+        self._kept = kept_states(base, self.responses) if config.passes > 1 else {}
         self.load_newest()
 
     # Responses
@@ -420,7 +405,7 @@ class Distiller(TrainingLoop):
         """Share of the run that is done, by updates or by the clock."""
         minutes = self.config.max_minutes
         by_clock = self.counters.wall_s / (60 * minutes) if minutes else 0.0
-        return min(1.0, max(self.counters.step / self.num_steps, by_clock))
+        return min(1.0, max(self.counters.step / self.length, by_clock))
 
     @property
     def finished(self) -> bool:
@@ -460,16 +445,13 @@ class Distiller(TrainingLoop):
         self.clock()
         line = {
             "phase": "train",
-            "step": counters.step,
-            "tokens": counters.tokens,
+            **asdict(counters),
             "loss": mean_loss,
             "agreement": float(agreement.mean()),
             "lr": self.optimizers.lr,
             "grad_norm": float(norm[-1]),
-            "skipped": counters.skipped,
             "tok_per_s": (counters.tokens - tokens_before) / (counters.wall_s - wall_before),
             "memory_gb": self._memory_gb(),
-            "wall_s": counters.wall_s,
         }
         self.report(line)
 
@@ -480,7 +462,7 @@ class Distiller(TrainingLoop):
             self.skip_update(self.counters.step - len(numbers) + 1 + place)
         return kept
 
-    def describe(self, line: Mapping[str, Any]) -> str:
+    def describe(self, line: Line) -> str:
         """What the progress bar says of an update."""
         return f"agreement {line['agreement']:.3f}, {line['tok_per_s']:,.0f} tok/s"
 
@@ -503,7 +485,11 @@ class Distiller(TrainingLoop):
             for group_index in range(done // TEACHER_BATCHES, len(groups)):
                 group = self.responses.take(groups[group_index])
                 tokens = group.tokens.to(self.loaded.model.device)
-                states = self._teacher.states(tokens, groups[group_index])
+                if self._kept:
+                    kept = [self._kept[row] for row in groups[group_index].tolist()]
+                    states = pad_sequence(kept, batch_first=True)
+                else:
+                    states = verifier_states(self.loaded.model, tokens, ["lora_S"])
                 for start in range(done % TEACHER_BATCHES * size, len(group), size):
                     rows = slice(start, start + size)
                     yield (
@@ -548,9 +534,8 @@ class Distiller(TrainingLoop):
         before = batch.prompt_lens[rows] + positions - 1
         tokens = batch.tokens
         count = len(rows)
-        longest = int(batch.response_lens.max())
+        longest = int((self.responses if padded else batch).response_lens.max())
         if padded:
-            longest = self.longest
             count = self.config.batch * (longest - 1)
             missing = self.config.batch - len(tokens)
             ragged = -tokens.shape[1] % WIDTH_STEP
