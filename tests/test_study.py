@@ -34,7 +34,6 @@ from dvirl.experiments.streams import adaptation_figures
 from dvirl.experiments.study import Study
 from dvirl.experiments.summary import row_name
 from dvirl.experiments.summary import summary as summarise
-from dvirl.runs import checkpoint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
 from dvirl.train_dvi import make_trainer
@@ -603,7 +602,7 @@ def test_a_failed_task_leaves_no_model_behind(monkeypatch, tmp_path):
 
 def test_a_start_that_does_not_fit_is_said(tmp_path):
     trainer = a_trainer(tmp_path)
-    folder = checkpoint.save(tmp_path / "other", 0, trainer.peft_model, trainer.model)
+    folder = trainer.save_checkpoint()
     with pytest.raises(DvirlError, match="does not fit this model"):
         make_trainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
     with pytest.raises(DvirlError, match="lora_S, drafter.safetensors missing"):

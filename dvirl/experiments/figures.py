@@ -99,5 +99,4 @@ def thinned_curve(run_dir: Path) -> dict[str, list[float | None]]:
     bins = metrics.index * CURVE_POINTS // max(1, len(metrics))
     shown = metrics[["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]].astype(float)
     means = shown.groupby(bins).mean().round(5)
-    curve: dict[str, list[float | None]] = to_plain(means.to_dict("list"))
-    return curve
+    return dict(to_plain(means.to_dict("list")))

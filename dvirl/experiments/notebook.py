@@ -6,7 +6,6 @@ import html
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -48,6 +47,7 @@ table.dvirl-blocks span {white-space:pre-wrap; margin-right:.35em; padding:0 .2e
 }
 </style>"""
 """A row a block on a wide page, three short lines a block on a phone."""
+BLOCK_HEAD = "<thead><tr><th>block</th><th>drafts and verdicts</th><th>committed</th></tr></thead>"
 
 
 def assigned_names(source: str) -> list[str]:
@@ -117,8 +117,12 @@ def new_run_dir(wished: str, name: str) -> str:
     if wished:
         return wished
     first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folders = (first if number == 1 else f"{first}-{number}" for number in count(1))
-    return next(folder for folder in folders if not Path(folder).exists())
+    folder = first
+    number = 1
+    while Path(folder).exists():
+        number += 1
+        folder = f"{first}-{number}"
+    return folder
 
 
 def caption(*records: Mapping[str, Any]) -> HTML:
@@ -148,12 +152,12 @@ def show_blocks(
         most: blocks shown; the others are counted in the last row.
     """
     key = " ".join(_piece(kind, kind) for kind in LOOKS)
-    columns = "".join(f"<th>{name}</th>" for name in ("block", "drafts and verdicts", "committed"))
-    head = f"<caption>{html.escape(title)}<div>{key}</div></caption><thead><tr>{columns}</tr></thead>"
+    title_and_key = f"<caption>{html.escape(title)}<div>{key}</div></caption>"
     rows = [_block_row(number, block, words) for number, block in enumerate(blocks[:most])]
     if left := len(blocks) - len(rows):
         rows.append(f'<tr><td colspan="3">{left} more blocks like these</td></tr>')
-    return HTML(f'{BLOCK_STYLE}<table class="dvirl-blocks">{head}<tbody>{"".join(rows)}</tbody></table>')
+    table = f"{title_and_key}{BLOCK_HEAD}<tbody>{''.join(rows)}</tbody>"
+    return HTML(f'{BLOCK_STYLE}<table class="dvirl-blocks">{table}</table>')
 
 
 def _piece(kind: str, text: str, says: str = "") -> str:
@@ -165,17 +169,18 @@ def _piece(kind: str, text: str, says: str = "") -> str:
 
 def _block_row(number: int, block: Verification, words: Callable[[int], str]) -> str:
     """The row of a block; block 0 is the prefill, which has no drafts."""
-    confidence = block.draft.confidence.tolist()
-    looked_up = [math.isnan(sure) for sure in confidence]
-    names = [name for name, there in (("lookup", any(looked_up)), ("learned", not all(looked_up))) if there]
+    sources = set()
     parts = []
-    for place, (token, sure) in enumerate(zip(block.draft.tokens.tolist(), confidence, strict=True)):
+    drafts = zip(block.draft.tokens.tolist(), block.draft.confidence.tolist(), strict=True)
+    for place, (token, sure) in enumerate(drafts):
+        looked_up = math.isnan(sure)
+        sources.add("lookup" if looked_up else "learned")
         judged = "rejected" if place < block.num_drafted else "not judged"
         kind = "accepted" if place < block.num_accepted else judged
-        how = "looked up" if looked_up[place] else f"confidence {sure:.2f}"
+        how = "looked up" if looked_up else f"confidence {sure:.2f}"
         parts.append(_piece(kind, words(token), f"{kind}, {how}"))
     if block.block_len > block.num_accepted:
         parts.append(_piece("the verifier's token", words(block.committed[-1])))
     said = html.escape("".join(map(words, block.committed)).lstrip(" ")).replace("\n", "\u21b5")
-    source = ", ".join(names) if confidence else "no draft"
+    source = ", ".join(sorted(sources, reverse=True)) or "no draft"
     return f"<tr><th>{number} <small>{source}</small></th><td>{' '.join(parts)}</td><td><span>{said}</span></td></tr>"

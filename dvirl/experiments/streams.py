@@ -107,7 +107,7 @@ def federated(task: Task, folder: Path) -> VariantRows:
     streams, probes = _domains(task, extra["clients"], rounds * extra["prompts"])
     # Pooled prompts alternate between the clients, as if they came in together.
     pooled = [prompt for together in zip(*streams, strict=True) for prompt in together]
-    untrained = _save(trainer_on(task.config(folder / "start"), pooled))
+    untrained = trainer_on(task.config(folder / "start"), pooled).save_checkpoint()
     for name, variant in task.due():
         mode = variant["mode"]
         by_client = {"pooled": pooled}
@@ -118,12 +118,6 @@ def federated(task: Task, folder: Path) -> VariantRows:
             changes = {"start_from": str(untrained), "num_prompts": len(prompts)}
             clients[client] = (task.config(folder / name / client, changes), prompts)
         yield name, [_in_rounds(clients, probes, rounds, mode == "averaged")]
-
-
-def _save(trainer: DVITrainer) -> Path:
-    return checkpoint.save(
-        Path(trainer.config.run_dir), trainer.counters.step, trainer.peft_model, trainer.model
-    )
 
 
 def _in_rounds(clients: Clients, probes: Probes, rounds: int, average: bool) -> Row:
@@ -156,7 +150,7 @@ def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) ->
         tokens.append(trainer.counters.tokens - before)
     if not average:
         return
-    folders = [_save(trainer) for trainer in trainers]
+    folders = [trainer.save_checkpoint() for trainer in trainers]
     mean = average_adapters(folders, tokens, folders[0].with_name(f"mean-{share:.3f}"))
     for trainer in trainers:
         checkpoint.load_weights(mean, trainer.peft_model, trainer.model, ["lora_S"])

@@ -36,7 +36,7 @@ class Study(Settings):
 
     question: str
     """What it asks, in one sentence."""
-    kind: str
+    kind: str = field(metadata={"allowed": KINDS})
     """grid, staleness, adaptation or federated."""
     seeds: list[int]
     """One repetition each."""
@@ -54,8 +54,6 @@ class Study(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in KINDS:
-            raise DvirlError(f"kind is {self.kind!r:.80}; expected one of {', '.join(KINDS)}")
         if not self.seeds or not self.variants:
             raise DvirlError("a study needs at least one seed and one variant")
         # Anything may stand in quick and extra; whatever does not fit there fails here, before hours of training.

@@ -174,14 +174,12 @@ def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
 
 def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:
     """A row for each cell: what the grid sets and its figures; printed, also with means ± deviations over seeds."""
-    missing = missing_cells(cells)
     lines = []
     rows = []
     for cell in cells:
         point = {name: cell[name] for name in sweep.grid}
-        figures = {}
-        if cell not in missing:
-            figures = json.loads(Path(cell["run_dir"], "cell.json").read_text())["figures"]
+        kept = Path(cell["run_dir"], "cell.json")
+        figures = json.loads(kept.read_text())["figures"] if kept.exists() else {}
         lines.append({**point, **figures})
         point.pop("seed", None)
         rows.append({"variant": urlencode(point), "figures": figures})

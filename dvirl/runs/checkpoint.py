@@ -131,7 +131,7 @@ def save(
     step: int,
     peft_model: PeftModel,
     model: KangarooModel,
-    state: dict[str, Any] | None = None,
+    state: dict[str, Any],
 ) -> Path:
     """Write `checkpoints/step-…`, whole or not at all.
 
@@ -140,16 +140,15 @@ def save(
         step: updates so far.
         peft_model: its adapters are saved as plain PEFT folders.
         model: its drafter goes into `drafter.safetensors`.
-        state: the trainer's, tensors and numbers; None for weights alone.
+        state: the trainer's, tensors and numbers.
     """
     folder = step_folder(run_dir, step)
     with atomic_directory(folder) as scratch:
         save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)
-        if state is not None:
-            tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
-            save_file(tensors, scratch / "trainer.safetensors")
-            (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
+        tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
+        save_file(tensors, scratch / "trainer.safetensors")
+        (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
         (scratch / MANIFEST).write_text(json.dumps(_checksums(scratch), indent=1) + "\n")
     return folder
 

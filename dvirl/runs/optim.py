@@ -39,8 +39,8 @@ def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> N
         optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
-def _new_muon(matrices: Sequence[Tensor], lr: float = 1e-3) -> Muon:
-    return Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+def _new_muon(matrices: Sequence[Tensor]) -> Muon:
+    return Muon(matrices, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 class CapturedMuon:
@@ -59,7 +59,7 @@ class CapturedMuon:
         self._gradients = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
         for moved, gradient in zip(self._moved, self._gradients, strict=True):
             moved.grad = gradient
-        self.muon = _new_muon(self._moved, 1.0)
+        self.muon = _new_muon(self._moved)
         self._kept = torch.ones((), dtype=torch.bool, device=matrices[0].device)
         self._graph: torch.cuda.CUDAGraph | None = None
 

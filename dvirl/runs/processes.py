@@ -82,8 +82,7 @@ class Processes:
     def gathered(self, items: list[Item]) -> list[Item]:
         """The items of all processes."""
         with self._meeting():
-            everything: list[Item] = gather_object(items)
-        return everything
+            return list(gather_object(items))
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""

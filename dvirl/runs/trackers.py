@@ -24,17 +24,12 @@ def installed_trackers(name: str) -> list[str]:
         DvirlError: for one that is not installed.
     """
     installed = [str(tracker.value) for tracker in get_available_trackers()]
-    if name == "none":
-        return []
-    if name == "all":
-        return installed
-    if name == "auto":
-        return [tracker for tracker in installed if tracker == "tensorboard"]
-    if name not in installed:
+    several = {"none": [], "all": installed, "auto": list({"tensorboard"}.intersection(installed))}
+    if name not in {*several, *installed}:
         raise DvirlError(
             f"tracker is {name!r}, which is not installed; installed are {', '.join(installed) or 'none'}"
         )
-    return [name]
+    return several.get(name, [name])
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | N
 def _common_files(paths: Sequence[Path]) -> list[str]:
     """The files to average, which are the same in all folders."""
     first = _files(paths[0])
-    if not set(first).issuperset(ADAPTER) and not set(first).issuperset(CHECKPOINT):
+    if not any(set(kind) <= set(first) for kind in (ADAPTER, CHECKPOINT)):
         raise DvirlError(
             f"{paths[0]}: expected {CONFIG} and {WEIGHTS}, or a checkpoint with lora_S/ and {DRAFTER}"
         )

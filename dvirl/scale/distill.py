@@ -522,8 +522,9 @@ class Distiller(TrainingLoop):
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.parameters, self.config.grad_clip).to(loss.device)
-        lr = self.lr
-        self.counters.step += 1
+        step = self.counters.step + 1
+        lr = cosine_rate(self.config.lr, step, self.config.warmup_steps, self.progress, floor=0.0)
+        self.counters.step = step
         self.counters.tokens += int((batch.response_lens - 1).sum())
         self.optimizers.step(lr, (loss + norm).detach().isfinite())
         return loss.detach(), agreement, norm
@@ -566,12 +567,6 @@ class Distiller(TrainingLoop):
         loss, agreement = self._captured[width](*inputs)
         # Copies: the next replay writes over its outputs.
         return loss.clone(), agreement.clone()
-
-    @property
-    def lr(self) -> float:
-        """The rate of the next update."""
-        step = self.counters.step + 1
-        return cosine_rate(self.config.lr, step, self.config.warmup_steps, self.progress, floor=0.0)
 
     # State
 
