@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -
     done = set(resume(study, kept))
     deadline = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="dvirl-study-") as shared:
-        tasks: list[Task] = []
-        for seed in study.seeds:
-            tasks += [Task(study, seed, start, done, kept, deadline, Path(shared)) for start in study.starts]
-        tasks = [task for task in tasks if any(task.due())]
+        tasks = []
+        for seed, start in product(study.seeds, study.starts):
+            task = Task(study, seed, start, done, kept, deadline, Path(shared))
+            if any(task.due()):
+                tasks.append(task)
         errors = [error for error in _run_all(tasks, workers) if error]
     if errors:
         errors[0].add_note(f"the rows so far are kept in {kept}; the same command goes on")

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,8 @@ class Study(Settings):
     def row_names(self) -> list[str]:
         """The names of all rows, in order."""
         names = []
-        for seed in self.seeds:
-            for start in self.starts:
-                for variant in self.variants:
-                    names += [row_name(row) for row in self.blank_rows(seed, start, variant)]
+        for seed, start, variant in product(self.seeds, self.starts, self.variants):
+            names += [row_name(row) for row in self.blank_rows(seed, start, variant)]
         return names
 
 

@@ -68,8 +68,9 @@ class Sweep(Settings):
         super().__post_init__()
         is_notebook = self.run.endswith(".ipynb") and os.path.isfile(self.run)
         if self.run not in COMMANDS and not is_notebook:
-            known = ", ".join(COMMANDS)
-            raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {known}")
+            raise DvirlError(
+                f"run is {self.run!r:.80}; expected a notebook that exists or one of {', '.join(COMMANDS)}"
+            )
         if not self.grid:
             raise DvirlError("grid is empty; expected values by setting")
         for name, values in self.grid.items():
@@ -81,8 +82,9 @@ class Sweep(Settings):
             raise DvirlError(f"grid makes more than {MOST_CELLS:,} cells")
         taken = {*self.base, *self.grid} & SET_BY_SWEEP | {*self.base} & {*self.grid}
         if taken:
-            names = ", ".join(sorted(taken))
-            raise DvirlError(f"{names}: set by base and grid both, or for each cell by the sweep")
+            raise DvirlError(
+                f"{', '.join(sorted(taken))}: set by base and grid both, or for each cell by the sweep"
+            )
         kind = COMMANDS.get(self.run)
         if kind is not None:
             for cell in self.cells("", 1):

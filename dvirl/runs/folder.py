@@ -33,7 +33,7 @@ class Describable(Protocol):
 
 def environment() -> dict[str, Any]:
     """What a result depends on besides its settings: versions and machine."""
-    machine: dict[str, Any] = {"platform": platform.platform(), "cores": os.cpu_count()}
+    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         machine["accelerator"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

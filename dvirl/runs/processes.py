@@ -67,10 +67,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            lost = (
-                f"process {self.rank} of {self.count} has lost another ({' '.join(str(error).split())[:200]})"
-            )
-            raise DvirlError(f"{lost}; what was saved last is whole, go on from there") from error
+            reason = " ".join(str(error).split())[:200]
+            raise DvirlError(
+                f"process {self.rank} of {self.count} has lost another ({reason}); "
+                "what was saved last is whole, go on from there"
+            ) from error
 
     def once(self, make: Callable[[], Item]) -> Item:
         """What the first process makes, for all."""

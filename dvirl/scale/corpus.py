@@ -150,8 +150,9 @@ def read_shard(path: Path) -> Responses:
         if not _fits_together(responses):
             raise TypeError("its tensors do not fit together")
     except (SafetensorError, TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = f"not a readable shard of responses ({error})"
-        raise DvirlError(f"{path}: {reason}; remove it to have it written again") from error
+        raise DvirlError(
+            f"{path}: not a readable shard of responses ({error}); remove it to have it written again"
+        ) from error
     return responses
 
 
