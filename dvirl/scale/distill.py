@@ -34,7 +34,7 @@ from dvirl.rollout import Responses, join, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import claim
-from dvirl.runs.log import Line, log_line, read_metrics
+from dvirl.runs.log import Line, read_metrics
 from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
@@ -283,11 +283,8 @@ class Distiller(TrainingLoop):
         # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        matrices = []
-        if config.muon:
-            matrices = [
-                parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2
-            ]
+        drafting = self.model.adapter_model.parameters() if config.muon else []
+        matrices = [parameter for parameter in drafting if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
         self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
@@ -335,14 +332,14 @@ class Distiller(TrainingLoop):
             config.about_text,
         )
         write_shard(path, shard)
-        figures = {
+        line = {
             "phase": "write",
             "shard": index,
             "tokens": shard.num_tokens,
             "memory_gb": self._memory_gb(),
             "wall_s": time.perf_counter() - began,
         }
-        log_line(self.log, figures)
+        self._log_line(line)
 
     def _chosen(self, responses: Responses) -> tuple[Responses, dict[str, int]]:
         """The responses to learn from, and how many others there are: repeats, too short ones, excluded ones."""
@@ -397,8 +394,14 @@ class Distiller(TrainingLoop):
         """Begin with the next batch; say what is learned from."""
         train_only(self.model, self.parameters)
         self._batches = self.batches()
-        rows = {"rows": len(self.responses), "tokens": self.responses.num_tokens, **self.left_out}
-        return [{"phase": "start", "step": self.counters.step, **rows}]
+        line = {
+            "phase": "start",
+            "step": self.counters.step,
+            "rows": len(self.responses),
+            "tokens": self.responses.num_tokens,
+            **self.left_out,
+        }
+        return [line]
 
     @property
     def progress(self) -> float:
