@@ -107,8 +107,8 @@ def run_experiment(
     parts = [describe(content), changed]
     for image in ("training.png", "before/speedup.png", "after/speedup.png"):
         parts.append(f"![]({folder.name}/{image})")
-    parts += ["Before:", markdown_table(before.set_index("task"))]
-    parts += ["After:", markdown_table(after.set_index("task"))]
+    for title, figures in (("Before:", before), ("After:", after)):
+        parts += [title, markdown_table(figures.set_index("task"))]
     write_report(folder, f"Experiment {folder.name}", parts)
     print(f"{changed}\nresults: {path}\nreport: {folder}.html")
     return path

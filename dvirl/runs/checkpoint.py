@@ -22,6 +22,8 @@ from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
+State = dict[str, Any]
+"""A trainer's, for a checkpoint: tensors under `tensors`, plain numbers under `numbers`."""
 DRAFTER = "drafter.safetensors"
 """Weights of the drafter and the exit head, and the draft vocabulary."""
 PORTABLE = (
@@ -98,7 +100,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """The state of every global random generator: tensors under `tensors`, other values under `numbers`."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -131,7 +133,7 @@ def save(
     step: int,
     peft_model: PeftModel,
     model: KangarooModel,
-    state: dict[str, Any],
+    state: State,
 ) -> Path:
     """Write `checkpoints/step-…`, whole or not at all.
 
@@ -157,7 +159,7 @@ def load(
     folder: Path,
     peft_model: PeftModel,
     model: KangarooModel,
-) -> dict[str, Any]:
+) -> State:
     """Load the weights of a checkpoint in place, and return the trainer's state.
 
     Raises:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
+from dvirl.runs.checkpoint import State
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import Line, cut_log, log_line
@@ -103,11 +104,11 @@ class TrainingLoop(ABC):
         """Do one unit of work, and `report` the log line of every step. A run can stop and be saved after it."""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what `state_dict` gave."""
 
     def start(self) -> Sequence[Line]:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
+Parameters = Sequence[nn.Parameter]
 
-def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
+
+def make_optimizer(parameters: Parameters, lr: float) -> AdamW:
     """AdamW without weight decay: the weights start as those of a good model and must not shrink towards zero."""
     # A list of parameters may be empty in a group, and not by itself.
     return AdamW([{"params": list(parameters)}], lr=lr, weight_decay=0.0)
@@ -53,7 +55,7 @@ class CapturedMuon:
         matrices: what it steps.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter]) -> None:
+    def __init__(self, matrices: Parameters) -> None:
         self._matrices = matrices
         self._moved = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
         self._gradients = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
@@ -126,8 +128,8 @@ class Optimizers:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
-        matrices: Sequence[nn.Parameter],
+        parameters: Parameters,
+        matrices: Parameters,
         muon: float,
     ) -> None:
         self.lr = 0.0
@@ -210,7 +212,7 @@ def clipped_step(
     loss: Tensor | None,
     lr: float,
     grad_clip: float,
-    add_gradients: Callable[[Sequence[nn.Parameter]], None] = lambda _: None,
+    add_gradients: Callable[[Parameters], None] = lambda _: None,
 ) -> float:
     """Compute gradients, clip them and step; nothing is stepped if the loss or the gradient is not finite.
 
