@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory, discard
+from dvirl.runs.files import atomic_directory, discard
 from dvirl.runs.log import parse_line, read_text
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published

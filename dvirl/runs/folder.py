@@ -1,9 +1,8 @@
-"""The folder of a run: its settings, its lock, and folders that appear whole or not at all."""
+"""The folder of a run: its settings, what they depend on, and its lock."""
 
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,10 +13,9 @@ from typing import Any, Protocol
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import flush, write_text
+from dvirl.runs.log import write_text
 from dvirl.runs.settings import Settings, defaults, read_yaml
 
 PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -74,38 +72,6 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill. At the end it replaces `folder` in one step; if anything fails, it is removed.
-
-    Raises:
-        DvirlError: if it cannot be written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
-        filled = Path(scratch) / folder.name
-        filled.mkdir()
-        try:
-            yield filled
-            for path in (*filled.rglob("*"), filled):
-                flush(path)
-        except (OSError, SafetensorError) as error:
-            raise DvirlError(
-                f"{folder}: could not be written ({error}); what was there before is whole"
-            ) from error
-        discard(folder)
-        os.replace(filled, folder)
-        flush(folder.parent)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder if it exists. It is renamed first, so that no part of it is ever left under its name."""
-    if folder.exists():
-        doomed = folder.with_name(f".gone-{folder.name}")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
 
 
 def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:

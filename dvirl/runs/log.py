@@ -2,17 +2,15 @@
 
 import gzip
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import atomic_file
 
 Line = Mapping[str, Any]
 """A line of a log: figures by name."""
@@ -21,32 +19,6 @@ Line = Mapping[str, Any]
 def to_plain(values: Any) -> Any:
     """The same value as JSON has it: numbers that JSON cannot spell, such as NaN, become None."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file to write. At the end it replaces `path` in one step; if anything fails, it is removed.
-
-    Raises:
-        DvirlError: if it, or its folder where there is none, cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-            written = Path(scratch) / path.name
-            yield written
-            flush(written)
-            os.replace(written, path)
-        flush(path.parent)
-    except OSError as error:
-        raise DvirlError(f"{path}: could not be written ({error})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory
+from dvirl.runs.files import atomic_directory
 from dvirl.runs.log import parse_line, read_text
 from dvirl.runs.settings import MANY, Settings, positional, several
 
@@ -84,8 +84,9 @@ def _common_files(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         names = _files(path)
         if names != first:
-            there = ", ".join(names) or "none"
-            raise DvirlError(f"{path}: holds {there}; expected {', '.join(first)} as in {paths[0]}")
+            raise DvirlError(
+                f"{path}: holds {', '.join(names) or 'none'}; expected {', '.join(first)} as in {paths[0]}"
+            )
     return first
 
 

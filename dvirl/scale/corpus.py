@@ -14,7 +14,7 @@ from dvirl.data.selfwritten import Openers, sample_turns
 from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Responses, generate, join
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import atomic_file
+from dvirl.runs.files import atomic_file
 
 NGRAM = 13
 """Training data may not share so many tokens in a row with a question; GPT-3's decontamination counts 13 words."""

@@ -481,23 +481,23 @@ class Distiller(TrainingLoop):
         """From the next update on: responses, tokens on the device, and the verifier's states `[B, T, D]` on them."""
         size = self.config.batch
         per_pass = math.ceil(len(self.responses) / size)
-        first_pass = self.counters.step // per_pass
-        done = self.counters.step % per_pass  # updates of that pass that are done
+        first_pass, done = divmod(
+            self.counters.step, per_pass
+        )  # passes, and updates of the next one, that are done
         for pass_index in range(first_pass, self.config.passes):
             groups = torch.split(self._order(pass_index), TEACHER_BATCHES * size)
-            for group_index in range(done // TEACHER_BATCHES, len(groups)):
-                group = self.responses.take(groups[group_index])
+            for rows in groups[done // TEACHER_BATCHES :]:
+                group = self.responses.take(rows)
                 tokens = group.tokens.to(self.loaded.model.device)
                 if self._kept:
-                    kept = [self._kept[row] for row in groups[group_index].tolist()]
-                    states = pad_sequence(kept, batch_first=True)
+                    states = pad_sequence([self._kept[row] for row in rows.tolist()], batch_first=True)
                 else:
                     states = verifier_states(self.loaded.model, tokens, ["lora_S"])
                 for start in range(done % TEACHER_BATCHES * size, len(group), size):
-                    rows = slice(start, start + size)
+                    part = slice(start, start + size)
                     yield (
-                        Responses(tokens[rows], group.prompt_lens[rows], group.response_lens[rows]),
-                        states[rows],
+                        Responses(tokens[part], group.prompt_lens[part], group.response_lens[part]),
+                        states[part],
                     )
                 done = 0
 
@@ -549,8 +549,7 @@ class Distiller(TrainingLoop):
         chosen = torch.arange(count)
         chosen[: len(rows)] = rows * tokens.shape[1] + before
         chosen = chosen.to(tokens.device)
-        weight = torch.zeros(count)
-        weight[: len(rows)] = 1.0
+        weight = (torch.arange(count) < len(rows)).float()
         # Later drafts at the response's positions and the few before, where their blocks can begin.
         lead = max(0, self.config.depths - 2)
         starts = F.pad((batch.prompt_lens - lead).clamp(min=0), (0, len(tokens) - len(batch.prompt_lens)))
@@ -596,7 +595,6 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
         DvirlError: as `Distiller` does.
     """
     config = settings.from_namespace(DistillConfig, args)
-    torch.set_num_threads(config.threads)
     loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
     result = Distiller(config, loaded).train()
     work = [("written", result.written, result.write_s), ("learned from", result.learned, result.train_s)]
