@@ -17,4 +17,4 @@ def show_source(*functions: Callable[..., Any]) -> Markdown:
 def _without_docstring(function: Callable[..., Any]) -> str:
     """The lines of a function as they stand in its file, less its indent and its docstring."""
     source = textwrap.dedent(inspect.getsource(function)).rstrip()
-    return re.sub(r':\n *""".*?"""', ":", source, count=1, flags=re.DOTALL)
+    return re.sub(r':\n *r?""".*?"""', ":", source, count=1, flags=re.DOTALL)

@@ -200,9 +200,7 @@ def overlapping(
     for question in filter(len, questions):
         *_, (length, hashes) = _hashes(torch.tensor(question), n)  # the longest runs
         hashes_by_length[length].append(hashes)
-    sought = {}
-    for length, parts in hashes_by_length.items():
-        sought[length] = torch.cat(parts).to(device)
+    sought = {length: torch.cat(parts).to(device) for length, parts in hashes_by_length.items()}
     overlaps = torch.zeros(len(responses), dtype=torch.bool)
     for start in range(0, len(responses), SCANNED):
         rows = slice(start, start + SCANNED)
