@@ -139,8 +139,8 @@ def test_kept_states_are_those_that_a_pass_computes(tmp_path, responses, monkeyp
     kept = distiller(tmp_path / "kept", responses, passes=2)
     monkeypatch.setattr(distill, "KEPT_SHARE", 0.0)
     computed = distiller(tmp_path / "computed", responses, passes=2)
-    assert kept._teacher._kept is not None and computed._teacher._kept is None
-    assert distiller(tmp_path / "once", responses, passes=1)._teacher._kept is None
+    assert kept._kept and not computed._kept
+    assert not distiller(tmp_path / "once", responses, passes=1)._kept
     monkeypatch.setattr(distill, "verifier_states", lambda *_: pytest.fail("read again"))
     found = list(kept.batches())
     monkeypatch.undo()
@@ -233,7 +233,7 @@ def assert_same_end(one: Distiller, other: Distiller) -> None:
 @pytest.mark.parametrize(("muon", "killed_at"), [(2.0, 7), (2.0, 13), (0.0, 19)])
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path, responses, monkeypatch, muon, killed_at):
     whole = distiller(tmp_path / "whole", responses, muon=muon)
-    assert whole.train().steps == whole.num_steps == 3 * math.ceil(len(whole.responses) / 4)
+    assert whole.train().steps == whole.length == 3 * math.ceil(len(whole.responses) / 4)
 
     class KilledError(Exception):
         pass
@@ -307,7 +307,7 @@ def test_the_clock_ends_a_run_and_its_schedule(tmp_path, responses, monkeypatch)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     mine = distiller(tmp_path, responses, passes=10_000, max_minutes=0.01, lr=1e-3, warmup_steps=0)
     result = mine.train()
-    assert 40 < result.steps < 60 < mine.num_steps and 0.6 <= result.train_s < 0.7
+    assert 40 < result.steps < 60 < mine.length and 0.6 <= result.train_s < 0.7
     log = read_metrics(tmp_path / "metrics.jsonl").query("phase == 'train'")
     assert log.step.iloc[-1] == result.steps and log.lr.iloc[-1] < 0.2e-3 < 0.9e-3 < log.lr.iloc[0]
     again = distiller(tmp_path, responses, passes=10_000, max_minutes=0.01, lr=1e-3, warmup_steps=0)
@@ -339,7 +339,7 @@ def test_an_update_that_is_not_finite_is_left_out_said_and_counted(tmp_path, res
     assert (
         log.skipped.tolist() == [0, *[1] * (len(log) - 1)]
         and log.loss.notna().all()
-        and mine.counters.step == mine.num_steps
+        and mine.counters.step == mine.length
     )
     assert distiller(tmp_path, responses, log_every=3, checkpoint_every=1).counters.skipped == 1
 

@@ -164,7 +164,7 @@ def test_a_run_opens_as_its_newest_checkpoint_decodes(tmp_path, target):
     run_folder.write_config(run, config, trainer.loaded)
     for step in (1, 2):
         scramble_lora(trainer.model, ["lora_S", "lora_D"], 0.1, step)
-        checkpoint.save(run, step, trainer.peft_model, trainer.model)
+        checkpoint.save(run, step, trainer.peft_model, trainer.model, trainer.state_dict())
     found = open_draft(str(run), "float32", "cpu")
     assert found.target == target and not any(one.requires_grad for one in found.model.parameters())
     for prompt in random_prompts(3):

@@ -13,9 +13,12 @@ from dvirl.experiments.live import (
     FROZEN,
     LIVE,
     REMEMBERS,
-    STREAMS,
     break_even,
     figures,
+    flipping,
+    mixed,
+    one_domain,
+    poisoned,
     question_prompts,
     serve_both,
     windows,
@@ -34,16 +37,17 @@ def test_requests_of_one_domain_are_distinct_and_the_same_everywhere():
 def test_streams_are_those_that_they_say():
     requests, questions = docstring_prompts(60, 1), question_prompts(60, 1)
     assert len(set(questions)) == 60 and not set(questions) & set(requests)
-    streams = {name: make(60, 1) for name, make in STREAMS.items()}
-    assert streams["one domain"] == requests + questions[:10]
-    assert 15 < sum(prompt in requests for prompt in streams["mixed"]) < 45
-    assert set(streams["mixed"]) <= {*requests, *questions}
-    kinds = ["request" if prompt in requests else "question" for prompt in streams["flipping"]]
+    assert one_domain(60, 1) == requests + questions[:10]
+    both = mixed(60, 1)
+    assert 15 < sum(prompt in requests for prompt in both) < 45
+    assert set(both) <= {*requests, *questions}
+    kinds = ["request" if prompt in requests else "question" for prompt in flipping(60, 1)]
     assert kinds == (["request"] * FLIPS_EVERY + ["question"] * FLIPS_EVERY) * 6
-    poisoned = streams["poisoned"]
-    assert poisoned[::2] == requests[::2] and not set(poisoned[1::2]) & set(requests)
-    assert poisoned[5] == poisoned[3] != poisoned[1] and sorted(poisoned[1]) == sorted(requests[1])
-    assert streams == {name: make(60, 1) for name, make in STREAMS.items()}
+    spoiled = poisoned(60, 1)
+    assert spoiled[::2] == requests[::2] and not set(spoiled[1::2]) & set(requests)
+    assert spoiled[5] == spoiled[3] != spoiled[1] and sorted(spoiled[1]) == sorted(requests[1])
+    for stream in (one_domain, mixed, flipping, poisoned):
+        assert stream(60, 1) == stream(60, 1)
 
 
 def test_a_third_session_remembers_and_does_not_learn(tmp_path):

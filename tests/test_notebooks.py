@@ -210,6 +210,10 @@ class Shown:
         """
         return 2
 
+    def raw(self):
+        r"""Of a \n."""
+        return 3
+
     def bare(self):
         return 1
 
@@ -218,10 +222,11 @@ def test_the_source_that_is_shown_is_the_one_that_runs():
     blocks = [
         "def shown_here(batch, rate=1):\n    # For readers.\n    return batch * rate",
         "def two(self):\n    return 2",
+        "def raw(self):\n    return 3",
         "def bare(self):\n    return 1",
     ]
     joined = "\n\n".join(blocks)
-    assert show_source(shown_here, Shown.two, Shown.bare).data == f"```python\n{joined}\n```"
+    assert show_source(shown_here, Shown.two, Shown.raw, Shown.bare).data == f"```python\n{joined}\n```"
 
 
 @pytest.mark.filterwarnings("ignore")  # jupyter's own

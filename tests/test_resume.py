@@ -30,7 +30,7 @@ from dvirl import cli, trainer
 from dvirl.config import SGPConfig
 from dvirl.evaluation.questions import spread
 from dvirl.models import loading
-from dvirl.runs import checkpoint, errors, loop
+from dvirl.runs import checkpoint, errors, files, loop
 from dvirl.runs import folder as run_folder
 from dvirl.runs import log as run_log
 from dvirl.runs.checkpoint import newest, prune, verify
@@ -45,8 +45,8 @@ from dvirl.trainer import DVITrainer
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (loop, "cut_log"), (loop, "log_line"), (DVITrainer, "judge"), (DVITrainer, "step"),
-          (checkpoint, "save_adapters"), (checkpoint, "save_file"), (run_folder, "_flush"), (checkpoint, "prune"),
-          (run_folder, "discard"), (run_folder, "write_text"), (run_log, "write_text"), (os, "replace"),
+          (checkpoint, "save_adapters"), (checkpoint, "save_file"), (files, "flush"), (checkpoint, "prune"),
+          (files, "discard"), (run_folder, "write_text"), (run_log, "write_text"), (os, "replace"),
           (SGPTrainer, "evaluate"), (SGPTrainer, "step")]  # fmt: skip
 """What is going on when a run is killed, before it and after it."""
 

@@ -31,12 +31,12 @@ from dvirl.experiments import study as study_module
 from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier
 from dvirl.experiments.staleness import stale_gradients
 from dvirl.experiments.streams import adaptation_figures
-from dvirl.experiments.study import Study, new_trainer
+from dvirl.experiments.study import Study
 from dvirl.experiments.summary import row_name
 from dvirl.experiments.summary import summary as summarise
-from dvirl.runs import checkpoint
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
+from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("study-*.yaml"))
@@ -602,8 +602,8 @@ def test_a_failed_task_leaves_no_model_behind(monkeypatch, tmp_path):
 
 def test_a_start_that_does_not_fit_is_said(tmp_path):
     trainer = a_trainer(tmp_path)
-    folder = checkpoint.save(tmp_path / "other", 0, trainer.peft_model, trainer.model)
+    folder = trainer.save_checkpoint()
     with pytest.raises(DvirlError, match="does not fit this model"):
-        new_trainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
+        make_trainer(a_study().config(0, tmp_path / "b", {"start_from": str(folder), "lora_rank": 2}))
     with pytest.raises(DvirlError, match="lora_S, drafter.safetensors missing"):
-        new_trainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))
+        make_trainer(a_study().config(0, tmp_path / "c", {"start_from": str(tmp_path)}))

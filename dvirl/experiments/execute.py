@@ -5,9 +5,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-QUIET = ("--IPKernelApp.log_level=ERROR",)
-"""For the kernel: that it talks to this process over TCP is no news to who runs it."""
-
 
 def main(argv: Sequence[str]) -> None:
     """Execute a notebook with parameters, its progress bars on stderr; print its run folder's `summary.txt`.
@@ -27,7 +24,8 @@ def main(argv: Sequence[str]) -> None:
         kernel_name="python3",
         progress_bar=False,
         stderr_file=sys.stderr,
-        extra_arguments=list(QUIET),
+        # That the kernel talks to this process over TCP is no news to who runs it.
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     summary = Path(parameters.get("run_dir", "")) / "summary.txt"
     if summary.exists():

@@ -92,7 +92,7 @@ def run_experiment(
         "settings": asdict(config),
         **provenance(draft.loaded),
         "date": time.strftime("%Y-%m-%d"),
-        "figures": _flat(compared),
+        "figures": {f"{name}_{when}": compared[when][name] for name in compared.index for when in compared},
         "before": before.to_dict("records"),
         "after": after.to_dict("records"),
         **trained,
@@ -107,19 +107,11 @@ def run_experiment(
     parts = [describe(content), changed]
     for image in ("training.png", "before/speedup.png", "after/speedup.png"):
         parts.append(f"![]({folder.name}/{image})")
-    parts += ["Before:", markdown_table(before.set_index("task"))]
-    parts += ["After:", markdown_table(after.set_index("task"))]
+    for title, figures in (("Before:", before), ("After:", after)):
+        parts += [title, markdown_table(figures.set_index("task"))]
     write_report(folder, f"Experiment {folder.name}", parts)
     print(f"{changed}\nresults: {path}\nreport: {folder}.html")
     return path
-
-
-def _flat(compared: pd.DataFrame) -> dict[str, float]:
-    """The comparison as `NAME_before` and `NAME_after`."""
-    figures: dict[str, float] = {}
-    for name, values in compared.iterrows():
-        figures |= {f"{name}_before": values.before, f"{name}_after": values.after}
-    return figures
 
 
 def _folder(config: AnyExperiment) -> Path:

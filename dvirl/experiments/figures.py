@@ -1,14 +1,11 @@
 """What a study says of a run: the draft on answers, the verifier on human replies, the run's curve."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
@@ -61,7 +58,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
         `metrics.verifier_figures` of the first `replies` conversations of chatterbot-corpus, in the chat format.
     """
     chat = trainer.loaded.chat
-    examples: list[Tensor] = []
+    examples = []
     for prompt in chatterbot_prompts()[:replies]:
         tokens = chat.encode(prompt.turns)
         examples.append(make_example(tokens, chat.encode_response(prompt.response)))
@@ -102,5 +99,4 @@ def thinned_curve(run_dir: Path) -> dict[str, list[float | None]]:
     bins = metrics.index * CURVE_POINTS // max(1, len(metrics))
     shown = metrics[["tokens", "accept_rate", "reward", "loss_kl", "drift_kl"]].astype(float)
     means = shown.groupby(bins).mean().round(5)
-    curve: dict[str, list[float | None]] = to_plain(means.to_dict("list"))
-    return curve
+    return dict(to_plain(means.to_dict("list")))

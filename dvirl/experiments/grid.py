@@ -1,10 +1,7 @@
 """Studies of kind `grid`: every variant from every start, on the very same responses."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,16 @@ from dvirl.config import DraftSettings, DVIConfig, SGPConfig
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.data.stream import PromptSplit, PromptStream, load_prompts
 from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier, thinned_curve
-from dvirl.experiments.study import Prompts, Task, VariantRows, free_memory, load_model, new_trainer
+from dvirl.experiments.study import Prompts, Task, Values, VariantRows, free_memory, load_model
 from dvirl.experiments.summary import Row
 from dvirl.experiments.tape import Tape
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import from_mapping
+from dvirl.runs.settings import from_mapping, narrowed
 from dvirl.sgp import SGPTrainer
+from dvirl.train_dvi import make_trainer
 
-Start = tuple[dict[str, Any], int]
+Start = tuple[Values, int]
 """The setting that names what variants start from, and the number of response tokens that it learned from."""
 
 
@@ -53,7 +51,7 @@ def learn(config: DVIConfig, split: PromptSplit, tape: Tape) -> Row:
     Returns:
         `figures` and `curve`. An empty tape is recorded.
     """
-    trainer = new_trainer(config, split)
+    trainer = make_trainer(config, split=split)
     # The slow update changes the deep layers, and with target "adapted" the verifier reads what lora_S makes.
     verifier_changes = config.slow_every > 0 or config.target == "adapted"
     answers = trainer.answer(split.held_out)
@@ -105,20 +103,20 @@ def _prompts(task: Task) -> list[Prompts]:
     return [prompts[:reserved], prompts[reserved:], held_out]
 
 
-def _begin(config: DVIConfig, settings: Mapping[str, Any] | None, split: PromptSplit) -> Start:
+def _begin(config: DVIConfig, settings: Values | None, split: PromptSplit) -> Start:
     """Train what the variants start from."""
     if settings is None:
         return {}, 0
     if settings.get("sgp"):
         return _begin_by_sgp(config, settings["sgp"], split)
-    trainer = new_trainer(config, split)
+    trainer = make_trainer(config, split=split)
     trainer.train(show_progress=False)
     return {"start_from": str(newest(config.run_dir))}, trainer.counters.tokens
 
 
-def _begin_by_sgp(config: DVIConfig, settings: Mapping[str, Any], split: PromptSplit) -> Start:
+def _begin_by_sgp(config: DVIConfig, settings: Values, split: PromptSplit) -> Start:
     """The same by shallow-gradient fine-tuning on chatterbot-corpus' human replies, held-out openings left out."""
-    shared = {spec.name: getattr(config, spec.name) for spec in fields(DraftSettings)}
+    shared = vars(narrowed(DraftSettings, config))
     loaded = load_model(config)
     # Judged prompts are left out, as they are of every other start.
     prompts = chatterbot_prompts()

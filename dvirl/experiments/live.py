@@ -1,10 +1,9 @@
 """A draft that learns and remembers while it serves, and the same draft as it is: the same prompts, in turn."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 
 import pandas as pd
 from tqdm import tqdm
@@ -61,15 +60,6 @@ def poisoned(count: int, seed: int = 0) -> list[str]:
     return prompts
 
 
-STREAMS: dict[str, Callable[[int, int], list[str]]] = {
-    "one domain": one_domain,
-    "mixed": mixed,
-    "flipping": flipping,
-    "poisoned": poisoned,
-}
-"""Prompts by number and seed."""
-
-
 def serve_both(
     model_name: str,
     drafter: str,
@@ -103,26 +93,25 @@ def serve_both(
             # What steps cost is measured once, so that all choose their blocks by the same figures.
             session.model.share_costs(sessions[names[0]].model)
             opened.enter_context(session)
-        answer = {name: partial(_row, name, session) for name, session in sessions.items()}
         for turn, text in enumerate(tqdm(prompts, desc="serving", unit="prompt", leave=False)):
             tokens = sessions[names[0]].loaded.chat.encode((text,))
             for name in in_turn(names, turn):
-                rows.append({"prompt": turn + 1, **answer[name](tokens)})
+                rows.append({"prompt": turn + 1, "session": name, **_answer(sessions[name], tokens)})
     served = pd.DataFrame(rows)
     if config.adaptive:
         served.attrs["costs"] = asdict(sessions[names[0]].model.step_costs(config.draft_len))
     return served
 
 
-def _row(name: str, session: LiveSession, prompt: Sequence[int]) -> dict[str, object]:
-    """One answer of a session."""
+def _answer(session: LiveSession, prompt: Sequence[int]) -> dict[str, object]:
+    """What an answer of a session took, and what was learned after it."""
     counters = session.counters
     before = (counters.answer_s, counters.learn_s)
     tally = Tally()
     tally.count(list(session.stream(prompt))[1:])
     done = session.learn()
     spent = {"answer_s": counters.answer_s - before[0], "learn_s": counters.learn_s - before[1]}
-    return {"session": name, "tokens": tally.committed, "blocks": tally.blocks, **spent, "done": done}
+    return {"tokens": tally.committed, "blocks": tally.blocks, **spent, "done": done}
 
 
 def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
@@ -137,17 +126,16 @@ def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
         frozen one's; the live one's speed over the frozen one's, learning counted in; and the seconds so far. The speed
         is by the median of all prompts' ratios, since other load on the machine can double the time of an answer.
     """
-    window = ((served.prompt - 1) // size + 1) * size
-    sums = served.groupby([window, "session"])[["tokens", "blocks", "answer_s", "learn_s"]].sum().unstack()
+    served = served.assign(window=((served.prompt - 1) // size + 1) * size)
+    sums = served.groupby(["window", "session"])[["tokens", "blocks", "answer_s", "learn_s"]].sum().unstack()
     mat = sums.tokens / sums.blocks
-    seconds = sums.answer_s + sums.learn_s
-    answer_s = served.pivot(index="prompt", columns="session", values="answer_s")
-    ratio = (answer_s[FROZEN] / answer_s[LIVE]).groupby((answer_s.index - 1) // size * size + size).median()
+    so_far = (sums.answer_s + sums.learn_s).cumsum()
+    answer_s = served.pivot(index=["window", "prompt"], columns="session", values="answer_s")
+    ratio = (answer_s[FROZEN] / answer_s[LIVE]).groupby("window").median()
     learning = 1 + sums.learn_s[LIVE] / sums.answer_s[LIVE]
     table = pd.DataFrame({f"tokens a block, {name}": mat[name] for name in (FROZEN, LIVE)})
     table["live over frozen"] = mat[LIVE] / mat[FROZEN]
     table["speed, live over frozen"] = ratio / learning
-    so_far = seconds.cumsum()
     for name in (FROZEN, LIVE):
         table[f"seconds so far, {name}"] = so_far[name]
     return table.rename_axis("prompts")

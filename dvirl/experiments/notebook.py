@@ -6,7 +6,6 @@ import html
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -48,12 +47,19 @@ table.dvirl-blocks span {white-space:pre-wrap; margin-right:.35em; padding:0 .2e
 }
 </style>"""
 """A row a block on a wide page, three short lines a block on a phone."""
+BLOCK_HEAD = "<thead><tr><th>block</th><th>drafts and verdicts</th><th>committed</th></tr></thead>"
 
 
 def assigned_names(source: str) -> list[str]:
     """Names that a cell assigns at its top level, in order."""
     assignments = (statement for statement in ast.parse(source).body if isinstance(statement, ast.Assign))
     return [target.id for one in assignments for target in one.targets if isinstance(target, ast.Name)]
+
+
+def _parameters(namespace: Mapping[str, Any], mark: str) -> set[str]:
+    """Names that the executed cells assign whose first line begins with a mark; none in nbval, which keeps no `In`."""
+    cells = [cell for cell in namespace.get("In", ()) if cell.startswith(mark)]
+    return {name for cell in cells for name in assigned_names(cell)}
 
 
 def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConfig, **fixed: Any) -> Settings:
@@ -64,16 +70,13 @@ def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConf
     Raises:
         DvirlError: for a parameter that is neither, or a value out of range.
     """
-    cells = [cell for cell in namespace["In"] if cell.startswith(INJECTED)]
-    declared = [name for cell in cells if cell.startswith(DECLARED) for name in assigned_names(cell)]
-    injected = [name for cell in cells if not cell.startswith(DECLARED) for name in assigned_names(cell)]
     settings = {spec.name for spec in dataclasses.fields(kind)}
-    known = settings | set(declared)
-    if unknown := sorted(set(injected) - known):
+    known = settings | _parameters(namespace, DECLARED)
+    if unknown := sorted(_parameters(namespace, INJECTED) - known):
         raise DvirlError(
             f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
-    given = {name: namespace[name] for name in namespace if name in settings}  # nbval keeps no `In`
+    given = {name: value for name, value in namespace.items() if name in settings}
     return from_mapping(kind, {**given, **fixed}, "notebook parameters")
 
 
@@ -98,10 +101,9 @@ def claims(namespace: Mapping[str, Any], defaults: str) -> Callable[[bool, str],
         `claim(holds, message)`, which returns whether the claim holds. At the default parameters a claim that does not
         hold is an AssertionError with the message.
     """
-    executed = [cell for cell in namespace.get("In", ()) if cell]
-    names = {name for cell in executed if cell.startswith(INJECTED) for name in assigned_names(cell)}
-    # nbval keeps no history of cells, and changes no parameters.
-    at_defaults = not executed or fingerprint({name: namespace[name] for name in names}) == defaults
+    names = _parameters(namespace, INJECTED)
+    # In nbval, which changes no parameters, there are none.
+    at_defaults = not names or fingerprint({name: namespace[name] for name in names}) == defaults
 
     def claim(holds: bool, message: str) -> bool:
         assert holds or not at_defaults, message
@@ -115,8 +117,12 @@ def new_run_dir(wished: str, name: str) -> str:
     if wished:
         return wished
     first = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folders = (first if number == 1 else f"{first}-{number}" for number in count(1))
-    return next(folder for folder in folders if not Path(folder).exists())
+    folder = first
+    number = 1
+    while Path(folder).exists():
+        number += 1
+        folder = f"{first}-{number}"
+    return folder
 
 
 def caption(*records: Mapping[str, Any]) -> HTML:
@@ -126,7 +132,7 @@ def caption(*records: Mapping[str, Any]) -> HTML:
         records: what `report.read_recorded` gave; of several the commands are hidden until asked for.
     """
     lines = [f"{origin(one)}: <code>{html.escape(one['command'])}</code>" for one in records]
-    text = f"{lines[0]}"
+    text = lines[0]
     if len(lines) > 1:
         places = " and ".join(sorted({origin(one).removeprefix("recorded ") for one in records}))
         items = "".join(f"<li>{line}</li>" for line in lines)
@@ -146,12 +152,12 @@ def show_blocks(
         most: blocks shown; the others are counted in the last row.
     """
     key = " ".join(_piece(kind, kind) for kind in LOOKS)
-    columns = "".join(f"<th>{name}</th>" for name in ("block", "drafts and verdicts", "committed"))
-    head = f"<caption>{html.escape(title)}<div>{key}</div></caption><thead><tr>{columns}</tr></thead>"
+    title_and_key = f"<caption>{html.escape(title)}<div>{key}</div></caption>"
     rows = [_block_row(number, block, words) for number, block in enumerate(blocks[:most])]
     if left := len(blocks) - len(rows):
         rows.append(f'<tr><td colspan="3">{left} more blocks like these</td></tr>')
-    return HTML(f'{BLOCK_STYLE}<table class="dvirl-blocks">{head}<tbody>{"".join(rows)}</tbody></table>')
+    table = f"{title_and_key}{BLOCK_HEAD}<tbody>{''.join(rows)}</tbody>"
+    return HTML(f'{BLOCK_STYLE}<table class="dvirl-blocks">{table}</table>')
 
 
 def _piece(kind: str, text: str, says: str = "") -> str:
@@ -163,17 +169,18 @@ def _piece(kind: str, text: str, says: str = "") -> str:
 
 def _block_row(number: int, block: Verification, words: Callable[[int], str]) -> str:
     """The row of a block; block 0 is the prefill, which has no drafts."""
-    confidence = block.draft.confidence.tolist()
-    looked_up = [math.isnan(sure) for sure in confidence]
-    names = [name for name, there in (("lookup", any(looked_up)), ("learned", not all(looked_up))) if there]
+    sources = set()
     parts = []
-    for place, (token, sure) in enumerate(zip(block.draft.tokens.tolist(), confidence, strict=True)):
+    drafts = zip(block.draft.tokens.tolist(), block.draft.confidence.tolist(), strict=True)
+    for place, (token, sure) in enumerate(drafts):
+        looked_up = math.isnan(sure)
+        sources.add("lookup" if looked_up else "learned")
         judged = "rejected" if place < block.num_drafted else "not judged"
         kind = "accepted" if place < block.num_accepted else judged
-        how = "looked up" if looked_up[place] else f"confidence {sure:.2f}"
+        how = "looked up" if looked_up else f"confidence {sure:.2f}"
         parts.append(_piece(kind, words(token), f"{kind}, {how}"))
     if block.block_len > block.num_accepted:
         parts.append(_piece("the verifier's token", words(block.committed[-1])))
     said = html.escape("".join(map(words, block.committed)).lstrip(" ")).replace("\n", "\u21b5")
-    source = ", ".join(names) if confidence else "no draft"
+    source = ", ".join(sorted(sources, reverse=True)) or "no draft"
     return f"<tr><th>{number} <small>{source}</small></th><td>{' '.join(parts)}</td><td><span>{said}</span></td></tr>"

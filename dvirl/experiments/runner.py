@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,11 @@ def run(study: Study, kept: Path, workers: int = 1, minutes: float = math.inf) -
     done = set(resume(study, kept))
     deadline = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="dvirl-study-") as shared:
-        tasks: list[Task] = []
-        for seed in study.seeds:
-            tasks += [Task(study, seed, start, done, kept, deadline, Path(shared)) for start in study.starts]
-        tasks = [task for task in tasks if any(task.due())]
+        tasks = []
+        for seed, start in product(study.seeds, study.starts):
+            task = Task(study, seed, start, done, kept, deadline, Path(shared))
+            if any(task.due()):
+                tasks.append(task)
         errors = [error for error in _run_all(tasks, workers) if error]
     if errors:
         errors[0].add_note(f"the rows so far are kept in {kept}; the same command goes on")
@@ -169,20 +170,11 @@ class StudyCommand(Settings):
         study = from_mapping(Study, read_yaml(self.file), self.file)
         if self.quick:
             study = study.small()
-        changes: dict[str, Any] = {}
+        changes = {}
         for pair in self.set:
             name, value = pair.split("=", 1)
             changes[name] = yaml.safe_load(value)
         return replace(study, seeds=self.seeds or study.seeds, base=study.base | changes)
-
-
-parse_command = partial(
-    settings.parse_args,
-    StudyCommand,
-    "dvirl study",
-    "Run a study: variants and seeds that answer one question.",
-)
-"""Settings from flags; see `settings.parse_args`."""
 
 
 def main(argv: Sequence[str]) -> Path:
@@ -191,7 +183,9 @@ def main(argv: Sequence[str]) -> Path:
     Raises:
         DvirlError: for a bad file or bad settings.
     """
-    command = parse_command(argv)
+    command = settings.parse_args(
+        StudyCommand, "dvirl study", "Run a study: variants and seeds that answer one question.", argv
+    )
     study = command.study()
     out = Path(command.out or f"results/{Path(command.file).stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)

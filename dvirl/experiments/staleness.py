@@ -1,7 +1,5 @@
 """Studies of kind `staleness`: how wrong is a gradient that old records give?"""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +9,12 @@ from torch import Tensor
 
 from dvirl.buffer import TrainingBatch
 from dvirl.config import DVIConfig
-from dvirl.experiments.study import Task, VariantRows, new_trainer
+from dvirl.experiments.study import Task, VariantRows
 from dvirl.experiments.summary import Row
 from dvirl.lora import train_only
 from dvirl.losses import exact_pg_loss, reinforce_loss
 from dvirl.rollout import draft_logits_at
+from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 
@@ -33,11 +32,11 @@ def staleness(task: Task, folder: Path) -> VariantRows:
 
 def _rows_by_age(config: DVIConfig, ages: int, records: int, draws: int) -> list[Row]:
     """A row for each age: the records of that many equal parts of the run's responses, the newest first."""
-    trainer = new_trainer(config)
+    trainer = make_trainer(config)
     trainer.train(show_progress=False)
     ids = trainer.buffer.field("response_id")
     count = int(ids.max()) + 1
-    rows: list[Row] = []
+    rows = []
     for age in range(ages):
         first = count * (ages - age - 1) // ages
         stop = count * (ages - age) // ages

@@ -1,19 +1,16 @@
 """Studies of kinds `adaptation` (a stream that changes domain) and `federated` (clients with streams of their own)."""
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from dvirl.config import DVIConfig
 from dvirl.data.stream import load_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.experiments.study import Prompts, Task, VariantRows, free_memory, load_model, trainer_on
+from dvirl.experiments.study import Prompts, Task, Values, VariantRows, free_memory, load_model, trainer_on
 from dvirl.experiments.summary import Row
 from dvirl.rollout import Responses
 from dvirl.runs import checkpoint
@@ -42,7 +39,7 @@ def adaptation(task: Task, folder: Path) -> VariantRows:
     (old, new), probes = _domains(task, sources, count)
     # Drawn for all variants, also those that are done, so that a study that goes on draws the same.
     rng = random.Random(task.seed)
-    mixed: dict[str, Prompts] = {}
+    mixed = {}
     for name, variant in task.study.variants.items():
         share = variant["replay_share"]
         mixed[name] = [rng.choice(old) if rng.random() < share else prompt for prompt in new]
@@ -54,9 +51,7 @@ def adaptation(task: Task, folder: Path) -> VariantRows:
         yield name, [{"figures": adaptation_figures(curve, count), "curve": curve}]
 
 
-def _domains(
-    task: Task, sources: Mapping[str, Mapping[str, Any]], count: int
-) -> tuple[list[Prompts], Probes]:
+def _domains(task: Task, sources: dict[str, Values], count: int) -> tuple[list[Prompts], Probes]:
     """`count` training prompts of every source, and the untouched model's answers to its held-out ones, by name."""
     loaded = load_model(task.config(task.shared))
     prompts = []
@@ -112,23 +107,17 @@ def federated(task: Task, folder: Path) -> VariantRows:
     streams, probes = _domains(task, extra["clients"], rounds * extra["prompts"])
     # Pooled prompts alternate between the clients, as if they came in together.
     pooled = [prompt for together in zip(*streams, strict=True) for prompt in together]
-    untrained = _save(trainer_on(task.config(folder / "start"), pooled))
+    untrained = trainer_on(task.config(folder / "start"), pooled).save_checkpoint()
     for name, variant in task.due():
         mode = variant["mode"]
         by_client = {"pooled": pooled}
         if mode != "pooled":
             by_client = dict(zip(probes, streams, strict=True))
-        clients: Clients = {}
+        clients = {}
         for client, prompts in by_client.items():
             changes = {"start_from": str(untrained), "num_prompts": len(prompts)}
             clients[client] = (task.config(folder / name / client, changes), prompts)
         yield name, [_in_rounds(clients, probes, rounds, mode == "averaged")]
-
-
-def _save(trainer: DVITrainer) -> Path:
-    return checkpoint.save(
-        Path(trainer.config.run_dir), trainer.counters.step, trainer.peft_model, trainer.model
-    )
 
 
 def _in_rounds(clients: Clients, probes: Probes, rounds: int, average: bool) -> Row:
@@ -154,14 +143,14 @@ def _in_rounds(clients: Clients, probes: Probes, rounds: int, average: bool) -> 
 
 def _train_round(trainers: Sequence[DVITrainer], share: float, average: bool) -> None:
     """Train every client up to a share of its prompts, then give all of them the mean of their drafts if asked to."""
-    tokens: list[int] = []
+    tokens = []
     for trainer in trainers:
         before = trainer.counters.tokens
         _advance(trainer, share * trainer.config.num_prompts - 1e-6)  # the share may be rounded up
         tokens.append(trainer.counters.tokens - before)
     if not average:
         return
-    folders = [_save(trainer) for trainer in trainers]
+    folders = [trainer.save_checkpoint() for trainer in trainers]
     mean = average_adapters(folders, tokens, folders[0].with_name(f"mean-{share:.3f}"))
     for trainer in trainers:
-        checkpoint.load(mean, trainer.peft_model, trainer.model, draft_only=True)
+        checkpoint.load_weights(mean, trainer.peft_model, trainer.model, ["lora_S"])

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 KINDS = ("grid", "staleness", "adaptation", "federated")
-UNTRAINED: dict[str, dict[str, Any] | None] = {"untrained": None}
-"""The start of a study that names none."""
 Prompts = list[list[int]]
+Values = dict[str, Any]
+"""Settings by name."""
 VariantRows = Iterator[tuple[str, list[Row]]]
 """What running a task yields: the name of each due variant, and its rows."""
 
@@ -36,26 +37,24 @@ class Study(Settings):
 
     question: str
     """What it asks, in one sentence."""
-    kind: str
+    kind: str = field(metadata={"allowed": KINDS})
     """grid, staleness, adaptation or federated."""
     seeds: list[int]
     """One repetition each."""
-    variants: dict[str, dict[str, Any]]
+    variants: dict[str, Values]
     """Settings by name, on top of `base`; what they mean beyond DVIConfig's fields depends on the kind."""
-    base: dict[str, Any] = field(default_factory=dict)
+    base: Values = field(default_factory=dict)
     """DVIConfig settings of all runs."""
-    starts: dict[str, dict[str, Any] | None] = field(default_factory=lambda: dict(UNTRAINED))
+    starts: dict[str, Values | None] = field(default_factory=lambda: {"untrained": None})
     """grid: what the variants start from, by name: nothing, a run with these settings on top of `base`, or, under
     `sgp`, a shallow-gradient fine-tuning with these."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Values = field(default_factory=dict)
     """What the kind needs besides."""
-    quick: dict[str, Any] = field(default_factory=dict)
+    quick: Values = field(default_factory=dict)
     """seeds, variants (names), base, starts, extra of the laptop-size version."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in KINDS:
-            raise DvirlError(f"kind is {self.kind!r:.80}; expected one of {', '.join(KINDS)}")
         if not self.seeds or not self.variants:
             raise DvirlError("a study needs at least one seed and one variant")
         # Anything may stand in quick and extra; whatever does not fit there fails here, before hours of training.
@@ -71,7 +70,7 @@ class Study(Settings):
     def small(self) -> "Study":
         """The laptop-size version."""
         quick = self.quick
-        starts: dict[str, dict[str, Any] | None] = {}
+        starts = {}
         for name, settings in self.starts.items():
             changes = quick.get("starts", {}).get(name, {})
             starts[name] = None if settings is None else settings | changes
@@ -87,7 +86,7 @@ class Study(Settings):
 
     def config(self, seed: int, run_dir: Path, *changes: Mapping[str, Any]) -> DVIConfig:
         """The settings of one run: `base`, then the changes in order."""
-        values: dict[str, Any] = {**self.base, "seed": seed, "run_dir": str(run_dir)}
+        values: Values = {**self.base, "seed": seed, "run_dir": str(run_dir)}
         for change in changes:
             values |= change
         values.pop("sgp", None)  # a start's own, and no setting of DVI
@@ -95,21 +94,19 @@ class Study(Settings):
 
     def blank_rows(self, seed: int, start: str, variant: str) -> list[Row]:
         """The rows that a variant gives, without figures yet: one, or of `staleness` one for each age."""
+        if self.kind == "grid":
+            return [{"start": start, "variant": variant, "seed": seed}]
+        names = [variant]
         if self.kind == "staleness":
             ages = self.extra["ages"]
-            return [
-                {"variant": f"{variant}, age {age} of {ages}", "seed": seed} for age in range(1, ages + 1)
-            ]
-        row: Row = {"start": start} if self.kind == "grid" else {}
-        return [{**row, "variant": variant, "seed": seed}]
+            names = [f"{variant}, age {age} of {ages}" for age in range(1, ages + 1)]
+        return [{"variant": name, "seed": seed} for name in names]
 
     def row_names(self) -> list[str]:
         """The names of all rows, in order."""
         names = []
-        for seed in self.seeds:
-            for start in self.starts:
-                for variant in self.variants:
-                    names += [row_name(row) for row in self.blank_rows(seed, start, variant)]
+        for seed, start, variant in product(self.seeds, self.starts, self.variants):
+            names += [row_name(row) for row in self.blank_rows(seed, start, variant)]
         return names
 
 
@@ -137,7 +134,7 @@ class Task:
         """`Study.config` with the task's seed."""
         return self.study.config(self.seed, run_dir, *changes)
 
-    def due(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def due(self) -> Iterator[tuple[str, Values]]:
         """The variants with missing rows and their settings, as long as there is time to begin them."""
         for name, variant in self.study.variants.items():
             rows = {row_name(row) for row in self.study.blank_rows(self.seed, self.start, name)}
@@ -152,14 +149,9 @@ def load_model(config: DVIConfig) -> LoadedModel:
     return load(config.model_name, config.dtype, config.device, config.chat_format)
 
 
-def new_trainer(config: DVIConfig, split: PromptSplit | None = None) -> DVITrainer:
-    """A trainer with a model of its own; on the configured prompts if none are given."""
-    return make_trainer(config, split=split)
-
-
 def trainer_on(config: DVIConfig, prompts: Prompts) -> DVITrainer:
     """A trainer on these prompts, in this order."""
-    return new_trainer(config, PromptSplit(PromptStream(prompts, None), []))
+    return make_trainer(config, split=PromptSplit(PromptStream(prompts, None), []))
 
 
 def free_memory() -> None:

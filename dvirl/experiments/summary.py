@@ -26,7 +26,7 @@ def summary(rows: Sequence[Row]) -> Summary:
     Seeds whose figure is NaN are left out: a verifier that has gone silent has no agreement. The deviation of a single
     seed is 0.
     """
-    points: list[tuple[str, str, float]] = []
+    points = []
     for row in rows:
         name = row_name(row, keys=("start", "variant"))
         points += [(name, figure, float(value)) for figure, value in row["figures"].items()]
@@ -40,12 +40,13 @@ def summary(rows: Sequence[Row]) -> Summary:
 
 def summary_table(table: Summary, shown: Container[str]) -> str:
     """The figures to be shown as text, mean ± standard deviation, one line a variant."""
-    lines: dict[str, dict[str, str]] = {}
+    lines = {}
     for name, figures in table.items():
-        line = lines.setdefault(name, {})
-        for figure, value in figures.items():
-            if figure in shown:
-                line[figure] = f"{value['mean']:.4g} ± {value['std']:.2g}"
+        lines[name] = {
+            figure: f"{value['mean']:.4g} ± {value['std']:.2g}"
+            for figure, value in figures.items()
+            if figure in shown
+        }
     return pd.DataFrame(lines).T.to_string(na_rep="")
 
 

@@ -14,18 +14,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from threading import Event
+from typing import Any
 from urllib.parse import urlencode
 
 import pandas as pd
 from tqdm import tqdm
 
 from dvirl.config import DVIConfig, SGPConfig
-from dvirl.experiments.summary import Row, command_record, summary, summary_table
+from dvirl.experiments.summary import command_record, summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings, run_lock
@@ -43,7 +43,7 @@ MOST_CELLS = 10_000
 SET_BY_SWEEP = {"run_dir", "threads", "results"}
 """Settings that the sweep gives every cell."""
 
-Cell = dict[str, object]
+Cell = dict[str, Any]
 """The settings of one run."""
 
 
@@ -68,8 +68,9 @@ class Sweep(Settings):
         super().__post_init__()
         is_notebook = self.run.endswith(".ipynb") and os.path.isfile(self.run)
         if self.run not in COMMANDS and not is_notebook:
-            known = ", ".join(COMMANDS)
-            raise DvirlError(f"run is {self.run!r:.80}; expected a notebook that exists or one of {known}")
+            raise DvirlError(
+                f"run is {self.run!r:.80}; expected a notebook that exists or one of {', '.join(COMMANDS)}"
+            )
         if not self.grid:
             raise DvirlError("grid is empty; expected values by setting")
         for name, values in self.grid.items():
@@ -81,8 +82,9 @@ class Sweep(Settings):
             raise DvirlError(f"grid makes more than {MOST_CELLS:,} cells")
         taken = {*self.base, *self.grid} & SET_BY_SWEEP | {*self.base} & {*self.grid}
         if taken:
-            names = ", ".join(sorted(taken))
-            raise DvirlError(f"{names}: set by base and grid both, or for each cell by the sweep")
+            raise DvirlError(
+                f"{', '.join(sorted(taken))}: set by base and grid both, or for each cell by the sweep"
+            )
         kind = COMMANDS.get(self.run)
         if kind is not None:
             for cell in self.cells("", 1):
@@ -90,7 +92,7 @@ class Sweep(Settings):
 
     def cells(self, out: str, threads: int) -> list[Cell]:
         """All cells in the grid's order, with folders in `out`, which ends in a slash."""
-        cells: list[Cell] = []
+        cells = []
         for values in product(*self.grid.values()):
             point = dict(zip(self.grid, values, strict=True))
             folder = out + urlencode(point).replace("&", ",")
@@ -112,14 +114,9 @@ class Sweep(Settings):
         return [*program, "dvirl.cli", self.run, *(f"--{name}={value}" for name, value in arguments.items())]
 
 
-def folder_of(cell: Cell) -> Path:
-    """The folder that only this cell writes into."""
-    return Path(str(cell["run_dir"]))
-
-
 def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
     """Run a cell in an emptied folder until it ends or is told to stop; `cell.json` appears, whole, if it succeeds."""
-    folder = folder_of(cell)
+    folder = Path(cell["run_dir"])
     command = sweep.command(cell)
     began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,8 +129,13 @@ def run_cell(sweep: Sweep, cell: Cell, stop: Event) -> None:
             pass
         process.terminate()  # does nothing to a process that has ended
     if process.returncode == 0:
-        record = {"settings": cell, "command": shlex.join(command), "seconds": time.monotonic() - began}
-        write_json(folder / "cell.json", {**record, "figures": read_figures(folder)})
+        record = {
+            "settings": cell,
+            "command": shlex.join(command),
+            "seconds": time.monotonic() - began,
+            "figures": read_figures(folder),
+        }
+        write_json(folder / "cell.json", record)
 
 
 def read_figures(folder: Path) -> dict[str, float]:
@@ -151,15 +153,9 @@ def read_figures(folder: Path) -> dict[str, float]:
     return dict(pd.concat([last.mean(), totals]).dropna())
 
 
-def kept_figures(cell: Cell) -> dict[str, float] | None:
-    """The figures of a cell that is done; `main` has checked that its settings are the same."""
-    path = folder_of(cell) / "cell.json"
-    return dict(json.loads(path.read_text())["figures"]) if path.exists() else None
-
-
 def missing_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that are not done."""
-    return [cell for cell in cells if kept_figures(cell) is None]
+    """The cells that are not done; `main` has checked that the others have the same settings."""
+    return [cell for cell in cells if not Path(cell["run_dir"], "cell.json").exists()]
 
 
 def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
@@ -180,11 +176,12 @@ def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
 
 def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:
     """A row for each cell: what the grid sets and its figures; printed, also with means ± deviations over seeds."""
-    lines: list[Cell] = []
-    rows: list[Row] = []
+    lines = []
+    rows = []
     for cell in cells:
         point = {name: cell[name] for name in sweep.grid}
-        figures = kept_figures(cell) or {}
+        kept = Path(cell["run_dir"], "cell.json")
+        figures = json.loads(kept.read_text())["figures"] if kept.exists() else {}
         lines.append({**point, **figures})
         point.pop("seed", None)
         rows.append({"variant": urlencode(point), "figures": figures})
@@ -197,7 +194,7 @@ def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:
 
 def last_line(cell: Cell) -> str:
     """The last line in the log of a failed cell, and where the rest is."""
-    log = folder_of(cell) / "log.txt"
+    log = Path(cell["run_dir"], "log.txt")
     lines = log.read_text(errors="replace").strip().splitlines()
     return f"{log} ends with: {lines[-1] if lines else ''}"
 
@@ -223,19 +220,15 @@ class SweepCommand(Settings):
             raise DvirlError(f"threads is {self.threads}; expected 1 to the {self.cores} cores")
 
 
-parse_command = partial(
-    settings.parse_args, SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once."
-)
-"""Settings from flags; see `settings.parse_args`."""
-
-
 def main(argv: Sequence[str]) -> None:
     """Run a sweep, print its table, and write it into `table.csv` and `table.json`.
 
     Raises:
         DvirlError: for a bad file, a folder of another sweep or in use, or, at the end, cells that failed.
     """
-    command = parse_command(argv)
+    command = settings.parse_args(
+        SweepCommand, "dvirl sweep", "Run every cell of a grid, some at once.", argv
+    )
     sweep = from_mapping(Sweep, read_yaml(command.file), command.file)
     out = Path(command.out or f"runs/{Path(command.file).stem}")
     cells = sweep.cells(f"{out}/cells/", command.threads)

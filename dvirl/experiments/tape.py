@@ -29,8 +29,9 @@ class Tape:
         def play(prompts: list[list[int]]) -> Rollout:
             rollout = next((one for one in rollouts if one.prompts() == prompts), None)
             if rollout is None:
-                advice = "play it with the settings it was recorded with"
-                raise ValueError(f"the tape holds no answers to these prompts; {advice}")
+                raise ValueError(
+                    "the tape holds no answers to these prompts; play it with the settings it was recorded with"
+                )
             return rollout
 
         return play

@@ -14,6 +14,7 @@ from dvirl.models.loading import LoadedModel, load
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import atomic_directory
 from dvirl.runs.settings import Settings, from_mapping, number, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published
@@ -228,7 +229,7 @@ def export(
         loaded: the model that it drafts for.
         made: how it was made and what it reached, plain numbers and text.
     """
-    with run_folder.atomic_directory(folder) as scratch:
+    with atomic_directory(folder) as scratch:
         peft_model.peft_config["lora_S"].base_model_name_or_path = loaded.name
         checkpoint.save_adapters(peft_model, scratch, ["lora_S"])
         weights = scratch / "lora_S/adapter_model.safetensors"

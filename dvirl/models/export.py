@@ -19,7 +19,7 @@ from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory
+from dvirl.runs.files import atomic_directory
 from dvirl.runs.log import write_json
 from dvirl.runs.settings import choice, number, positional
 from kangaroo.kangaroo_model import KangarooModel

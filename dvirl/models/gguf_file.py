@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from dvirl.models.tokenizers import TextEncoder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_file
+from dvirl.runs.files import atomic_file
 from kangaroo.adapter import head_dim, rotary_for
 
 QUANTISED = ("q8_0", "q4_1")

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory, discard
+from dvirl.runs.files import atomic_directory, discard
 from dvirl.runs.log import parse_line, read_text
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
+State = dict[str, Any]
+"""A trainer's, for a checkpoint: tensors under `tensors`, plain numbers under `numbers`."""
 DRAFTER = "drafter.safetensors"
 """Weights of the drafter and the exit head, and the draft vocabulary."""
-STATE = ("trainer.safetensors", "trainer.json")
-"""Tensors and numbers of the trainer's state."""
 PORTABLE = (
     "base_model_name_or_path",
     "inference_mode",
@@ -100,7 +100,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """The state of every global random generator: tensors under `tensors`, other values under `numbers`."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -133,7 +133,7 @@ def save(
     step: int,
     peft_model: PeftModel,
     model: KangarooModel,
-    state: dict[str, Any] | None = None,
+    state: State,
 ) -> Path:
     """Write `checkpoints/step-…`, whole or not at all.
 
@@ -142,16 +142,15 @@ def save(
         step: updates so far.
         peft_model: its adapters are saved as plain PEFT folders.
         model: its drafter goes into `drafter.safetensors`.
-        state: the trainer's, tensors and numbers; None for weights alone.
+        state: the trainer's, tensors and numbers.
     """
     folder = step_folder(run_dir, step)
     with atomic_directory(folder) as scratch:
         save_adapters(peft_model, scratch)
         save_file(model.drafter_state(), scratch / DRAFTER)
-        if state is not None:
-            tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
-            save_file(tensors, scratch / "trainer.safetensors")
-            (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
+        tensors = {key: value.contiguous() for key, value in state["tensors"].items()}
+        save_file(tensors, scratch / "trainer.safetensors")
+        (scratch / "trainer.json").write_text(json.dumps(state["numbers"], indent=1) + "\n")
         (scratch / MANIFEST).write_text(json.dumps(_checksums(scratch), indent=1) + "\n")
     return folder
 
@@ -160,19 +159,13 @@ def load(
     folder: Path,
     peft_model: PeftModel,
     model: KangarooModel,
-    draft_only: bool = False,
-) -> dict[str, Any]:
+) -> State:
     """Load the weights of a checkpoint in place, and return the trainer's state.
-
-    With `draft_only`, only what drafts is loaded, lora_S and drafter, and no state is returned.
 
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
-    if draft_only:
-        load_weights(folder, peft_model, model, ["lora_S"])
-        return {}
-    _refuse_missing(folder, [*STATE, MANIFEST])
+    _refuse_missing(folder, ["trainer.safetensors", "trainer.json", MANIFEST])
     load_weights(folder, peft_model, model, list(peft_model.peft_config))
     try:
         tensors = load_file(folder / "trainer.safetensors", device=str(model.head_model.weight.device))
@@ -189,6 +182,8 @@ def load_weights(
     adapters: Sequence[str],
 ) -> None:
     """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
+
+    What drafts is lora_S and the drafter; lora_D makes another verifier.
 
     A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is.
 

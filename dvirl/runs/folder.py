@@ -1,9 +1,8 @@
-"""The folder of a run: its settings, its lock, and folders that appear whole or not at all."""
+"""The folder of a run: its settings, what they depend on, and its lock."""
 
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import write_text
@@ -27,17 +25,13 @@ PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors
 class Describable(Protocol):
     """A model that says what it is: a `dvirl.models.loading.LoadedModel`."""
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells it from every other model."""
-
     def description(self) -> dict[str, str]:
         """Its fingerprint, and how it was loaded."""
 
 
 def environment() -> dict[str, Any]:
     """What a result depends on besides its settings: versions and machine."""
-    machine: dict[str, Any] = {"platform": platform.platform(), "cores": os.cpu_count()}
+    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         machine["accelerator"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
@@ -53,20 +47,6 @@ def write_config(folder: Path, config: Settings, loaded: Describable, **more: An
     """Write `config.yaml`: every setting, the provenance, and `more`."""
     content = {"config": asdict(config), **provenance(loaded), **more}
     write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
-
-
-def start_log(run_dir: Path, config: Settings, loaded: Describable, new: bool = True) -> Path:
-    """Write the `config.yaml` of a run, create its `metrics.jsonl` if there is none, and return the latter's path.
-
-    Raises:
-        DvirlError: if the run is new and the folder holds the log of another one.
-    """
-    log = run_dir / "metrics.jsonl"
-    if new and log.exists():
-        raise DvirlError(f"run_dir {run_dir} already holds a run; choose another name, or remove it")
-    write_config(run_dir, config, loaded)
-    log.touch()
-    return log
 
 
 @contextmanager
@@ -94,60 +74,6 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill. At the end it replaces `folder` in one step; if anything fails, it is removed.
-
-    Raises:
-        DvirlError: if it cannot be written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
-        filled = Path(scratch) / folder.name
-        filled.mkdir()
-        try:
-            yield filled
-            for path in (*filled.rglob("*"), filled):
-                _flush(path)
-        except (OSError, SafetensorError) as error:
-            raise DvirlError(
-                f"{folder}: could not be written ({error}); what was there before is whole"
-            ) from error
-        discard(folder)
-        os.replace(filled, folder)
-        _flush(folder.parent)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file to write, as `atomic_directory` is a folder to fill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / path.name
-        try:
-            yield written
-            _flush(written)
-            os.replace(written, path)
-        except OSError as error:
-            raise DvirlError(f"{path}: could not be written ({error})") from error
-        _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder if it exists. It is renamed first, so that no part of it is ever left under its name."""
-    if folder.exists():
-        doomed = folder.with_name(f".gone-{folder.name}")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
-
-
 def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:
     """Write `config.yaml` into a run folder; if a run is there already, it must have the same settings.
 
@@ -156,8 +82,7 @@ def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:
     """
     path = run_dir / "config.yaml"
     if path.exists():
-        before = {**defaults(config), **read_yaml(path).get("config", {})}
-        refuse_other_settings(path, before, asdict(config))
+        refuse_other_settings(path, defaults(config) | run_settings(run_dir), asdict(config))
     write_config(run_dir, config, loaded)
 
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,10 @@ from typing import Any
 import pandas as pd
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import atomic_file
+
+Line = Mapping[str, Any]
+"""A line of a log: figures by name."""
 
 
 def to_plain(values: Any) -> Any:
@@ -19,23 +22,9 @@ def to_plain(values: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, and its folder if there is none. The file appears whole or not at all, and is then on the disk.
-
-    Raises:
-        DvirlError: if it cannot be written.
-    """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
+    """Write a file as `atomic_file` does."""
+    with atomic_file(Path(path)) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -43,7 +32,7 @@ def write_json(path: str | Path, values: Any) -> None:
     write_text(path, json.dumps(to_plain(values), indent=1) + "\n")
 
 
-def log_line(path: Path, values: Mapping[str, Any]) -> None:
+def log_line(path: Path, values: Line) -> None:
     """Append one line to a JSONL file and write it at once; numbers that JSON cannot spell become null.
 
     Raises:

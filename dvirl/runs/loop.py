@@ -3,11 +3,11 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
+from dvirl.runs.checkpoint import State
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
-from dvirl.runs.log import cut_log, log_line
+from dvirl.runs.log import Line, cut_log, log_line
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import ModelSettings, defaults, from_mapping, read_yaml
-from dvirl.runs.trackers import Track, installed_trackers, tracking
+from dvirl.runs.trackers import installed_trackers, tracking
 from kangaroo.kangaroo_model import KangarooModel
 
 
@@ -40,7 +41,7 @@ class Counters:
     wall_s: float = 0.0
 
 
-def no_report(line: Mapping[str, Any]) -> None:
+def no_report(line: Line) -> None:
     """Drop a log line."""
 
 
@@ -94,7 +95,7 @@ class TrainingLoop(ABC):
         self._keep_checkpoints = keep_checkpoints
         self._tracker = tracker
         self._began = 0.0
-        self.report: Callable[[Mapping[str, Any]], None] = no_report
+        self.report: Callable[[Line], None] = no_report
 
     # What a trainer defines
 
@@ -103,14 +104,14 @@ class TrainingLoop(ABC):
         """Do one unit of work, and `report` the log line of every step. A run can stop and be saved after it."""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Everything but the weights: tensors under `tensors`, plain numbers under `numbers`."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what `state_dict` gave."""
 
-    def start(self) -> Sequence[Mapping[str, Any]]:
+    def start(self) -> Sequence[Line]:
         """What is done once before the first unit of work of every start; return its log lines."""
         return []
 
@@ -129,7 +130,7 @@ class TrainingLoop(ABC):
         """How much of `length` is done."""
         return self.counters.step
 
-    def describe(self, line: Mapping[str, Any]) -> str:
+    def describe(self, line: Line) -> str:
         """What the progress bar says of a log line."""
         return f"step {line['step']}"
 
@@ -154,15 +155,18 @@ class TrainingLoop(ABC):
             if first:
                 self._start_log()
             self._began = time.perf_counter() - self.counters.wall_s
-            self._write(self.start())
+            for line in self.start():
+                self._log_line(line)
             if not self.finished:
                 self._run(stop, show_progress and first)
         return None
 
     def _start_log(self) -> None:
         """Begin the log of a new run, or cut it to the step that this one goes on from."""
-        new = self.counters.step == 0 and not self.resumed
-        run_folder.start_log(self.run_dir, self.config, self.loaded, new)
+        if self.log.exists() and self.counters.step == 0 and not self.resumed:
+            raise DvirlError(f"run_dir {self.run_dir} already holds a run; choose another name, or remove it")
+        run_folder.write_config(self.run_dir, self.config, self.loaded)
+        self.log.touch()
         cut_log(self.log, self.counters.step)
 
     def _run(self, stop: Stop, show_progress: bool) -> None:
@@ -173,11 +177,18 @@ class TrainingLoop(ABC):
         tracker = self._tracker if self.processes.first else "none"
         with (
             tracking(tracker, self.run_dir, asdict(self.config)) as track,
-            self._bar(show_progress) as bar,
+            tqdm(
+                desc=self.run_dir.name,
+                total=self.length,
+                initial=self.position,
+                unit=self.unit,
+                disable=not show_progress,
+            ) as bar,
         ):
 
-            def report(line: Mapping[str, Any]) -> None:
-                self._write([line], track)
+            def report(line: Line) -> None:
+                self._log_line(line)
+                track(line)
                 bar.update(self.position - bar.n)
                 bar.set_postfix_str(self.describe(line))
 
@@ -200,18 +211,10 @@ class TrainingLoop(ABC):
         # Only now: until here, a signal of its own would have been a process's second one, which ends it at once.
         stop.signal = stop.signal or asked
 
-    def _bar(self, shown: bool) -> "tqdm[NoReturn]":
-        """The progress bar, named after the run."""
-        name = self.run_dir.name
-        return tqdm(desc=name, total=self.length, initial=self.position, unit=self.unit, disable=not shown)
-
-    def _write(self, lines: Sequence[Mapping[str, Any]], track: Track | None = None) -> None:
-        """Put lines into the log and the trackers; the first process alone does."""
+    def _log_line(self, line: Line) -> None:
+        """Put a line into the log; the first process alone does."""
         if self.processes.first:
-            for line in lines:
-                log_line(self.log, line)
-                if track:
-                    track(line)
+            log_line(self.log, line)
 
     def clock(self) -> None:
         """Bring `wall_s` up to date."""

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
-COSINE_FLOOR = 0.1
-"""Share of the peak rate that the cosine schedule ends with."""
+Parameters = Sequence[nn.Parameter]
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> AdamW:
+def make_optimizer(parameters: Parameters, lr: float) -> AdamW:
     """AdamW without weight decay: the weights start as those of a good model and must not shrink towards zero."""
     # A list of parameters may be empty in a group, and not by itself.
     return AdamW([{"params": list(parameters)}], lr=lr, weight_decay=0.0)
@@ -42,8 +41,8 @@ def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> N
         optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
-def _new_muon(matrices: Sequence[Tensor], lr: float = 1e-3) -> Muon:
-    return Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+def _new_muon(matrices: Sequence[Tensor]) -> Muon:
+    return Muon(matrices, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 class CapturedMuon:
@@ -56,13 +55,13 @@ class CapturedMuon:
         matrices: what it steps.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter]) -> None:
+    def __init__(self, matrices: Parameters) -> None:
         self._matrices = matrices
         self._moved = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
         self._gradients = [torch.zeros_like(matrix, requires_grad=False) for matrix in matrices]
         for moved, gradient in zip(self._moved, self._gradients, strict=True):
             moved.grad = gradient
-        self.muon = _new_muon(self._moved, 1.0)
+        self.muon = _new_muon(self._moved)
         self._kept = torch.ones((), dtype=torch.bool, device=matrices[0].device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -129,8 +128,8 @@ class Optimizers:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
-        matrices: Sequence[nn.Parameter],
+        parameters: Parameters,
+        matrices: Parameters,
         muon: float,
     ) -> None:
         self.lr = 0.0
@@ -189,7 +188,7 @@ def cosine_rate(
     step: int,
     warmup_steps: int,
     progress: float,
-    floor: float = COSINE_FLOOR,
+    floor: float = 0.1,
 ) -> float:
     """The learning rate of a step.
 
@@ -213,7 +212,7 @@ def clipped_step(
     loss: Tensor | None,
     lr: float,
     grad_clip: float,
-    add_gradients: Callable[[Sequence[nn.Parameter]], None] = lambda _: None,
+    add_gradients: Callable[[Parameters], None] = lambda _: None,
 ) -> float:
     """Compute gradients, clip them and step; nothing is stepped if the loss or the gradient is not finite.
 

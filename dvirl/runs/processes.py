@@ -7,7 +7,7 @@ work is shared out: each answers its share of the prompts, and computes the grad
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -67,10 +67,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            lost = (
-                f"process {self.rank} of {self.count} has lost another ({' '.join(str(error).split())[:200]})"
-            )
-            raise DvirlError(f"{lost}; what was saved last is whole, go on from there") from error
+            reason = " ".join(str(error).split())[:200]
+            raise DvirlError(
+                f"process {self.rank} of {self.count} has lost another ({reason}); "
+                "what was saved last is whole, go on from there"
+            ) from error
 
     def once(self, make: Callable[[], Item]) -> Item:
         """What the first process makes, for all."""
@@ -82,21 +83,14 @@ class Processes:
     def gathered(self, items: list[Item]) -> list[Item]:
         """The items of all processes."""
         with self._meeting():
-            everything: list[Item] = gather_object(items)
-        return everything
+            return list(gather_object(items))
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
-        if self.count == 1:
-            return number
-        with self._meeting():
-            numbers: Tensor = gather(torch.tensor([number], device=self._device))
-        return int(numbers.max())
+        return max(self.gathered([number]))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, which have one shape."""
-        if self.count == 1:
-            return tensor
         with self._meeting():
             total: Tensor = reduce(tensor, "sum")
         return total
@@ -123,8 +117,7 @@ class Processes:
         """
         if self.count == 1:
             return record
-        values = {spec.name: getattr(record, spec.name) for spec in fields(record)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
         with self._meeting():
             for dim in range(max(tensor.ndim for tensor in tensors.values())):
                 tensors = pad_across_processes(tensors, dim)

@@ -8,6 +8,7 @@ import textwrap
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -201,11 +202,9 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(owner))
         tree = ast.parse(source).body[0]
         assert isinstance(tree, ast.ClassDef)
-        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        for statement, following in pairwise(tree.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                assert isinstance(statement.target, ast.Name)
-                assert isinstance(following.value, ast.Constant)
-                texts[statement.target.id] = str(following.value.value)
+                texts[ast.unparse(statement.target)] = ast.literal_eval(following.value)
     return texts
 
 
@@ -235,7 +234,10 @@ def parse_args(
             in_file = in_file["config"]
         # The file is checked by itself, so that messages name it; fields without a default come from the command line.
         specs = dataclasses.fields(kind)  # type: ignore[arg-type]
-        needed = {spec.name: arguments[spec.name] for spec in specs if _is_required(spec)}
+        required = [
+            spec.name for spec in specs if spec.default is MISSING and spec.default_factory is MISSING
+        ]
+        needed = {name: arguments[name] for name in required}
         from_mapping(kind, {**needed, **in_file}, path)
     return from_mapping(kind, {**in_file, **arguments}, "arguments")
 
@@ -268,15 +270,11 @@ def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: 
             options.setdefault("nargs", "?")
         parser.add_argument(spec.name, help=text, **options)
         return
-    parser.add_argument(f"--{spec.name}", help=text, required=_is_required(spec), **options)
+    parser.add_argument(f"--{spec.name}", help=text, required=default is MISSING, **options)
     if default is True:
         parser.add_argument(
             f"--no_{spec.name}", dest=spec.name, action="store_false", help=f"the same as --{spec.name} false"
         )
-
-
-def _is_required(spec: "dataclasses.Field[Any]") -> bool:
-    return spec.default is MISSING and spec.default_factory is MISSING
 
 
 def _boolean(text: str) -> bool:

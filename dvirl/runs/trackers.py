@@ -9,10 +9,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import Line
 
 TRACKERS = ("auto", "none", *LoggerType.list())
 """Names to choose from: auto is TensorBoard if it is installed, all is every installed tracker."""
-Track = Callable[[Mapping[str, Any]], None]
+Track = Callable[[Line], None]
 """Takes the figures of one step, `step` among them; values that are not numbers are ignored."""
 
 
@@ -23,17 +24,12 @@ def installed_trackers(name: str) -> list[str]:
         DvirlError: for one that is not installed.
     """
     installed = [str(tracker.value) for tracker in get_available_trackers()]
-    if name == "none":
-        return []
-    if name == "all":
-        return installed
-    if name == "auto":
-        return [tracker for tracker in installed if tracker == "tensorboard"]
-    if name not in installed:
+    several = {"none": [], "all": installed, "auto": list({"tensorboard"}.intersection(installed))}
+    if name not in {*several, *installed}:
         raise DvirlError(
             f"tracker is {name!r}, which is not installed; installed are {', '.join(installed) or 'none'}"
         )
-    return [name]
+    return several.get(name, [name])
 
 
 @contextmanager
@@ -50,7 +46,7 @@ def tracking(name: str, run_dir: Path, settings: Mapping[str, Any]) -> Iterator[
         tracker.store_init_configuration(dict(settings))
         trackers.append(tracker)
 
-    def track(figures: Mapping[str, Any]) -> None:
+    def track(figures: Line) -> None:
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         for tracker in trackers:
             tracker.log(numbers, step=figures["step"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import atomic_directory
+from dvirl.runs.files import atomic_directory
 from dvirl.runs.log import parse_line, read_text
 from dvirl.runs.settings import MANY, Settings, positional, several
 
@@ -77,15 +77,16 @@ def average_adapters(folders: Sequence[str | Path], weights: Sequence[float] | N
 def _common_files(paths: Sequence[Path]) -> list[str]:
     """The files to average, which are the same in all folders."""
     first = _files(paths[0])
-    if not set(first).issuperset(ADAPTER) and not set(first).issuperset(CHECKPOINT):
+    if not any(set(kind) <= set(first) for kind in (ADAPTER, CHECKPOINT)):
         raise DvirlError(
             f"{paths[0]}: expected {CONFIG} and {WEIGHTS}, or a checkpoint with lora_S/ and {DRAFTER}"
         )
     for path in paths:
         names = _files(path)
         if names != first:
-            there = ", ".join(names) or "none"
-            raise DvirlError(f"{path}: holds {there}; expected {', '.join(first)} as in {paths[0]}")
+            raise DvirlError(
+                f"{path}: holds {', '.join(names) or 'none'}; expected {', '.join(first)} as in {paths[0]}"
+            )
     return first
 
 

@@ -1,6 +1,5 @@
 """Cached greedy responses at scale: conversations that the model holds with itself, in shards on disk."""
 
-import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from dvirl.data.selfwritten import Openers, sample_turns
 from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Responses, generate, join
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import atomic_file
 
 NGRAM = 13
 """Training data may not share so many tokens in a row with a question; GPT-3's decontamination counts 13 words."""
@@ -90,18 +90,20 @@ def _tasks_about(loaded: LoadedModel, first: Responses, count: int, rng: random.
     """Prompts that set a task about a text of one or more answers among `first`, `count` of them."""
     start, end, _ = loaded.chat.frame()
     openers = Openers()
+    decode = loaded.tokenizer.decode
     prompts = []
     for _ in range(count):
         rows = rng.sample(range(len(first)), rng.randint(1, min(MOST_PASSAGES, len(first))))
-        texts, questions = [], []
+        passages = []
+        questions = []
         for row in rows:
-            prompt_len, length = int(first.prompt_lens[row]), int(first.response_lens[row])
-            tokens = first.tokens[row, : prompt_len + length].tolist()
+            prompt_len = int(first.prompt_lens[row])
+            tokens = first.tokens[row, : prompt_len + first.response_lens[row]].tolist()
             stop = -1 if tokens[-1] in loaded.eos_ids else None
-            questions.append(loaded.tokenizer.decode(tokens[len(start) : prompt_len - len(end)]))
-            texts.append(loaded.tokenizer.decode(tokens[prompt_len:stop]).strip())
-        numbered = rng.random() < 0.5
-        passages = [f"[{place}] {text}" if numbered else text for place, text in enumerate(texts, start=1)]
+            questions.append(decode(tokens[len(start) : prompt_len - len(end)]))
+            passages.append(decode(tokens[prompt_len:stop]).strip())
+        if rng.random() < 0.5:
+            passages = [f"[{place}] {text}" for place, text in enumerate(passages, start=1)]
         task = openers.task_about("\n\n".join(passages), rng.choice(questions), rng)
         prompts.append([*start, *loaded.chat.plain(task), *end])
     return prompts
@@ -133,10 +135,8 @@ def without_repeats(responses: Responses) -> Responses:
 
 def write_shard(path: Path, responses: Responses) -> None:
     """Write one shard, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(vars(responses), scratch)
-    os.replace(scratch, path)
+    with atomic_file(path) as scratch:
+        save_file(vars(responses), scratch)
 
 
 def read_shard(path: Path) -> Responses:
@@ -150,8 +150,9 @@ def read_shard(path: Path) -> Responses:
         if not _fits_together(responses):
             raise TypeError("its tensors do not fit together")
     except (SafetensorError, TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = f"not a readable shard of responses ({error})"
-        raise DvirlError(f"{path}: {reason}; remove it to have it written again") from error
+        raise DvirlError(
+            f"{path}: not a readable shard of responses ({error}); remove it to have it written again"
+        ) from error
     return responses
 
 
@@ -199,18 +200,11 @@ def overlapping(
     for question in filter(len, questions):
         *_, (length, hashes) = _hashes(torch.tensor(question), n)  # the longest runs
         hashes_by_length[length].append(hashes)
-    sought = {}
-    for length, parts in hashes_by_length.items():
-        sought[length] = torch.cat(parts).sort().values.to(device)
+    sought = {length: torch.cat(parts).to(device) for length, parts in hashes_by_length.items()}
     overlaps = torch.zeros(len(responses), dtype=torch.bool)
     for start in range(0, len(responses), SCANNED):
         rows = slice(start, start + SCANNED)
         for length, hashes in _hashes(responses.tokens[rows].to(device), n):
-            if length not in sought:
-                continue
-            # Binary search: the first sought hash that is not smaller, or the last one.
-            index = torch.searchsorted(sought[length], hashes)
-            index = index.clamp(max=len(sought[length]) - 1)
-            equal = sought[length][index] == hashes
-            overlaps[rows] |= equal.any(dim=1).cpu()
+            if length in sought:
+                overlaps[rows] |= torch.isin(hashes, sought[length]).any(dim=1).cpu()
     return overlaps

@@ -9,7 +9,7 @@ import random
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dvirl.config import DraftSettings
@@ -31,9 +32,9 @@ from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import fitting, free_memory
 from dvirl.rollout import Responses, join, response_index, verifier_states
 from dvirl.runs import checkpoint, settings
-from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import log_line, read_metrics
+from dvirl.runs.folder import claim
+from dvirl.runs.log import Line, read_metrics
 from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
@@ -166,10 +167,7 @@ class _Objective(nn.Module):
     def __init__(self, model: KangarooModel, config: DistillConfig) -> None:
         super().__init__()
         self.model = model
-        self.temperature = config.temperature
-        self.ce_weight = config.ce_weight
-        self.depths = config.depths
-        self.depth_decay = config.depth_decay
+        self.config = config
 
     def forward(
         self,
@@ -194,21 +192,23 @@ class _Objective(nn.Module):
             The mean loss in nats, over the first drafts of blocks and with feedback over later ones, too; and the share
             of positions where the argmax of a first draft is the verifier's token; 0-d.
         """
+        config = self.config
         half = verifier_hidden.dtype == torch.bfloat16
         target = self.model.verifier_logits(verifier_hidden.flatten(0, 1).index_select(0, positions))
-        teacher = Teacher.of(target / self.temperature)
+        teacher = Teacher.of(target / config.temperature)
         count = weight.sum()
         loss = torch.zeros((), device=tokens.device)
         shares = 0.0
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, self.depths, later)
+            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
             for depth, state in enumerate(states):
                 where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
                 logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
-                losses = distillation_loss(logits, teacher, index, self.ce_weight)
-                loss = loss + self.depth_decay**depth * (losses * weight).sum() / count
-                shares += self.depth_decay**depth
+                losses = distillation_loss(logits, teacher, index, config.ce_weight)
+                share = config.depth_decay**depth
+                loss = loss + share * (losses * weight).sum() / count
+                shares += share
                 if depth == 0:
                     agrees = logits.detach().argmax(dim=-1) == index
         return loss / shares, (agrees * weight).sum() / count
@@ -221,48 +221,22 @@ class _Objective(nn.Module):
         return rows * later.shape[1] + offsets
 
 
-class _Teacher:
-    """The verifier's states on the responses; computed once and kept, if several passes read them and they fit.
-
-    Args:
-        base: the verifier.
-        responses: N rows.
-        several: whether they are read more than once.
-    """
-
-    def __init__(self, base: EarlyExitLlamaForCausalLM, responses: Responses, several: bool) -> None:
-        self._base = base
-        lengths = responses.prompt_lens + responses.response_lens
-        self._kept: Tensor | None = None
-        device = base.model.norm.weight.device
-        size = base.config.hidden_size
-        needed = int(lengths.sum()) * size * base.dtype.itemsize
-        if not several or needed > KEPT_SHARE * free_memory(device):
-            return
-        self._kept = torch.empty(int(lengths.sum()), size, dtype=base.dtype, device=device)
-        order = lengths.argsort()
-        self._lengths = lengths.to(device)
-        self._starts = torch.empty_like(self._lengths)
-        self._starts[order.to(device)] = F.pad(lengths[order].cumsum(0), (1, 0))[:-1].to(device)
-        rows = torch.split(order, SWEPT)
-        for part in tqdm(rows, desc="verifier's states", unit="batch", leave=False):
-            tokens = responses.take(part).tokens.to(device)
-            states = verifier_states(base, tokens, ["lora_S"])
-            index, inside = self._index(part.to(device), tokens.shape[1])
-            self._kept[index[inside]] = states[inside]
-
-    def _index(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Where the states of some rows are kept, and whether there is one, `[B, T]` each."""
-        places = torch.arange(width, device=rows.device)
-        inside = places < self._lengths[rows][:, None]
-        return (self._starts[rows][:, None] + places) * inside, inside
-
-    def states(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """The states `[B, T, D]` on tokens `[B, T]`, which are rows `[B]` of the responses."""
-        if self._kept is None:
-            return verifier_states(self._base, tokens, ["lora_S"])
-        index, _ = self._index(rows.to(tokens.device), tokens.shape[1])
-        return self._kept[index]
+def kept_states(base: EarlyExitLlamaForCausalLM, responses: Responses) -> dict[int, Tensor]:
+    """The verifier's states on every response, `[T, D]`, by row; none if they would take too much of the memory."""
+    kept: dict[int, Tensor] = {}
+    device = base.model.norm.weight.device
+    lengths = responses.prompt_lens + responses.response_lens
+    needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
+    if needed > KEPT_SHARE * free_memory(device):
+        return kept
+    parts = torch.split(lengths.argsort(), SWEPT)
+    for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
+        tokens = responses.take(rows).tokens.to(device)
+        states = verifier_states(base, tokens, ["lora_S"])
+        for row, state in zip(rows.tolist(), states, strict=True):
+            # A copy, so that padding is not kept with it.
+            kept[row] = state[: lengths[row]].clone()
+    return kept
 
 
 class Distiller(TrainingLoop):
@@ -275,7 +249,7 @@ class Distiller(TrainingLoop):
     Attributes:
         responses: what is learned from.
         left_out: number of rows that are not, by reason.
-        num_steps: updates of the whole run, if the clock does not end it before.
+        length: updates of the whole run, if the clock does not end it before.
 
     Raises:
         DvirlError: for settings that do not fit the model, or a run folder with other settings.
@@ -298,29 +272,24 @@ class Distiller(TrainingLoop):
         logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
         fitting("batch", config.batch, base, layers, positions, logits, drafter)
-        run_folder.claim(self.run_dir, config, loaded)
+        claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
-        self.longest = int(self.responses.response_lens.max())
-        self.num_steps = config.passes * math.ceil(len(self.responses) / config.batch)
-        self.length = self.num_steps
+        self.length = config.passes * math.ceil(len(self.responses) / config.batch)
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         if config.start_from:
             folder = drafter_folder(config.start_from)
-            checkpoint.load(folder, self.peft_model, self.model, draft_only=True)
+            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"])
         # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        matrices = []
-        if config.muon:
-            matrices = [
-                parameter for parameter in self.model.adapter_model.parameters() if parameter.ndim == 2
-            ]
+        drafting = self.model.adapter_model.parameters() if config.muon else []
+        matrices = [parameter for parameter in drafting if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
         self.counters = DistillCounters()
         self._captured: dict[int, Any] = {}
-        self._teacher = _Teacher(loaded.model, self.responses, config.passes > 1)
-        self._batches = self.batches()
+        # States that are read once are not kept.
+        self._kept = kept_states(base, self.responses) if config.passes > 1 else {}
         self.load_newest()
 
     # Responses
@@ -363,14 +332,14 @@ class Distiller(TrainingLoop):
             config.about_text,
         )
         write_shard(path, shard)
-        figures = {
+        line = {
             "phase": "write",
             "shard": index,
             "tokens": shard.num_tokens,
             "memory_gb": self._memory_gb(),
             "wall_s": time.perf_counter() - began,
         }
-        log_line(self.log, figures)
+        self._log_line(line)
 
     def _chosen(self, responses: Responses) -> tuple[Responses, dict[str, int]]:
         """The responses to learn from, and how many others there are: repeats, too short ones, excluded ones."""
@@ -407,7 +376,7 @@ class Distiller(TrainingLoop):
         drafter = self.run_dir / "drafter"
         result = DistillResult(
             written=int(written.tokens.sum()),
-            write_s=float(written.wall_s.sum()) if len(written) else 0.0,
+            write_s=float(written.wall_s.sum()),
             learned=self.counters.tokens,
             train_s=self.counters.wall_s,
             steps=self.counters.step,
@@ -425,15 +394,21 @@ class Distiller(TrainingLoop):
         """Begin with the next batch; say what is learned from."""
         train_only(self.model, self.parameters)
         self._batches = self.batches()
-        rows = {"rows": len(self.responses), "tokens": self.responses.num_tokens, **self.left_out}
-        return [{"phase": "start", "step": self.counters.step, **rows}]
+        line = {
+            "phase": "start",
+            "step": self.counters.step,
+            "rows": len(self.responses),
+            "tokens": self.responses.num_tokens,
+            **self.left_out,
+        }
+        return [line]
 
     @property
     def progress(self) -> float:
         """Share of the run that is done, by updates or by the clock."""
         minutes = self.config.max_minutes
         by_clock = self.counters.wall_s / (60 * minutes) if minutes else 0.0
-        return min(1.0, max(self.counters.step / self.num_steps, by_clock))
+        return min(1.0, max(self.counters.step / self.length, by_clock))
 
     @property
     def finished(self) -> bool:
@@ -473,16 +448,13 @@ class Distiller(TrainingLoop):
         self.clock()
         line = {
             "phase": "train",
-            "step": counters.step,
-            "tokens": counters.tokens,
+            **asdict(counters),
             "loss": mean_loss,
             "agreement": float(agreement.mean()),
             "lr": self.optimizers.lr,
             "grad_norm": float(norm[-1]),
-            "skipped": counters.skipped,
             "tok_per_s": (counters.tokens - tokens_before) / (counters.wall_s - wall_before),
             "memory_gb": self._memory_gb(),
-            "wall_s": counters.wall_s,
         }
         self.report(line)
 
@@ -493,7 +465,7 @@ class Distiller(TrainingLoop):
             self.skip_update(self.counters.step - len(numbers) + 1 + place)
         return kept
 
-    def describe(self, line: Mapping[str, Any]) -> str:
+    def describe(self, line: Line) -> str:
         """What the progress bar says of an update."""
         return f"agreement {line['agreement']:.3f}, {line['tok_per_s']:,.0f} tok/s"
 
@@ -509,19 +481,23 @@ class Distiller(TrainingLoop):
         """From the next update on: responses, tokens on the device, and the verifier's states `[B, T, D]` on them."""
         size = self.config.batch
         per_pass = math.ceil(len(self.responses) / size)
-        first_pass = self.counters.step // per_pass
-        done = self.counters.step % per_pass  # updates of that pass that are done
+        first_pass, done = divmod(
+            self.counters.step, per_pass
+        )  # passes, and updates of the next one, that are done
         for pass_index in range(first_pass, self.config.passes):
             groups = torch.split(self._order(pass_index), TEACHER_BATCHES * size)
-            for group_index in range(done // TEACHER_BATCHES, len(groups)):
-                group = self.responses.take(groups[group_index])
+            for rows in groups[done // TEACHER_BATCHES :]:
+                group = self.responses.take(rows)
                 tokens = group.tokens.to(self.loaded.model.device)
-                states = self._teacher.states(tokens, groups[group_index])
+                if self._kept:
+                    states = pad_sequence([self._kept[row] for row in rows.tolist()], batch_first=True)
+                else:
+                    states = verifier_states(self.loaded.model, tokens, ["lora_S"])
                 for start in range(done % TEACHER_BATCHES * size, len(group), size):
-                    rows = slice(start, start + size)
+                    part = slice(start, start + size)
                     yield (
-                        Responses(tokens[rows], group.prompt_lens[rows], group.response_lens[rows]),
-                        states[rows],
+                        Responses(tokens[part], group.prompt_lens[part], group.response_lens[part]),
+                        states[part],
                     )
                 done = 0
 
@@ -549,8 +525,9 @@ class Distiller(TrainingLoop):
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.parameters, self.config.grad_clip).to(loss.device)
-        lr = self.lr
-        self.counters.step += 1
+        step = self.counters.step + 1
+        lr = cosine_rate(self.config.lr, step, self.config.warmup_steps, self.progress, floor=0.0)
+        self.counters.step = step
         self.counters.tokens += int((batch.response_lens - 1).sum())
         self.optimizers.step(lr, (loss + norm).detach().isfinite())
         return loss.detach(), agreement, norm
@@ -561,9 +538,8 @@ class Distiller(TrainingLoop):
         before = batch.prompt_lens[rows] + positions - 1
         tokens = batch.tokens
         count = len(rows)
-        longest = int(batch.response_lens.max())
+        longest = int((self.responses if padded else batch).response_lens.max())
         if padded:
-            longest = self.longest
             count = self.config.batch * (longest - 1)
             missing = self.config.batch - len(tokens)
             ragged = -tokens.shape[1] % WIDTH_STEP
@@ -573,8 +549,7 @@ class Distiller(TrainingLoop):
         chosen = torch.arange(count)
         chosen[: len(rows)] = rows * tokens.shape[1] + before
         chosen = chosen.to(tokens.device)
-        weight = torch.zeros(count)
-        weight[: len(rows)] = 1.0
+        weight = (torch.arange(count) < len(rows)).float()
         # Later drafts at the response's positions and the few before, where their blocks can begin.
         lead = max(0, self.config.depths - 2)
         starts = F.pad((batch.prompt_lens - lead).clamp(min=0), (0, len(tokens) - len(batch.prompt_lens)))
@@ -594,12 +569,6 @@ class Distiller(TrainingLoop):
         loss, agreement = self._captured[width](*inputs)
         # Copies: the next replay writes over its outputs.
         return loss.clone(), agreement.clone()
-
-    @property
-    def lr(self) -> float:
-        """The rate of the next update."""
-        step = self.counters.step + 1
-        return cosine_rate(self.config.lr, step, self.config.warmup_steps, self.progress, floor=0.0)
 
     # State
 
@@ -626,7 +595,6 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
         DvirlError: as `Distiller` does.
     """
     config = settings.from_namespace(DistillConfig, args)
-    torch.set_num_threads(config.threads)
     loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
     result = Distiller(config, loaded).train()
     work = [("written", result.written, result.write_s), ("learned from", result.learned, result.train_s)]
