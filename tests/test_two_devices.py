@@ -220,7 +220,7 @@ def test_two_cards_in_rollouts_and_evaluation():
     same(rollouts[0].verifier_hidden, rollouts[1].verifier_hidden)
     examples = list(map(make_example, prompts, rollouts[0].responses()))
     same(verifier_sums(one.base_model, examples), verifier_sums(two.base_model, examples))
-    rates = [measure_acceptance(model, prompts, 12, DecodeConfig(3), ENDS, False) for model in (one, two)]
+    rates = [measure_acceptance(model, prompts, 12, DecodeConfig(3), ENDS) for model in (one, two)]
     counts = [(rate.num_accepted, rate.num_drafted, rate.responses) for rate in rates]
     assert counts[0] == counts[1]
 
