@@ -60,16 +60,17 @@ parse_args = partial(
 """Settings from flags; see `settings.parse_args`."""
 
 
-def _compare_run(run_dir: str, num_prompts: int) -> dict[str, Any]:
+def _compare_run(asked: SGPEvalConfig) -> dict[str, Any]:
     """Print and return what a run's held-out prompts show: without drafts, and before and after training.
 
     Raises:
         DvirlError: if the folder holds no run, or nothing was held out.
     """
+    run_dir = asked.ckpt_dir
     checkpoint = newest(run_dir)
     trainer = make_trainer(from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml"))
     config = trainer.config
-    prompts = trainer.split.held_out[:num_prompts]
+    prompts = trainer.split.held_out[: asked.n_samples]
     if not prompts:
         raise DvirlError(f"{run_dir}: the run held out no prompts; expected held_out of at least 1")
     measure = partial(
@@ -103,9 +104,7 @@ def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:
     folder = Path(config.ckpt_dir)
     if (folder / "checkpoints").is_dir():
         folder = newest(folder)
-    drafter = load_drafter(
-        folder, None, config.dtype, config.device, config.model_name, config.exit_layer
-    )
+    drafter = load_drafter(folder, None, config.dtype, config.device, config.model_name, config.exit_layer)
     loaded = drafter.loaded
     how = DecodeConfig(config.draft_len, config.threshold)
     samples = chatterbot_prompts()[: config.n_samples]
@@ -137,10 +136,7 @@ def main(config: SGPEvalConfig) -> dict[str, Any]:
         DvirlError: for bad input.
     """
     torch.set_num_threads(config.threads)
-    if config.held_out:
-        content = _compare_run(config.ckpt_dir, config.n_samples)
-    else:
-        content = _judge_checkpoint(config)
+    content = _compare_run(config) if config.held_out else _judge_checkpoint(config)
     write_out(config, **content)
     figures: dict[str, Any] = content["figures"]
     return figures

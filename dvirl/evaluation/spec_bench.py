@@ -195,17 +195,16 @@ def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame
     speedups = pd.DataFrame(sampled, columns=by_question.columns)
     speedups = speedups.div(speedups[reference], axis=0)
     tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
-    figures = pd.DataFrame({"questions": size}, index=rates.index)
-    figures["mat"] = [group.mat for group in tallies]
-    figures["accept_rate"] = [group.accept_rate for group in tallies]
-    figures["tok_per_s"] = rates
-    figures["speedup"] = rates / rates[reference]
-    figures["low"] = speedups.quantile(0.025)
-    figures["high"] = speedups.quantile(0.975)
-    by_repeat = by_repeat.div(by_repeat[reference], axis=0)
-    figures["speedup_std"] = by_repeat.std()
-    nll = groups.nll.sum(skipna=False)
-    figures["ppl"] = np.exp(nll / groups.new_tokens.sum())
-    same = tokens.eq(tokens[reference], axis=0)
-    figures["identical"] = same.sum()
-    return figures
+    figures = {
+        "questions": size,
+        "mat": [group.mat for group in tallies],
+        "accept_rate": [group.accept_rate for group in tallies],
+        "tok_per_s": rates,
+        "speedup": rates / rates[reference],
+        "low": speedups.quantile(0.025),
+        "high": speedups.quantile(0.975),
+        "speedup_std": by_repeat.div(by_repeat[reference], axis=0).std(),
+        "ppl": np.exp(groups.nll.sum(skipna=False) / groups.new_tokens.sum()),
+        "identical": tokens.eq(tokens[reference], axis=0).sum(),
+    }
+    return pd.DataFrame(figures, index=rates.index)
