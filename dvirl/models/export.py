@@ -1,7 +1,6 @@
 """A draft as a plain Llama, which other engines serve as a draft model: `dvirl export DRAFTER OUT --to hf|gguf`."""
 
 import copy
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import LlamaConfig
 
 from dvirl.models.drafters import OF_BASE, DrafterOptions, open_draft
 from dvirl.models.gguf_file import QUANTISED, write_gguf
+from dvirl.models.hf_config import read_json
 from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
 from dvirl.runs import settings
@@ -135,9 +135,7 @@ def write_hf(folder: Path, plain: PlainLlama, find: FindFile) -> None:
         plain: the draft.
         find: finds the base model's files, whose `config.json` is kept but for what the draft has otherwise.
     """
-    config = find("config.json")
-    assert config is not None  # the model was loaded by it
-    values = json.loads(Path(config).read_text(encoding="utf-8-sig"))
+    values = read_json(find("config.json"))
     values = {name: value for name, value in values.items() if name not in DROPPED}
     values |= {name: getattr(plain.config, name) for name in CHANGED}
     values["architectures"] = ["LlamaForCausalLM"]

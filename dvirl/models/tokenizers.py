@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from dvirl.models.hf_config import read_json
+from dvirl.models.weights import FindFile
 from dvirl.runs.errors import DvirlError
 
 SPACE = "\u2581"
@@ -179,7 +181,7 @@ class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # tran
         )
 
 
-def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast:
+def load_tokenizer(find: FindFile) -> PreTrainedTokenizerFast:
     """The tokenizer of `tokenizer.json`, else of `tokenizer.model`; no class that the files name is run.
 
     Args:
@@ -188,28 +190,30 @@ def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast
     Raises:
         DvirlError: if there is none, or one that the pinned library cannot compute.
     """
-    entries = _read(find("tokenizer_config.json"))
+    entries = read_json(find("tokenizer_config.json"))
     texts = {}
     for name in ROLES:
-        entry = entries.get(name) or _read(find("special_tokens_map.json")).get(name)
+        entry = entries.get(name) or read_json(find("special_tokens_map.json")).get(name)
         text = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(text, str):
             texts[name] = text
     template = chat_template(find, entries)
     if template:
         texts["chat_template"] = template
-    file = find("tokenizer.json")
-    if file:
-        definition = _read(file)
+    file = find("tokenizer.json") or find("tokenizer.model")
+    if not file:
+        raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
+    if file.endswith(".json"):
+        definition = read_json(file)
         how = rewrite(definition, entries)
-        backend = _parsed(definition, file)
+        try:
+            backend = Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises bare exceptions
+            raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
     else:
-        file = find("tokenizer.model")
-        if not file:
-            raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
         backend = from_sentencepiece(file, texts.get("bos_token", "<s>"))
         how = {"prepend_scheme": "always" if entries.get("legacy") else "first"}
-    _add_tokens(backend, entries, _read(find("added_tokens.json")))
+    _add_tokens(backend, entries, read_json(find("added_tokens.json")))
     for role in ROLES:  # a role whose token is not there would be added beyond the model's embeddings
         if backend.token_to_id(texts.get(role, "")) is None:
             texts.pop(role, None)
@@ -224,16 +228,7 @@ def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast
     )
 
 
-def _read(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    if not isinstance(content, dict):
-        raise DvirlError(f"{file}: expected an object")
-    return content
-
-
-def chat_template(find: Callable[[str], str | None], entries: Mapping[str, Any]) -> str | None:
+def chat_template(find: FindFile, entries: Mapping[str, Any]) -> str | None:
     """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default."""
     file = find("chat_template.jinja")
     if file:
@@ -334,13 +329,6 @@ def _refuse_newer(part: Any) -> None:
                 _refuse_newer(value)
 
 
-def _parsed(definition: dict[str, Any], file: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(json.dumps(definition))
-    except Exception as error:  # the library raises bare exceptions
-        raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
-
-
 def _add_tokens(backend: Tokenizer, entries: Mapping[str, Any], more: Mapping[str, Any]) -> None:
     """Add the tokens that only `tokenizer_config.json` or `added_tokens.json` list.
 
@@ -370,20 +358,20 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
     Raises:
         DvirlError: for a damaged file, or another kind of model.
     """
-    proto = ModelProto()
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=file)
-        proto.ParseFromString(processor.serialized_model_proto())
+        extractor = SentencePieceExtractor(file)
+        proto = ModelProto.FromString(extractor.sp.serialized_model_proto())
     except Exception as error:  # the library raises bare exceptions
         raise DvirlError(f"{file}: not a sentencepiece model ({error!s:.200})") from error
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise DvirlError(f"{file}: not a BPE model, as Llama's tokenizers are")
     kinds = ModelProto.SentencePiece
-    pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    # Merges are taken by the score of the piece that they make.
+    scores = [(piece.piece, piece.score) for piece in proto.pieces if piece.type == kinds.NORMAL]
+    pieces, merges = extractor.extract(scores)
     bpe = models.BPE(
         pieces,
-        _merges(pieces, scores),
+        merges,
         unk_token=proto.pieces[proto.trainer_spec.unk_id].piece,
         fuse_unk=True,
         byte_fallback=proto.trainer_spec.byte_fallback,
@@ -402,18 +390,6 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
             single=f"{bos_token} $A", special_tokens=[(bos_token, pieces[bos_token])]
         )
     return tokenizer
-
-
-def _merges(pieces: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Merges in the order in which sentencepiece takes them: by the score of the piece that they make."""
-    merges = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            left = piece[:cut]
-            right = piece[cut:]
-            if left in pieces and right in pieces:
-                merges.append((-score, pieces[left], pieces[right], left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
