@@ -138,8 +138,7 @@ def _sha256(path: str) -> str | None:
     file = Path(path)
     if not file.exists():
         return None
-    digest = hashlib.sha256(file.read_bytes())
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,9 @@ def token_class(text: str, before: str = "") -> str:
         return "word part" if joins else "word"
     if any(map(str.isnumeric, text)):
         return "number"
-    categories = {unicodedata.category(letter) for letter in text if not letter.isspace()}
+    categories = map(unicodedata.category, "".join(text.split()))
     symbols = ("P", "Sc", "Sk", "Sm")  # punctuation, currency, modifiers, mathematics
-    if all(category.startswith(symbols) for category in categories):
-        return "punctuation"
-    return "other"
+    return "punctuation" if all(category.startswith(symbols) for category in categories) else "other"
 
 
 def accept_events(

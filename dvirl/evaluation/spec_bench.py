@@ -5,7 +5,6 @@ its own token included and the prefill left out, so that its mean is `mat`. `dec
 passes, the prefill included.
 """
 
-import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -137,8 +136,6 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
     for (method, repeat), answers in files.items():
         for question_id, row in answers.items():
             choice = row["choices"][0]
-            # Other decoders give no likelihoods; a missing one leaves the sum undefined.
-            nll = math.nan if None in choice["nll"] else sum(choice["nll"])
             rows.append(
                 {
                     "method": method,
@@ -149,7 +146,8 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
                     **{name: sum(choice[name]) for name in SUMMED},
                     "committed": sum(choice["accept_lengths"]),
                     "blocks": len(choice["accept_lengths"]),
-                    "nll": nll,
+                    # Other decoders give no likelihoods; a missing one leaves the sum undefined.
+                    "nll": np.array(choice["nll"], dtype=float).sum(),
                     "tokens": str(choice["tokens"]),
                 }
             )

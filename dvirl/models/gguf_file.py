@@ -128,8 +128,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: LlamaConfig)
     else:
         writer.add_tokenizer_model("gpt2")
         steps = json.dumps(definition["pre_tokenizer"])
-        known = [name for step, name in SPLITS.items() if f'"{step}"' in steps]
-        writer.add_tokenizer_pre(known[0] if known else "default")
+        known = (name for step, name in SPLITS.items() if f'"{step}"' in steps)
+        writer.add_tokenizer_pre(next(known, "default"))
         if model["merges"]:
             writer.add_token_merges(model["merges"])
     texts = [f"[PAD{index}]" for index in range(config.vocab_size)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 from dvirl.runs.errors import DvirlError
@@ -122,7 +122,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     Raises:
         DvirlError: with the field's name.
     """
-    known = {*UNDERSTOOD, *PretrainedConfig().to_dict(), *LlamaConfig().to_dict()}
+    known = {*UNDERSTOOD, *LlamaConfig().to_dict()}
     if values.get("use_sliding_window") is False:
         known |= {"sliding_window", "max_window_layers"}
     context: int = values.get("max_position_embeddings") or 0

@@ -18,7 +18,6 @@ from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
 from dvirl.models.weights import FindFile, file_fingerprint, load_weights
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import has_type
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -194,6 +193,6 @@ def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple
     ids: dict[int, None] = {}
     for value in (config.eos_token_id, generation.get("eos_token_id"), chat.turn_end):
         for token in value if isinstance(value, list) else [value]:
-            if has_type(token, int) and 0 <= token < config.vocab_size:
+            if type(token) is int and 0 <= token < config.vocab_size:
                 ids.setdefault(token)
     return tuple(ids)

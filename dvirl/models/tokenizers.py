@@ -6,7 +6,7 @@ model is refused by the name of what it cannot do.
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,20 +67,20 @@ class TextEncoder:
         self.special_ids = {self.added[text] for text in self.special} - {tokenizer.unk_token_id}
         self._first_only = tokenizer.init_kwargs.get("prepend_scheme") == "first"
         self._whole_words = tokenizer.init_kwargs.get("ignore_merges", False)
+        self._vocabulary: Mapping[str, int] = definition["model"]["vocab"] if self._whole_words else {}
         bare: dict[str, Any] = {
+            **definition,
             "added_tokens": [],
             "post_processor": None,
             "truncation": None,
             "padding": None,
         }
-        self._begin = Tokenizer.from_str(json.dumps({**definition, **bare}))
-        self._continue = Tokenizer.from_str(json.dumps({**definition, **bare, **_without_prefix(definition)}))
-        self._vocabulary: Mapping[str, int] = definition["model"]["vocab"] if self._whole_words else {}
-        mark = "a"
-        framed = tokenizer.backend_tokenizer.encode(mark).ids
-        inner = tokenizer.backend_tokenizer.encode(mark, add_special_tokens=False).ids
-        length = len(framed) - len(inner)
-        before = next(count for count in range(length + 1) if framed[count : count + len(inner)] == inner)
+        self._begin = Tokenizer.from_str(json.dumps(bare))
+        self._continue = Tokenizer.from_str(json.dumps({**bare, **_without_prefix(definition)}))
+        framed = tokenizer.backend_tokenizer.encode("a").ids
+        inner = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
+        places = range(len(framed) + 1)
+        before = next(place for place in places if framed[place : place + len(inner)] == inner)
         self.frame: tuple[list[int], list[int]] = (framed[:before], framed[before + len(inner) :])
 
     def encode(
@@ -95,7 +95,7 @@ class TextEncoder:
             continues: it follows other text, and no added token.
         """
         ids: list[int] = []
-        for index, piece in enumerate(self._splitter(frozenset(tokens))(text)):
+        for index, piece in enumerate(self._split(text, tokens)):
             if piece in tokens:
                 ids.append(self.added[piece])
                 continue
@@ -104,22 +104,19 @@ class TextEncoder:
             ids += self._encode_bare(self._begin if prefixed else self._continue, piece)
         return ids
 
-    def _splitter(self, tokens: frozenset[str]) -> Callable[[str], list[str]]:
-        """Cuts a text before and after the tokens, white space around them going to those that take it."""
-        if not tokens:
-            return lambda text: [text] if text else []
+    def _split(self, text: str, tokens: Collection[str]) -> list[str]:
+        """A text cut before and after the tokens, white space around them going to those that take it."""
         parts = []
         for token in sorted(tokens, key=len, reverse=True):
             before = r"\s*" if self._tokens[token]["lstrip"] else ""
             after = r"\s*" if self._tokens[token]["rstrip"] else ""
             parts.append(f"{before}({re.escape(token)}){after}")
-        either = re.compile("|".join(parts))
-        return lambda text: [piece for piece in either.split(text) if piece]
+        pieces = re.split("|".join(parts), text) if parts else [text]
+        return [piece for piece in pieces if piece]
 
     def _encode_bare(self, tokenizer: Tokenizer, text: str) -> list[int]:
         if not self._whole_words:
-            ids: list[int] = tokenizer.encode(text).ids
-            return ids
+            return list(tokenizer.encode(text).ids)
         # A word that is in the vocabulary is one token, whatever the merges would make of it.
         if tokenizer.normalizer:
             text = tokenizer.normalizer.normalize_str(text)
@@ -137,16 +134,18 @@ class TextEncoder:
 
 def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
     """The normalizer and pre-tokenizer of a tokenizer without the space that they put before a text."""
-    changed: dict[str, Any] = {}
-    normalizer = definition["normalizer"] or {}
-    if normalizer.get("type") == "Sequence":
-        steps = [step for step in normalizer["normalizers"] if not _prepends(step)]
-        changed["normalizer"] = {**normalizer, "normalizers": steps}
-    elif _prepends(normalizer):
-        changed["normalizer"] = None
-    if (definition["pre_tokenizer"] or {}).get("type") == "Metaspace":
-        changed["pre_tokenizer"] = {**definition["pre_tokenizer"], "add_prefix_space": False}
+    kept = [step for step in _steps(definition) if not _prepends(step)]
+    changed: dict[str, Any] = {"normalizer": {"type": "Sequence", "normalizers": kept}}
+    pre_tokenizer = definition["pre_tokenizer"] or {}
+    if pre_tokenizer.get("type") == "Metaspace":
+        changed["pre_tokenizer"] = {**pre_tokenizer, "add_prefix_space": False}
     return changed
+
+
+def _steps(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a tokenizer's normalizer."""
+    normalizer = definition.get("normalizer") or {"normalizers": []}
+    return list(normalizer.get("normalizers", [normalizer]))
 
 
 def _prepends(step: Mapping[str, Any]) -> bool:
@@ -282,8 +281,7 @@ def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | Non
     Returns:
         When a space is put before a text (first, always, never); None if the pinned library does what is meant.
     """
-    normalizer = definition.get("normalizer") or {}
-    kept = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    kept = _steps(definition)
     pre_tokenizer = definition.get("pre_tokenizer") or {}
     metaspace = pre_tokenizer if pre_tokenizer.get("type") == "Metaspace" else {}
     split = metaspace.get("split", True)
@@ -381,10 +379,12 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
     strip = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     tokenizer.decoder = decoders.Sequence(steps)
-    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    own = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in own])
+    for piece in proto.pieces:
+        token = AddedToken(piece.piece, normalized=False)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            tokenizer.add_special_tokens([token])
+        elif piece.type == kinds.USER_DEFINED:
+            tokenizer.add_tokens([token])
     if bos_token in pieces:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos_token} $A", special_tokens=[(bos_token, pieces[bos_token])]
