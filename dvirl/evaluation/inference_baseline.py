@@ -46,7 +46,8 @@ def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     fresh = load(loaded.name, str(loaded.model.dtype).removeprefix("torch."), device, loaded.chat.chat_format)
     theirs = as_hugging_face(fresh.model)
     if spread:  # Accelerate's hooks move what a layer reads to its device
-        places = {name.rpartition(".")[0]: parameter.device for name, parameter in theirs.named_parameters()}
+        parameters = theirs.named_parameters(remove_duplicate=False)  # a tied head lies somewhere, too
+        places = {name.rpartition(".")[0]: parameter.device for name, parameter in parameters}
         theirs = dispatch_model(theirs, places, main_device=loaded.model.device)
     return theirs
 

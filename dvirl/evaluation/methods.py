@@ -17,7 +17,6 @@ PLAIN = "plain"
 """Our own loop, which also verifies drafts, without any."""
 BRANCHES = 2
 """Chains beside the learned one, where their rows cost little."""
-METHODS = (GENERATE, PLAIN, "pld", "kangaroo", "fixed", "dvi", "hybrid")
 
 Method = Callable[[Sequence[int]], Answer]
 """From a prompt's token ids to a timed answer."""
@@ -52,6 +51,10 @@ def decode_configs(
         # Block by block, whichever of the two promises more.
         "hybrid": adaptive(source="hybrid"),
     }
+
+
+METHODS = (GENERATE, *decode_configs())
+"""Every method's name."""
 
 
 def decoders(

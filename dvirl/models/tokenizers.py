@@ -66,8 +66,9 @@ class TextEncoder:
         self.special = {text for text, token in self._tokens.items() if token["special"]}
         self.special_ids = {self.added[text] for text in self.special} - {tokenizer.unk_token_id}
         self._first_only = tokenizer.init_kwargs.get("prepend_scheme") == "first"
-        self._whole_words = tokenizer.init_kwargs.get("ignore_merges", False)
-        self._vocabulary: Mapping[str, int] = definition["model"]["vocab"] if self._whole_words else {}
+        # Words that are one token each, whatever the merges would make of them.
+        whole_words = tokenizer.init_kwargs.get("ignore_merges")
+        self._words: Mapping[str, int] = definition["model"]["vocab"] if whole_words else {}
         bare: dict[str, Any] = {
             **definition,
             "added_tokens": [],
@@ -115,21 +116,20 @@ class TextEncoder:
         return [piece for piece in pieces if piece]
 
     def _encode_bare(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        if not self._whole_words:
+        if not self._words:
             return list(tokenizer.encode(text).ids)
-        # A word that is in the vocabulary is one token, whatever the merges would make of it.
         if tokenizer.normalizer:
             text = tokenizer.normalizer.normalize_str(text)
         words = [text]
         if tokenizer.pre_tokenizer:
             words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        found: list[int] = []
+        ids: list[int] = []
         for word in words:
-            if word in self._vocabulary:
-                found.append(self._vocabulary[word])
+            if word in self._words:
+                ids.append(self._words[word])
             else:
-                found += [token.id for token in tokenizer.model.tokenize(word)]
-        return found
+                ids += [token.id for token in tokenizer.model.tokenize(word)]
+        return ids
 
 
 def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
