@@ -196,17 +196,18 @@ def judged_events(
     counts = (rollout.response_lens - 1).clamp(min=0)
     index = (counts.cumsum(0) - counts)[row] + records.position - 1
     before = rollout.tokens[row, rollout.prompt_lens[row] + records.position - 1]
-    events = pd.DataFrame(about).iloc[row.tolist()].reset_index(drop=True)
-    events["position"] = records.depth.tolist()
-    events["at"] = records.position.tolist()
-    events["accepted"] = records.reward.long().tolist()
-    events["confidence"] = confidence[depths, index].double().round(decimals=4).tolist()
-    events["drafted"] = records.token.tolist()
-    events["verified"] = records.verifier_token.tolist()
-    texts = map(words, events.verified)
-    texts_before = map(words, before.tolist())
-    events["token_class"] = list(map(token_class, texts, texts_before))
-    return events
+    verified = records.verifier_token.tolist()
+    classes = map(token_class, map(words, verified), map(words, before.tolist()))
+    answers = pd.DataFrame(about).iloc[row.tolist()].reset_index(drop=True)
+    return answers.assign(
+        position=records.depth.tolist(),
+        at=records.position.tolist(),
+        accepted=records.reward.long().tolist(),
+        confidence=confidence[depths, index].double().round(decimals=4).tolist(),
+        drafted=records.token.tolist(),
+        verified=verified,
+        token_class=list(classes),
+    )
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 def permute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Put the rows of a query or key matrix `[heads * E, D]`, or its bias, into GGUF's order; undoes `unpermute`."""
-    rows = weight.shape[0]
-    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 

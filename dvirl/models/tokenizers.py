@@ -320,7 +320,7 @@ def _refuse_newer(part: Any) -> None:
     elif isinstance(part, dict):
         kind = part.get("type")
         for name, value in part.items():
-            unknown = kind in KNOWN and name not in KNOWN[kind] and name != "type"
+            unknown = kind in KNOWN and name not in ("type", *KNOWN[kind])
             if unknown and value not in (None, False):
                 raise DvirlError(f"tokenizer.json: {kind} has {name} = {value!r:.40}, which is not supported")
             if name not in ("vocab", "merges", "added_tokens"):
