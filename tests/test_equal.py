@@ -88,7 +88,7 @@ def test_the_logits_are_those_of_the_decoder():
     for target in ("base", "adapted"):
         tokens = model.generate(prompt, 6, DecodeConfig(0, target=target)).tokens
         for count, token in enumerate(tokens):
-            assert int(last_logits(model, prompt, tokens[:count], target).argmax()) == token
+            assert int(last_logits(model.base_model, prompt, tokens[:count], target).argmax()) == token
 
 
 def test_a_decoder_that_accepts_what_it_should_not_is_found(monkeypatch):

@@ -25,7 +25,7 @@ mpl.use("Agg")
 
 def test_measures_are_pooled_and_leave_the_prefill_out():
     model, prompts = tiny_kangaroo(0, 3, deep_scale=0.2), random_prompts(5)
-    found = measure_acceptance(model, prompts, 20, DecodeConfig(3), (EOS,), show_progress=False)
+    found = measure_acceptance(model, prompts, 20, DecodeConfig(3), (EOS,))
     blocks = [b for p in prompts for b in model.generate(p, 20, DecodeConfig(3), (EOS,)).blocks[1:]]
     assert found.num_blocks == len(blocks)
     assert found.accept_rate == sum(b.num_accepted for b in blocks) / sum(b.num_drafted for b in blocks)
@@ -34,7 +34,7 @@ def test_measures_are_pooled_and_leave_the_prefill_out():
 
 
 def test_plain_decoding_commits_one_token_a_verification():
-    found = measure_acceptance(tiny_kangaroo(0), random_prompts(3), 8, DecodeConfig(0), show_progress=False)
+    found = measure_acceptance(tiny_kangaroo(0), random_prompts(3), 8, DecodeConfig(0))
     assert found.mat == 1.0 and math.isnan(found.accept_rate)
 
 

@@ -104,11 +104,11 @@ def test_a_shorter_context_changes_no_positions(tmp_path, config):
 def test_lora_is_merged_and_the_model_is_left_as_it_was(exit_layer):
     model = tiny_kangaroo(exit_layer=exit_layer, drafter="layer", adapter_window=None, head="lora")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plain = plain_llama(model)
+    config, tensors = plain_llama(model)
     assert len(before) == len(model.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    theirs = LlamaForCausalLM(plain.config).eval()
-    theirs.load_state_dict(plain.tensors, strict=False)
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(tensors, strict=False)
     theirs.tie_weights()
     ids = some_ids(model)
     with torch.no_grad():
@@ -116,12 +116,12 @@ def test_lora_is_merged_and_the_model_is_left_as_it_was(exit_layer):
 
 
 def test_the_head_is_tied_only_where_it_is_the_embedding():
-    same = plain_llama(tiny_kangaroo(head="frozen", lora=False))
-    assert same.config.tie_word_embeddings and "lm_head.weight" not in same.tensors
+    config, tensors = plain_llama(tiny_kangaroo(head="frozen", lora=False))
+    assert config.tie_word_embeddings and "lm_head.weight" not in tensors
     model = tiny_kangaroo(head="full", lora=False)
     model.exit_proj.weight.data[5] += 1
-    other = plain_llama(model)
-    assert not other.config.tie_word_embeddings and "lm_head.weight" in other.tensors
+    config, tensors = plain_llama(model)
+    assert not config.tie_word_embeddings and "lm_head.weight" in tensors
 
 
 def test_an_export_has_the_models_tokenizer_and_no_trace_of_us(tmp_path):
@@ -338,8 +338,8 @@ def test_a_wide_window_is_the_context_of_an_export(window, context):
 @pytest.mark.real
 def test_the_shipped_drafter_is_a_small_llama():
     model = load_drafter("smollm2-135m-k2", None, "float32", "cpu").model
-    plain = plain_llama(model)
-    assert (plain.config.num_hidden_layers, plain.config.max_position_embeddings) == (4, 4096)
-    changed = (plain.tensors["lm_head.weight"] != model.head_model.weight).any(dim=1)
+    config, tensors = plain_llama(model)
+    assert (config.num_hidden_layers, config.max_position_embeddings) == (4, 4096)
+    changed = (tensors["lm_head.weight"] != model.head_model.weight).any(dim=1)
     assert set(changed.nonzero()[:, 0].tolist()) <= set(model.draft_ids.tolist())
     assert 16000 < changed.sum() <= 16384

@@ -48,7 +48,7 @@ def test_a_prompt_may_come_as_its_tokenizer_gives_it(model, baseline, prompt):
     assert model.generate(prompt, 12, HOW).tokens == expected
     assert next(iter(model.decode_blocks(prompt, 12, HOW))).committed == tuple(expected[:1])
     assert kangaroo_forward(model, prompt, 12, HOW).tokens == expected
-    assert measure_acceptance(model, [prompt], 12, HOW, show_progress=False).responses == [expected]
+    assert measure_acceptance(model, [prompt], 12, HOW).responses == [expected]
     theirs = generate_forward(baseline, PROMPT, 12).tokens
     assert generate_forward(baseline, prompt, 12).tokens == theirs
 
@@ -68,7 +68,7 @@ def test_end_tokens_may_be_one_several_or_none(model, baseline):
     for ends in (end, [end], (end,), torch.tensor(end), torch.tensor([end]), np.int64(end)):
         assert model.generate(PROMPT, 12, HOW, ends).tokens == short
         assert timed(model, PROMPT, 12, HOW, ends).tokens == short
-        assert measure_acceptance(model, [PROMPT], 12, HOW, ends, False).responses == [short]
+        assert measure_acceptance(model, [PROMPT], 12, HOW, ends).responses == [short]
     assert generate_forward(baseline, PROMPT, 12, theirs[4]).tokens == theirs[:last]
     for none in (None, (), []):
         assert model.generate(PROMPT, 12, HOW, none).tokens == whole
@@ -101,7 +101,7 @@ def test_a_prompt_that_cannot_be_read_is_refused_in_one_sentence(model, baseline
         model.generate(prompt, 8, HOW)
     for decode in (
         lambda: kangaroo_forward(model, prompt, 8, HOW),
-        lambda: measure_acceptance(model, [prompt], 8, HOW, show_progress=False),
+        lambda: measure_acceptance(model, [prompt], 8, HOW),
         lambda: generate_forward(baseline, prompt, 8),
         lambda: compare_decoders(model, {"x": [prompt]}, 8, HOW, ()),
     ):

@@ -58,20 +58,21 @@ def test_the_estimate_counts_caches_logits_and_what_gradients_need(monkeypatch):
         fitting("batch", 4, model, layers[:2], positions, 264, learning)
 
 
-def test_layers_are_spread_and_all_else_lies_on_the_first_card():
+def test_layers_are_spread_and_all_else_lies_on_the_first_card(monkeypatch):
     with torch.device("meta"):
         model = EarlyExitLlamaForCausalLM(tiny_config(tied=False))
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
     rest = sum(parameter.numel() for parameter in model.parameters()) * 4 - 4 * layer
-    device_of = placement.placement(
-        model, torch.float32, torch.device("cuda:0"), {0: rest + 2 * layer, 1: 4 * layer}
-    )
+    memory = {0: rest + 2 * layer, 1: 4 * layer}
+    monkeypatch.setattr(placement, "get_balanced_memory", lambda *_: memory)
+    device_of = placement.placement(model, torch.float32, torch.device("cuda:0"))
     cards = {name: device_of(name).index for name, _ in model.named_parameters()}
     assert {cards[name] for name in cards if ".layers." not in name} == {0}
     assert {cards[name] for name in cards if ".layers." in name} == {0, 1}
     assert all(len({cards[name] for name in cards if f".layers.{index}." in name}) == 1 for index in range(4))
+    memory = {0: layer, 1: layer}
     with pytest.raises(DvirlError, match="does not fit on 2 cards"):
-        placement.placement(model, torch.float32, torch.device("cuda:0"), {0: layer, 1: layer})
+        placement.placement(model, torch.float32, torch.device("cuda:0"))
 
 
 def test_cards_keep_a_fifth_of_their_memory_and_belong_to_one_process(monkeypatch):

@@ -180,7 +180,7 @@ def test_the_judged_accept_rate_is_the_step_by_step_decoders(tmp_path):
     scramble_lora(trainer.model, ["lora_S"], 0.1)
     prompts = random_prompts(6, 5)
     found = judge_answers(trainer, trainer.answer(prompts))
-    steps = measure_acceptance(trainer.model, prompts, 10, trainer.config.decode, (EOS,), show_progress=False)
+    steps = measure_acceptance(trainer.model, prompts, 10, trainer.config.decode, (EOS,))
     assert found["accept_rate"] == pytest.approx(steps.accept_rate) and found["mat"] == pytest.approx(
         steps.mat
     )

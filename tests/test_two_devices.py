@@ -11,6 +11,7 @@ import dataclasses
 import pytest
 import safetensors.torch
 import torch
+from accelerate.utils.modeling import check_device_map
 from conftest import (
     copied,
     random_prompts,
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dvirl.config import DVIConfig, SGPConfig
 from dvirl.data.examples import make_example
 from dvirl.data.sources import Prompt
+from dvirl.evaluation import inference_baseline
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.metrics import verifier_sums
 from dvirl.rollout import generate
@@ -220,7 +222,7 @@ def test_two_cards_in_rollouts_and_evaluation():
     same(rollouts[0].verifier_hidden, rollouts[1].verifier_hidden)
     examples = list(map(make_example, prompts, rollouts[0].responses()))
     same(verifier_sums(one.base_model, examples), verifier_sums(two.base_model, examples))
-    rates = [measure_acceptance(model, prompts, 12, DecodeConfig(3), ENDS, False) for model in (one, two)]
+    rates = [measure_acceptance(model, prompts, 12, DecodeConfig(3), ENDS) for model in (one, two)]
     counts = [(rate.num_accepted, rate.num_drafted, rate.responses) for rate in rates]
     assert counts[0] == counts[1]
 
@@ -325,3 +327,20 @@ def test_two_cards_go_on_from_a_checkpoint(tmp_path):
     for each in (trainer, again):
         each.fast_update(each.buffer.recent(4))
     same_weights(trainer.model, again.model)
+
+
+def test_every_part_of_the_baseline_has_the_device_of_the_models_a_tied_head_too(monkeypatch):
+    loaded = tiny_loaded()
+    spread(loaded.model)
+    found = {}
+
+    def dispatch(model, places, main_device):
+        check_device_map(model, places)
+        found.update(places)
+        return model
+
+    monkeypatch.setattr(inference_baseline, "load", lambda *_: loaded)
+    monkeypatch.setattr(inference_baseline, "dispatch_model", dispatch)
+    inference_baseline.hugging_face(loaded)
+    assert found["lm_head"] == found["model.layers.0.mlp.up_proj"] == HOME
+    assert found["model.layers.3.mlp.up_proj"] == SECOND

@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvirl.evaluation.questions import MeasureSettings, asked_for, from_here, question_sets
+from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses, draft_logits_at, response_index
 from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.folder import provenance
-from dvirl.runs.log import write_json
 from dvirl.runs.settings import number, positional
 from dvirl.scale.corpus import answer
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -60,8 +60,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
         right: `[N]`, 1.0 where the prediction was right, else 0.0.
     """
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS, device=confidence.device)  # summed, so that sizes are the weights
-    gaps.index_add_(0, bins, confidence - right)
+    gaps = torch.bincount(bins, weights=confidence - right)  # summed, so that sizes are the weights
     return float(gaps.abs().sum() / max(1, len(confidence)))
 
 
@@ -89,8 +88,7 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         responses: the verifier's greedy answers (`corpus.answer`).
     """
     # Answers of similar length share a batch, so that little of it is padding.
-    lengths = responses.prompt_lens + responses.response_lens
-    order = lengths.argsort()
+    order = (responses.prompt_lens + responses.response_lens).argsort()
     batches = torch.split(order, BATCH)
     with model.base_model.merged():
         parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
@@ -98,14 +96,13 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     counts = (responses.response_lens[order] - 1).clamp(min=0)
     by_answer = torch.split(agrees.cpu(), counts.tolist())
     rates = torch.stack([part.mean() for part in by_answer])
-    in_order = rates[order.argsort().cpu()]
     return Agreement(
         rate=float(agrees.mean()),
         confidence=float(confidence.mean()),
         ece=calibration_error(confidence, agrees) if len(agrees) else math.nan,
         covered=float(covered.mean()),
         positions=len(agrees),
-        answers=tuple(in_order.tolist()),
+        answers=tuple(rates[order.argsort().cpu()].tolist()),
     )
 
 
@@ -130,9 +127,8 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
     tables = []
     for layer, state in enumerate(normed):
         logits = base.lm_head(state)
-        better = (logits > logits.gather(1, token)).sum(dim=1)
-        columns = {"layer": layer, "question_id": rows.cpu(), "rank": 1 + better.cpu()}
-        tables.append(pd.DataFrame(columns))
+        rank = 1 + (logits > logits.gather(1, token)).sum(dim=1)
+        tables.append(pd.DataFrame({"layer": layer, "question_id": rows.cpu(), "rank": rank.cpu()}))
     lens = pd.concat(tables, ignore_index=True)
     lens["accepted"] = (lens["rank"] == 1).astype(int)
     return lens
@@ -142,8 +138,7 @@ def _sha256(path: str) -> str | None:
     file = Path(path)
     if not file.exists():
         return None
-    digest = hashlib.sha256(file.read_bytes())
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -178,23 +173,14 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     config = replace(config, questions=asked_for(config, drafter))
     sets = question_sets(loaded, config.questions, config.own, config.seed)
     found: dict[str, Agreement] = {}
-    progress = tqdm(sets.items(), desc="answering", unit="set", leave=False)
-    for name, prompts in progress:
+    for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
         responses = answer(loaded, prompts, config.max_new_tokens, BATCH)
         found[name] = measure_agreement(drafter.model, responses)
     figures = {name: asdict(agreement) for name, agreement in found.items()}
-    table = pd.DataFrame.from_dict(figures, orient="index")
-    table = table.rename(columns={"rate": "agreement"}).drop(columns="answers")
-    print(table.to_string(float_format="{:.3f}".format))
-    if config.out:
-        weights = [drafter.folder / name for name in (DRAFTER, *WEIGHTS)]
-        paths = [from_here(path) for path in weights if path.exists()]
-        paths += config.questions
-        content = {
-            "arguments": asdict(config),
-            "files": {path: _sha256(path) for path in paths},
-            **provenance(loaded),
-            "figures": figures,
-        }
-        write_json(config.out, content)
+    table = pd.DataFrame.from_dict(figures, orient="index").drop(columns="answers")
+    print(table.rename(columns={"rate": "agreement"}).to_string(float_format="{:.3f}".format))
+    weights = [drafter.folder / name for name in (DRAFTER, *WEIGHTS)]
+    paths = [from_here(path) for path in weights if path.exists()]
+    files = {path: _sha256(path) for path in [*paths, *config.questions]}
+    write_out(config, files=files, **provenance(loaded), figures=figures)
     return found

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from dvirl.evaluation.measure import Answer, tally
 from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_configs, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
+from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import Draft, LoadedDrafter, load_drafter
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
-from dvirl.runs.log import write_json
 from dvirl.runs.settings import number, positional
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
@@ -133,13 +133,12 @@ def _batch_rate(
 ) -> float:
     """Tokens a second of some batches, one after the other; the time of capturing CUDA graphs is left out."""
     model = drafter.model
-    captured_s = model.base_model.capture_s
-    start = model.now()
+    start = model.now() - model.base_model.capture_s
     tokens = 0
     for batch in batches:
         decoded = model.generate_batch(batch, limit, how, drafter.loaded.eos_ids)
         tokens += sum(len(answer.tokens) for answer in decoded)
-    return tokens / (model.now() - start - (model.base_model.capture_s - captured_s))
+    return tokens / (model.now() - model.base_model.capture_s - start)
 
 
 @torch.no_grad()
@@ -187,13 +186,6 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     return str(rows.to_string(float_format="{:.2f}".format, na_rep=""))
 
 
-def _be_hostile(drafter: LoadedDrafter, name: str) -> None:
-    """Make learned drafts wrong: each row of the draft's head now means its neighbour's token."""
-    if drafter.model.draft_ids is None:
-        raise DvirlError(f"{name} drafts any token; expected one with a draft vocabulary for --hostile")
-    drafter.model.draft_ids = drafter.model.draft_ids.roll(1)
-
-
 @dataclass(frozen=True)
 class BenchConfig(MeasureSettings):
     """Settings of `dvirl bench`."""
@@ -233,25 +225,27 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     drafter = load_drafter(
         config.drafter, None, config.dtype, config.device, config.model_name, config.exit_layer
     )
+    model = drafter.model
     if config.hostile:
-        _be_hostile(drafter, config.drafter)
+        if model.draft_ids is None:
+            raise DvirlError(
+                f"{config.drafter} drafts any token; expected one with a draft vocabulary for --hostile"
+            )
+        model.draft_ids = model.draft_ids.roll(1)  # each row of the head now means its neighbour's token
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
-    with drafter.model.base_model.merged():
-        costs = drafter.model.step_costs(max(4, config.draft_len))
+    with model.base_model.merged():
+        costs = model.step_costs(max(4, config.draft_len))
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)
     print(
         f"milliseconds of a step that verifies 0, 1, 2, … drafts: {times}; of drafting one: {costs.draft:.1f}"
     )
     print(f"blocks of four drafts beat plain decoding above an acceptance of {costs.break_even(4):.2f}")
     figures: dict[str, dict[str, Any]] = {}
-    content = {"arguments": asdict(config), **provenance(drafter.loaded)}
-    content |= {"costs": asdict(costs), "figures": figures}
+    content = {**provenance(drafter.loaded), "costs": asdict(costs), "figures": figures}
 
     def keep() -> None:
-        content["capture_s"] = drafter.model.base_model.capture_s
-        if config.out:
-            write_json(config.out, content)
+        write_out(config, **content, capture_s=model.base_model.capture_s)
 
     # Each set is on disk as soon as it is done: a long bench may be cut off.
     found: dict[str, dict[str, Speed]] = {}
@@ -261,10 +255,8 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         print(f"{name}\n{table(figures[name])}", flush=True)
         keep()
     if config.rows:
-        everything = [*chain(*sets.values())]
-        content["batched"] = batched(
-            drafter, everything, config.max_new_tokens, config.rows, config.draft_len
-        )
+        prompts = [*chain(*sets.values())]
+        content["batched"] = batched(drafter, prompts, config.max_new_tokens, config.rows, config.draft_len)
         print(table(content["batched"]))
         keep()
     return found

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,31 +21,25 @@ from dvirl import plots
 from dvirl.evaluation.measure import tally
 from dvirl.evaluation.methods import answer_in_turn, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
+from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
-from dvirl.runs.log import write_json
 from dvirl.runs.settings import MANY, number, several
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
-SHAPES = {
-    "llama-7b": dict(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-    ),
-}
-"""Models with random weights, whose steps take as long as real ones (Touvron et al. 2023, Table 2)."""
+SHAPES: dict[str, dict[str, int]] = {"llama-7b": {}}
+"""Models with random weights, whose steps take as long as real ones (Touvron et al. 2023, Table 2): what they have
+otherwise than a `LlamaConfig` without arguments, which is Llama 7B's."""
 LENGTHS = (1, 2, 4, 8)
 """Draft lengths whose break-even is printed."""
+CHECKED = (2, 4, 6)
+"""Draft lengths at which a drafter is timed."""
 
 
 @dataclass(frozen=True)
@@ -98,29 +91,6 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyE
 
 
 @torch.no_grad()
-def costs_of(
-    model: KangarooModel,
-    longest: int,
-    context: int,
-    rows: int,
-    acceptance: float,
-) -> Cost:
-    """Measure one exit layer.
-
-    Args:
-        model: drafts and verifies.
-        longest: most drafts of a block.
-        context: tokens in the caches.
-        rows: number of texts at once.
-        acceptance: for which to recommend a draft length.
-    """
-    steps = model.measure_costs(longest, context=context, rows=rows)
-    draft_len, speedup = recommend(steps, acceptance)
-    break_even = {count: steps.break_even(count) for count in LENGTHS if count <= longest}
-    return Cost(model.base_model.exit_layer, context, steps, break_even, draft_len, speedup)
-
-
-@torch.no_grad()
 def step_parts(
     model: KangarooModel, draft_len: int, context: int = 128, repeats: int = 9
 ) -> dict[str, float]:
@@ -133,34 +103,33 @@ def step_parts(
         repeats: blocks timed; two more go before them uncounted.
     """
     ids = (torch.arange(context + draft_len + 1, device=model.head_model.weight.device) % 7)[None]
-    spent: dict[str, float] = {}
+    shallow = "drafting: shallow layers"
+    head = "drafting: drafter and exit head"
+    blocks: list[dict[str, float]] = []
 
     def clock(part: str, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         began = model.now()
         outputs = run(inputs)
-        spent[part] = spent.get(part, 0.0) + 1e3 * (model.now() - began)
+        blocks[-1][part] = blocks[-1].get(part, 0.0) + 1e3 * (model.now() - began)
         return outputs
 
-    def block(drafting: Sequence[Tensor], verifying: Tensor) -> dict[str, float]:
-        spent.clear()
-        spent.update({"drafting: shallow layers": 0.0, "drafting: drafter and exit head": 0.0})
+    def block(drafting: Sequence[Tensor], verifying: Tensor) -> None:
+        blocks.append({shallow: 0.0, head: 0.0})
         for token in drafting:
-            states = clock("drafting: shallow layers", stages.shallow, token)
-            states = clock("drafting: drafter and exit head", stages.drafter, states)
-            clock("drafting: drafter and exit head", stages.drafter.logits, states)
+            states = clock(shallow, stages.shallow, token)
+            states = clock(head, stages.drafter, states)
+            clock(head, stages.drafter.logits, states)
         states = clock("verifying: shallow layers", stages.base, verifying)
         states = clock("verifying: deep layers", stages.deep, states)
         clock("verifying: head", stages.deep.logits, states)
-        return dict(spent)
 
-    blocks = []
     with model.decoding(context + draft_len + 1) as stages:
         block([ids[:, :context]], ids[:, :context])
-        drafts = list(torch.split(ids[:, context : context + draft_len], 1, dim=1)) if draft_len else []
+        drafts = [ids[:, place, None] for place in range(context, context + draft_len)]
         for _ in range(repeats + 2):
             stages.truncate([context])
-            blocks.append(block(drafts, ids[:, context:]))
-    return dict(pd.DataFrame(blocks[2:]).median())
+            block(drafts, ids[:, context:])
+    return dict(pd.DataFrame(blocks[3:]).median())  # without the text before, and two to warm up
 
 
 @dataclass(frozen=True)
@@ -198,17 +167,17 @@ class CostConfig(MeasureSettings):
 
 
 @torch.no_grad()
-def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checked]:
+def check(config: CostConfig) -> list[Checked]:
     """Compare the cost model with the clock on a drafter's own questions, at some draft lengths."""
     model_name = "" if config.model_name in SHAPES else config.model_name
     drafter = load_drafter(config.check, None, config.dtype, config.device, model_name, config.exit_layer)
     model = drafter.model
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     prompts = spread([*chain(*sets.values())], config.num_questions)
-    configs = {str(count): DecodeConfig(count) for count in (0, *lengths)}
+    configs = {str(count): DecodeConfig(count) for count in (0, *CHECKED)}
     run = decoders([*configs], configs, drafter, config.max_new_tokens)
     with model.base_model.merged():
-        costs = model.step_costs(max(lengths))
+        costs = model.step_costs(max(CHECKED))
         answers = answer_in_turn(run, [prompts[0], *prompts], "checking")
 
     def speed(count: int) -> float:
@@ -217,7 +186,7 @@ def check(config: CostConfig, lengths: Sequence[int] = (2, 4, 6)) -> list[Checke
         return tokens / sum(answer.decoding_s for answer in counted)
 
     checked = []
-    for count in lengths:
+    for count in CHECKED:
         rate = tally(answers[str(count)][1:]).accept_rate
         checked.append(Checked(count, rate, costs.speedup(rate, count), speed(count) / speed(0)))
     return checked
@@ -232,6 +201,7 @@ parse_args = partial(
 """Settings from flags; see `settings.parse_args`."""
 
 
+@torch.no_grad()
 def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
     """The costs of every exit layer and context, and what they depend on."""
     device = resolve_device(config.device)
@@ -251,7 +221,9 @@ def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
         except ValueError as error:
             raise DvirlError(str(error)) from error
         for context in config.contexts:
-            costs.append(costs_of(model, config.draft_len, context, config.rows, config.acceptance))
+            steps = model.measure_costs(config.draft_len, context=context, rows=config.rows)
+            even = {count: steps.break_even(count) for count in LENGTHS if count <= config.draft_len}
+            costs.append(Cost(exit_layer, context, steps, even, *recommend(steps, config.acceptance)))
     return costs, circumstances
 
 
@@ -276,12 +248,9 @@ def main(config: CostConfig) -> list[Cost]:
             f"{row.accept_rate:.2f}, measured {row.measured:.2f}"
         )
     if config.figure:
-        plots.steps_by_context(
-            [(cost.exit_layer, cost.context, cost.steps) for cost in costs], Path(config.figure)
-        )
-    if config.out:
-        figures = {"costs": [asdict(cost) for cost in costs], "checked": [asdict(row) for row in checked]}
-        write_json(config.out, {"arguments": asdict(config), **circumstances, **figures})
+        steps = [(cost.exit_layer, cost.context, cost.steps) for cost in costs]
+        plots.steps_by_context(steps, config.figure)
+    write_out(config, **circumstances, costs=list(map(asdict, costs)), checked=list(map(asdict, checked)))
     return costs
 
 

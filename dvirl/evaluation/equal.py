@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from dvirl.data.sources import parsed_rows
 from dvirl.evaluation.measure import timed
 from dvirl.evaluation.questions import MeasureSettings, Question, prompts_of, question_sets, read_questions
+from dvirl.evaluation.report import write_out
 from dvirl.evaluation.spec_bench import parse_answer
 from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
@@ -22,9 +24,9 @@ from dvirl.rollout import verifier_states
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
-from dvirl.runs.log import write_json
 from dvirl.runs.settings import choice, number, positional, several
 from kangaroo.decoding.blocks import SOURCES, DecodeConfig
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 VERDICTS = ("tie", "stop rule", "error")
@@ -85,14 +87,13 @@ def compare(
         dtype: of the decoders; logits within one step of it are a tie.
         logits_after: gives the logits after the tokens that both share; None if there is no model.
     """
-    if list(reference) == list(candidate):
+    pairs = list(zip_longest(reference, candidate))  # None stands after an answer's end
+    differ = [first != second for first, second in pairs]
+    if True not in differ:
         return None
-    agree = [first == second for first, second in zip(reference, candidate, strict=False)]
-    position = agree.index(False) if False in agree else len(agree)
+    position = differ.index(True)
+    first, second = pairs[position]
     shared = reference[:position]
-    first, second = (
-        answer[position] if position < len(answer) else None for answer in (reference, candidate)
-    )
     gap = step = None
     if first is None or second is None:
         verdict, reason = _judge_end(shared, "reference" if first is None else "candidate", limit, eos_ids)
@@ -143,13 +144,12 @@ def _judge_tokens(
 
 @torch.no_grad()
 def last_logits(
-    model: KangarooModel,
+    base: EarlyExitLlamaForCausalLM,
     prompt: Sequence[int],
     shared: Sequence[int],
     target: str = "base",
 ) -> Tensor:
     """The verifier's logits `[V]` after a prompt and the answer so far, computed without a cache."""
-    base = model.base_model
     ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
     states = verifier_states(base, ids, ["lora_S"] if target == "base" else [])
     logits: Tensor = base.lm_head(states[0, -1]).float()
@@ -190,21 +190,22 @@ def compare_decoders(
     """
     dtype = model.head_model.weight.dtype
     plain = DecodeConfig(draft_len=0, target=how.target, deterministic=how.deterministic)
-    comparisons = []
+    answered = []
     with model.base_model.merged():
         for name, part in prompts.items():
-            for index, prompt in enumerate(
-                tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)
-            ):
+            progress = tqdm(part, desc=f"decoding {name} twice", unit="prompt", leave=False)
+            for index, prompt in enumerate(progress):
                 reference = timed(model, prompt, limit, plain, eos_ids).tokens
                 candidate = timed(model, prompt, limit, how, eos_ids).tokens
-                after = partial(last_logits, model, prompt, target=how.target)
-                comparisons.append(
-                    partial(compare, f"{name} {index}", reference, candidate, limit, eos_ids, dtype, after)
-                )
+                answered.append((f"{name} {index}", prompt, reference, candidate))
     model.float()  # the judge is more exact than the decoders
-    differences = [found for judge in comparisons if (found := judge())]
-    return Report(len(comparisons), len(comparisons) - len(differences), differences)
+    differences = []
+    for question, prompt, reference, candidate in answered:
+        after = partial(last_logits, model.base_model, prompt, target=how.target)
+        found = compare(question, reference, candidate, limit, eos_ids, dtype, after)
+        if found:
+            differences.append(found)
+    return Report(len(answered), len(answered) - len(differences), differences)
 
 
 # Two files
@@ -254,11 +255,10 @@ def compare_files(
     theirs, repeated_theirs = read_answers(candidate)
     known = [question for path in questions for question in read_questions(path, True)]
     asked = {str(question.question_id): question for question in known}
-    model = KangarooModel(loaded.model, EARLY_STOP_LAYER=1)
     differences = [*repeated, *repeated_theirs]
     differences += [_whole(name, "missing") for name in own if name not in theirs]
-    extra = [name for name in theirs if name not in own]
-    differences += [_whole(name, "extra, the reference has no such answer") for name in extra]
+    extra = "extra, the reference has no such answer"
+    differences += [_whole(name, extra) for name in theirs if name not in own]
     both = [name for name in own if name in theirs]
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
         # 1) Answers of other lengths differ as a whole.
@@ -269,7 +269,7 @@ def compare_files(
         # 2) The first turn that differs changes the prompts of those after it.
         pairs = zip(*_turn_ids([own[name], theirs[name]], loaded, limit), strict=True)
         for turn, (first, second) in enumerate(pairs):
-            after = _logits_after(model, loaded, asked.get(name), turns[:turn])
+            after = _logits_after(loaded, asked.get(name), turns[:turn])
             found = compare(f"{name}, turn {turn + 1}", first, second, limit, loaded.eos_ids, dtype, after)
             if found:
                 differences.append(found)
@@ -279,12 +279,12 @@ def compare_files(
 
 
 def _logits_after(
-    model: KangarooModel, loaded: LoadedModel, question: Question | None, answers: Sequence[str]
+    loaded: LoadedModel, question: Question | None, answers: Sequence[str]
 ) -> LogitsAfter | None:
     """The model's logits in the turn after these answers; None if its question is not known."""
     if question is None or len(question.turns) <= len(answers):
         return None
-    return partial(last_logits, model, prompts_of(question, answers, loaded)[-1])
+    return partial(last_logits, loaded.model, prompts_of(question, answers, loaded)[-1])
 
 
 def _turn_ids(answers: Sequence[dict[str, Any]], loaded: LoadedModel, limit: int) -> list[list[list[int]]]:
@@ -373,15 +373,9 @@ def main(argv: Sequence[str]) -> Report:
         print(f"{found.question}: {found.verdict} at token {found.position}{gap}: {found.reason}")
     counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
     print(f"{report.identical} of {report.answers} answers are identical; differences: {counts}")
-    if config.out:
-        content = {
-            "arguments": asdict(config),
-            "command": shlex.join(["dvirl", "check", *argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            **circumstances,
-            "report": asdict(report),
-        }
-        write_json(config.out, content)
+    command = shlex.join(["dvirl", "check", *argv])
+    date = time.strftime("%Y-%m-%d")
+    write_out(config, command=command, date=date, **circumstances, report=asdict(report))
     if report.count("error"):
         raise SystemExit(1)
     return report

@@ -46,9 +46,9 @@ def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     fresh = load(loaded.name, str(loaded.model.dtype).removeprefix("torch."), device, loaded.chat.chat_format)
     theirs = as_hugging_face(fresh.model)
     if spread:  # Accelerate's hooks move what a layer reads to its device
-        places = {name: parameter.device for name, parameter in theirs.named_parameters()}
-        modules = {name.rpartition(".")[0]: device for name, device in places.items()}
-        theirs = dispatch_model(theirs, modules, main_device=loaded.model.device)
+        parameters = theirs.named_parameters(remove_duplicate=False)  # a tied head lies somewhere, too
+        places = {name.rpartition(".")[0]: parameter.device for name, parameter in parameters}
+        theirs = dispatch_model(theirs, places, main_device=loaded.model.device)
     return theirs
 
 
@@ -59,13 +59,12 @@ def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
     known = LlamaConfig(**{name: getattr(config, name) for name in KNOWN}, num_attention_heads=1)
     with torch.device("meta"):
         theirs = LlamaForCausalLM(known)
-    theirs.lm_head = ours.lm_head
-    theirs.model.embed_tokens = ours.model.embed_tokens
-    theirs.model.norm.weight = ours.model.norm.weight
+    # Set one by one: a module computes with a weight of any shape.
+    for name, parameter in ours.named_parameters(remove_duplicate=False):
+        module, _, leaf = name.rpartition(".")
+        setattr(theirs.get_submodule(module), leaf, parameter)
     layers: Any = ours.model.layers
     for layer, own in zip(theirs.model.layers, layers, strict=True):
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            getattr(layer, name).weight = getattr(own, name).weight
         attention = layer.self_attn
         attention.num_heads = config.num_attention_heads
         attention.num_key_value_heads = config.num_key_value_heads
@@ -73,10 +72,6 @@ def as_hugging_face(ours: EarlyExitLlamaForCausalLM) -> LlamaForCausalLM:
         attention.head_dim = head_dim(config)
         attention.hidden_size = attention.num_heads * attention.head_dim  # the width of what o_proj reads
         attention.rotary_emb = _Rotary(ours.rotary)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(attention, name, getattr(own.self_attn, name))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(layer.mlp, name, getattr(own.mlp, name))
         layer.mlp.act_fn = own.mlp.activation
     theirs.config.rope_scaling = config.rope_scaling  # says how long the context is; the table is ours
     # A folder's own generation_config, with its sampling or penalties, is not greedy decoding.

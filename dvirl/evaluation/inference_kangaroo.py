@@ -1,6 +1,5 @@
 """Decoding with early exit, one prompt at a time, and its acceptance statistics."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -62,7 +61,6 @@ def measure_acceptance(
     max_new_tokens: int,
     settings: DecodeConfig,
     eos_ids: Ends = (),
-    show_progress: bool = True,
 ) -> Acceptance:
     """Decode every prompt step by step, and pool the acceptance statistics.
 
@@ -72,20 +70,19 @@ def measure_acceptance(
         max_new_tokens: most tokens of a response.
         settings: how to draft and verify.
         eos_ids: tokens that end a response, or one such token, or None.
-        show_progress: draw a progress bar.
 
     Raises:
         DvirlError: as `kangaroo_forward` does.
     """
-    answers: list[Answer] = []
+    answers = []
     with model.base_model.merged():
-        for prompt in tqdm(prompts, desc="decoding", unit="prompt", disable=not show_progress, leave=False):
+        for prompt in tqdm(prompts, desc="decoding", unit="prompt", leave=False):
             answers.append(kangaroo_forward(model, prompt, max_new_tokens, settings, eos_ids))
     counts = tally(answers)
     return Acceptance(
         accept_rate=counts.accept_rate,
         mat=counts.mat,
-        tok_per_s=fmean(answer.tok_per_s for answer in answers) if answers else math.nan,
+        tok_per_s=fmean(answer.tok_per_s for answer in answers),
         num_drafted=counts.drafted,
         num_accepted=counts.accepted,
         num_blocks=counts.blocks,

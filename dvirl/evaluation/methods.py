@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +17,6 @@ PLAIN = "plain"
 """Our own loop, which also verifies drafts, without any."""
 BRANCHES = 1
 """Chains beside the learned one, where their rows cost little."""
-METHODS = (GENERATE, PLAIN, "pld", "kangaroo", "fixed", "dvi", "hybrid")
 
 Method = Callable[[Sequence[int]], Answer]
 """From a prompt's token ids to a timed answer."""
@@ -27,7 +27,7 @@ def decode_configs(
     fixed_len: int = 4,
     kangaroo_steps: int = 6,
     kangaroo_threshold: float = 0.6,
-    target: str = "base",
+    **shared: Any,
 ) -> dict[str, DecodeConfig]:
     """How each of our own methods drafts.
 
@@ -36,21 +36,25 @@ def decode_configs(
         fixed_len: drafts of every block of `fixed`.
         kangaroo_steps: most drafts of a block of `kangaroo`.
         kangaroo_threshold: confidence below which a draft ends its block (arXiv 2404.18911).
-        target: what the deep layers read.
+        shared: settings that all of them have, such as target and temperature.
     """
-    adaptive = partial(DecodeConfig, longest, target=target, adaptive=True, branches=BRANCHES)
+    adaptive = partial(DecodeConfig, longest, adaptive=True, branches=BRANCHES, **shared)
     return {
-        PLAIN: DecodeConfig(0, target=target),
+        PLAIN: DecodeConfig(0, **shared),
         # Prompt lookup (Saxena 2023): drafts what followed the same n-gram earlier in the text.
         "pld": adaptive(source="lookup"),
         # Kangaroo's second exit: a doubtful draft ends its block.
-        "kangaroo": DecodeConfig(kangaroo_steps, kangaroo_threshold, target),
-        "fixed": DecodeConfig(fixed_len, target=target),
+        "kangaroo": DecodeConfig(kangaroo_steps, kangaroo_threshold, **shared),
+        "fixed": DecodeConfig(fixed_len, **shared),
         # The draft that DVI trained, in blocks as long as they pay.
         "dvi": adaptive(),
         # Block by block, whichever of the two promises more.
         "hybrid": adaptive(source="hybrid"),
     }
+
+
+METHODS = (GENERATE, *decode_configs())
+"""Every method's name."""
 
 
 def decoders(
@@ -64,23 +68,18 @@ def decoders(
 
     Args:
         names: which of them, in this order; GENERATE, or names of `configs`.
-        configs: how our own methods draft.
+        configs: how our own methods draft, PLAIN among them if GENERATE is asked for.
         draft: drafts and verifies.
         limit: most tokens of an answer.
         seed: of sampled answers.
     """
-    eos_ids = draft.loaded.eos_ids
     methods: dict[str, Method] = {}
     for name in names:
         if name == GENERATE:
-            how = configs[PLAIN] if PLAIN in configs else DecodeConfig(0)
-            theirs = hugging_face(draft.loaded)
-            decode = partial(generate_forward, theirs, limit=limit, eos_ids=eos_ids, settings=how, seed=seed)
+            decode = partial(generate_forward, hugging_face(draft.loaded), settings=configs[PLAIN])
         else:
-            decode = partial(
-                timed, draft.model, limit=limit, settings=configs[name], eos_ids=eos_ids, seed=seed
-            )
-        methods[name] = decode
+            decode = partial(timed, draft.model, settings=configs[name])
+        methods[name] = partial(decode, limit=limit, eos_ids=draft.loaded.eos_ids, seed=seed)
     return methods
 
 

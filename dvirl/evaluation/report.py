@@ -3,6 +3,7 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import mistune
 import pandas as pd
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import write_json
 
 RESULTS = Path(__file__).parents[2] / "book/results"
 """Recorded results of larger runs."""
@@ -76,6 +78,12 @@ def read_recorded(name: str) -> dict[str, Any]:
 def origin(content: Mapping[str, Any]) -> str:
     """When a recorded result was measured, and on what machine."""
     return f"recorded {content['date']} on {_machine(content)}"
+
+
+def write_out(config: Any, **content: Any) -> None:
+    """Write a command's settings and what it found to the JSON file `config.out`, if one is asked for."""
+    if config.out:
+        write_json(config.out, {"arguments": asdict(config), **content})
 
 
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:

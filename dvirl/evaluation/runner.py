@@ -7,7 +7,7 @@ run that was cut off goes on where it stopped.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from dvirl.runs.folder import claim, provenance
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import Settings, choice, from_namespace, number
-from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.inputs import context_length
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
@@ -169,22 +168,11 @@ def answer_question(
     return texts, answers
 
 
-def _prepare(folder: Path, answers: Answers) -> None:
-    """Drop the trace of answers that the answer files lack, which are given and traced again."""
-
-    def is_kept(line: dict[str, Any]) -> bool:
-        key = (line["method"], line["repeat"])
-        return line["question_id"] in answers.get(key, ())
-
-    keep_lines(folder / TRACE, is_kept)
-    (folder / "answers").mkdir(exist_ok=True)
-
-
-def _read_answers(folder: Path, how: EvalSettings) -> Answers:
+def _read_answers(config: EvalConfig) -> Answers:
     answers: Answers = {}
-    for repeat in range(how.repeats):
-        for name in how.methods.split(","):
-            answers[name, repeat] = resume_answers(folder / _answer_file(name, repeat))
+    for repeat in range(config.repeats):
+        for name in config.methods.split(","):
+            answers[name, repeat] = resume_answers(Path(config.run_dir, _answer_file(name, repeat)))
     return answers
 
 
@@ -206,30 +194,28 @@ def missing(
 
 
 @torch.no_grad()
-def answer_all(
-    draft: Draft,
-    questions: Sequence[Question],
-    how: EvalSettings,
-    folder: Path,
-    seed: int,
-) -> tuple[Answers, float]:
+def answer_all(draft: Draft, questions: Sequence[Question], config: EvalConfig) -> tuple[Answers, float]:
     """Answer the questions that the folder has no answers to; each answer is on disk as soon as it is given.
-
-    The seed is that of sampled answers.
 
     Returns:
         All answers, and the fraction of the time that was not spent decoding; NaN if nothing was left to answer.
     """
     loaded = draft.loaded
     base = draft.model.base_model
-    limit = how.answer_tokens
-    run = decoders(how.methods.split(","), _how_to_decode(how, draft.target), draft, limit, seed)
+    limit = config.answer_tokens
+    run = _methods(draft, config)
     processes = Processes(loaded.model.device.type)
-    kept = _read_answers(folder, how)
+    kept = _read_answers(config)
+    folder = Path(config.run_dir)
     if processes.first:
-        _prepare(folder, kept)
+        (folder / "answers").mkdir(exist_ok=True)
+        # The trace of answers that the answer files lack is dropped: they are given and traced again.
+        keep_lines(
+            folder / TRACE,
+            lambda line: line["question_id"] in kept.get((line["method"], line["repeat"]), ()),
+        )
     words = cache(token_texts(loaded.tokenizer))
-    left = missing(processes.share(questions), list(run), how.repeats, kept)
+    left = missing(processes.share(questions), list(run), config.repeats, kept)
     with base.merged():
         for decode in run.values() if left else ():
             answer_question(questions[0], decode, loaded, limit)  # warms up
@@ -246,14 +232,22 @@ def answer_all(
                 if processes.first:
                     log_line(folder / file, line)
         overhead = 1 - (decoded_s + base.capture_s) / (time.perf_counter() - start)
-    return _read_answers(folder, how), overhead if left else math.nan
+    return _read_answers(config), overhead if left else math.nan
 
 
-def _how_to_decode(how: EvalSettings, target: str) -> dict[str, DecodeConfig]:
-    """How our own methods draft and choose tokens; where answers are sampled, so are learned drafts."""
-    configs = decode_configs(how.longest, how.fixed_len, how.kangaroo_steps, how.kangaroo_threshold, target)
-    sampled = {"temperature": how.temperature, "draft_temperature": how.temperature}
-    return {name: replace(config, top_p=how.top_p, **sampled) for name, config in configs.items()}  # type: ignore[arg-type]
+def _methods(draft: Draft, config: EvalConfig) -> dict[str, Method]:
+    """The methods asked for; where answers are sampled, so are learned drafts."""
+    configs = decode_configs(
+        config.longest,
+        config.fixed_len,
+        config.kangaroo_steps,
+        config.kangaroo_threshold,
+        target=draft.target,
+        temperature=config.temperature,
+        draft_temperature=config.temperature,
+        top_p=config.top_p,
+    )
+    return decoders(config.methods.split(","), configs, draft, config.answer_tokens, config.seed)
 
 
 def _answer_lines(
@@ -330,7 +324,7 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     first = Processes(config.device).first
     if first:
         claim(folder, config, draft.loaded)
-    answers, overhead = answer_all(draft, questions, config, folder, config.seed)
+    answers, overhead = answer_all(draft, questions, config)
     if not first:
         return pd.DataFrame()
     figures = measures(answer_table(answers), config.reference, config.seed)
@@ -398,10 +392,9 @@ def main(args: Any) -> pd.DataFrame:
     torch.set_num_threads(config.threads)
     processes = Processes(config.device)
     processes.announce()
-    first = processes.first
     draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
     figures = evaluate(draft, config)
-    if first:
+    if processes.first:
         run_dir = config.run_dir
         print((Path(run_dir) / "report.md").read_text(encoding="utf-8"))
         print(f"report: {run_dir}/report.html\nresults: {run_dir}/results.json")

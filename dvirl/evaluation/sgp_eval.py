@@ -12,14 +12,14 @@ import torch
 from dvirl.config import DVIConfig
 from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
-from dvirl.evaluation.inference_kangaroo import Acceptance, measure_acceptance
+from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.evaluation.report import write_out
 from dvirl.metrics import verifier_figures, verifier_sums
-from dvirl.models.drafters import DrafterOptions, LoadedDrafter, load_drafter
+from dvirl.models.drafters import DrafterOptions, load_drafter
 from dvirl.runs import errors, settings
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance, run_settings
-from dvirl.runs.log import write_json
 from dvirl.runs.settings import from_mapping, number, required
 from dvirl.train_dvi import make_trainer
 from kangaroo.decoding.blocks import DecodeConfig
@@ -60,57 +60,39 @@ parse_args = partial(
 """Settings from flags; see `settings.parse_args`."""
 
 
-def evaluate_run(run_dir: str | Path, num_prompts: int = 0) -> dict[str, Acceptance]:
-    """Decode held-out prompts with the untrained draft, the trained one, and without any.
-
-    Args:
-        run_dir: a run's folder, with `config.yaml` and at least one checkpoint.
-        num_prompts: number of held-out prompts; 0 for all.
-
-    Returns:
-        "plain" (trained verifier, no drafts), "untrained" and "trained".
+def _compare_run(asked: SGPEvalConfig) -> dict[str, Any]:
+    """Print and return what a run's held-out prompts show: without drafts, and before and after training.
 
     Raises:
         DvirlError: if the folder holds no run, or nothing was held out.
     """
+    run_dir = asked.ckpt_dir
     checkpoint = newest(run_dir)
     trainer = make_trainer(from_mapping(DVIConfig, run_settings(run_dir), f"{run_dir}/config.yaml"))
     config = trainer.config
-    prompts = trainer.split.held_out[: num_prompts or None]
+    prompts = trainer.split.held_out[: asked.n_samples]
     if not prompts:
         raise DvirlError(f"{run_dir}: the run held out no prompts; expected held_out of at least 1")
-
-    def measure(how: DecodeConfig) -> Acceptance:
-        return measure_acceptance(trainer.model, prompts, config.max_new_tokens, how, trainer.loaded.eos_ids)
-
+    measure = partial(
+        measure_acceptance,
+        trainer.model,
+        prompts,
+        config.max_new_tokens,
+        eos_ids=trainer.loaded.eos_ids,
+    )
     # 1) The draft before its first step, 2) the newest checkpoint, with drafts and without.
     untrained = measure(config.decode)
     trainer.load_checkpoint(checkpoint)
-    return {
-        "plain": measure(replace(config.decode, draft_len=0)),
-        "untrained": untrained,
-        "trained": measure(config.decode),
-    }
-
-
-def _compare_run(config: SGPEvalConfig) -> dict[str, Any]:
-    """Print and return what a run's held-out prompts show."""
-    found = evaluate_run(config.ckpt_dir, config.n_samples)
+    plain = measure(replace(config.decode, draft_len=0))
+    trained = measure(config.decode)
+    found = {"plain": plain, "untrained": untrained, "trained": trained}
     figures = {name: {**asdict(acceptance), "responses": None} for name, acceptance in found.items()}
     table = pd.DataFrame.from_dict(figures, orient="index")
     print(table.drop(columns="responses").to_string(float_format="{:.3f}".format))
-    plain = found["plain"].responses
-    trained = found["trained"].responses
-    equal = sum(first == second for first, second in zip(plain, trained, strict=True))
-    print(f"{equal} of {len(plain)} responses equal those of the same verifier without drafts")
+    pairs = zip(plain.responses, trained.responses, strict=True)
+    equal = sum(first == second for first, second in pairs)
+    print(f"{equal} of {len(prompts)} responses equal those of the same verifier without drafts")
     return {"figures": figures, "equal_responses": equal}
-
-
-def _load(config: SGPEvalConfig) -> LoadedDrafter:
-    folder = Path(config.ckpt_dir)
-    if (folder / "checkpoints").is_dir():
-        folder = newest(folder)
-    return load_drafter(folder, None, config.dtype, config.device, config.model_name, config.exit_layer)
 
 
 def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:
@@ -119,7 +101,10 @@ def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:
     The draft decodes openings of chatterbot-corpus. The verifier scores their human replies with lora_S on, as
     shallow-gradient training leaves the model.
     """
-    drafter = _load(config)
+    folder = Path(config.ckpt_dir)
+    if (folder / "checkpoints").is_dir():
+        folder = newest(folder)
+    drafter = load_drafter(folder, None, config.dtype, config.device, config.model_name, config.exit_layer)
     loaded = drafter.loaded
     how = DecodeConfig(config.draft_len, config.threshold)
     samples = chatterbot_prompts()[: config.n_samples]
@@ -152,8 +137,7 @@ def main(config: SGPEvalConfig) -> dict[str, Any]:
     """
     torch.set_num_threads(config.threads)
     content = _compare_run(config) if config.held_out else _judge_checkpoint(config)
-    if config.out:
-        write_json(config.out, {"arguments": asdict(config), **content})
+    write_out(config, **content)
     figures: dict[str, Any] = content["figures"]
     return figures
 

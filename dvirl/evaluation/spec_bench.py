@@ -5,7 +5,6 @@ its own token included and the prefill left out, so that its mean is `mat`. `dec
 passes, the prefill included.
 """
 
-import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -137,8 +136,6 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
     for (method, repeat), answers in files.items():
         for question_id, row in answers.items():
             choice = row["choices"][0]
-            # Other decoders give no likelihoods; a missing one leaves the sum undefined.
-            nll = math.nan if None in choice["nll"] else sum(choice["nll"])
             rows.append(
                 {
                     "method": method,
@@ -149,7 +146,8 @@ def answer_table(files: Mapping[tuple[str, int], Mapping[int | str, Row]]) -> pd
                     **{name: sum(choice[name]) for name in SUMMED},
                     "committed": sum(choice["accept_lengths"]),
                     "blocks": len(choice["accept_lengths"]),
-                    "nll": nll,
+                    # Other decoders give no likelihoods; a missing one leaves the sum undefined.
+                    "nll": np.array(choice["nll"], dtype=float).sum(),
                     "tokens": str(choice["tokens"]),
                 }
             )
@@ -195,17 +193,16 @@ def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame
     speedups = pd.DataFrame(sampled, columns=by_question.columns)
     speedups = speedups.div(speedups[reference], axis=0)
     tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
-    figures = pd.DataFrame({"questions": size}, index=rates.index)
-    figures["mat"] = [group.mat for group in tallies]
-    figures["accept_rate"] = [group.accept_rate for group in tallies]
-    figures["tok_per_s"] = rates
-    figures["speedup"] = rates / rates[reference]
-    figures["low"] = speedups.quantile(0.025)
-    figures["high"] = speedups.quantile(0.975)
-    by_repeat = by_repeat.div(by_repeat[reference], axis=0)
-    figures["speedup_std"] = by_repeat.std()
-    nll = groups.nll.sum(skipna=False)
-    figures["ppl"] = np.exp(nll / groups.new_tokens.sum())
-    same = tokens.eq(tokens[reference], axis=0)
-    figures["identical"] = same.sum()
-    return figures
+    figures = {
+        "questions": size,
+        "mat": [group.mat for group in tallies],
+        "accept_rate": [group.accept_rate for group in tallies],
+        "tok_per_s": rates,
+        "speedup": rates / rates[reference],
+        "low": speedups.quantile(0.025),
+        "high": speedups.quantile(0.975),
+        "speedup_std": by_repeat.div(by_repeat[reference], axis=0).std(),
+        "ppl": np.exp(groups.nll.sum(skipna=False) / groups.new_tokens.sum()),
+        "identical": tokens.eq(tokens[reference], axis=0).sum(),
+    }
+    return pd.DataFrame(figures, index=rates.index)

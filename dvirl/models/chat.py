@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ FORMATS = {
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     ),
     "llama-2": (
+        "{% set system = namespace(text='') %}"
         "{% for m in messages %}{% if m.role == 'system' %}{% set system.text = '<<SYS>>\n' ~ m.content ~ "
         "'\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}{{ bos_token }}[INST] {{ system.text }}"
         "{{ m.content.strip() }} [/INST]{% set system.text = '' %}{% else %} {{ m.content.strip() }} "
@@ -52,10 +54,17 @@ FORMATS = {
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
 }
-FORMATS["llama-2"] = "{% set system = namespace(text='') %}" + FORMATS["llama-2"]
 """Formats of families whose models come without a template; none of them but Vicuna's has a default system text."""
 TEMPLATE = "template"
 """The model's own template."""
+FAMILIES = {
+    "vicuna": "vicuna",
+    "zephyr": "zephyr",
+    "tinyllama": "zephyr",
+    "llama-2": "llama-2",
+    "codellama": "llama-2",
+}
+"""The format of families that a model's name tells."""
 NONE = "none"
 """No format: the turns as plain text, begun as the tokenizer begins a text."""
 MARKS = re.compile(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>|<\|\w+\|>")
@@ -85,12 +94,10 @@ def detect_format(tokenizer: Any, name: str, vocab_size: int | None = None) -> t
         return "chatml", "no chat_template, but the token <|im_start|>"
     if has("<|eot_id|>") and instructed:
         return "llama-3", "no chat_template, but the token <|eot_id|> and the model's name"
-    names = {"vicuna": True, "zephyr": True, "tinyllama": instructed}
-    names |= {"llama-2": instructed, "codellama": instructed}
-    for family, is_chat in names.items():
-        if family in lowered and is_chat:
-            known = {"tinyllama": "zephyr", "codellama": "llama-2"}.get(family, family)
-            return known, "no chat_template, but the model's name"
+    for family, chat_format in FAMILIES.items():
+        # Every Vicuna and Zephyr is for chat; of the others there are base models, too.
+        if family in lowered and (instructed or family in ("vicuna", "zephyr")):
+            return chat_format, "no chat_template, but the model's name"
     return NONE, "no chat_template, and no family that is known by its name or tokens"
 
 
@@ -137,16 +144,15 @@ class ChatEncoder:
                     f"chat_format {self.chat_format!r} needs the token {token!r}, which the tokenizer lacks"
                 )
 
-    def _prompt_text(self, turns: Sequence[str], system: str, guard: str, ask: bool = True) -> str:
+    def _prompt_text(self, turns: Sequence[str], system: str = "", guard: str = "", ask: bool = True) -> str:
         """The conversation as text, the turns' own spellings of control tokens broken by the guard."""
-        messages = [{"role": "system", "content": system}] if system else []
-        for index, turn in enumerate(turns):
-            role = "assistant" if index % 2 else "user"
-            messages.append({"role": role, "content": turn})
+        texts = [("system", system)] if system else []
+        texts += zip(cycle(("user", "assistant")), turns, strict=False)
         spelled = pattern(self._control)
-        for message in messages:
-            content = message["content"]
-            message["content"] = spelled.sub(lambda found: found[0][0] + guard + found[0][1:], content)
+        messages = []
+        for role, text in texts:
+            content = spelled.sub(lambda found: found[0][0] + guard + found[0][1:], text)
+            messages.append({"role": role, "content": content})
         return self._render(messages, ask)
 
     def encode(self, turns: Sequence[str], system: str = "") -> list[int]:
@@ -184,7 +190,7 @@ class ChatEncoder:
 
     def _pieces(self, text: str) -> list[str]:
         """The text cut before and after its control tokens."""
-        return [piece for piece in pattern(self._control, keep=True).split(text) if piece]
+        return [piece for piece in pattern(self._control).split(text) if piece]
 
     def _checked(self, ids: list[int], text: str) -> list[int]:
         beyond = [token for token in ids if token >= self._vocab_size]
@@ -197,7 +203,7 @@ class ChatEncoder:
 
     @cached_property
     def _marks(self) -> set[str]:
-        found = MARKS.findall(self._source) + MARKS.findall(self._prompt_text([MARK, MARK, MARK], "", ""))
+        found = MARKS.findall(f"{self._source}\n{self._prompt_text([MARK, MARK, MARK])}")
         return set(found) - self._control
 
     @cached_property
@@ -205,7 +211,7 @@ class ChatEncoder:
         """The control token that ends the assistant's turn, None if the format has none."""
         if self.chat_format == NONE:
             return None
-        answered = self._prompt_text(["", MARK], "", "", ask=False)
+        answered = self._prompt_text(["", MARK], ask=False)
         after = self._pieces(answered.rpartition(MARK)[2].lstrip())
         token = self._text.added.get(after[0]) if after else None
         return token if token is not None and token < self._vocab_size else None
@@ -219,8 +225,8 @@ class ChatEncoder:
         """What the format puts between the end of a prompt and the answer's own text."""
         if self.chat_format == NONE:
             return "\n"
-        prompt = self._prompt_text([""], "", "")
-        answered = self._prompt_text(["", MARK], "", "", ask=False).rpartition(MARK)[0]
+        prompt = self._prompt_text([""])
+        answered = self._prompt_text(["", MARK], ask=False).rpartition(MARK)[0]
         return answered.removeprefix(prompt) if answered.startswith(prompt) else ""
 
     def frame(self) -> tuple[list[int], list[int], list[int]]:
@@ -255,11 +261,11 @@ class ChatEncoder:
         return ids
 
 
-def pattern(spellings: Collection[str], keep: bool = False) -> re.Pattern[str]:
+def pattern(spellings: Collection[str]) -> re.Pattern[str]:
     """Matches any of some tokens, the longest first; nothing if there are none."""
     longest_first = sorted(spellings, key=len, reverse=True)
     either = "|".join(map(re.escape, longest_first)) or "(?!)"
-    return re.compile(f"({either})" if keep else either)
+    return re.compile(f"({either})")  # a group, so that a split keeps them
 
 
 class _Generation(Extension):

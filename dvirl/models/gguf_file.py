@@ -28,8 +28,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 def permute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Put the rows of a query or key matrix `[heads * E, D]`, or its bias, into GGUF's order; undoes `unpermute`."""
-    rows = weight.shape[0]
-    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -128,8 +127,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: LlamaConfig)
     else:
         writer.add_tokenizer_model("gpt2")
         steps = json.dumps(definition["pre_tokenizer"])
-        known = [name for step, name in SPLITS.items() if f'"{step}"' in steps]
-        writer.add_tokenizer_pre(known[0] if known else "default")
+        known = (name for step, name in SPLITS.items() if f'"{step}"' in steps)
+        writer.add_tokenizer_pre(next(known, "default"))
         if model["merges"]:
             writer.add_token_merges(model["merges"])
     texts = [f"[PAD{index}]" for index in range(config.vocab_size)]

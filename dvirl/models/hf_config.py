@@ -1,10 +1,12 @@
 """Reads a model's `config.json`, as any transformers of recent years wrote it, into the names that we compute with."""
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 from dvirl.runs.errors import DvirlError
@@ -29,16 +31,42 @@ ROPE_FIELDS = {
     "yarn": ("factor",),
 }
 """What each way of scaling positions cannot do without."""
-ROPE_OPTIONS = {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
-ROPE_OPTIONS |= {"mscale", "mscale_all_dim", "truncate", "finetuned"}
+ROPE_OPTIONS = (
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "finetuned",
+)
 """What may stand beside them; `finetuned` says only how the model came about."""
-UNDERSTOOD = {*SIZES, "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings"}
-UNDERSTOOD |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
-UNDERSTOOD |= {"partial_rotary_factor", "layer_norm_eps", "use_sliding_window"}
+UNDERSTOOD = (
+    "attention_bias",
+    "mlp_bias",
+    "head_dim",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "layer_norm_eps",
+    "use_sliding_window",
+)
+"""Fields that newer configurations have, and that are computed or checked here."""
 CHANGES_NUMBERS = re.compile(
     "rope|rotary|norm|scal|multiplier|softcap|window|clip|expert|bias|residual|interleav|layer_type|quant|alibi"
 )
 """Words in the names of fields by which relatives of Llama compute something else."""
+
+
+def read_json(file: str | None) -> dict[str, Any]:
+    """The content of one of a model's JSON files; nothing if the model does not have it."""
+    if file is None:
+        return {}
+    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict):
+        raise DvirlError(f"{file}: expected an object")
+    return content
 
 
 def read_config(values: Mapping[str, Any]) -> LlamaConfig:
@@ -94,7 +122,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     Raises:
         DvirlError: with the field's name.
     """
-    known = {*UNDERSTOOD, *PretrainedConfig().to_dict(), *LlamaConfig().to_dict()}
+    known = {*UNDERSTOOD, *LlamaConfig().to_dict()}
     if values.get("use_sliding_window") is False:
         known |= {"sliding_window", "max_window_layers"}
     context: int = values.get("max_position_embeddings") or 0
@@ -147,13 +175,3 @@ def _positions(values: Mapping[str, Any], config: LlamaConfig) -> tuple[float, d
         scaling["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     # Newer and older transformers look for the kind under different names.
     return float(theta), {"type": kind, "rope_type": kind, **scaling}
-
-
-def end_tokens(*values: Any) -> list[int]:
-    """Token ids that end a response: each value an id, a list of them, or None."""
-    ids: dict[int, None] = {}
-    for value in values:
-        for token in value if isinstance(value, list | tuple) else [value]:
-            if has_type(token, int):
-                ids.setdefault(token)
-    return list(ids)

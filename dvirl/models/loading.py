@@ -1,6 +1,5 @@
 """Models by name: the embedded default, a local folder, or the hub id of any Llama."""
 
-import json
 import sys
 import warnings
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from dvirl.models.chat import ChatEncoder, detect_format
 from dvirl.models.embedded import EMBEDDED, ensure_embedded
-from dvirl.models.hf_config import end_tokens, read_config
+from dvirl.models.hf_config import read_config, read_json
 from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
 from dvirl.models.weights import FindFile, file_fingerprint, load_weights
@@ -185,12 +184,15 @@ def _config(find: FindFile) -> LlamaConfig:
         raise DvirlError("no config.json; expected a model in Hugging Face's layout")
     if find("adapter_config.json"):
         raise DvirlError("an adapter_config.json is there; expected a whole model, with no adapter beside it")
-    return read_config(json.loads(Path(file).read_text(encoding="utf-8-sig")))
+    return read_config(read_json(file))
 
 
 def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple[int, ...]:
     """Tokens that end a response: those of `config.json`, of `generation_config.json` and of the chat format."""
-    file = find("generation_config.json")
-    generation = json.loads(Path(file).read_text(encoding="utf-8-sig")) if file else {}
-    ids = end_tokens(config.eos_token_id, generation.get("eos_token_id"), chat.turn_end)
-    return tuple(token for token in ids if 0 <= token < config.vocab_size)
+    generation = read_json(find("generation_config.json"))
+    ids: dict[int, None] = {}
+    for value in (config.eos_token_id, generation.get("eos_token_id"), chat.turn_end):
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is int and 0 <= token < config.vocab_size:
+                ids.setdefault(token)
+    return tuple(ids)

@@ -1,7 +1,7 @@
 """What fits where: a model's layers on the cards of a host, and texts into the memory that is left."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psutil
@@ -26,7 +26,7 @@ LOGIT_COPIES = 6
 
 
 def placement(
-    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, memory: Mapping[int, int] | None = None
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device
 ) -> Callable[[str], torch.device]:
     """Spread decoder layers over several cards, by Accelerate's device map.
 
@@ -37,7 +37,6 @@ def placement(
         model: on the meta device.
         dtype: of its weights to be.
         device: the first card.
-        memory: bytes to use on each card; if not given, `SHARE` of what is free, as Accelerate balances it.
 
     Returns:
         The device of a parameter, by its name.
@@ -47,11 +46,10 @@ def placement(
     """
     if PartialState().num_processes > 1:
         raise DvirlError("device is 'balanced', which takes every card; expected one process")
-    if memory is None:
-        cards = range(torch.cuda.device_count())
-        free = {card: int(SHARE * free_memory(torch.device("cuda", card))) for card in cards}
-        memory = get_balanced_memory(model, free, [LAYER], dtype)
-    found = infer_auto_device_map(model, dict(memory), no_split_module_classes=[LAYER], dtype=dtype)
+    cards = range(torch.cuda.device_count())
+    free = {card: int(SHARE * free_memory(torch.device("cuda", card))) for card in cards}
+    memory = get_balanced_memory(model, free, [LAYER], dtype)
+    found = infer_auto_device_map(model, memory, no_split_module_classes=[LAYER], dtype=dtype)
     elsewhere = sorted(name for name, where in found.items() if not isinstance(where, int))
     if elsewhere:
         raise DvirlError(
@@ -72,8 +70,7 @@ def placement(
 def free_memory(device: torch.device) -> int:
     """Free bytes of a CUDA device, with those that torch keeps in reserve there; of any other, the host's."""
     if device.type != "cuda":
-        available: int = psutil.virtual_memory().available
-        return available
+        return int(psutil.virtual_memory().available)
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reserve
 

@@ -6,16 +6,18 @@ model is refused by the name of what it cannot do.
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from dvirl.models.hf_config import read_json
+from dvirl.models.weights import FindFile
 from dvirl.runs.errors import DvirlError
 
 SPACE = "\u2581"
@@ -64,21 +66,22 @@ class TextEncoder:
         self.special = {text for text, token in self._tokens.items() if token["special"]}
         self.special_ids = {self.added[text] for text in self.special} - {tokenizer.unk_token_id}
         self._first_only = tokenizer.init_kwargs.get("prepend_scheme") == "first"
-        self._whole_words = tokenizer.init_kwargs.get("ignore_merges", False)
+        # Words that are one token each, whatever the merges would make of them.
+        whole_words = tokenizer.init_kwargs.get("ignore_merges")
+        self._words: Mapping[str, int] = definition["model"]["vocab"] if whole_words else {}
         bare: dict[str, Any] = {
+            **definition,
             "added_tokens": [],
             "post_processor": None,
             "truncation": None,
             "padding": None,
         }
-        self._begin = Tokenizer.from_str(json.dumps({**definition, **bare}))
-        self._continue = Tokenizer.from_str(json.dumps({**definition, **bare, **_without_prefix(definition)}))
-        self._vocabulary: Mapping[str, int] = definition["model"]["vocab"] if self._whole_words else {}
-        mark = "a"
-        framed = tokenizer.backend_tokenizer.encode(mark).ids
-        inner = tokenizer.backend_tokenizer.encode(mark, add_special_tokens=False).ids
-        length = len(framed) - len(inner)
-        before = next(count for count in range(length + 1) if framed[count : count + len(inner)] == inner)
+        self._begin = Tokenizer.from_str(json.dumps(bare))
+        self._continue = Tokenizer.from_str(json.dumps({**bare, **_without_prefix(definition)}))
+        framed = tokenizer.backend_tokenizer.encode("a").ids
+        inner = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
+        places = range(len(framed) + 1)
+        before = next(place for place in places if framed[place : place + len(inner)] == inner)
         self.frame: tuple[list[int], list[int]] = (framed[:before], framed[before + len(inner) :])
 
     def encode(
@@ -93,7 +96,7 @@ class TextEncoder:
             continues: it follows other text, and no added token.
         """
         ids: list[int] = []
-        for index, piece in enumerate(self._splitter(frozenset(tokens))(text)):
+        for index, piece in enumerate(self._split(text, tokens)):
             if piece in tokens:
                 ids.append(self.added[piece])
                 continue
@@ -102,49 +105,47 @@ class TextEncoder:
             ids += self._encode_bare(self._begin if prefixed else self._continue, piece)
         return ids
 
-    def _splitter(self, tokens: frozenset[str]) -> Callable[[str], list[str]]:
-        """Cuts a text before and after the tokens, white space around them going to those that take it."""
-        if not tokens:
-            return lambda text: [text] if text else []
+    def _split(self, text: str, tokens: Collection[str]) -> list[str]:
+        """A text cut before and after the tokens, white space around them going to those that take it."""
         parts = []
         for token in sorted(tokens, key=len, reverse=True):
             before = r"\s*" if self._tokens[token]["lstrip"] else ""
             after = r"\s*" if self._tokens[token]["rstrip"] else ""
             parts.append(f"{before}({re.escape(token)}){after}")
-        either = re.compile("|".join(parts))
-        return lambda text: [piece for piece in either.split(text) if piece]
+        pieces = re.split("|".join(parts), text) if parts else [text]
+        return [piece for piece in pieces if piece]
 
     def _encode_bare(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        if not self._whole_words:
-            ids: list[int] = tokenizer.encode(text).ids
-            return ids
-        # A word that is in the vocabulary is one token, whatever the merges would make of it.
+        if not self._words:
+            return list(tokenizer.encode(text).ids)
         if tokenizer.normalizer:
             text = tokenizer.normalizer.normalize_str(text)
         words = [text]
         if tokenizer.pre_tokenizer:
             words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        found: list[int] = []
+        ids: list[int] = []
         for word in words:
-            if word in self._vocabulary:
-                found.append(self._vocabulary[word])
+            if word in self._words:
+                ids.append(self._words[word])
             else:
-                found += [token.id for token in tokenizer.model.tokenize(word)]
-        return found
+                ids += [token.id for token in tokenizer.model.tokenize(word)]
+        return ids
 
 
 def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
     """The normalizer and pre-tokenizer of a tokenizer without the space that they put before a text."""
-    changed: dict[str, Any] = {}
-    normalizer = definition["normalizer"] or {}
-    if normalizer.get("type") == "Sequence":
-        steps = [step for step in normalizer["normalizers"] if not _prepends(step)]
-        changed["normalizer"] = {**normalizer, "normalizers": steps}
-    elif _prepends(normalizer):
-        changed["normalizer"] = None
-    if (definition["pre_tokenizer"] or {}).get("type") == "Metaspace":
-        changed["pre_tokenizer"] = {**definition["pre_tokenizer"], "add_prefix_space": False}
+    kept = [step for step in _steps(definition) if not _prepends(step)]
+    changed: dict[str, Any] = {"normalizer": {"type": "Sequence", "normalizers": kept}}
+    pre_tokenizer = definition["pre_tokenizer"] or {}
+    if pre_tokenizer.get("type") == "Metaspace":
+        changed["pre_tokenizer"] = {**pre_tokenizer, "add_prefix_space": False}
     return changed
+
+
+def _steps(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a tokenizer's normalizer."""
+    normalizer = definition.get("normalizer") or {"normalizers": []}
+    return list(normalizer.get("normalizers", [normalizer]))
 
 
 def _prepends(step: Mapping[str, Any]) -> bool:
@@ -179,7 +180,7 @@ class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # tran
         )
 
 
-def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast:
+def load_tokenizer(find: FindFile) -> PreTrainedTokenizerFast:
     """The tokenizer of `tokenizer.json`, else of `tokenizer.model`; no class that the files name is run.
 
     Args:
@@ -188,28 +189,30 @@ def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast
     Raises:
         DvirlError: if there is none, or one that the pinned library cannot compute.
     """
-    entries = _read(find("tokenizer_config.json"))
+    entries = read_json(find("tokenizer_config.json"))
     texts = {}
     for name in ROLES:
-        entry = entries.get(name) or _read(find("special_tokens_map.json")).get(name)
+        entry = entries.get(name) or read_json(find("special_tokens_map.json")).get(name)
         text = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(text, str):
             texts[name] = text
     template = chat_template(find, entries)
     if template:
         texts["chat_template"] = template
-    file = find("tokenizer.json")
-    if file:
-        definition = _read(file)
+    file = find("tokenizer.json") or find("tokenizer.model")
+    if not file:
+        raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
+    if file.endswith(".json"):
+        definition = read_json(file)
         how = rewrite(definition, entries)
-        backend = _parsed(definition, file)
+        try:
+            backend = Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises bare exceptions
+            raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
     else:
-        file = find("tokenizer.model")
-        if not file:
-            raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
         backend = from_sentencepiece(file, texts.get("bos_token", "<s>"))
         how = {"prepend_scheme": "always" if entries.get("legacy") else "first"}
-    _add_tokens(backend, entries, _read(find("added_tokens.json")))
+    _add_tokens(backend, entries, read_json(find("added_tokens.json")))
     for role in ROLES:  # a role whose token is not there would be added beyond the model's embeddings
         if backend.token_to_id(texts.get(role, "")) is None:
             texts.pop(role, None)
@@ -224,16 +227,7 @@ def load_tokenizer(find: Callable[[str], str | None]) -> PreTrainedTokenizerFast
     )
 
 
-def _read(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    if not isinstance(content, dict):
-        raise DvirlError(f"{file}: expected an object")
-    return content
-
-
-def chat_template(find: Callable[[str], str | None], entries: Mapping[str, Any]) -> str | None:
+def chat_template(find: FindFile, entries: Mapping[str, Any]) -> str | None:
     """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default."""
     file = find("chat_template.jinja")
     if file:
@@ -287,8 +281,7 @@ def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | Non
     Returns:
         When a space is put before a text (first, always, never); None if the pinned library does what is meant.
     """
-    normalizer = definition.get("normalizer") or {}
-    kept = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    kept = _steps(definition)
     pre_tokenizer = definition.get("pre_tokenizer") or {}
     metaspace = pre_tokenizer if pre_tokenizer.get("type") == "Metaspace" else {}
     split = metaspace.get("split", True)
@@ -327,18 +320,11 @@ def _refuse_newer(part: Any) -> None:
     elif isinstance(part, dict):
         kind = part.get("type")
         for name, value in part.items():
-            unknown = kind in KNOWN and name not in KNOWN[kind] and name != "type"
+            unknown = kind in KNOWN and name not in ("type", *KNOWN[kind])
             if unknown and value not in (None, False):
                 raise DvirlError(f"tokenizer.json: {kind} has {name} = {value!r:.40}, which is not supported")
             if name not in ("vocab", "merges", "added_tokens"):
                 _refuse_newer(value)
-
-
-def _parsed(definition: dict[str, Any], file: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(json.dumps(definition))
-    except Exception as error:  # the library raises bare exceptions
-        raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
 
 
 def _add_tokens(backend: Tokenizer, entries: Mapping[str, Any], more: Mapping[str, Any]) -> None:
@@ -370,20 +356,20 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
     Raises:
         DvirlError: for a damaged file, or another kind of model.
     """
-    proto = ModelProto()
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=file)
-        proto.ParseFromString(processor.serialized_model_proto())
+        extractor = SentencePieceExtractor(file)
+        proto = ModelProto.FromString(extractor.sp.serialized_model_proto())
     except Exception as error:  # the library raises bare exceptions
         raise DvirlError(f"{file}: not a sentencepiece model ({error!s:.200})") from error
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise DvirlError(f"{file}: not a BPE model, as Llama's tokenizers are")
     kinds = ModelProto.SentencePiece
-    pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    # Merges are taken by the score of the piece that they make.
+    scores = [(piece.piece, piece.score) for piece in proto.pieces if piece.type == kinds.NORMAL]
+    pieces, merges = extractor.extract(scores)
     bpe = models.BPE(
         pieces,
-        _merges(pieces, scores),
+        merges,
         unk_token=proto.pieces[proto.trainer_spec.unk_id].piece,
         fuse_unk=True,
         byte_fallback=proto.trainer_spec.byte_fallback,
@@ -393,27 +379,17 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
     strip = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     tokenizer.decoder = decoders.Sequence(steps)
-    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    own = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in own])
+    for piece in proto.pieces:
+        token = AddedToken(piece.piece, normalized=False)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            tokenizer.add_special_tokens([token])
+        elif piece.type == kinds.USER_DEFINED:
+            tokenizer.add_tokens([token])
     if bos_token in pieces:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos_token} $A", special_tokens=[(bos_token, pieces[bos_token])]
         )
     return tokenizer
-
-
-def _merges(pieces: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Merges in the order in which sentencepiece takes them: by the score of the piece that they make."""
-    merges = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            left = piece[:cut]
-            right = piece[cut:]
-            if left in pieces and right in pieces:
-                merges.append((-score, pieces[left], pieces[right], left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:

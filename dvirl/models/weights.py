@@ -1,7 +1,6 @@
 """Reads a model's weight files: every tensor is there, of the right shape, and nothing is left random."""
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dvirl.models.hf_config import read_json
 from dvirl.runs.errors import DvirlError
 
 FindFile = Callable[[str], str | None]
@@ -92,11 +92,8 @@ def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
             return _open(file)
         index = find(f"{name}.index.json")
         if index:
-            files = sorted(
-                set(json.loads(Path(index).read_text(encoding="utf-8-sig"))["weight_map"].values())
-            )
             stored: dict[str, Callable[[], Tensor]] = {}
-            for part in files:
+            for part in sorted(set(read_json(index)["weight_map"].values())):
                 part_file = find(part)
                 if not part_file:
                     raise DvirlError(f"{part} is missing, which {Path(index).name} names")
