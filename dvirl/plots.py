@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,20 +48,6 @@ SavePath = str | Path | None
 """Where a figure is also written; its suffix is the format."""
 
 
-class _End(NamedTuple):
-    """The end of a line, and the name that belongs there. Ends are sorted from the lowest to the highest."""
-
-    y: float
-    x: float
-    name: str
-    colour: str
-
-    @classmethod
-    def of(cls, x: Any, y: Any, name: str, colour: str) -> "_End":
-        """The end of a line through points `[N]`."""
-        return cls(np.asarray(y)[-1], np.asarray(x)[-1], name, colour)
-
-
 @contextmanager
 def _figure(save: SavePath, height: float, width: float = 7.5, **layout: Any) -> Iterator[Any]:
     """Axes to draw on, of a figure of this size in inches; then it is saved if asked to, and shown."""
@@ -81,32 +67,28 @@ def _coloured(items: Iterable[Item]) -> Iterator[tuple[Item, str]]:
     return zip(items, PALETTE, strict=False)
 
 
-def _label_end(axes: Axes, end: _End) -> None:
-    place = (end.x, end.y)
-    axes.annotate(end.name, place, (6, 0), "data", "offset points", color=end.colour, va="center")
-
-
-def _label_ends(axes: Axes, ends: Iterable[_End]) -> None:
-    """Name lines at their ends, from the lowest to the highest; a name moves up where it would cover another."""
+def _label_ends(axes: Any) -> None:
+    """Write the labels of lines at their ends, from the lowest up; one moves up where it would cover another."""
     axes.autoscale_view()  # else the limits would change after the pixels are computed
     to_pixels = axes.transData
     lowest = -math.inf
-    for end in sorted(ends):
-        x, y = to_pixels.transform((end.x, end.y))
+    lines, _ = axes.get_legend_handles_labels()
+    for line in sorted(lines, key=lambda line: line.get_xydata()[-1, 1]):
+        x, y = to_pixels.transform(line.get_xydata()[-1])
         lowest = max(y, lowest + LABEL_PIXELS)
-        # The text stands at the height in data units that this height in pixels is.
-        _, moved = to_pixels.inverted().transform((x, lowest))
-        _label_end(axes, end._replace(y=moved))
+        # The text stands where these pixels are in data units.
+        place = to_pixels.inverted().transform((x, lowest))
+        name = line.get_label()
+        axes.annotate(name, place, (6, 0), "data", "offset points", color=line.get_color(), va="center")
 
 
-def _trend(axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str) -> _End:
-    """Draw a faint point for each step, and their centred mean over a tenth of the run as a line."""
+def _trend(axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str) -> None:
+    """Draw a faint point for each step, and their centred mean over a tenth of the run as a line of this name."""
     faint = 0.2 if len(y) > FEW_POINTS else 0.6
     axes.plot(x, y, ".", color=colour, alpha=faint, markersize=4)
     window = max(3, len(y) // 10)
     smooth = y.rolling(window, center=True, min_periods=1).mean()
-    axes.plot(x, smooth, color=colour)
-    return _End.of(x, smooth, name, colour)
+    axes.plot(x, smooth, color=colour, label=name)
 
 
 def _guide(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
@@ -132,10 +114,8 @@ def learning_curve(
         raise DvirlError("the run made no fast update; give it more prompts, or a smaller fast_batch")
     tokens = metrics.tokens / 1000
     with _figure(save, 5.2, nrows=2, sharex=True, height_ratios=(3, 2)) as (above, below):
-        served = _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
-        above.plot(tokens, metrics.baseline, color=ORANGE)
-        _label_end(above, _End.of(tokens, metrics.baseline, "baseline\n(sampled draft)", ORANGE))
-        _label_end(above, served)
+        _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
+        above.plot(tokens, metrics.baseline, color=ORANGE, label="baseline\n(sampled draft)")
         if held_out is not None:
             ends = [0, tokens.iloc[-1]]
             above.plot(ends, held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
@@ -146,27 +126,28 @@ def learning_curve(
             ylim=(0, None),
             title="The draft learns while the model generates",
         )
-        _label_end(below, _trend(below, tokens, metrics.loss_kl, "KL", PURPLE))
+        _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
         below.set(
             xlabel="response tokens (thousands)",
             ylabel="KL to the verifier\n(nats a token)",
             ylim=(0, None),
         )
+        _label_ends(above)
+        _label_ends(below)
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: SavePath = None) -> None:
     """The served draft's acceptance rate over response tokens, of several runs: metrics by the name at each curve."""
     with _figure(save, 3.8) as axes:
-        ends = []
         for (name, metrics), colour in _coloured(runs.items()):
-            ends.append(_trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour))
+            _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
         axes.set(
             xlabel="response tokens (thousands)",
             ylabel="acceptance rate",
             ylim=(0, None),
             title=title,
         )
-        _label_ends(axes, ends)
+        _label_ends(axes)
 
 
 def time_shares(seconds: Mapping[str, float], save: SavePath = None) -> None:
@@ -197,8 +178,7 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
     }
     with _figure(save, 3.4) as axes:
         for (name, times), colour in _coloured(lines.items()):
-            axes.plot(contexts, times, "o-", color=colour)
-            _label_end(axes, _End.of(contexts, times, name, colour))
+            axes.plot(contexts, times, "o-", color=colour, label=name)
         axes.set(
             xlabel="tokens before the step",
             ylabel="milliseconds",
@@ -208,6 +188,7 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
         )
         axes.set_xticks(contexts, labels=map(str, contexts))
         axes.minorticks_off()
+        _label_ends(axes)
 
 
 def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePath = None) -> None:
@@ -290,15 +271,15 @@ def _legend_above(axes: Axes) -> None:
 def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
     """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
     with _figure(save, 3.4) as axes:
-        exit_head = _trend(axes, metrics.step, metrics.loss_exit, "exit head", BLUE)
-        last_layer = _trend(axes, metrics.step, metrics.loss_main, "last layer", ORANGE)
+        _trend(axes, metrics.step, metrics.loss_exit, "exit head", BLUE)
+        _trend(axes, metrics.step, metrics.loss_main, "last layer", ORANGE)
         axes.set(
             xlabel="step",
             ylabel="cross-entropy (nats a token)",
             ylim=(0, None),
             title="What both heads make of human replies",
         )
-        _label_ends(axes, [exit_head, last_layer])
+        _label_ends(axes)
 
 
 def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
@@ -397,16 +378,14 @@ def curves(
     """
     with _figure(save, 3.6) as axes:
         _guide(axes, guide)
-        ends = []
         for (name, line), colour in _coloured(found.groupby("name", sort=False)):
             # A single point would make no line, so it is drawn larger.
             marker, size = ("o-", 4) if len(line) > 1 else ("D", 7)
-            axes.plot(line.x, line.y, marker, color=colour, markersize=size)
+            axes.plot(line.x, line.y, marker, color=colour, markersize=size, label=name)
             if "low" in line:
                 axes.vlines(line.x, line.low, line.high, color=colour, alpha=0.6)
-            ends.append(_End.of(line.x, line.y, str(name), colour))
         axes.set(**text, yscale="log" if log else "linear")
-        _label_ends(axes, ends)
+        _label_ends(axes)
 
 
 def scatter(
@@ -501,21 +480,19 @@ def acceptance_and_drift(runs: Mapping[str, pd.DataFrame], bound: float, save: S
         save: also write the figure here.
     """
     with _figure(save, 5.6, nrows=2, sharex=True) as (above, below):
-        accepted, drifts = [], []
         for (name, log), colour in _coloured(runs.items()):
-            accepted.append(_trend(above, log.tokens, log.accept_rate, name, colour))
+            _trend(above, log.tokens, log.accept_rate, name, colour)
             measured = log[log.drift_kl.notna()]
             if len(measured):  # a short run may end before its drift is measured
-                below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3)
-                drifts.append(_End.of(measured.tokens, measured.drift_kl, name, colour))
+                below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3, label=name)
         below.axhline(bound, color="grey", linestyle="--", linewidth=1)
         below.annotate(
             "drift_bound", (0, bound), (3, 4), ("axes fraction", "data"), "offset points", color="dimgrey"
         )
         above.set(ylabel="acceptance rate", ylim=(0, None))
         below.set(ylabel="drift (nats a token)", xlabel="response tokens")
-        _label_ends(above, accepted)
-        _label_ends(below, drifts)
+        _label_ends(above)
+        _label_ends(below)
 
 
 def gradients(norms: pd.DataFrame, exit_layer: int, save: SavePath = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -68,11 +68,11 @@ class Responses:
         ends = (self.prompt_lens + self.response_lens)[:, None]
         return self.tokens[(positions >= starts) & (positions < ends)]
 
-    def take(self, rows: Tensor) -> Responses:
+    def take(self, rows: Tensor | slice) -> Responses:
         """Some rows, cut to their longest."""
         prompt_lens = self.prompt_lens[rows]
         response_lens = self.response_lens[rows]
-        width = int((prompt_lens + response_lens).max()) if len(rows) else 0
+        width = int((prompt_lens + response_lens).max()) if len(prompt_lens) else 0
         return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
 
     def stored(self) -> Responses:
@@ -99,14 +99,10 @@ class Rollout(Responses):
         """`size` rows at a time, cut to their longest."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            prompt_lens = self.prompt_lens[rows]
-            response_lens = self.response_lens[rows]
-            width = int((prompt_lens + response_lens).max())
-            longest = int(response_lens.max())
+            taken = self.take(rows)
+            longest = int(taken.response_lens.max())
             yield Rollout(
-                tokens=self.tokens[rows, :width],
-                prompt_lens=prompt_lens,
-                response_lens=response_lens,
+                **vars(taken),
                 verifier_hidden=self.verifier_hidden[rows, :longest],
                 verifier_confidence=self.verifier_confidence[rows, :longest],
                 max_new_tokens=self.max_new_tokens,
@@ -180,7 +176,7 @@ class Records:
     def accepted(self) -> Records:
         """The accepted drafts alone."""
         chosen = self.reward > 0
-        return Records(**{spec.name: getattr(self, spec.name)[chosen] for spec in fields(Records)})
+        return Records(**{name: values[chosen] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -255,9 +251,8 @@ def _rollout(
     ended = torch.isin(answers.tokens, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
     longest = int(response_lens.max())
-    inside = (
-        torch.arange(longest, device=tokens.device) < response_lens[:, None]
-    )  # [B, R]; the rest is cleared
+    # [B, R]; the rest is cleared.
+    inside = torch.arange(longest, device=tokens.device) < response_lens[:, None]
     confidence = answers.confidence[:, :longest]
     _refuse_not_finite(confidence, inside)
     tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
@@ -433,8 +428,8 @@ def score_drafts(
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
     agrees = drafted == verified
-    blocks = _replay_rows(rollout, agrees.tolist(), confidence.tolist(), settings)
-    scored, depth = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device).view(-1, 2).T
+    blocks, places = _replay_rows(rollout, agrees.tolist(), confidence.tolist(), settings)
+    scored, depth = torch.tensor(places, dtype=torch.long, device=rows.device).view(-1, 2).T
     table = depth.clamp(max=len(drafted) - 1)
     # 3) Keep the scored ones.
     hidden = drafts.exit_hidden[scored]
@@ -456,29 +451,23 @@ def score_drafts(
 
 def _replay_rows(
     rollout: Rollout, accepted: list[list[bool]], confidence: list[list[float]], settings: DecodeConfig
-) -> list[list[Verification]]:
-    """The blocks of every row; `accepted` and `confidence` are those of all draftable positions, by depth."""
-    blocks = []
-    offset = 0
-    for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
-        own = slice(offset, offset + max(len(response) - 1, 0))
-        row = ([table[own] for table in accepted], [table[own] for table in confidence])
-        blocks.append(replay_depths(*row, settings, rollout.max_new_tokens, response, prompt_len))
-        offset = own.stop
-    return blocks
+) -> tuple[list[list[Verification]], list[tuple[int, int]]]:
+    """The blocks of every row; and of each scored draft its index among all draftable positions, and its depth.
 
-
-def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[tuple[int, int]]:
-    """The scored drafts: their indices among all draftable positions, and their places in their blocks."""
+    `accepted` and `confidence` are those of all draftable positions, by depth.
+    """
+    blocks: list[list[Verification]] = []
     scored: list[tuple[int, int]] = []
     offset = 0
-    lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
-    for (prompt_len, response_len), row_blocks in zip(lengths, blocks, strict=True):
-        for block in row_blocks:
+    for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
+        own = slice(offset, offset + len(response) - 1)
+        row = ([table[own] for table in accepted], [table[own] for table in confidence])
+        blocks.append(replay_depths(*row, settings, rollout.max_new_tokens, response, prompt_len))
+        for block in blocks[-1]:
             first = offset + block.start - prompt_len - 1
             scored += [(first + depth, depth) for depth in range(block.num_drafted)]
-        offset += max(response_len - 1, 0)
-    return scored
+        offset = own.stop
+    return blocks, scored
 
 
 def decoded_rollout(prompt: Sequence[int], blocks: Sequence[Verification], max_new_tokens: int) -> Rollout:
