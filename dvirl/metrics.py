@@ -181,9 +181,7 @@ class Baseline:
         before = reward if self.value is None else self.value
         self.count += count
         if self.kind == "ema":
-            self.value = (
-                reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
-            )
+            self.value = self.momentum * before + (1 - self.momentum) * reward
         elif self.kind == "mean":
             self.value = before + (reward - before) * count / self.count
         return before

@@ -254,7 +254,12 @@ def _rollout(
     # [B, R]; the rest is cleared.
     inside = torch.arange(longest, device=tokens.device) < response_lens[:, None]
     confidence = answers.confidence[:, :longest]
-    _refuse_not_finite(confidence, inside)
+    broken = (inside & ~confidence.isfinite()).nonzero()
+    if len(broken):
+        row, position = broken[0].tolist()
+        raise DvirlError(
+            f"the verifier's logits for token {position} of its answer to prompt {row} are not finite"
+        )
     tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
     rows, positions = inside.nonzero(as_tuple=True)
     tokens[rows, prompt_lens[rows] + positions] = answers.tokens[rows, positions]
@@ -264,22 +269,8 @@ def _rollout(
     )
 
 
-def _refuse_not_finite(confidence: Tensor, inside: Tensor) -> None:
-    broken = (inside & ~confidence.isfinite()).nonzero()
-    if len(broken):
-        row, position = broken[0].tolist()
-        raise DvirlError(
-            f"the verifier's logits for token {position} of its answer to prompt {row} are not finite"
-        )
-
-
 def replay_blocks(
-    accepted: Sequence[bool],
-    confidence: Sequence[float],
-    settings: DecodeConfig,
-    max_new_tokens: int,
-    tokens: Sequence[int] = (),
-    prompt_len: int = 0,
+    accepted: Sequence[bool], confidence: Sequence[float], settings: DecodeConfig, max_new_tokens: int
 ) -> list[Verification]:
     """Walk the block rule over one response whose drafts do not depend on their place in a block.
 
@@ -288,13 +279,13 @@ def replay_blocks(
         confidence: the draft's, aligned with `accepted`.
         settings: draft_len and threshold.
         max_new_tokens: the length limit of the response.
-        tokens: the response; not given, the blocks commit zeros.
-        prompt_len: the prompt's length, from which `start` counts.
 
     Returns:
-        The blocks after the prefill, as the step-by-step decoder commits them, without their tensors.
+        The blocks after the prefill, as the step-by-step decoder commits them, but without tensors, of tokens 0, and
+        with `start` counted from the response's first token.
     """
-    return replay_depths([accepted], [confidence], settings, max_new_tokens, tokens, prompt_len)
+    response = [0] * (len(accepted) + 1)
+    return replay_depths([accepted], [confidence], settings, max_new_tokens, response, 0)
 
 
 def replay_depths(
@@ -302,12 +293,14 @@ def replay_depths(
     confidence: Sequence[Sequence[float]],
     settings: DecodeConfig,
     max_new_tokens: int,
-    tokens: Sequence[int] = (),
-    prompt_len: int = 0,
+    response: Sequence[int],
+    prompt_len: int,
 ) -> list[Verification]:
-    """The same with a table for the first, second, … draft of a block; deeper drafts take the last one."""
-    length = len(accepted[0]) + 1
-    response = list(tokens) or [0] * length
+    """The same with a table for the first, second, … draft of a block; deeper drafts take the last one.
+
+    The blocks commit the tokens of the response, and `start` counts the prompt.
+    """
+    length = len(response)
     start = 1
     blocks: list[Verification] = []
     while start < length:
