@@ -108,16 +108,15 @@ class ReplayBuffer:
         self.accepted_since_update += records.num_accepted if num_accepted is None else num_accepted
         if not len(records):
             return
-        first_id = self._next_response
-        self._next_response += len(rollout)
-        lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
-        for row, (prompt_len, response_len) in enumerate(lengths):
-            # A clone keeps this response alone alive; a view would keep the whole rollout.
-            tokens = rollout.tokens[row, : prompt_len + response_len].clone()
-            hidden = rollout.verifier_hidden[row, :response_len].clone()
-            self._responses[first_id + row] = Response(tokens, prompt_len, hidden)
         # A record points to its response by an id that stays valid, not by the row of its rollout.
-        added = {**vars(records), "response_id": records.row + first_id}
+        added = {**vars(records), "response_id": records.row + self._next_response}
+        for one in rollout.groups(1):
+            # A clone keeps this response alone alive; a view would keep the whole rollout.
+            hidden = one.verifier_hidden[0].clone()
+            self._responses[self._next_response] = Response(
+                one.tokens[0].clone(), int(one.prompt_lens), hidden
+            )
+            self._next_response += 1
         for name in FIELDS:
             values = added[name]
             if name in self._fields:

@@ -138,15 +138,27 @@ def learning_curve(
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: SavePath = None) -> None:
     """The served draft's acceptance rate over response tokens, of several runs: metrics by the name at each curve."""
-    with _figure(save, 3.8) as axes:
-        for (name, metrics), colour in _coloured(runs.items()):
-            _trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour)
-        axes.set(
-            xlabel="response tokens (thousands)",
-            ylabel="acceptance rate",
-            ylim=(0, None),
-            title=title,
-        )
+    rates = {name: (log.tokens / 1000, log.accept_rate) for name, log in runs.items()}
+    _trends(rates, "response tokens (thousands)", "acceptance rate", title, save)
+
+
+def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
+    """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
+    heads = {
+        "exit head": (metrics.step, metrics.loss_exit),
+        "last layer": (metrics.step, metrics.loss_main),
+    }
+    _trends(heads, "step", "cross-entropy (nats a token)", "What both heads make of human replies", save)
+
+
+def _trends(
+    lines: Mapping[str, tuple[pd.Series, pd.Series]], xlabel: str, ylabel: str, title: str, save: SavePath
+) -> None:
+    """Trends of `x` and `y`, each named at its end."""
+    with _figure(save, 3.6) as axes:
+        for (name, (x, y)), colour in _coloured(lines.items()):
+            _trend(axes, x, y, name, colour)
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None), title=title)
         _label_ends(axes)
 
 
@@ -168,27 +180,22 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
     """What steps cost over the tokens before them: (k, context, costs) each; the first exit layer is drawn."""
     exit_layer = steps[0][0]
     by_context = {context: costs for k, context, costs in steps if k == exit_layer}
-    contexts = sorted(by_context)
-    costs = [by_context[context] for context in contexts]
-    longest = len(costs[0].verify) - 1
-    lines = {
-        "plain step": [cost.verify[0] for cost in costs],
-        f"verifying {longest} drafts": [cost.verify[longest] for cost in costs],
-        "one draft": [cost.draft for cost in costs],
+    rows = []
+    for context, costs in sorted(by_context.items()):
+        longest = len(costs.verify) - 1
+        rows.append(("plain step", context, costs.verify[0]))
+        rows.append((f"verifying {longest} drafts", context, costs.verify[longest]))
+        rows.append(("one draft", context, costs.draft))
+    text = {
+        "xlabel": "tokens before the step",
+        "ylabel": "milliseconds",
+        "xscale": "log",
+        "xticks": list(by_context),
+        "xticklabels": list(by_context),
+        "ylim": (0, None),
+        "title": f"What a step costs as the text grows (exit layer {exit_layer})",
     }
-    with _figure(save, 3.4) as axes:
-        for (name, times), colour in _coloured(lines.items()):
-            axes.plot(contexts, times, "o-", color=colour, label=name)
-        axes.set(
-            xlabel="tokens before the step",
-            ylabel="milliseconds",
-            xscale="log",
-            ylim=(0, None),
-            title=f"What a step costs as the text grows (exit layer {exit_layer})",
-        )
-        axes.set_xticks(contexts, labels=map(str, contexts))
-        axes.minorticks_off()
-        _label_ends(axes)
+    curves(pd.DataFrame(rows, columns=["name", "x", "y"]), text, save=save)
 
 
 def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePath = None) -> None:
@@ -215,6 +222,7 @@ def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePat
             _draw_tasks(axes, figures, tasks)
         else:
             _draw_overall(axes, figures, overall)
+        _legend_above(axes)
         axes.set(
             yticks=range(len(names)),
             yticklabels=names,
@@ -240,7 +248,6 @@ def _draw_overall(axes: Axes, figures: pd.DataFrame, overall: pd.DataFrame) -> N
         text = f"{method.speedup:.2f}"
         place = (method.speedup, method.row)
         axes.annotate(text, place, (0, 8), "data", "offset points", color=BLUE, ha="center", weight="bold")
-    _legend_above(axes)
 
 
 def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None:
@@ -253,7 +260,6 @@ def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None
         axes.plot(own.speedup, rows, "o", color=colour, markersize=6, label=task)
     for border in range(1, figures.row.max() + 1):
         axes.axhline(border - 0.5, color="grey", alpha=0.25, linewidth=0.8)
-    _legend_above(axes)
 
 
 def _legend_above(axes: Axes) -> None:
@@ -266,20 +272,6 @@ def _legend_above(axes: Axes) -> None:
         columnspacing=1.2,
         borderaxespad=0.2,
     )
-
-
-def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
-    """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
-    with _figure(save, 3.4) as axes:
-        _trend(axes, metrics.step, metrics.loss_exit, "exit head", BLUE)
-        _trend(axes, metrics.step, metrics.loss_main, "last layer", ORANGE)
-        axes.set(
-            xlabel="step",
-            ylabel="cross-entropy (nats a token)",
-            ylim=(0, None),
-            title="What both heads make of human replies",
-        )
-        _label_ends(axes)
 
 
 def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
@@ -362,7 +354,7 @@ def _draw_facet(
 
 def curves(
     found: pd.DataFrame,
-    text: Mapping[str, str],
+    text: Mapping[str, Any],
     guide: Sequence[tuple[float, float]] = (),
     log: bool = False,
     save: SavePath = None,
@@ -371,7 +363,7 @@ def curves(
 
     Args:
         found: `name`, `x` and `y`, and `low` and `high` where an interval is known; one point alone is a diamond.
-        text: title, xlabel and ylabel.
+        text: title, xlabel and ylabel, and what else `Axes.set` takes.
         guide: ends of a grey line to compare with.
         log: y in powers of ten.
         save: also write the figure here.

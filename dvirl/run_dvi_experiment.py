@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dvirl import plots
 from dvirl.config import DVIConfig
 from dvirl.experiments.experiment import DVIExperiment, refuse_existing, run_experiment
@@ -31,7 +29,6 @@ def main(args: Namespace | DVIExperiment) -> Path:
         DvirlError: for bad settings or a bad source, or where there are results of this name already.
     """
     config = settings.from_namespace(DVIExperiment, args)
-    torch.set_num_threads(config.threads)
     refuse_existing(config)
     trainer = make_trainer(settings.narrowed(DVIConfig, config))
     draft = Draft(trainer.model, trainer.loaded, config.target)

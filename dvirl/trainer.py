@@ -366,13 +366,15 @@ class DVITrainer(TrainingLoop):
     @torch.no_grad()
     def measure_drift(self, batch: TrainingBatch) -> SlowResult:
         """How far the verifier, as it decodes now, is from the untouched model on some responses."""
-        everywhere = torch.ones_like(batch.reward, dtype=torch.bool)
-        verifier = self._verifier_logits(batch, everywhere).log_softmax(dim=-1)
-        untouched = self._verifier_logits(batch, everywhere, without=("lora_S", "lora_D")).log_softmax(dim=-1)
+        every = slice(None)
+        verifier = self._verifier_logits(batch, every).log_softmax(dim=-1)
+        untouched = self._verifier_logits(batch, every, without=("lora_S", "lora_D")).log_softmax(dim=-1)
         divergence, changed = drift(verifier, untouched)
         return SlowResult(drift_kl=float(divergence / len(batch)), drift_tokens=float(changed / len(batch)))
 
-    def _verifier_logits(self, batch: TrainingBatch, chosen: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+    def _verifier_logits(
+        self, batch: TrainingBatch, chosen: Tensor | slice, without: tuple[str, ...] = ()
+    ) -> Tensor:
         """The verifier's float32 logits `[N, V]` at the chosen records, some adapters left out.
 
         Gradients reach only lora_D, and only if nothing is left out.

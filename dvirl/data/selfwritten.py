@@ -19,6 +19,7 @@ from dvirl.rollout import generate
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import Settings, number, positional, several
+from kangaroo.decoding.sampling import inverse_cdf
 
 TEMPERATURE = 1.0
 TOP_P = 0.95
@@ -39,13 +40,10 @@ def top_p_sampler(generator: torch.Generator, temperature: float, top_p: float) 
         likeliest, tokens = probabilities.topk(candidates, dim=-1)
         # The nucleus: a token is in it if the likelier ones together have no more than top_p.
         likelier = likeliest.cumsum(dim=-1) - likeliest
-        cumulative = (likeliest * (likelier <= top_p)).cumsum(dim=-1)
-        # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform draw.
-        uniform = torch.rand(len(logits), 1, generator=generator, device=generator.device)
-        threshold = uniform.to(logits.device) * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, threshold, right=True)
-        index = index.clamp(max=candidates - 1)
-        return tokens.gather(1, index).squeeze(1)
+        nucleus = likeliest * (likelier <= top_p)
+        uniform = torch.rand(len(logits), generator=generator, device=generator.device)
+        index = inverse_cdf(nucleus, uniform.to(logits.device))
+        return tokens.gather(1, index[:, None]).squeeze(1)
 
     return sample
 
@@ -196,10 +194,7 @@ def main(config: PromptsConfig) -> Path:
     loaded = load(config.model_name, config.dtype, config.device)
     start, answer, _ = loaded.chat.frame()
     batch = min(64, 4 * config.each)
-    written = []
-    for kind in kinds:
-        prompts = write_prompts(loaded, config.each, config.seed, Openers([kind]), batch)
-        written.append(prompts)
+    written = [write_prompts(loaded, config.each, config.seed, Openers([kind]), batch) for kind in kinds]
     rows: list[str] = []
     for in_turn in zip(*written, strict=True):
         for kind, prompt in zip(kinds, in_turn, strict=True):
