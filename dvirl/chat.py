@@ -18,7 +18,7 @@ from dvirl.models.streaming import stream_text
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text, write_json
-from dvirl.runs.settings import choice, narrowed
+from dvirl.runs.settings import ModelSettings, choice, narrowed
 from kangaroo.decoding.blocks import Verification
 from kangaroo.decoding.inputs import check_prompt
 
@@ -45,7 +45,7 @@ Learn (yes or no; Enter is yes)? """
 
 
 @dataclass(frozen=True)
-class ChatConfig(LiveConfig):
+class ChatConfig(LiveConfig, ModelSettings):
     """A conversation: who answers, who drafts, and what is shown."""
 
     run_dir: str = ""
@@ -62,12 +62,6 @@ class ChatConfig(LiveConfig):
     """Embedded name, local folder or hub id of the model that answers; the drafter must be made for it."""
     system: str = ""
     """System text before the conversation; by default the model's own."""
-    chat_format: str = "auto"
-    """auto, template (the model's own), chatml, llama-2, llama-3, vicuna, zephyr or none."""
-    dtype: str = "auto"
-    """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
 
 parse_args = partial(settings.parse_args, ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")

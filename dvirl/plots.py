@@ -377,6 +377,8 @@ def curves(
             if "low" in line:
                 axes.vlines(line.x, line.low, line.high, color=colour, alpha=0.6)
         axes.set(**text, yscale="log" if log else "linear")
+        if "xticks" in text:
+            axes.minorticks_off()
         _label_ends(axes)
 
 

@@ -330,11 +330,9 @@ def verifier_states(base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Se
 
 def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
-    counts = (response_lens - 1).clamp(min=0)
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    starts = torch.cumsum(counts, 0) - counts
-    positions = torch.arange(len(rows), device=counts.device) - starts[rows] + 1
-    return rows, positions
+    positions = torch.arange(1, int(response_lens.max()), device=response_lens.device)
+    rows, columns = (positions < response_lens[:, None]).nonzero(as_tuple=True)
+    return rows, columns + 1
 
 
 def draft_logits_at(
