@@ -412,29 +412,32 @@ def score_drafts(
     """
     rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
     # 1) Choose a draft at each position, for every depth of a block.
-    drawn = None if noise is None else noise[rows, positions]
-    chosen = [choose_tokens(logits, settings.draft_temperature, drawn) for logits in drafts.logits]
+    if noise is not None:
+        noise = noise[rows, positions]
+    chosen = [choose_tokens(logits, settings.draft_temperature, noise) for logits in drafts.logits]
     drafted = torch.stack([model.token_ids(index) for index, _ in chosen])  # [depths, N]
     confidence = torch.stack([chances for _, chances in chosen])
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
     agrees = drafted == verified
     blocks, places = _replay_rows(rollout, agrees.tolist(), confidence.tolist(), settings)
-    scored, depth = torch.tensor(places, dtype=torch.long, device=rows.device).view(-1, 2).T
+    scored, depth = places.to(rows.device)
     table = depth.clamp(max=len(drafted) - 1)
     # 3) Keep the scored ones.
     hidden = drafts.exit_hidden[scored]
+    row = rows[scored]
+    position = positions[scored]
     if model.recurrent:  # later drafts stand on embeddings
-        before = rollout.tokens[rows[scored], rollout.prompt_lens[rows[scored]] + positions[scored] - 1]
+        before = rollout.tokens[row, rollout.prompt_lens[row] + position - 1]
         hidden = torch.where((depth > 0)[:, None], model.base_model.model.embed_tokens(before), hidden)
     records = Records(
         hidden=hidden,
         token=drafted[table, scored],
         reward=agrees[table, scored].float(),
-        verifier_confidence=rollout.verifier_confidence[rows[scored], positions[scored]],
+        verifier_confidence=rollout.verifier_confidence[row, position],
         verifier_token=verified[scored],
-        row=rows[scored],
-        position=positions[scored],
+        row=row,
+        position=position,
         depth=depth,
     )
     return Judgement(records, blocks)
@@ -442,8 +445,8 @@ def score_drafts(
 
 def _replay_rows(
     rollout: Rollout, accepted: list[list[bool]], confidence: list[list[float]], settings: DecodeConfig
-) -> tuple[list[list[Verification]], list[tuple[int, int]]]:
-    """The blocks of every row; and of each scored draft its index among all draftable positions, and its depth.
+) -> tuple[list[list[Verification]], Tensor]:
+    """The blocks of every row; and of N scored drafts their indices among all draftable positions and depths, `[2, N]`.
 
     `accepted` and `confidence` are those of all draftable positions, by depth.
     """
@@ -458,7 +461,7 @@ def _replay_rows(
             first = offset + block.start - prompt_len - 1
             scored += [(first + depth, depth) for depth in range(block.num_drafted)]
         offset = own.stop
-    return blocks, scored
+    return blocks, torch.tensor(scored, dtype=torch.long).view(-1, 2).T
 
 
 def decoded_rollout(prompt: Sequence[int], blocks: Sequence[Verification], max_new_tokens: int) -> Rollout:
@@ -496,9 +499,7 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_state
     prompt_len = int(rollout.prompt_lens)
     tokens = [DraftBlock().tokens]
     states = [rollout.verifier_hidden[0, :0]]
-    rewards: list[float] = []
-    positions: list[int] = []
-    depths: list[int] = []
+    places: list[tuple[int, int, bool]] = []
     for block in blocks:
         # Of several chains each follows verified text up to its first reject; the main one may have lost.
         chain = block.main_chain
@@ -507,19 +508,17 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_state
         tokens.append(chain.draft.tokens[:scored])
         hidden = chain.draft.drafter_hidden if head_states else chain.draft.exit_hidden
         states.append(hidden[:scored].to(device))
-        rewards += [float(depth < chain.num_accepted) for depth in range(scored)]
-        positions += range(start, start + scored)
-        depths += range(scored)
-    position = torch.tensor(positions, dtype=torch.long, device=device)
+        places += [(start + depth, depth, depth < chain.num_accepted) for depth in range(scored)]
+    position, depth, accepted = torch.tensor(places, dtype=torch.long, device=device).view(-1, 3).T
     return Records(
         hidden=torch.cat(states),
         token=torch.cat(tokens).to(device),
-        reward=torch.tensor(rewards, device=device),
+        reward=accepted.float(),
         verifier_confidence=rollout.verifier_confidence[0, position],
         verifier_token=rollout.tokens[0, prompt_len + position],
         row=torch.zeros_like(position),
         position=position,
-        depth=torch.tensor(depths, dtype=torch.long, device=device),
+        depth=depth,
     )
 
 

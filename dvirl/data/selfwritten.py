@@ -18,6 +18,7 @@ from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import write_text
 from dvirl.runs.settings import Settings, number, positional, several
 from kangaroo.decoding.sampling import inverse_cdf
 
@@ -74,10 +75,9 @@ class Openers:
 
     def draw(self, rng: random.Random) -> str:
         """One beginning."""
-        shares = [entry["share"] for entry in self.table.values()]
-        kinds = list(self.table)
-        (kind,) = rng.choices(kinds, shares)
-        opener: str = rng.choice(self.table[kind]["openers"])
+        kinds = list(self.table.values())
+        (kind,) = rng.choices(kinds, [kind["share"] for kind in kinds])
+        opener: str = rng.choice(kind["openers"])
         name, other = rng.sample(self.names, 2)
         filled = opener.format(
             name=name,
@@ -201,8 +201,6 @@ def main(config: PromptsConfig) -> Path:
             text = loaded.tokenizer.decode(prompt[len(start) : -len(answer)])
             row = {"question_id": len(rows), "category": kind, "turns": [text]}
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(rows), encoding="utf-8")
-    print(f"written: {out}, {len(rows)} prompts")
-    return out
+    write_text(config.out, "".join(rows))
+    print(f"written: {config.out}, {len(rows)} prompts")
+    return Path(config.out)
