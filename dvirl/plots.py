@@ -49,11 +49,11 @@ SavePath = str | Path | None
 
 
 @contextmanager
-def _figure(save: SavePath, height: float, width: float = 7.5, **layout: Any) -> Iterator[Any]:
-    """Axes to draw on, of a figure of this size in inches; then it is saved if asked to, and shown."""
+def _figure(save: SavePath, height: float, **layout: Any) -> Iterator[Any]:
+    """Axes to draw on, of a figure of this height in inches; then it is saved if asked to, and shown."""
     with plt.rc_context(STYLE):
         # The style holds inside this block only, so that a notebook's own figures keep theirs.
-        figure, axes = plt.subplots(figsize=(width, height), **layout)
+        figure, axes = plt.subplots(figsize=(7.5, height), **layout)
         yield axes
         if save is not None:
             Path(save).parent.mkdir(parents=True, exist_ok=True)
