@@ -328,10 +328,11 @@ def verifier_states(base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Se
         return base.forward_deep(base.forward_shallow(tokens))
 
 
-def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, Tensor]:
+def response_index(response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
-    positions = torch.arange(1, int(response_lens.max()), device=response_lens.device)
-    rows, columns = (positions < response_lens[:, None]).nonzero(as_tuple=True)
+    positions = torch.arange(int(response_lens.max()), device=response_lens.device)
+    drafted = (positions < response_lens[:, None])[:, 1:]  # [B, R - 1]
+    rows, columns = drafted.nonzero(as_tuple=True)
     return rows, columns + 1
 
 
@@ -386,7 +387,7 @@ def draft_rollout(model: KangarooModel, rollout: Rollout, draft_len: int) -> Dra
         rollout: the verifier's greedy responses.
         draft_len: drafts of a block, at most.
     """
-    rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    rows, positions = response_index(rollout.response_lens)
     states, exit_hidden = _drafter_states(model, rollout.tokens, max(1, draft_len))
     before = rollout.prompt_lens[rows] + positions - 1
     logits = [model.head_logits(state[rows, before]) for state in states]
@@ -410,7 +411,7 @@ def score_drafts(
         settings: draft_len, threshold and the draft's temperature.
         noise: uniform `[B, R]`, one number a response position, for sampled drafts.
     """
-    rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    rows, positions = response_index(rollout.response_lens)
     # 1) Choose a draft at each position, for every depth of a block.
     if noise is not None:
         noise = noise[rows, positions]

@@ -191,7 +191,7 @@ def judged_events(
     records = judgement.records
     row = records.row
     # Records have no confidence of the draft: it is looked up by row and response index.
-    rows, indices = response_index(rollout.prompt_lens, rollout.response_lens)
+    rows, indices = response_index(rollout.response_lens)
     confidence_at = torch.zeros(
         len(drafts.logits), *rollout.tokens.shape, dtype=torch.float64, device=row.device
     )
