@@ -183,9 +183,12 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
     rows = []
     for context, costs in sorted(by_context.items()):
         longest = len(costs.verify) - 1
-        rows.append(("plain step", context, costs.verify[0]))
-        rows.append((f"verifying {longest} drafts", context, costs.verify[longest]))
-        rows.append(("one draft", context, costs.draft))
+        times = {
+            "plain step": costs.verify[0],
+            f"verifying {longest} drafts": costs.verify[longest],
+            "one draft": costs.draft,
+        }
+        rows += [(name, context, time) for name, time in times.items()]
     text = {
         "xlabel": "tokens before the step",
         "ylabel": "milliseconds",
