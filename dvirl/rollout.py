@@ -413,21 +413,19 @@ def score_drafts(
     """
     rows, positions = response_index(rollout.response_lens)
     # 1) Choose a draft at each position, for every depth of a block.
-    if noise is not None:
-        noise = noise[rows, positions]
-    chosen = [choose_tokens(logits, settings.draft_temperature, noise) for logits in drafts.logits]
+    drawn = None if noise is None else noise[rows, positions]
+    chosen = [choose_tokens(logits, settings.draft_temperature, drawn) for logits in drafts.logits]
     drafted = torch.stack([model.token_ids(index) for index, _ in chosen])  # [depths, N]
     confidence = torch.stack([chances for _, chances in chosen])
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
     agrees = drafted == verified
-    blocks, places = _replay_rows(rollout, agrees.tolist(), confidence.tolist(), settings)
-    scored, depth = places.to(rows.device)
+    blocks, (scored, depth) = _replay_rows(rollout, agrees, confidence, settings)
     table = depth.clamp(max=len(drafted) - 1)
     # 3) Keep the scored ones.
-    hidden = drafts.exit_hidden[scored]
     row = rows[scored]
     position = positions[scored]
+    hidden = drafts.exit_hidden[scored]
     if model.recurrent:  # later drafts stand on embeddings
         before = rollout.tokens[row, rollout.prompt_lens[row] + position - 1]
         hidden = torch.where((depth > 0)[:, None], model.base_model.model.embed_tokens(before), hidden)
@@ -445,24 +443,26 @@ def score_drafts(
 
 
 def _replay_rows(
-    rollout: Rollout, accepted: list[list[bool]], confidence: list[list[float]], settings: DecodeConfig
+    rollout: Rollout, agrees: Tensor, confidence: Tensor, settings: DecodeConfig
 ) -> tuple[list[list[Verification]], Tensor]:
     """The blocks of every row; and of N scored drafts their indices among all draftable positions and depths, `[2, N]`.
 
-    `accepted` and `confidence` are those of all draftable positions, by depth.
+    `agrees` and `confidence`, `[depths, M]`, are those of all draftable positions.
     """
+    verdicts = agrees.tolist()
+    chances = confidence.tolist()
     blocks: list[list[Verification]] = []
     scored: list[tuple[int, int]] = []
     offset = 0
     for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
         own = slice(offset, offset + len(response) - 1)
-        row = ([table[own] for table in accepted], [table[own] for table in confidence])
+        row = ([table[own] for table in verdicts], [table[own] for table in chances])
         blocks.append(replay_depths(*row, settings, rollout.max_new_tokens, response, prompt_len))
         for block in blocks[-1]:
             first = offset + block.start - prompt_len - 1
             scored += [(first + depth, depth) for depth in range(block.num_drafted)]
         offset = own.stop
-    return blocks, torch.tensor(scored, dtype=torch.long).view(-1, 2).T
+    return blocks, torch.tensor(scored, dtype=torch.long, device=agrees.device).view(-1, 2).T
 
 
 def decoded_rollout(prompt: Sequence[int], blocks: Sequence[Verification], max_new_tokens: int) -> Rollout:
