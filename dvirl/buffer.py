@@ -97,12 +97,7 @@ class ReplayBuffer:
         """One field of all records, oldest first."""
         return self._fields[name]
 
-    def add(
-        self,
-        records: Records,
-        rollout: Rollout,
-        num_accepted: int | None = None,
-    ) -> None:
+    def add(self, records: Records, rollout: Rollout, num_accepted: int | None = None) -> None:
         """Append the records of a rollout, and drop the oldest records beyond capacity.
 
         Args:
@@ -113,16 +108,15 @@ class ReplayBuffer:
         self.accepted_since_update += records.num_accepted if num_accepted is None else num_accepted
         if not len(records):
             return
-        first_id = self._next_response
-        self._next_response += len(rollout)
-        lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
-        for row, (prompt_len, response_len) in enumerate(lengths):
-            # A clone keeps this response alone alive; a view would keep the whole rollout.
-            tokens = rollout.tokens[row, : prompt_len + response_len].clone()
-            hidden = rollout.verifier_hidden[row, :response_len].clone()
-            self._responses[first_id + row] = Response(tokens, prompt_len, hidden)
         # A record points to its response by an id that stays valid, not by the row of its rollout.
-        added = {**vars(records), "response_id": records.row + first_id}
+        added = {**vars(records), "response_id": records.row + self._next_response}
+        for one in rollout.groups(1):
+            # A clone keeps this response alone alive; a view would keep the whole rollout.
+            hidden = one.verifier_hidden[0].clone()
+            self._responses[self._next_response] = Response(
+                one.tokens[0].clone(), int(one.prompt_lens), hidden
+            )
+            self._next_response += 1
         for name in FIELDS:
             values = added[name]
             if name in self._fields:
@@ -146,13 +140,15 @@ class ReplayBuffer:
 
     def skip_fresh(self, num_responses: int) -> None:
         """Count the records of the most recent responses alone as fresh; the others are left to replay."""
-        recent = self._fields["response_id"] >= self._next_response - num_responses
-        self.num_fresh = min(self.num_fresh, int(recent.sum()))
+        self.num_fresh = min(self.num_fresh, int(self._is_recent(num_responses).sum()))
 
     def recent(self, num_responses: int) -> TrainingBatch:
         """The records of the most recent responses."""
-        recent = self._fields["response_id"] >= self._next_response - num_responses
-        return self.batch(recent.nonzero().squeeze(1))
+        return self.batch(self._is_recent(num_responses))
+
+    def _is_recent(self, num_responses: int) -> Tensor:
+        """Which records are of the most recent responses."""
+        return self._fields["response_id"] >= self._next_response - num_responses
 
     def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""
@@ -161,13 +157,13 @@ class ReplayBuffer:
         distinct = torch.unique(ids)
         order = torch.randperm(len(distinct), generator=generator)
         drawn = distinct[order[:count].to(ids.device)]
-        return self.batch(torch.isin(ids, drawn).nonzero().squeeze(1))
+        return self.batch(torch.isin(ids, drawn))
 
-    def batch(self, indices: Tensor) -> TrainingBatch:
-        """The records at `indices [N]` with their responses."""
+    def batch(self, chosen: Tensor) -> TrainingBatch:
+        """The records at the indices `chosen [N]`, or where the mask `chosen` is true, with their responses."""
         records = {}
         for name, values in self._fields.items():
-            records[name] = values[indices.to(values.device)]
+            records[name] = values[chosen.to(values.device)]
         ids, rows = torch.unique(records.pop("response_id"), return_inverse=True)
         # Each response stands in the batch once, however many records point to it.
         responses = [self._responses[key] for key in ids.tolist()]
@@ -199,14 +195,13 @@ class ReplayBuffer:
         """Restore what `state_dict` gave; other tensors are ignored, and `hidden` is NaN if it was left out."""
         tensors = state["tensors"]
         numbers = state["numbers"]
-        # None if the buffer was empty.
-        stored = [name for name in FIELDS if f"buffer.field.{name}" in tensors]
-        self._fields = {name: tensors[f"buffer.field.{name}"] for name in stored}
+        # There are none if the buffer was empty.
+        kept = [name for name in FIELDS if f"buffer.field.{name}" in tensors]
+        self._fields = {name: tensors[f"buffer.field.{name}"] for name in kept}
         self._responses = {}
         for key, prompt_len in numbers["prompt_lens"].items():
-            response = f"buffer.response.{key}."
-            tokens = tensors[f"{response}tokens"]
-            hidden = tensors[f"{response}verifier_hidden"]
+            tokens = tensors[f"buffer.response.{key}.tokens"]
+            hidden = tensors[f"buffer.response.{key}.verifier_hidden"]
             self._responses[int(key)] = Response(tokens, prompt_len, hidden)
         if self._fields:
             unknown = hidden.new_full((len(self), hidden.shape[1]), math.nan)

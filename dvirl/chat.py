@@ -8,18 +8,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
-from dvirl.data.sources import Prompt, parse_jsonl
+from dvirl.data.sources import Prompt, parse_jsonl, placed
 from dvirl.live import LiveConfig, LiveSession
 from dvirl.metrics import Tally
 from dvirl.models.embedded import cache_root
 from dvirl.models.loading import DEFAULT_MODEL, load
 from dvirl.models.streaming import stream_text
-from dvirl.runs import errors, settings
+from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text, write_json
-from dvirl.runs.settings import choice, narrowed
+from dvirl.runs.settings import ModelSettings, choice, narrowed
 from kangaroo.decoding.blocks import Verification
 from kangaroo.decoding.inputs import check_prompt
 
@@ -46,7 +45,7 @@ Learn (yes or no; Enter is yes)? """
 
 
 @dataclass(frozen=True)
-class ChatConfig(LiveConfig):
+class ChatConfig(LiveConfig, ModelSettings):
     """A conversation: who answers, who drafts, and what is shown."""
 
     run_dir: str = ""
@@ -63,12 +62,6 @@ class ChatConfig(LiveConfig):
     """Embedded name, local folder or hub id of the model that answers; the drafter must be made for it."""
     system: str = ""
     """System text before the conversation; by default the model's own."""
-    chat_format: str = "auto"
-    """auto, template (the model's own), chatml, llama-2, llama-3, vicuna, zephyr or none."""
-    dtype: str = "auto"
-    """Of the base weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
 
 parse_args = partial(settings.parse_args, ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")
@@ -124,12 +117,9 @@ def read_replay(path: str) -> list[Prompt]:
     """
     prompts = []
     for where, line in numbered(path, read_text(path)):
-        try:
-            is_json = line.lstrip().startswith("{")
+        is_json = line.lstrip().startswith("{")
+        with placed(where):
             prompts.append(parse_jsonl(parse_line(where, line)) if is_json else Prompt((line.strip(),)))
-        except DvirlError as error:
-            text = str(error)
-            raise DvirlError(text if text.startswith(where) else f"{where}: {text}") from error
     if not prompts:
         raise DvirlError(f"{path}: no prompts there; expected one a line")
     return prompts
@@ -258,19 +248,11 @@ class Chat:
 def stoppable() -> Iterator[threading.Event]:
     """Note Ctrl-C in the event rather than raise it, in the main thread."""
     stop = threading.Event()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-if __name__ == "__main__":
-    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

@@ -63,10 +63,8 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none")
 
 
-def kl_losses(
-    draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forward", top_k: int = 0
-) -> list[Tensor]:
-    """Divergences of the draft q from the verifier p, in nats: online distillation (arXiv 2310.07177).
+def kl_losses(draft_logits: Tensor, verifier_logits: Tensor, kind: str = "forward", top_k: int = 0) -> Tensor:
+    """Divergence of the draft q from the verifier p, in nats: online distillation (arXiv 2310.07177).
 
     Both are distributions over the draft's tokens. Kinds (arXiv 2310.08461): forward `KL(p || q)`, reverse
     `KL(q || p)`, js (Jensen-Shannon) `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`, at most ln 2.
@@ -80,7 +78,7 @@ def kl_losses(
         top_k: K, or 0 for all tokens.
 
     Returns:
-        The divergences whose average is the loss, as in `kl_divergence`: one, or two for js.
+        `[N, K]`, as in `kl_divergence`.
     """
     p = verifier_logits.detach().log_softmax(dim=-1)
     q = draft_logits.log_softmax(dim=-1)
@@ -90,8 +88,8 @@ def kl_losses(
         q = _top_and_rest(q, top)
     if kind == "js":  # the mixture m in log space
         m = torch.logaddexp(p, q) - math.log(2)
-        return [kl_divergence(p, m), kl_divergence(q, m)]
-    return [kl_divergence(q, p) if kind == "reverse" else kl_divergence(p, q)]
+        return (kl_divergence(p, m) + kl_divergence(q, m)) / 2
+    return kl_divergence(q, p) if kind == "reverse" else kl_divergence(p, q)
 
 
 def _top_and_rest(log_probs: Tensor, top: Tensor) -> Tensor:
@@ -299,22 +297,6 @@ def count(rewards: Tensor, verified: Tensor) -> dict[str, float]:
     return {kind: max(1.0, number) for kind, number in numbers.items()}
 
 
-def _kl(on: Decisions) -> Tensor:
-    """The divergence of `kl_kind`."""
-    parts = kl_losses(on.logits, on.verifier(), on.config.kl_kind, on.config.kl_top_k)
-    total = on.mean(parts[0])
-    if len(parts) == 2:
-        total = (total + on.mean(parts[1])) / 2
-    return total
-
-
-def _tv(on: Decisions) -> Tensor:
-    """The total variation distance, `1 - overlap`."""
-    accepted = overlap(on.logits, on.verifier())
-    # The mean of ones is 1, or the part of it that is from this process.
-    return on.mean(torch.ones_like(accepted)) - on.mean(accepted)
-
-
 def kl_to_rl(on: Decisions) -> Tensor:
     """`(1 - w (1 - floor)) KL + w (masked CE + REINFORCE)`, w the reward's weight (arXiv 2510.05421)."""
     weight = on.reward_share
@@ -330,8 +312,8 @@ OBJECTIVES: dict[str, Callable[[Decisions], Tensor]] = {
     "exact_pg": lambda on: on.mean(exact_pg_loss(*on.on_verified())),
     "ce": lambda on: on.mean(-on.on_verified()[0], over="covered"),
     "masked_ce": lambda on: on.mean(-on.on_drafted(), over="accepted"),
-    "kl": _kl,
-    "tv": _tv,
+    "kl": lambda on: on.mean(kl_losses(on.logits, on.verifier(), on.config.kl_kind, on.config.kl_top_k)),
+    "tv": lambda on: on.mean(1 - overlap(on.logits, on.verifier())),
     "kl_to_rl": kl_to_rl,
 }
 """What each schedule minimises, without regularisers. Cross-entropies are in nats: ce to the verifier's tokens that the

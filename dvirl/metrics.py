@@ -181,9 +181,7 @@ class Baseline:
         before = reward if self.value is None else self.value
         self.count += count
         if self.kind == "ema":
-            self.value = (
-                reward if self.value is None else self.momentum * self.value + (1 - self.momentum) * reward
-            )
+            self.value = self.momentum * before + (1 - self.momentum) * reward
         elif self.kind == "mean":
             self.value = before + (reward - before) * count / self.count
         return before
@@ -288,13 +286,12 @@ def accept_rates(events: pd.DataFrame, by: str) -> pd.DataFrame:
     even = np.full(num_questions, 1 / num_questions)
     draws = np.random.default_rng(0).multinomial(num_questions, even, size=1000).T  # [questions, samples]
     rates = pd.DataFrame(accepted @ draws).div(drafted @ draws)
-    table = pd.DataFrame(index=counts.index)
-    table["questions"] = (drafted > 0).sum(axis=1)
-    table["drafted"] = drafted.sum(axis=1)
+    table = pd.DataFrame(
+        {"questions": (drafted > 0).sum(axis=1), "drafted": drafted.sum(axis=1)}, counts.index
+    )
     table["accepted"] = accepted.sum(axis=1)
     table["accept_rate"] = table.accepted / table.drafted
-    table["low"] = rates.quantile(0.025, axis=1).to_numpy()
-    table["high"] = rates.quantile(0.975, axis=1).to_numpy()
+    table[["low", "high"]] = rates.quantile([0.025, 0.975], axis=1).T.to_numpy()
     rejects = table.drafted - table.accepted
     table["rejects"] = rejects / rejects.sum()
     return table

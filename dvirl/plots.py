@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,26 +48,12 @@ SavePath = str | Path | None
 """Where a figure is also written; its suffix is the format."""
 
 
-class _End(NamedTuple):
-    """The end of a line, and the name that belongs there. Ends are sorted from the lowest to the highest."""
-
-    y: float
-    x: float
-    name: str
-    colour: str
-
-    @classmethod
-    def of(cls, x: Any, y: Any, name: str, colour: str) -> "_End":
-        """The end of a line through points `[N]`."""
-        return cls(np.asarray(y)[-1], np.asarray(x)[-1], name, colour)
-
-
 @contextmanager
-def _figure(save: SavePath, height: float, width: float = 7.5, **layout: Any) -> Iterator[Any]:
-    """Axes to draw on, of a figure of this size in inches; then it is saved if asked to, and shown."""
+def _figure(save: SavePath, height: float, **layout: Any) -> Iterator[Any]:
+    """Axes to draw on, of a figure of this height in inches; then it is saved if asked to, and shown."""
     with plt.rc_context(STYLE):
         # The style holds inside this block only, so that a notebook's own figures keep theirs.
-        figure, axes = plt.subplots(figsize=(width, height), **layout)
+        figure, axes = plt.subplots(figsize=(7.5, height), **layout)
         yield axes
         if save is not None:
             Path(save).parent.mkdir(parents=True, exist_ok=True)
@@ -81,32 +67,28 @@ def _coloured(items: Iterable[Item]) -> Iterator[tuple[Item, str]]:
     return zip(items, PALETTE, strict=False)
 
 
-def _label_end(axes: Axes, end: _End) -> None:
-    place = (end.x, end.y)
-    axes.annotate(end.name, place, (6, 0), "data", "offset points", color=end.colour, va="center")
-
-
-def _label_ends(axes: Axes, ends: Iterable[_End]) -> None:
-    """Name lines at their ends, from the lowest to the highest; a name moves up where it would cover another."""
+def _label_ends(axes: Any) -> None:
+    """Write the labels of lines at their ends, from the lowest up; one moves up where it would cover another."""
     axes.autoscale_view()  # else the limits would change after the pixels are computed
     to_pixels = axes.transData
     lowest = -math.inf
-    for end in sorted(ends):
-        x, y = to_pixels.transform((end.x, end.y))
+    lines, _ = axes.get_legend_handles_labels()
+    for line in sorted(lines, key=lambda line: line.get_xydata()[-1, 1]):
+        x, y = to_pixels.transform(line.get_xydata()[-1])
         lowest = max(y, lowest + LABEL_PIXELS)
-        # The text stands at the height in data units that this height in pixels is.
-        _, moved = to_pixels.inverted().transform((x, lowest))
-        _label_end(axes, end._replace(y=moved))
+        # The text stands where these pixels are in data units.
+        place = to_pixels.inverted().transform((x, lowest))
+        name = line.get_label()
+        axes.annotate(name, place, (6, 0), "data", "offset points", color=line.get_color(), va="center")
 
 
-def _trend(axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str) -> _End:
-    """Draw a faint point for each step, and their centred mean over a tenth of the run as a line."""
+def _trend(axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str) -> None:
+    """Draw a faint point for each step, and their centred mean over a tenth of the run as a line of this name."""
     faint = 0.2 if len(y) > FEW_POINTS else 0.6
     axes.plot(x, y, ".", color=colour, alpha=faint, markersize=4)
     window = max(3, len(y) // 10)
     smooth = y.rolling(window, center=True, min_periods=1).mean()
-    axes.plot(x, smooth, color=colour)
-    return _End.of(x, smooth, name, colour)
+    axes.plot(x, smooth, color=colour, label=name)
 
 
 def _guide(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
@@ -132,10 +114,8 @@ def learning_curve(
         raise DvirlError("the run made no fast update; give it more prompts, or a smaller fast_batch")
     tokens = metrics.tokens / 1000
     with _figure(save, 5.2, nrows=2, sharex=True, height_ratios=(3, 2)) as (above, below):
-        served = _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
-        above.plot(tokens, metrics.baseline, color=ORANGE)
-        _label_end(above, _End.of(tokens, metrics.baseline, "baseline\n(sampled draft)", ORANGE))
-        _label_end(above, served)
+        _trend(above, tokens, metrics.accept_rate, "served draft", BLUE)
+        above.plot(tokens, metrics.baseline, color=ORANGE, label="baseline\n(sampled draft)")
         if held_out is not None:
             ends = [0, tokens.iloc[-1]]
             above.plot(ends, held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
@@ -146,27 +126,40 @@ def learning_curve(
             ylim=(0, None),
             title="The draft learns while the model generates",
         )
-        _label_end(below, _trend(below, tokens, metrics.loss_kl, "KL", PURPLE))
+        _trend(below, tokens, metrics.loss_kl, "KL", PURPLE)
         below.set(
             xlabel="response tokens (thousands)",
             ylabel="KL to the verifier\n(nats a token)",
             ylim=(0, None),
         )
+        _label_ends(above)
+        _label_ends(below)
 
 
 def compare_runs(runs: Mapping[str, pd.DataFrame], title: str, save: SavePath = None) -> None:
     """The served draft's acceptance rate over response tokens, of several runs: metrics by the name at each curve."""
-    with _figure(save, 3.8) as axes:
-        ends = []
-        for (name, metrics), colour in _coloured(runs.items()):
-            ends.append(_trend(axes, metrics.tokens / 1000, metrics.accept_rate, name, colour))
-        axes.set(
-            xlabel="response tokens (thousands)",
-            ylabel="acceptance rate",
-            ylim=(0, None),
-            title=title,
-        )
-        _label_ends(axes, ends)
+    rates = {name: (log.tokens / 1000, log.accept_rate) for name, log in runs.items()}
+    _trends(rates, "response tokens (thousands)", "acceptance rate", title, save)
+
+
+def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
+    """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
+    heads = {
+        "exit head": (metrics.step, metrics.loss_exit),
+        "last layer": (metrics.step, metrics.loss_main),
+    }
+    _trends(heads, "step", "cross-entropy (nats a token)", "What both heads make of human replies", save)
+
+
+def _trends(
+    lines: Mapping[str, tuple[pd.Series, pd.Series]], xlabel: str, ylabel: str, title: str, save: SavePath
+) -> None:
+    """Trends of `x` and `y`, each named at its end."""
+    with _figure(save, 3.6) as axes:
+        for (name, (x, y)), colour in _coloured(lines.items()):
+            _trend(axes, x, y, name, colour)
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None), title=title)
+        _label_ends(axes)
 
 
 def time_shares(seconds: Mapping[str, float], save: SavePath = None) -> None:
@@ -187,27 +180,25 @@ def steps_by_context(steps: Sequence[tuple[int, int, StepCosts]], save: SavePath
     """What steps cost over the tokens before them: (k, context, costs) each; the first exit layer is drawn."""
     exit_layer = steps[0][0]
     by_context = {context: costs for k, context, costs in steps if k == exit_layer}
-    contexts = sorted(by_context)
-    costs = [by_context[context] for context in contexts]
-    longest = len(costs[0].verify) - 1
-    lines = {
-        "plain step": [cost.verify[0] for cost in costs],
-        f"verifying {longest} drafts": [cost.verify[longest] for cost in costs],
-        "one draft": [cost.draft for cost in costs],
+    rows = []
+    for context, costs in sorted(by_context.items()):
+        longest = len(costs.verify) - 1
+        times = {
+            "plain step": costs.verify[0],
+            f"verifying {longest} drafts": costs.verify[longest],
+            "one draft": costs.draft,
+        }
+        rows += [(name, context, time) for name, time in times.items()]
+    text = {
+        "xlabel": "tokens before the step",
+        "ylabel": "milliseconds",
+        "xscale": "log",
+        "xticks": list(by_context),
+        "xticklabels": list(by_context),
+        "ylim": (0, None),
+        "title": f"What a step costs as the text grows (exit layer {exit_layer})",
     }
-    with _figure(save, 3.4) as axes:
-        for (name, times), colour in _coloured(lines.items()):
-            axes.plot(contexts, times, "o-", color=colour)
-            _label_end(axes, _End.of(contexts, times, name, colour))
-        axes.set(
-            xlabel="tokens before the step",
-            ylabel="milliseconds",
-            xscale="log",
-            ylim=(0, None),
-            title=f"What a step costs as the text grows (exit layer {exit_layer})",
-        )
-        axes.set_xticks(contexts, labels=map(str, contexts))
-        axes.minorticks_off()
+    curves(pd.DataFrame(rows, columns=["name", "x", "y"]), text, save=save)
 
 
 def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePath = None) -> None:
@@ -234,6 +225,7 @@ def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePat
             _draw_tasks(axes, figures, tasks)
         else:
             _draw_overall(axes, figures, overall)
+        _legend_above(axes)
         axes.set(
             yticks=range(len(names)),
             yticklabels=names,
@@ -259,7 +251,6 @@ def _draw_overall(axes: Axes, figures: pd.DataFrame, overall: pd.DataFrame) -> N
         text = f"{method.speedup:.2f}"
         place = (method.speedup, method.row)
         axes.annotate(text, place, (0, 8), "data", "offset points", color=BLUE, ha="center", weight="bold")
-    _legend_above(axes)
 
 
 def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None:
@@ -272,7 +263,6 @@ def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None
         axes.plot(own.speedup, rows, "o", color=colour, markersize=6, label=task)
     for border in range(1, figures.row.max() + 1):
         axes.axhline(border - 0.5, color="grey", alpha=0.25, linewidth=0.8)
-    _legend_above(axes)
 
 
 def _legend_above(axes: Axes) -> None:
@@ -285,20 +275,6 @@ def _legend_above(axes: Axes) -> None:
         columnspacing=1.2,
         borderaxespad=0.2,
     )
-
-
-def losses(metrics: pd.DataFrame, save: SavePath = None) -> None:
-    """Both heads' losses over the steps of a shallow-gradient fine-tuning."""
-    with _figure(save, 3.4) as axes:
-        exit_head = _trend(axes, metrics.step, metrics.loss_exit, "exit head", BLUE)
-        last_layer = _trend(axes, metrics.step, metrics.loss_main, "last layer", ORANGE)
-        axes.set(
-            xlabel="step",
-            ylabel="cross-entropy (nats a token)",
-            ylim=(0, None),
-            title="What both heads make of human replies",
-        )
-        _label_ends(axes, [exit_head, last_layer])
 
 
 def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
@@ -381,7 +357,7 @@ def _draw_facet(
 
 def curves(
     found: pd.DataFrame,
-    text: Mapping[str, str],
+    text: Mapping[str, Any],
     guide: Sequence[tuple[float, float]] = (),
     log: bool = False,
     save: SavePath = None,
@@ -390,23 +366,23 @@ def curves(
 
     Args:
         found: `name`, `x` and `y`, and `low` and `high` where an interval is known; one point alone is a diamond.
-        text: title, xlabel and ylabel.
+        text: title, xlabel and ylabel, and what else `Axes.set` takes.
         guide: ends of a grey line to compare with.
         log: y in powers of ten.
         save: also write the figure here.
     """
     with _figure(save, 3.6) as axes:
         _guide(axes, guide)
-        ends = []
         for (name, line), colour in _coloured(found.groupby("name", sort=False)):
             # A single point would make no line, so it is drawn larger.
             marker, size = ("o-", 4) if len(line) > 1 else ("D", 7)
-            axes.plot(line.x, line.y, marker, color=colour, markersize=size)
+            axes.plot(line.x, line.y, marker, color=colour, markersize=size, label=name)
             if "low" in line:
                 axes.vlines(line.x, line.low, line.high, color=colour, alpha=0.6)
-            ends.append(_End.of(line.x, line.y, str(name), colour))
         axes.set(**text, yscale="log" if log else "linear")
-        _label_ends(axes, ends)
+        if "xticks" in text:
+            axes.minorticks_off()
+        _label_ends(axes)
 
 
 def scatter(
@@ -501,21 +477,19 @@ def acceptance_and_drift(runs: Mapping[str, pd.DataFrame], bound: float, save: S
         save: also write the figure here.
     """
     with _figure(save, 5.6, nrows=2, sharex=True) as (above, below):
-        accepted, drifts = [], []
         for (name, log), colour in _coloured(runs.items()):
-            accepted.append(_trend(above, log.tokens, log.accept_rate, name, colour))
+            _trend(above, log.tokens, log.accept_rate, name, colour)
             measured = log[log.drift_kl.notna()]
             if len(measured):  # a short run may end before its drift is measured
-                below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3)
-                drifts.append(_End.of(measured.tokens, measured.drift_kl, name, colour))
+                below.plot(measured.tokens, measured.drift_kl, "o-", color=colour, markersize=3, label=name)
         below.axhline(bound, color="grey", linestyle="--", linewidth=1)
         below.annotate(
             "drift_bound", (0, bound), (3, 4), ("axes fraction", "data"), "offset points", color="dimgrey"
         )
         above.set(ylabel="acceptance rate", ylim=(0, None))
         below.set(ylabel="drift (nats a token)", xlabel="response tokens")
-        _label_ends(above, accepted)
-        _label_ends(below, drifts)
+        _label_ends(above)
+        _label_ends(below)
 
 
 def gradients(norms: pd.DataFrame, exit_layer: int, save: SavePath = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -68,11 +68,11 @@ class Responses:
         ends = (self.prompt_lens + self.response_lens)[:, None]
         return self.tokens[(positions >= starts) & (positions < ends)]
 
-    def take(self, rows: Tensor) -> Responses:
+    def take(self, rows: Tensor | slice) -> Responses:
         """Some rows, cut to their longest."""
         prompt_lens = self.prompt_lens[rows]
         response_lens = self.response_lens[rows]
-        width = int((prompt_lens + response_lens).max()) if len(rows) else 0
+        width = int((prompt_lens + response_lens).max()) if len(prompt_lens) else 0
         return Responses(self.tokens[rows, :width], prompt_lens, response_lens)
 
     def stored(self) -> Responses:
@@ -99,14 +99,10 @@ class Rollout(Responses):
         """`size` rows at a time, cut to their longest."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            prompt_lens = self.prompt_lens[rows]
-            response_lens = self.response_lens[rows]
-            width = int((prompt_lens + response_lens).max())
-            longest = int(response_lens.max())
+            taken = self.take(rows)
+            longest = int(taken.response_lens.max())
             yield Rollout(
-                tokens=self.tokens[rows, :width],
-                prompt_lens=prompt_lens,
-                response_lens=response_lens,
+                **vars(taken),
                 verifier_hidden=self.verifier_hidden[rows, :longest],
                 verifier_confidence=self.verifier_confidence[rows, :longest],
                 max_new_tokens=self.max_new_tokens,
@@ -180,7 +176,7 @@ class Records:
     def accepted(self) -> Records:
         """The accepted drafts alone."""
         chosen = self.reward > 0
-        return Records(**{spec.name: getattr(self, spec.name)[chosen] for spec in fields(Records)})
+        return Records(**{name: values[chosen] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -255,11 +251,15 @@ def _rollout(
     ended = torch.isin(answers.tokens, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
     longest = int(response_lens.max())
-    inside = (
-        torch.arange(longest, device=tokens.device) < response_lens[:, None]
-    )  # [B, R]; the rest is cleared
+    # [B, R]; the rest is cleared.
+    inside = torch.arange(longest, device=tokens.device) < response_lens[:, None]
     confidence = answers.confidence[:, :longest]
-    _refuse_not_finite(confidence, inside)
+    broken = (inside & ~confidence.isfinite()).nonzero()
+    if len(broken):
+        row, position = broken[0].tolist()
+        raise DvirlError(
+            f"the verifier's logits for token {position} of its answer to prompt {row} are not finite"
+        )
     tokens = F.pad(tokens, (0, int((prompt_lens + response_lens).max()) - tokens.shape[1]))
     rows, positions = inside.nonzero(as_tuple=True)
     tokens[rows, prompt_lens[rows] + positions] = answers.tokens[rows, positions]
@@ -269,22 +269,8 @@ def _rollout(
     )
 
 
-def _refuse_not_finite(confidence: Tensor, inside: Tensor) -> None:
-    broken = (inside & ~confidence.isfinite()).nonzero()
-    if len(broken):
-        row, position = broken[0].tolist()
-        raise DvirlError(
-            f"the verifier's logits for token {position} of its answer to prompt {row} are not finite"
-        )
-
-
 def replay_blocks(
-    accepted: Sequence[bool],
-    confidence: Sequence[float],
-    settings: DecodeConfig,
-    max_new_tokens: int,
-    tokens: Sequence[int] = (),
-    prompt_len: int = 0,
+    accepted: Sequence[bool], confidence: Sequence[float], settings: DecodeConfig, max_new_tokens: int
 ) -> list[Verification]:
     """Walk the block rule over one response whose drafts do not depend on their place in a block.
 
@@ -293,13 +279,13 @@ def replay_blocks(
         confidence: the draft's, aligned with `accepted`.
         settings: draft_len and threshold.
         max_new_tokens: the length limit of the response.
-        tokens: the response; not given, the blocks commit zeros.
-        prompt_len: the prompt's length, from which `start` counts.
 
     Returns:
-        The blocks after the prefill, as the step-by-step decoder commits them, without their tensors.
+        The blocks after the prefill, as the step-by-step decoder commits them, but without tensors, of tokens 0, and
+        with `start` counted from the response's first token.
     """
-    return replay_depths([accepted], [confidence], settings, max_new_tokens, tokens, prompt_len)
+    response = [0] * (len(accepted) + 1)
+    return replay_depths([accepted], [confidence], settings, max_new_tokens, response, 0)
 
 
 def replay_depths(
@@ -307,12 +293,14 @@ def replay_depths(
     confidence: Sequence[Sequence[float]],
     settings: DecodeConfig,
     max_new_tokens: int,
-    tokens: Sequence[int] = (),
-    prompt_len: int = 0,
+    response: Sequence[int],
+    prompt_len: int,
 ) -> list[Verification]:
-    """The same with a table for the first, second, … draft of a block; deeper drafts take the last one."""
-    length = len(accepted[0]) + 1
-    response = list(tokens) or [0] * length
+    """The same with a table for the first, second, … draft of a block; deeper drafts take the last one.
+
+    The blocks commit the tokens of the response, and `start` counts the prompt.
+    """
+    length = len(response)
     start = 1
     blocks: list[Verification] = []
     while start < length:
@@ -340,13 +328,12 @@ def verifier_states(base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Se
         return base.forward_deep(base.forward_shallow(tokens))
 
 
-def response_index(prompt_lens: Tensor, response_lens: Tensor) -> tuple[Tensor, Tensor]:
+def response_index(response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
-    counts = (response_lens - 1).clamp(min=0)
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    starts = torch.cumsum(counts, 0) - counts
-    positions = torch.arange(len(rows), device=counts.device) - starts[rows] + 1
-    return rows, positions
+    positions = torch.arange(int(response_lens.max()), device=response_lens.device)
+    drafted = (positions < response_lens[:, None])[:, 1:]  # [B, R - 1]
+    rows, columns = drafted.nonzero(as_tuple=True)
+    return rows, columns + 1
 
 
 def draft_logits_at(
@@ -400,7 +387,7 @@ def draft_rollout(model: KangarooModel, rollout: Rollout, draft_len: int) -> Dra
         rollout: the verifier's greedy responses.
         draft_len: drafts of a block, at most.
     """
-    rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    rows, positions = response_index(rollout.response_lens)
     states, exit_hidden = _drafter_states(model, rollout.tokens, max(1, draft_len))
     before = rollout.prompt_lens[rows] + positions - 1
     logits = [model.head_logits(state[rows, before]) for state in states]
@@ -424,7 +411,7 @@ def score_drafts(
         settings: draft_len, threshold and the draft's temperature.
         noise: uniform `[B, R]`, one number a response position, for sampled drafts.
     """
-    rows, positions = response_index(rollout.prompt_lens, rollout.response_lens)
+    rows, positions = response_index(rollout.response_lens)
     # 1) Choose a draft at each position, for every depth of a block.
     drawn = None if noise is None else noise[rows, positions]
     chosen = [choose_tokens(logits, settings.draft_temperature, drawn) for logits in drafts.logits]
@@ -433,52 +420,49 @@ def score_drafts(
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
     agrees = drafted == verified
-    blocks = _replay_rows(rollout, agrees.tolist(), confidence.tolist(), settings)
-    scored, depth = torch.tensor(_scored(rollout, blocks), dtype=torch.long, device=rows.device).view(-1, 2).T
+    blocks, (scored, depth) = _replay_rows(rollout, agrees, confidence, settings)
     table = depth.clamp(max=len(drafted) - 1)
     # 3) Keep the scored ones.
+    row = rows[scored]
+    position = positions[scored]
     hidden = drafts.exit_hidden[scored]
     if model.recurrent:  # later drafts stand on embeddings
-        before = rollout.tokens[rows[scored], rollout.prompt_lens[rows[scored]] + positions[scored] - 1]
+        before = rollout.tokens[row, rollout.prompt_lens[row] + position - 1]
         hidden = torch.where((depth > 0)[:, None], model.base_model.model.embed_tokens(before), hidden)
     records = Records(
         hidden=hidden,
         token=drafted[table, scored],
         reward=agrees[table, scored].float(),
-        verifier_confidence=rollout.verifier_confidence[rows[scored], positions[scored]],
+        verifier_confidence=rollout.verifier_confidence[row, position],
         verifier_token=verified[scored],
-        row=rows[scored],
-        position=positions[scored],
+        row=row,
+        position=position,
         depth=depth,
     )
     return Judgement(records, blocks)
 
 
 def _replay_rows(
-    rollout: Rollout, accepted: list[list[bool]], confidence: list[list[float]], settings: DecodeConfig
-) -> list[list[Verification]]:
-    """The blocks of every row; `accepted` and `confidence` are those of all draftable positions, by depth."""
-    blocks = []
-    offset = 0
-    for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
-        own = slice(offset, offset + max(len(response) - 1, 0))
-        row = ([table[own] for table in accepted], [table[own] for table in confidence])
-        blocks.append(replay_depths(*row, settings, rollout.max_new_tokens, response, prompt_len))
-        offset = own.stop
-    return blocks
+    rollout: Rollout, agrees: Tensor, confidence: Tensor, settings: DecodeConfig
+) -> tuple[list[list[Verification]], Tensor]:
+    """The blocks of every row; and of N scored drafts their indices among all draftable positions and depths, `[2, N]`.
 
-
-def _scored(rollout: Rollout, blocks: list[list[Verification]]) -> list[tuple[int, int]]:
-    """The scored drafts: their indices among all draftable positions, and their places in their blocks."""
+    `agrees` and `confidence`, `[depths, M]`, are those of all draftable positions.
+    """
+    verdicts = agrees.tolist()
+    chances = confidence.tolist()
+    blocks: list[list[Verification]] = []
     scored: list[tuple[int, int]] = []
     offset = 0
-    lengths = zip(rollout.prompt_lens.tolist(), rollout.response_lens.tolist(), strict=True)
-    for (prompt_len, response_len), row_blocks in zip(lengths, blocks, strict=True):
-        for block in row_blocks:
+    for response, prompt_len in zip(rollout.responses(), rollout.prompt_lens.tolist(), strict=True):
+        own = slice(offset, offset + len(response) - 1)
+        row = ([table[own] for table in verdicts], [table[own] for table in chances])
+        blocks.append(replay_depths(*row, settings, rollout.max_new_tokens, response, prompt_len))
+        for block in blocks[-1]:
             first = offset + block.start - prompt_len - 1
             scored += [(first + depth, depth) for depth in range(block.num_drafted)]
-        offset += max(response_len - 1, 0)
-    return scored
+        offset = own.stop
+    return blocks, torch.tensor(scored, dtype=torch.long, device=agrees.device).view(-1, 2).T
 
 
 def decoded_rollout(prompt: Sequence[int], blocks: Sequence[Verification], max_new_tokens: int) -> Rollout:
@@ -516,9 +500,7 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_state
     prompt_len = int(rollout.prompt_lens)
     tokens = [DraftBlock().tokens]
     states = [rollout.verifier_hidden[0, :0]]
-    rewards: list[float] = []
-    positions: list[int] = []
-    depths: list[int] = []
+    places: list[tuple[int, int, bool]] = []
     for block in blocks:
         # Of several chains each follows verified text up to its first reject; the main one may have lost.
         chain = block.main_chain
@@ -527,19 +509,17 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_state
         tokens.append(chain.draft.tokens[:scored])
         hidden = chain.draft.drafter_hidden if head_states else chain.draft.exit_hidden
         states.append(hidden[:scored].to(device))
-        rewards += [float(depth < chain.num_accepted) for depth in range(scored)]
-        positions += range(start, start + scored)
-        depths += range(scored)
-    position = torch.tensor(positions, dtype=torch.long, device=device)
+        places += [(start + depth, depth, depth < chain.num_accepted) for depth in range(scored)]
+    position, depth, accepted = torch.tensor(places, dtype=torch.long, device=device).view(-1, 3).T
     return Records(
         hidden=torch.cat(states),
         token=torch.cat(tokens).to(device),
-        reward=torch.tensor(rewards, device=device),
+        reward=accepted.float(),
         verifier_confidence=rollout.verifier_confidence[0, position],
         verifier_token=rollout.tokens[0, prompt_len + position],
         row=torch.zeros_like(position),
         position=position,
-        depth=torch.tensor(depths, dtype=torch.long, device=device),
+        depth=depth,
     )
 
 

@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dvirl import plots
+from dvirl import cli, plots
 from dvirl.config import DVIConfig
 from dvirl.experiments.experiment import DVIExperiment, refuse_existing, run_experiment
 from dvirl.models.drafters import Draft
-from dvirl.runs import errors, settings
+from dvirl.runs import settings
 from dvirl.train_dvi import make_trainer
 
 parse_args = partial(
@@ -31,7 +29,6 @@ def main(args: Namespace | DVIExperiment) -> Path:
         DvirlError: for bad settings or a bad source, or where there are results of this name already.
     """
     config = settings.from_namespace(DVIExperiment, args)
-    torch.set_num_threads(config.threads)
     refuse_existing(config)
     trainer = make_trainer(settings.narrowed(DVIConfig, config))
     draft = Draft(trainer.model, trainer.loaded, config.target)
@@ -44,4 +41,4 @@ def main(args: Namespace | DVIExperiment) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))
+    sys.exit(cli.main(["experiment", *sys.argv[1:]]))

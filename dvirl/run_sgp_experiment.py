@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dvirl import plots
+from dvirl import cli, plots
 from dvirl.config import SGPConfig
 from dvirl.experiments.experiment import SGPExperiment, refuse_existing, run_experiment
 from dvirl.models.drafters import Draft
-from dvirl.runs import errors, settings
+from dvirl.runs import settings
 from dvirl.train_sgp import make_trainer
 
 parse_args = partial(
@@ -34,4 +34,4 @@ def main(args: Namespace | SGPExperiment) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))
+    sys.exit(cli.main(["sgp-experiment", *sys.argv[1:]]))

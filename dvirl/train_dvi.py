@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from dvirl import cli
 from dvirl.config import DVIConfig, Resumable
 from dvirl.data.stream import PromptSplit, load_prompts
 from dvirl.models.loading import LoadedModel, load
-from dvirl.runs import errors, loop, settings
+from dvirl.runs import loop, settings
 from dvirl.runs.checkpoint import seed_all, step_folder
 from dvirl.runs.log import read_metrics
 from dvirl.runs.processes import Processes
@@ -41,9 +42,8 @@ def make_trainer(
         DvirlError: for settings that do not fit the model or the prompts, or a bad source.
     """
     torch.set_num_threads(config.threads)
-    seed_all(
-        config.seed
-    )  # loading a model draws random numbers, and the draft's first weights come after them
+    # Loading a model draws random numbers, and the draft's first weights come after them.
+    seed_all(config.seed)
     processes = Processes(config.device)  # before the model, since they say which accelerator is whose
     loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
     split = split or processes.once(lambda: load_prompts(config, loaded))
@@ -108,4 +108,4 @@ def _report(trainer: DVITrainer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -228,8 +228,8 @@ class DVITrainer(TrainingLoop):
             slow = self._slow_update_if_due()
         return self._metrics(fast, slow)
 
-    def _slow_update_if_due(self) -> SlowResult | None:
-        """A slow update, or, where lora_S changes the verifier, a measurement of drift; None if none is due."""
+    def _slow_update_if_due(self) -> SlowResult:
+        """A slow update, or, where lora_S changes the verifier, a measurement of drift; empty if none is due."""
         config = self.config
         every = config.slow_every
         look = self.slow_update
@@ -237,7 +237,7 @@ class DVITrainer(TrainingLoop):
             every = DRIFT_EVERY
             look = self.measure_drift
         if not every or self.counters.step % every:
-            return None
+            return SlowResult()
         return look(self.buffer.recent(config.slow_batch * self.processes.count))
 
     def _generate(self, prompts: list[list[int]]) -> Rollout:
@@ -334,14 +334,14 @@ class DVITrainer(TrainingLoop):
         loss = fast_loss(self.decisions(share, batch=batch)) if len(share) else None
         self._take_step(self.fast_optimizer, loss, self.lr)
 
-    def slow_update(self, batch: TrainingBatch) -> SlowResult | None:
-        """One step of lora_D on the accepted tokens of some responses, and of nothing else; None if there are none.
+    def slow_update(self, batch: TrainingBatch) -> SlowResult:
+        """One step of lora_D on the accepted tokens of some responses, and of nothing else; empty if there are none.
 
         The loss is `CE(verifier, token) + beta_kl * KL(verifier || frozen verifier)`, a mean over accepted tokens.
         """
         num_accepted = int((batch.reward > 0).sum())
         if not num_accepted:
-            return None
+            return SlowResult()
         lora.train_only(self.model, self.deep)
         loss = None
         figures: dict[str, Tensor] = {}
@@ -366,13 +366,15 @@ class DVITrainer(TrainingLoop):
     @torch.no_grad()
     def measure_drift(self, batch: TrainingBatch) -> SlowResult:
         """How far the verifier, as it decodes now, is from the untouched model on some responses."""
-        everywhere = torch.ones_like(batch.reward, dtype=torch.bool)
-        verifier = self._verifier_logits(batch, everywhere).log_softmax(dim=-1)
-        untouched = self._verifier_logits(batch, everywhere, without=("lora_S", "lora_D")).log_softmax(dim=-1)
+        every = slice(None)
+        verifier = self._verifier_logits(batch, every).log_softmax(dim=-1)
+        untouched = self._verifier_logits(batch, every, without=("lora_S", "lora_D")).log_softmax(dim=-1)
         divergence, changed = drift(verifier, untouched)
         return SlowResult(drift_kl=float(divergence / len(batch)), drift_tokens=float(changed / len(batch)))
 
-    def _verifier_logits(self, batch: TrainingBatch, chosen: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+    def _verifier_logits(
+        self, batch: TrainingBatch, chosen: Tensor | slice, without: tuple[str, ...] = ()
+    ) -> Tensor:
         """The verifier's float32 logits `[N, V]` at the chosen records, some adapters left out.
 
         Gradients reach only lora_D, and only if nothing is left out.
@@ -434,12 +436,11 @@ class DVITrainer(TrainingLoop):
         recent = fmean(self.rates[-DRIFT_WINDOW:] or [line["accept_rate"]])
         return f"update {line['step']}, recent acceptance rate {recent:.2f}"
 
-    def _metrics(self, fast: dict[str, Any], slow: SlowResult | None) -> StepMetrics:
+    def _metrics(self, fast: dict[str, Any], slow: SlowResult) -> StepMetrics:
         """One log line, and a fresh account of what is served until the next."""
         counters = self.counters
         served = self.served
         self.served = Served(wall_s=counters.wall_s)
-        slow = slow or SlowResult()
         self._guard_drift(served.accept_rate, slow.drift_kl)
         return StepMetrics(
             **fast,

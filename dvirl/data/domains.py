@@ -2,105 +2,10 @@
 
 import inspect
 import random
-from importlib import import_module
+from importlib import import_module, resources
 
-MODULES = [
-    "argparse",
-    "ast",
-    "base64",
-    "bisect",
-    "calendar",
-    "codecs",
-    "collections",
-    "colorsys",
-    "compileall",
-    "configparser",
-    "contextlib",
-    "copy",
-    "csv",
-    "dataclasses",
-    "datetime",
-    "difflib",
-    "dis",
-    "doctest",
-    "email.utils",
-    "enum",
-    "filecmp",
-    "fileinput",
-    "fnmatch",
-    "fractions",
-    "functools",
-    "getopt",
-    "getpass",
-    "gettext",
-    "glob",
-    "gzip",
-    "hashlib",
-    "heapq",
-    "html",
-    "http.cookiejar",
-    "imaplib",
-    "inspect",
-    "ipaddress",
-    "json",
-    "keyword",
-    "linecache",
-    "locale",
-    "logging",
-    "mimetypes",
-    "operator",
-    "optparse",
-    "os",
-    "pathlib",
-    "pdb",
-    "pickle",
-    "pickletools",
-    "pkgutil",
-    "platform",
-    "plistlib",
-    "posixpath",
-    "pprint",
-    "profile",
-    "py_compile",
-    "quopri",
-    "random",
-    "re",
-    "reprlib",
-    "runpy",
-    "sched",
-    "secrets",
-    "shelve",
-    "shlex",
-    "shutil",
-    "socket",
-    "stat",
-    "statistics",
-    "string",
-    "subprocess",
-    "symtable",
-    "sysconfig",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "timeit",
-    "tokenize",
-    "trace",
-    "traceback",
-    "tty",
-    "types",
-    "typing",
-    "unittest.mock",
-    "urllib.parse",
-    "urllib.request",
-    "uuid",
-    "warnings",
-    "wave",
-    "webbrowser",
-    "weakref",
-    "xml.etree.ElementTree",
-    "zipfile",
-]
-"""Modules whose functions are asked about."""
+import yaml
+
 REPLACED = {"getpass.getpass", "inspect.getfile", "pdb.set_trace"}
 """Functions that Jupyter, pytest or torch replace; without them the prompts of all processes are the same."""
 
@@ -113,7 +18,8 @@ def docstring_prompts(count: int | None = None, seed: int = 0) -> list[str]:
         seed: of the order.
     """
     heads = []
-    for name in MODULES:
+    modules = (resources.files("dvirl.data") / "modules.yaml").read_text("utf-8")
+    for name in yaml.safe_load(modules):
         module = import_module(name)
         for function, value in inspect.getmembers(module, inspect.isfunction):
             hidden = function.startswith("_") or f"{name}.{function}" in REPLACED

@@ -18,7 +18,9 @@ from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import write_text
 from dvirl.runs.settings import Settings, number, positional, several
+from kangaroo.decoding.sampling import inverse_cdf
 
 TEMPERATURE = 1.0
 TOP_P = 0.95
@@ -39,13 +41,10 @@ def top_p_sampler(generator: torch.Generator, temperature: float, top_p: float) 
         likeliest, tokens = probabilities.topk(candidates, dim=-1)
         # The nucleus: a token is in it if the likelier ones together have no more than top_p.
         likelier = likeliest.cumsum(dim=-1) - likeliest
-        cumulative = (likeliest * (likelier <= top_p)).cumsum(dim=-1)
-        # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform draw.
-        uniform = torch.rand(len(logits), 1, generator=generator, device=generator.device)
-        threshold = uniform.to(logits.device) * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, threshold, right=True)
-        index = index.clamp(max=candidates - 1)
-        return tokens.gather(1, index).squeeze(1)
+        nucleus = likeliest * (likelier <= top_p)
+        uniform = torch.rand(len(logits), generator=generator, device=generator.device)
+        index = inverse_cdf(nucleus, uniform.to(logits.device))
+        return tokens.gather(1, index[:, None]).squeeze(1)
 
     return sample
 
@@ -76,10 +75,9 @@ class Openers:
 
     def draw(self, rng: random.Random) -> str:
         """One beginning."""
-        shares = [entry["share"] for entry in self.table.values()]
-        kinds = list(self.table)
-        (kind,) = rng.choices(kinds, shares)
-        opener: str = rng.choice(self.table[kind]["openers"])
+        kinds = list(self.table.values())
+        (kind,) = rng.choices(kinds, [kind["share"] for kind in kinds])
+        opener: str = rng.choice(kind["openers"])
         name, other = rng.sample(self.names, 2)
         filled = opener.format(
             name=name,
@@ -196,18 +194,13 @@ def main(config: PromptsConfig) -> Path:
     loaded = load(config.model_name, config.dtype, config.device)
     start, answer, _ = loaded.chat.frame()
     batch = min(64, 4 * config.each)
-    written = []
-    for kind in kinds:
-        prompts = write_prompts(loaded, config.each, config.seed, Openers([kind]), batch)
-        written.append(prompts)
+    written = [write_prompts(loaded, config.each, config.seed, Openers([kind]), batch) for kind in kinds]
     rows: list[str] = []
     for in_turn in zip(*written, strict=True):
         for kind, prompt in zip(kinds, in_turn, strict=True):
             text = loaded.tokenizer.decode(prompt[len(start) : -len(answer)])
             row = {"question_id": len(rows), "category": kind, "turns": [text]}
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(rows), encoding="utf-8")
-    print(f"written: {out}, {len(rows)} prompts")
-    return out
+    write_text(config.out, "".join(rows))
+    print(f"written: {config.out}, {len(rows)} prompts")
+    return Path(config.out)

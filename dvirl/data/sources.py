@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -124,9 +125,8 @@ def _wrapped_rows(member: Any) -> list[Any]:
     if not has_type(member, list[dict[str, Any]]):
         return []
     rows = [row.get("row", row) for row in member]  # the hub's viewer puts each into another object
-    fields = ROW_FIELDS.union(CONVERSATIONS)
     # The turns of a conversation are objects too, but have no field of a row.
-    return rows if any(has_type(row, dict[str, Any]) and fields & row.keys() for row in rows) else []
+    return rows if any(_has_any(row, *ROW_FIELDS, *CONVERSATIONS) for row in rows) else []
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
@@ -156,24 +156,22 @@ def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
         raise DvirlError(f"{name!r}: no such file, and no readable data set on the hub ({reason})") from error
 
 
+def _has_any(row: Any, *names: str) -> bool:
+    """Whether a row is an object with one of these fields."""
+    return isinstance(row, dict) and not row.keys().isdisjoint(names)
+
+
 def _text(row: Any, key: str) -> str:
-    text = row.get(key) if isinstance(row, dict) else None
+    text = row[key] if _has_any(row, key) else None
     if not isinstance(text, str) or not text.strip():
         raise DvirlError(f"expected an object with a non-empty string {key!r}")
     return text
 
 
-def _texts(values: Any, what: str) -> tuple[str, ...]:
+def _texts(values: Any) -> tuple[str, ...]:
     if not has_type(values, list[str]) or not values or not all(text.strip() for text in values):
-        raise DvirlError(f"expected {what!r} to be a list of non-empty strings")
+        raise DvirlError("expected 'turns' to be a list of non-empty strings")
     return tuple(values)
-
-
-def _category(row: dict[str, Any]) -> str:
-    category = row.get("category") or ""
-    if not isinstance(category, str):
-        raise DvirlError("expected 'category' to be a string")
-    return category
 
 
 def parse_conversation(row: Any, exchange: bool = False) -> Prompt:
@@ -186,8 +184,7 @@ def parse_conversation(row: Any, exchange: bool = False) -> Prompt:
         row: the object that holds it.
         exchange: take the first question and its answer, whoever has the last turn.
     """
-    named = [row[name] for name in CONVERSATIONS if isinstance(row, dict) and name in row]
-    turns = named[0] if named else None
+    turns = next((row[name] for name in CONVERSATIONS if _has_any(row, name)), None)
     if not turns or not has_type(turns, list[dict[str, Any]]):
         expected = f"expected a non-empty list of turns under one of {', '.join(CONVERSATIONS)}"
         raise DvirlError(f"{expected}, not {turns!r:.40}")
@@ -238,15 +235,14 @@ def parse_dolly(row: Any) -> Prompt:
 
 def parse_jsonl(row: Any) -> Prompt:
     """`{"prompt": …}`, `{"turns": [user, assistant, user, …]}` that ends with the user, or a conversation."""
-    if isinstance(row, dict) and isinstance(row.get("prompt"), list):
+    if _has_any(row, "prompt") and isinstance(row["prompt"], list):
         return parse_conversation({"messages": row["prompt"]})
-    if isinstance(row, dict) and not row.keys().isdisjoint(CONVERSATIONS):
+    if _has_any(row, *CONVERSATIONS):
         return parse_conversation(row)
-    if not isinstance(row, dict) or row.keys().isdisjoint(("prompt", "turns")):
+    if not _has_any(row, "prompt", "turns"):
         fields = ", ".join(("prompt", "turns", *CONVERSATIONS))
         raise DvirlError(f"expected an object with one of {fields}, not {row!r:.80}")
-    has_turns = "turns" in row
-    turns = _texts(row["turns"], "turns") if has_turns else (_text(row, "prompt"),)
+    turns = _texts(row["turns"]) if "turns" in row else (_text(row, "prompt"),)
     if len(turns) % 2 == 0:
         raise DvirlError(f"'turns' has {len(turns)} entries; expected an odd number, the user's last")
     return Prompt(turns, str(row.get("category", "")))
@@ -257,10 +253,12 @@ def parse_spec_bench(row: Any) -> list[Prompt]:
 
     Its category may be missing.
     """
-    if not isinstance(row, dict) or "question_id" not in row:
+    if not _has_any(row, "question_id"):
         raise DvirlError("expected an object with 'question_id', 'category' and 'turns'")
-    category = _category(row)
-    return [Prompt((turn,), category) for turn in _texts(row.get("turns"), "turns")]
+    category = row.get("category") or ""
+    if not isinstance(category, str):
+        raise DvirlError("expected 'category' to be a string")
+    return [Prompt((turn,), category) for turn in _texts(row.get("turns"))]
 
 
 def parse_supervised(row: Any) -> list[Prompt]:
@@ -269,15 +267,13 @@ def parse_supervised(row: Any) -> list[Prompt]:
     In Dolly's schema with its response, in Alpaca's with its output, in self-instruct's
     `{"instruction", "instances": [{"input", "output"}]}`, or the first exchange of a conversation.
     """
-    if isinstance(row, dict) and not row.keys().isdisjoint(CONVERSATIONS):
+    if _has_any(row, *CONVERSATIONS):
         prompt = parse_conversation(row, exchange=True)
         if not prompt.response.strip():
             raise DvirlError("expected a conversation with an answer after its first question")
         return [prompt]
-    if not isinstance(row, dict) or "instances" not in row:
-        answer = (
-            "output" if isinstance(row, dict) and "response" not in row and "output" in row else "response"
-        )
+    if not _has_any(row, "instances"):
+        answer = "output" if _has_any(row, "output") and "response" not in row else "response"
         return [replace(parse_dolly(row), response=_text(row, answer))]
     instances = row["instances"]
     if not instances or not has_type(instances, list[dict[str, Any]]):
@@ -299,6 +295,16 @@ PARSERS: dict[str, Callable[[Any], Prompt | list[Prompt]]] = {
 }
 
 
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Begin the message of an error inside with the place of the row."""
+    try:
+        yield
+    except DvirlError as error:
+        message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+        raise DvirlError(message) from error
+
+
 def parsed_rows(
     source: str, parse: Callable[[Any], Parsed], on_bad_row: str = "refuse"
 ) -> Iterator[tuple[str, Parsed]]:
@@ -315,13 +321,10 @@ def parsed_rows(
 
     def parsed(place: tuple[str, Any]) -> tuple[str, Parsed]:
         where, row = place
-        try:
+        with placed(where):
             if isinstance(row, DvirlError):
                 raise row
             return where, parse(row)
-        except DvirlError as error:
-            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            raise DvirlError(message) from error
 
     return usable(read_rows(source), parsed, on_bad_row, f"rows of {source}")
 

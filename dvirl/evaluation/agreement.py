@@ -70,7 +70,7 @@ def _judge_drafts(model: KangarooModel, responses: Responses) -> Tensor:
     device = model.head_model.weight.device
     tokens = responses.tokens.long().to(device)
     prompt_lens = responses.prompt_lens.to(device)
-    rows, positions = response_index(prompt_lens, responses.response_lens.to(device))
+    rows, positions = response_index(responses.response_lens.to(device))
     verified = tokens[rows, prompt_lens[rows] + positions]
     # Index 1 of a response is the first token that can be drafted: the prefill gives index 0.
     logits, _ = draft_logits_at(model, tokens, prompt_lens, rows, positions)
@@ -118,7 +118,7 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
         A row for every layer (0 is the embedding) and position: `layer`, `question_id` (the response's row), `rank` of
         the last layer's token among this layer's, from 1, and `accepted`, 1 where that rank is 1.
     """
-    rows, positions = response_index(responses.prompt_lens, responses.response_lens)
+    rows, positions = response_index(responses.response_lens)
     before = responses.prompt_lens[rows] + positions - 1  # each state predicts the next token
     states = base(responses.tokens.long(), output_hidden_states=True).hidden_states
     *lower, last = [state[rows, before] for state in states]

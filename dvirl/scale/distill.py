@@ -534,7 +534,7 @@ class Distiller(TrainingLoop):
 
     def _positions(self, batch: Responses, states: Tensor, padded: bool) -> tuple[Tensor, ...]:
         """The inputs of `_Objective`; for CUDA padded to one of a few shapes, so that each is captured once."""
-        rows, positions = response_index(batch.prompt_lens, batch.response_lens)
+        rows, positions = response_index(batch.response_lens)
         before = batch.prompt_lens[rows] + positions - 1
         tokens = batch.tokens
         count = len(rows)
