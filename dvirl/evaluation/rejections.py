@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from dvirl import plots
+from dvirl.evaluation.report import write_out
 from dvirl.metrics import FACETS, accept_rates
 from dvirl.models.streaming import UNDECODED
-from dvirl.rollout import Rollout, draft_rollout, response_index, score_drafts
+from dvirl.rollout import Rollout, draft_rollout, score_drafts
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import numbered, parse_line, read_text, to_plain, write_json
+from dvirl.runs.log import numbered, parse_line, read_text, to_plain
 from dvirl.runs.settings import Settings, has_type, positional, several
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.sampling import choose_tokens
@@ -29,9 +30,12 @@ BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 ANSWER = ("method", "question_id", "category")
 """What a trace notes of every answer, at least."""
 EVENT: dict[str, Any] = {
-    **dict.fromkeys(("position", "at", "accepted"), list[int]),
+    "position": list[int],
+    "at": list[int],
+    "accepted": list[int],
     "confidence": list[float | None],
-    **dict.fromkeys(("drafted", "verified"), list[int]),
+    "drafted": list[int],
+    "verified": list[int],
     "token_class": list[str],
 }
 """What it notes of every scored draft, see `accept_events`, and the type of each list."""
@@ -90,11 +94,9 @@ def token_class(text: str, before: str = "") -> str:
         return "word part" if joins else "word"
     if any(map(str.isnumeric, text)):
         return "number"
-    categories = {unicodedata.category(letter) for letter in text if not letter.isspace()}
+    categories = map(unicodedata.category, "".join(text.split()))
     symbols = ("P", "Sc", "Sk", "Sm")  # punctuation, currency, modifiers, mathematics
-    if all(category.startswith(symbols) for category in categories):
-        return "punctuation"
-    return "other"
+    return "punctuation" if all(category.startswith(symbols) for category in categories) else "other"
 
 
 def accept_events(
@@ -121,7 +123,7 @@ def accept_events(
         token_class: `token_class` of the verifier's token.
     """
     response = [token for block in blocks for token in block.committed]
-    texts = [words(token) for token in response]
+    texts = list(map(words, response))
     rows = []
     for block in blocks:
         tokens = block.draft.tokens.tolist()
@@ -153,8 +155,7 @@ def read_trace(path: str | Path) -> pd.DataFrame:
     for where, line in numbered(path, read_text(path)):
         answer = parse_line(where, line, dict)
         typed = all(has_type(answer.get(name), kind) for name, kind in kinds.items())
-        lengths = {len(answer[name]) for name in EVENT} if typed else set()
-        if len(lengths) != 1:
+        if not typed or len({len(answer[name]) for name in EVENT}) > 1:
             expected = f"{', '.join(ANSWER)} and, of one length, the lists {', '.join(EVENT)}"
             raise DvirlError(f"{where}: no accept events of an answer; expected {expected}")
         answers.append(answer)
@@ -187,34 +188,26 @@ def judged_events(
         about: what to note of each answer.
     """
     drafts = draft_rollout(model, rollout, how.draft_len)
-    judgement = score_drafts(model, rollout, drafts, how)
-    records = judgement.records
+    records = score_drafts(model, rollout, drafts, how).records
     row = records.row
-    # Records have no confidence of the draft: it is looked up by row and response index.
-    rows, indices = response_index(rollout.response_lens)
-    confidence_at = torch.zeros(
-        len(drafts.logits), *rollout.tokens.shape, dtype=torch.float64, device=row.device
-    )
-    for depth, logits in enumerate(drafts.logits):
-        confidence_at[depth, rows, indices] = choose_tokens(logits)[1].double()
-    depths = records.depth.clamp(max=len(drafts.logits) - 1)
+    # Records have no confidence of the draft: each row's are found after those of the rows before it.
+    confidence = torch.stack([choose_tokens(logits)[1] for logits in drafts.logits])  # [depths, N]
+    depths = records.depth.clamp(max=len(confidence) - 1)
+    counts = (rollout.response_lens - 1).clamp(min=0)
+    index = (counts.cumsum(0) - counts)[row] + records.position - 1
     before = rollout.tokens[row, rollout.prompt_lens[row] + records.position - 1]
-    positions: list[int] = []
-    for blocks in judgement.blocks:
-        for block in blocks:
-            positions += range(block.num_drafted)
-    notes = pd.DataFrame(about)
-    events = notes.iloc[row.tolist()].reset_index(drop=True)
-    events["position"] = positions
-    events["at"] = records.position.tolist()
-    events["accepted"] = records.reward.long().tolist()
-    events["confidence"] = confidence_at[depths, row, records.position].round(decimals=4).tolist()
-    events["drafted"] = records.token.tolist()
-    events["verified"] = records.verifier_token.tolist()
-    texts = map(words, events.verified)
-    texts_before = map(words, before.tolist())
-    events["token_class"] = list(map(token_class, texts, texts_before))
-    return events
+    verified = records.verifier_token.tolist()
+    classes = map(token_class, map(words, verified), map(words, before.tolist()))
+    answers = pd.DataFrame(about).iloc[row.tolist()].reset_index(drop=True)
+    return answers.assign(
+        position=records.depth.tolist(),
+        at=records.position.tolist(),
+        accepted=records.reward.long().tolist(),
+        confidence=confidence[depths, index].double().round(decimals=4).tolist(),
+        drafted=records.token.tolist(),
+        verified=verified,
+        token_class=list(classes),
+    )
 
 
 @dataclass(frozen=True)
@@ -245,22 +238,19 @@ def main(config: TraceConfig) -> dict[str, dict[str, Any]]:
     """
     events = read_trace(config.trace)
     known = list(events.method.unique())
-    methods = config.method or known
-    if not known or not set(methods) <= set(known):
+    if not known or not set(config.method) <= set(known):
         expected = config.method or "a method"
         raise DvirlError(f"{config.trace}: expected drafts of {expected}; it has {known or 'none'}")
-    events = events[events.method.isin(methods)]
+    events = events[events.method.isin(config.method or known)]
     figures: dict[str, dict[str, Any]] = {}
     for name, drafts in events.groupby("method", sort=False):
         print(f"{name}: {drafts.accepted.mean():.3f} of {len(drafts)} scored drafts accepted")
-        tables = {}
+        tables = figures[str(name)] = {}
         for facet in FACETS:
             rates = accept_rates(drafts, facet)
             print(rates.to_string(float_format="{:.3f}".format))
             tables[facet] = rates.reset_index().to_dict("records")
-        figures[str(name)] = tables
-    if config.out:
-        write_json(config.out, {"arguments": asdict(config), "figures": figures})
+    write_out(config, figures=figures)
     if config.figure:
         plots.rejections(events, config.figure)
     return figures

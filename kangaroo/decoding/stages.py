@@ -162,9 +162,7 @@ class Stage:
             hidden = layer(hidden, plan, keys, values)
         return hidden.view(states.shape)
 
-    def best(
-        self, states: Tensor, two: bool = False, ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def best(self, states: Tensor, two: bool = False, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The likeliest token of each normed state `[…, D]`, and its probability in float32.
 
         Args:
