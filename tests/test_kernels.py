@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
@@ -16,8 +17,9 @@ if not torch.cuda.is_available():
 from conftest import tiny_config
 
 from kangaroo.adapter import DecoderLayer, rotary_for
+from kangaroo.decoding import kernels
 from kangaroo.decoding.cache import FixedShape, KVCache
-from kangaroo.decoding.kernels import FusedLayer, best_tokens, plan_fused, supports
+from kangaroo.decoding.kernels import FusedLayer, best_tokens, fused, normed, plan_fused, supports
 from kangaroo.decoding.layers import CachedLayer
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.stages import Stage, StageWeights
@@ -39,11 +41,11 @@ def random_layer(config, feed_forward: bool, seed: int) -> DecoderLayer:
 def stages(layer: DecoderLayer, config, rows: int, window=None, dtype=torch.float32) -> tuple[Stage, Stage]:
     """The layer as a stage by our kernels, and by torch's products, over equal caches."""
     found = []
-    for fused in (True, False):
+    for by_own in (True, False):
         like = torch.empty(0, dtype=dtype, device=DEVICE)
         cache = KVCache(config, [DEVICE], rows, CAPACITY, like, window)
         cached = CachedLayer(layer, dtype)
-        cached.kernels = FusedLayer(layer, dtype) if fused else None
+        cached.kernels = FusedLayer(layer, dtype) if by_own else None
         passes = Passes(DEVICE, positions=1)
         found.append(Stage(StageWeights([cached]), rotary_for(config), cache, passes))
     torch.manual_seed(7)
@@ -55,9 +57,12 @@ def stages(layer: DecoderLayer, config, rows: int, window=None, dtype=torch.floa
     return found[0], found[1]
 
 
-def run(stage: Stage, states: torch.Tensor, starts: list[int]) -> torch.Tensor:
+def run(
+    stage: Stage, states: torch.Tensor, starts: list[int], settled: list[int] | None = None
+) -> torch.Tensor:
     stage.cache.lengths = list(starts)
-    stage.passes.fixed = FixedShape(torch.tensor(starts, device=DEVICE), CAPACITY)
+    known = None if settled is None else torch.tensor(settled, device=DEVICE)
+    stage.passes.fixed = FixedShape(torch.tensor(starts, device=DEVICE), CAPACITY, known)
     return stage(states)
 
 
@@ -128,6 +133,34 @@ def test_a_row_has_the_same_bits_alone_and_among_others(start):
     assert_same(run(pair, batch, [start, 77])[:1], together)
 
 
+def test_slots_of_passes_before_and_in_several_spans_give_the_same(monkeypatch):
+    """A program reads a span of chunks, what earlier passes wrote before it waits; of several spans one is made."""
+    config = tiny_config(hidden_size=64)
+    layer = random_layer(config, feed_forward=True, seed=4)
+    states = torch.randn(2, 3, 64, device=DEVICE)
+    starts = [30, 160]
+    whole = run(stages(layer, config, 2)[0], states, starts)
+    assert_same(run(stages(layer, config, 2)[0], states, starts, settled=[0, 131]), whole)
+    monkeypatch.setattr(kernels, "SPAN_BYTES", 1)  # a chunk each
+    torch.testing.assert_close(run(stages(layer, config, 2)[0], states, starts), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_norms_and_maps_of_two_states(rows):
+    states, feedback, weight = (
+        torch.randn(shape, device=DEVICE) for shape in ((rows, 48), (rows, 48), (48, 96))
+    )
+    scale = torch.randn(48, device=DEVICE)
+    torch.testing.assert_close(normed(states, scale, 1e-3), F.rms_norm(states, (48,), scale, 1e-3))
+    halves = weight.view(48, 2, 48).transpose(0, 1).contiguous()
+    expected = torch.cat([states, feedback], dim=1) @ weight.T
+    torch.testing.assert_close(fused(states, None, feedback, halves), expected, atol=1e-4, rtol=1e-4)
+    table = torch.randn(30, 48, device=DEVICE)
+    tokens = torch.arange(rows, device=DEVICE) % 30
+    table[tokens] = states
+    torch.testing.assert_close(fused(table, tokens, feedback, halves), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_likeliest_token_and_its_probability(rows):
     states = torch.randn(rows, 40, device=DEVICE)
@@ -140,6 +173,8 @@ def test_the_likeliest_token_and_its_probability(rows):
     assert torch.equal(again, tokens[:, :1])
     both, same = best_tokens(states, head, two=True)
     assert torch.equal(both, (states @ head.T).topk(2).indices.T) and torch.equal(same, confidence)
+    ids = torch.randperm(1000, device=DEVICE)[:300]
+    assert torch.equal(best_tokens(states, head, two=True, ids=ids)[0], ids[both])
 
 
 def test_shapes_that_are_not_computed_are_known():

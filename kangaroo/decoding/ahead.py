@@ -88,8 +88,9 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
         if goes_on and len(looks) < UNDER_WAY and max(room) > expected:
             longest = max(len(text.tokens) for text in texts) + len(looks) * (plan.longest + 1)
             looks.append(blocks.start(longest))
-            for text in texts if blocks.ms else ():
-                text.policy.timed(plan, blocks.ms)
+            if blocks.ms is not None:
+                for text in texts:
+                    text.policy.timed(plan, blocks.ms)
         elif looks:
             results = blocks.look(looks.popleft(), texts)
             committed += sum(result.block_len for result in results if result)

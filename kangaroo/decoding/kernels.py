@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -47,6 +47,18 @@ HELD_BYTES = 48 * 1024
 """Weights that a program reads before it waits for the kernel before, at most; they stay in its registers."""
 EVERYTHING = 1 << 30
 """A window that no text fills."""
+
+
+@triton.jit
+def _at(row, column, width):
+    """Where some rows and columns of a matrix lie."""
+    return row[:, None] * width + column[None, :]
+
+
+@triton.jit
+def _both(of_row, of_column):
+    """A mask of rows and columns."""
+    return of_row[:, None] & of_column[None, :]
 
 
 @triton.jit
@@ -83,7 +95,7 @@ def _held(
     """The first pieces of some columns of a weight. No kernel changes them: they are read while the one before ends."""
     pieces = ()
     for step in tl.static_range(HELD):
-        pieces += (_weights(weight, column, _places(step, S, BLOCK_K), N, K),)
+        pieces += (_weights(weight, column, _places(step, S, BLOCK_K), N, K),)  # type: ignore[assignment]
     return pieces
 
 
@@ -104,7 +116,7 @@ def _product(
     squares = tl.zeros((16,), dtype=tl.float32)
     read = ()
     for step in tl.static_range(HELD):
-        read += (_states(x, row, live, _places(step, S, BLOCK_K), K),)
+        read += (_states(x, row, live, _places(step, S, BLOCK_K), K),)  # type: ignore[assignment]
     for step in tl.static_range(HELD):
         total = tl.dot(read[step], held[step], total, input_precision=precision)
         squares += _squares(read[step])
@@ -142,8 +154,8 @@ def _project(
     width: tl.constexpr = N // 2 if GATE else N
     left: tl.constexpr = BLOCK_N // 2 if GATE else BLOCK_N
     to = tl.program_id(0) * left + tl.arange(0, left)
-    place = row[:, None] * width + to[None, :]
-    kept = live[:, None] & (to < width)[None, :]
+    place = _at(row, to, width)
+    kept = _both(live, to < width)
     if PDL:
         gdc_wait()
     if ADD:
@@ -175,7 +187,6 @@ def _qkv(
     In the weights `[(H + 2 G) E, K]` of a head the two numbers that rotary turns together stand side by side.
     """
     N: tl.constexpr = (H + 2 * G) * E  # noqa: N806
-    half: tl.constexpr = E // 2
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = row < rows
@@ -188,8 +199,8 @@ def _qkv(
     text = row // T
     slot = tl.load(starts + text, mask=live, other=0) + row % T
     fits = live & (slot < capacity)
-    turned = fits[:, None] & (head < H + G)[None, :]
-    angle = slot[:, None] * E + place[None, :]
+    turned = _both(fits, head < H + G)
+    angle = _at(slot, place, E)
     c = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
     s = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
     if PDL:
@@ -203,19 +214,18 @@ def _qkv(
     kind = queries.dtype.element_ty
     left = (first * c - second * s).to(kind)
     right = (second * c + first * s).to(kind)
-    is_query = live[:, None] & (head < H)[None, :]
-    to = row[:, None] * (H * E) + (head * E + place)[None, :]
-    tl.store(queries + to, left, mask=is_query)
-    tl.store(queries + to + half, right, mask=is_query)
-    group = (head - H) % G
-    to = ((text * G)[:, None] + group[None, :]) * capacity + slot[:, None]
+    to = _at(row, head * E + place, H * E)
+    _store_pairs(queries + to, left, right, E, _both(live, head < H))
+    to = _at(text * G, (head - H) % G, 1) * capacity + slot[:, None]
     to = to * E + place[None, :]
-    is_key = fits[:, None] & (head >= H)[None, :] & (head < H + G)[None, :]
-    tl.store(keys + to, left, mask=is_key)
-    tl.store(keys + to + half, right, mask=is_key)
-    is_value = fits[:, None] & (head >= H + G)[None, :] & (pair < N)[None, :]
-    tl.store(values + to, left, mask=is_value)
-    tl.store(values + to + half, right, mask=is_value)
+    _store_pairs(keys + to, left, right, E, turned & (head >= H)[None, :])
+    _store_pairs(values + to, left, right, E, _both(fits, (head >= H + G) & (pair < N)))
+
+
+@triton.jit
+def _store_pairs(to, left, right, E: tl.constexpr, kept):
+    tl.store(to, left, mask=kept)
+    tl.store(to + E // 2, right, mask=kept)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -244,8 +254,8 @@ def _fuse(
     total = tl.zeros((S, 16, BLOCK_N), dtype=tl.float32)
     total, _ = _product(feedback, row, live, other, held_other, column, total, N, K, S, BLOCK_K, HELD, EXACT)
     total, _ = _product(x, from_row, live, weight, held, column, total, N, K, S, BLOCK_K, HELD, EXACT)
-    kept = live[:, None] & (column[None, :] < N)
-    place = row[:, None] * N + column[None, :]
+    kept = _both(live, column < N)
+    place = _at(row, column, N)
     tl.store(out + place, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=kept)
 
 
@@ -263,25 +273,6 @@ def _norm(x, weight, out, eps, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.con
     values = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     normed = values / tl.sqrt(tl.sum(values * values, axis=0) / K + eps) * scale
     tl.store(out + row, normed.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _write(
-    total, total_up, bias, residual, out, row, column, rows,
-    N: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Store sums of a product `[16, columns]`, after bias, gate and residual."""
-    kept = (row[:, None] < rows) & (column[None, :] < N)
-    if BIAS:
-        total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        if GATE:
-            total_up += tl.load(bias + N + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    if GATE:
-        total = total / (1.0 + tl.exp(-total)) * total_up
-    place = row[:, None] * N + column[None, :]
-    if ADD:
-        total += tl.load(residual + place, mask=kept, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["T", "capacity", "window"])
@@ -308,41 +299,52 @@ def _attend(
     start = tl.load(starts + text)
     known = tl.load(settled + text)
     stored = ((text * G + head // (H // G)) * capacity + slot) * E
-    key_at = keys + stored[:, None, :] + column[None, :, None]
-    value_at = values + stored[:, :, None] + column[None, None, :]
-    old = slot < known
-    key = tl.load(key_at, mask=old[:, None, :] & in_head[None, :, None], other=0.0)
-    value = tl.load(value_at, mask=old[:, :, None] & in_head[None, None, :], other=0.0)
+    key, value = _slots(keys, values, stored, slot < known, column, in_head, 0.0, 0.0)
     if PDL:
         gdc_wait()
     position = start + token
-    at = (place[:, None] * H + head) * E + column[None, :]
-    query = tl.load(queries + at, mask=own[:, None] & in_head[None, :], other=0.0)
+    at = _at(place * H + head, column, E)
+    kept = _both(own, in_head)
+    query = tl.load(queries + at, mask=kept, other=0.0)
     new = (slot >= known) & (slot < start + T) & (slot < capacity)
-    key = tl.load(key_at, mask=new[:, None, :] & in_head[None, :, None], other=key)
-    value = tl.load(value_at, mask=new[:, :, None] & in_head[None, None, :], other=value)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    key, value = _slots(keys, values, stored, new, column, in_head, key, value)
+    back = position[None, :, None] - slot[:, None, :]
     query = tl.broadcast_to(query[None], (SPAN, 16, E2))
-    scores = tl.dot(query, key, input_precision=precision) * scale  # [SPAN, 16, CHUNK]
-    seen = (slot[:, None, :] <= position[None, :, None]) & (
-        slot[:, None, :] > position[None, :, None] - window
-    )
-    scores = tl.where(seen, scores, float("-inf"))
-    top = tl.max(scores, axis=2)
-    weights = tl.exp(scores - _finite(top)[:, :, None])
-    mixed = tl.dot(weights.to(value.dtype), value, input_precision=precision)  # [SPAN, 16, E2]
-    highest = tl.max(top, axis=0)
-    share = tl.exp(top - _finite(highest)[None, :])
-    total = tl.sum(share * tl.sum(weights, axis=2), axis=0)
-    mixed = tl.sum(share[:, :, None] * mixed, axis=0)
-    kept = own[:, None] & in_head[None, :]
+    highest, total, mixed = _mix(query, key, value, (back >= 0) & (back < window), scale, EXACT)
     if SPANS == 1:
         tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=kept)
     else:
         part = (place * H + head) * SPANS + span
         tl.store(statistics + part * 2, highest, mask=own)
         tl.store(statistics + part * 2 + 1, total, mask=own)
-        tl.store(partial + part[:, None] * E + column[None, :], mixed, mask=kept)
+        tl.store(partial + _at(part, column, E), mixed, mask=kept)
+
+
+@triton.jit
+def _slots(keys, values, stored, wanted, column, in_head, key, value):
+    """Keys `[SPAN, E, CHUNK]` and values `[SPAN, CHUNK, E]` of the slots that are wanted, else those given."""
+    mask = wanted[:, None, :] & in_head[None, :, None]
+    key = tl.load(keys + stored[:, None, :] + column[None, :, None], mask=mask, other=key)
+    mask = wanted[:, :, None] & in_head[None, None, :]
+    return key, tl.load(values + stored[:, :, None] + column[None, None, :], mask=mask, other=value)
+
+
+@triton.jit
+def _mix(query, key, value, seen, scale, EXACT: tl.constexpr):
+    """Attention over chunks of slots: of each row the highest score, the sum of exponentials, the values mixed by it.
+
+    Queries `[SPAN, 16, E]`, keys `[SPAN, E, CHUNK]`, values `[SPAN, CHUNK, E]`; each chunk is summed by itself.
+    """
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    scores = tl.dot(query, key, input_precision=precision) * scale  # [SPAN, 16, CHUNK]
+    scores = tl.where(seen, scores, float("-inf"))
+    top = tl.max(scores, axis=2)
+    weights = tl.exp(scores - _finite(top)[:, :, None])
+    mixed = tl.dot(weights.to(value.dtype), value, input_precision=precision)  # [SPAN, 16, E]
+    highest = tl.max(top, axis=0)
+    share = tl.exp(top - _finite(highest)[None, :])
+    total = tl.sum(share * tl.sum(weights, axis=2), axis=0)
+    return highest, total, tl.sum(share[:, :, None] * mixed, axis=0)
 
 
 @triton.jit
@@ -405,10 +407,8 @@ def _choose(
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for start in range(0, K, BLOCK_K):
         k = start + inner
-        inside = (row < rows)[:, None] & (k < K)[None, :]
-        values = tl.load(x + row[:, None] * K + k[None, :], mask=inside, other=0.0)
-        wanted = (column < N)[None, :] & (k < K)[:, None]
-        used = tl.load(weight + column[None, :] * K + k[:, None], mask=wanted, other=0.0)
+        values = tl.load(x + _at(row, k, K), mask=_both(row < rows, k < K), other=0.0)
+        used = tl.load(weight + tl.trans(_at(column, k, K)), mask=_both(k < K, column < N), other=0.0)
         logits = tl.dot(values, used, logits, input_precision=precision)
     logits = tl.where(column[None, :] < N, logits, float("-inf"))
     top = tl.max(logits, axis=1)
@@ -597,18 +597,12 @@ class FusedLayer:
         self.groups = attention.num_groups
         self.size = attention.head_dim
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        joined = _joined(layer.input_layernorm, inputs, dtype)
-        self._qkv = replace(
-            joined, weight=_paired(joined.weight, self.size), bias=_paired(joined.bias, self.size)
-        )
+        self._qkv = _paired(_joined(layer.input_layernorm, inputs, dtype), self.size)
         self._out = _joined(None, [attention.o_proj], dtype)
         self._gate_up: Projection | None = None
         if layer.feed_forward:
             joined = _joined(layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
-            size = len(joined.weight)
-            self._gate_up = Projection(
-                _paired(joined.weight, size), _paired(joined.bias, size), joined.eps, gate=True
-            )
+            self._gate_up = replace(_paired(joined, len(joined.weight)), gate=True)
             self._down = _joined(None, [layer.mlp.down_proj], dtype)
 
     def __call__(self, hidden: Tensor, plan: FusedPass, keys: Tensor, values: Tensor) -> Tensor:
@@ -666,14 +660,14 @@ def _joined(
     return Projection((weight * norm.weight.detach().float()).to(dtype), bias, norm.eps)
 
 
-PerRow = TypeVar("PerRow", Tensor, Tensor | None)
+def _paired(joined: Projection, size: int) -> Projection:
+    """Of every `size` rows the first half and the second half in turn."""
 
+    def paired(rows: Tensor) -> Tensor:
+        return rows.view(-1, 2, size // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
-def _paired(joined: PerRow, size: int) -> PerRow:
-    """The rows of every `size`, its first half and its second half in turn."""
-    if joined is None:
-        return joined
-    return joined.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    bias = None if joined.bias is None else paired(joined.bias)
+    return replace(joined, weight=paired(joined.weight), bias=bias)
 
 
 def best_tokens(

@@ -160,7 +160,9 @@ class Fuse:
 
     def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:
         self.embeddings = embeddings
-        self.halves = weight.unflatten(1, (2, -1)).transpose(0, 1).contiguous() if weight.is_cuda else weight
+        self.halves = (
+            weight.view(len(weight), 2, -1).transpose(0, 1).contiguous() if weight.is_cuda else weight
+        )
         self._product = product(weight)
 
     def __call__(self, inputs: Tensor, feedback: Tensor) -> Tensor:

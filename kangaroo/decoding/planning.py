@@ -10,7 +10,7 @@ from kangaroo.decoding.costs import StepCosts, expected_tokens
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
 WIDEST = 7
-"""Drafts of a chain beside others, at most: with the token before them half a tile of our kernels."""
+"""Drafts of a chain beside another, at most: with the token before them half a tile of our kernels."""
 CLEARLY = 1.03
 """Ratio of speeds from which another plan is taken."""
 DECAY = 0.97
@@ -101,13 +101,13 @@ class Planner:
         if lookup:
             self._plans.append(Plan(looked_up=min(config.draft_len, PASS_ROWS - 1)))
         if config.source != "lookup":
-            self._plans += [
-                Plan(length, forks, beside)
-                for length in LENGTHS
-                if length <= most
-                for forks in sorted({0, branches})
-                for beside in sorted({0, most * together})
-            ]
+            for length in filter(lambda length: length <= most, LENGTHS):
+                for forks in {0, branches}:
+                    self._plans.append(Plan(length, forks))
+                    # Beside them as long a lookup as leaves all chains in one tile of our kernels.
+                    beside = min(most, PASS_ROWS // (forks + 2) - 1)
+                    if together and beside >= length:
+                        self._plans.append(Plan(length, forks, beside))
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
