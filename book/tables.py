@@ -18,6 +18,7 @@ from typing import Any
 BOOK = Path(__file__).parent
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
+PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
 METHODS = {
     "generate": "`generate` of transformers 4.33.3",
@@ -154,6 +155,32 @@ def recurrent() -> str:
                 cells.append(f"{one['speedup']:.2f} ({one['mat']:.2f})")
             rows.append([f"{'learned' if method == 'dvi' else 'learned and looked up'}, {text}", *cells])
     return table(["speed over plain decoding (mat)", *SETS.values(), "packaged, two CPU cores"], rows)
+
+
+def early_blocks() -> str:
+    """Blocks of fixed plans before and after kernels started early."""
+    found = read("blocks-early-h200")
+    rows = []
+    for old, new in zip(found["before"], found["after"], strict=True):
+        plan = ", ".join(f"{new[key]} {text}" for key, text in PLANNED.items() if new[key])
+        times = [f"{one['ms_a_block']:.2f}" for one in (old, new)]
+        rates = [f"{one['tok_per_s']:,.0f}" for one in (old, new)]
+        rows.append([plan or "plain decoding", *times, f"{new['tokens_a_block']:.2f}", *rates])
+    head = ["a block", "ms before", "ms after", "tokens a block", "tokens a second before", "after"]
+    return table(head, rows)
+
+
+def early() -> str:
+    """The second drafter before and after kernels started early: tokens a second, and speed over plain decoding."""
+    rows = []
+    for name, text in SETS.items():
+        old, new = (overall(f"{name}-{kind}", "h200") for kind in ("recurrent", "early"))
+        cells = []
+        for method in ("plain", "pld", "dvi", "hybrid"):
+            speed = "" if method == "plain" else f" ({new[method]['speedup']:.2f})"
+            cells.append(f"{old[method]['tok_per_s']:,.0f} → {new[method]['tok_per_s']:,.0f}{speed}")
+        rows.append([text, *cells])
+    return table(["tokens a second", "plain", "prompt lookup", "learned", "learned and looked up"], rows)
 
 
 def agreement() -> str:
@@ -361,7 +388,7 @@ def headline() -> str:
         ]  # fmt: skip
         cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ones]
         rows.append([f"speed over our own plain loop: {text}", *cells])
-    later = overall("mini-recurrent", "h200")
+    later = overall("mini-early", "h200")
     for method, text in (("dvi", "learned draft"), ("hybrid", "both")):
         one = later[method]
         cells = ["", f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
@@ -391,6 +418,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks_h200": lambda: tasks("h200"),
     "agreement": agreement,
     "recurrent": recurrent,
+    "early_blocks": early_blocks,
+    "early": early,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
     "bench_h200": lambda: bench("h200"),
@@ -412,7 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def speedups(method: str, machine: str) -> list[float]:
     """The speed-up of a method on each question set that it was asked."""
-    suffix = "-recurrent" if machine == "h200, second drafter" else ""
+    suffix = "-early" if machine == "h200, second drafter" else ""
     asked = (overall(f"{name}{suffix}", machine.split(",")[0]).get(method) for name in SETS)
     return [row["speedup"] for row in asked if row]
 
@@ -432,7 +461,7 @@ def answers(machine: str, key: str) -> int:
 
 def lost_to_lookup(machine: str) -> int:
     """The number of the six tasks on which prompt lookup is faster than the learned draft."""
-    name = {"h200, second drafter": "mini-recurrent-h200"}.get(machine, f"mini-{machine}")
+    name = {"h200, second drafter": "mini-early-h200"}.get(machine, f"mini-{machine}")
     rows = read(f"evaluate-{name}")["figures"]
     speed = {(row["task"], row["method"]): row["speedup"] for row in rows if row["task"] != "overall"}
     return sum(speed[task, "pld"] > speed[task, "dvi"] for task in {task for task, _ in speed})
