@@ -386,7 +386,7 @@ class LiveSession:
             if "remember" not in written.get("live", {}):
                 raise DvirlError(f"{path}: of a version that learned the whole draft; choose another run_dir")
             fingerprint = written.get("model", {}).get("fingerprint")
-            if not self.loaded.is_made_of(fingerprint):
+            if fingerprint != self.loaded.fingerprint:
                 raise DvirlError(f"{path}: learned with the model {fingerprint}; choose another run_dir")
             if any(folder.glob("checkpoints/step-*")):
                 self._load(checkpoint.newest(folder))

@@ -320,14 +320,16 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         if not few_rows:
             return make()
-        # Which tensors these are changes only where adapters are merged anew; to look takes a millisecond.
-        merges = 0 if self.adapter_switch is None else self.adapter_switch.merges
-        key = (first, stop, self.adapter_switch, merges)
+        # Which tensors these are takes a millisecond to find: they are the same while the modules and the first of
+        # each layer are.
+        layers: list[Any] = list(self.model.layers[first:stop])
+        adapters = [] if self.adapter_switch is None else self.adapter_switch.modules
+        key = (layers, adapters, [id(layer.input_layernorm.weight) for layer in layers])
         if name not in self._used or self._used[name][0] != key:
             with self.without_adapters(*without):
-                used = [weight for layer in self.model.layers[first:stop] for weight in weights_of(layer)]
-            self._used[name] = (key, [*used, self.model.norm.weight, self.lm_head.weight])
-        return self._weights.get(name, self._used[name][1], make)
+                self._used[name] = (key, [weight for layer in layers for weight in weights_of(layer)])
+        used = [*self._used[name][1], self.model.norm.weight, self.lm_head.weight]
+        return self._weights.get(name, used, make)
 
     def _reused(self, fresh: Stages) -> Stages:
         """The stages of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""

@@ -33,9 +33,6 @@ class AdapterSwitch:
 
     PEFT's own `set_adapter` and `disable_adapter()` make every active adapter trainable again when they return,
     which would let an update step weights that it must not. This switch only changes what a layer computes.
-
-    Attributes:
-        merges: how often the adapters were merged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,7 +43,11 @@ class AdapterSwitch:
             if isinstance(child, LoraLinear)
         ]
         self._is_merged = False
-        self.merges = 0
+
+    @property
+    def modules(self) -> list[nn.Module | None]:
+        """What stands now where adapters can be: they, or plain layers that they were merged into."""
+        return [site.parent._modules[site.attribute] for site in self._sites]
 
     @contextmanager
     def without(self, *names: str) -> Iterator[None]:
@@ -75,7 +76,6 @@ class AdapterSwitch:
             yield
             return
         self._is_merged = True
-        self.merges += 1
         try:
             for site in self._sites:
                 site.put(_merged(site.layer))

@@ -19,7 +19,7 @@ from conftest import tiny_config
 from kangaroo.adapter import DecoderLayer, rotary_for
 from kangaroo.decoding import kernels
 from kangaroo.decoding.cache import FixedShape, KVCache
-from kangaroo.decoding.kernels import FusedLayer, best_tokens, fused, normed, plan_fused, supports
+from kangaroo.decoding.kernels import FusedLayer, best_tokens, normed, plan_fused, supports, two_maps
 from kangaroo.decoding.layers import CachedLayer
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.stages import Stage, StageWeights
@@ -141,7 +141,7 @@ def test_slots_of_passes_before_and_in_several_spans_give_the_same(monkeypatch):
     starts = [30, 160]
     whole = run(stages(layer, config, 2)[0], states, starts)
     assert_same(run(stages(layer, config, 2)[0], states, starts, settled=[0, 131]), whole)
-    monkeypatch.setattr(kernels, "SPAN_BYTES", 1)  # a chunk each
+    monkeypatch.setattr(kernels, "_span_bytes", lambda device: 1)  # a chunk each
     torch.testing.assert_close(run(stages(layer, config, 2)[0], states, starts), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -154,11 +154,11 @@ def test_norms_and_maps_of_two_states(rows):
     torch.testing.assert_close(normed(states, scale, 1e-3), F.rms_norm(states, (48,), scale, 1e-3))
     halves = weight.view(48, 2, 48).transpose(0, 1).contiguous()
     expected = torch.cat([states, feedback], dim=1) @ weight.T
-    torch.testing.assert_close(fused(states, None, feedback, halves), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(two_maps(states, None, feedback, halves), expected, atol=1e-4, rtol=1e-4)
     table = torch.randn(30, 48, device=DEVICE)
     tokens = torch.arange(rows, device=DEVICE) % 30
     table[tokens] = states
-    torch.testing.assert_close(fused(table, tokens, feedback, halves), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(two_maps(table, tokens, feedback, halves), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])

@@ -140,9 +140,15 @@ def test_weights_are_found_again_where_adapters_are_attached_or_merged_anew():
                 weight.add_(0.1)
     changed = drafts()
     assert not torch.allclose(changed, before)
-    switch = AdapterSwitch(model.base_model.model)
-    switch.merges = model.base_model.adapter_switch.merges - 1  # so that it will have merged as often
-    model.base_model.adapter_switch = switch
+    model.base_model.adapter_switch = AdapterSwitch(model.base_model.model)
     with torch.no_grad():
         model.base_model.model.layers[0].mlp.down_proj.base_layer.weight.mul_(1.5)
-    assert not torch.allclose(drafts(), changed)
+    again = drafts()
+    assert not torch.allclose(again, changed)
+    with model.base_model.merged():
+        assert torch.equal(drafts(), again)
+        with model.base_model.without_adapters("lora_S"):
+            assert not torch.allclose(drafts(), again)
+    state = {name: 2 * weight for name, weight in model.base_model.state_dict().items()}
+    model.base_model.load_state_dict(state, assign=True)  # other tensors in the same modules
+    assert not torch.allclose(drafts(), again)

@@ -105,7 +105,7 @@ def _config_of(folder: Path) -> Path:
 
 def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     """Whether a drafter was made for this model; errors as in `load_drafter`."""
-    return loaded.is_made_of(_drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1])
+    return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
 
 
 def _published_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
@@ -148,7 +148,7 @@ def load_drafter(
     if exit_layer not in (0, settings.exit_layer):
         raise DvirlError(f"exit_layer is {exit_layer}; {folder} was made for {settings.exit_layer}")
     loaded = loaded or load(model_name or settings.model_name, dtype, device, settings.chat_format)
-    if fingerprint is not None and not loaded.is_made_of(fingerprint):
+    if fingerprint not in (None, loaded.fingerprint):
         raise DvirlError(
             f"{folder}: made for the model {fingerprint}, but {loaded.name!r} is {loaded.fingerprint}"
         )

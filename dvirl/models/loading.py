@@ -16,7 +16,7 @@ from dvirl.models.embedded import EMBEDDED, ensure_embedded
 from dvirl.models.hf_config import read_config, read_json
 from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
-from dvirl.models.weights import FindFile, file_fingerprint, load_weights
+from dvirl.models.weights import FindFile, load_weights
 from dvirl.runs.errors import DvirlError
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
@@ -51,10 +51,6 @@ class LoadedModel:
         """The token that ends a response to be learned: that of the chat format, else the first of `eos_ids`."""
         end = self.chat.turn_end
         return self.eos_ids[:1] if end is None else (end,)
-
-    def is_made_of(self, fingerprint: object) -> bool:
-        """Whether a fingerprint on record is that of this model, also one as dvirl 0.1 took it, of a folder's files."""
-        return fingerprint == self.fingerprint or fingerprint == file_fingerprint(source(self.name))
 
     def description(self) -> dict[str, str]:
         """What results say of it: fingerprint, dtype, device and chat format."""

@@ -152,12 +152,3 @@ def _check_names(expected: Mapping[str, object], stored: Mapping[str, object], t
         if names:
             others = f", and {len(names) - 1} more" if len(names) > 1 else ""
             raise DvirlError(f"the weights do not fit config.json: tensor {names[0]} is {kind}{others}")
-
-
-def file_fingerprint(folder: str) -> str:
-    """The fingerprint of a model's folder in runs of dvirl up to version 0.1: the sha256 of its weight files."""
-    digest = hashlib.sha256()
-    for weights in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]):
-        with weights.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return f"sha256:{digest.hexdigest()}"

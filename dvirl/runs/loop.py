@@ -295,7 +295,7 @@ def resume(
         )
     trainer = make(config)
     fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
-    if not trainer.loaded.is_made_of(fingerprint):
+    if fingerprint != trainer.loaded.fingerprint:
         raise DvirlError(
             f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}"
         )

@@ -88,9 +88,9 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
         if goes_on and len(looks) < UNDER_WAY and max(room) > expected:
             longest = max(len(text.tokens) for text in texts) + len(looks) * (plan.longest + 1)
             looks.append(blocks.start(longest))
-            if blocks.ms is not None:
+            if blocks.timed is not None:
                 for text in texts:
-                    text.policy.timed(plan, blocks.ms)
+                    text.policy.timed(plan, *blocks.timed)
         elif looks:
             results = blocks.look(looks.popleft(), texts)
             committed += sum(result.block_len for result in results if result)
@@ -205,7 +205,8 @@ class _Blocks:
         threshold: as in `DecodeConfig`.
 
     Attributes:
-        ms: milliseconds that a block takes the device, once one was started; None where that was not measured.
+        timed: milliseconds that the block started last takes the device, and slots that it reads; None where that was
+            not measured.
     """
 
     def __init__(self, stages: Stages, state: _State, plan: Plan, threshold: float) -> None:
@@ -213,7 +214,7 @@ class _Blocks:
         self.state = state
         self.plan = plan
         self.threshold = threshold
-        self.ms: float | None = None
+        self.timed: tuple[float, int] | None = None
 
     @property
     def _reader(self) -> Stage:
@@ -257,7 +258,8 @@ class _Blocks:
         slots = view(longest + self.plan.longest + 1, stages.deep.cache.capacity)
         key = ("block", len(state.own), self.plan, self.threshold, slots)
         numbers, states = stages.passes.graphs.in_place(key, lambda: self._block(slots), state.tensors())
-        self.ms = stages.passes.graphs.ms.get(key)
+        ms = stages.passes.graphs.ms.get(key)
+        self.timed = None if ms is None else (ms, slots)
         states = states.clone()  # the next block writes over it
         if not numbers.is_cuda:
             return _Look(numbers.clone(), None, states)
@@ -294,7 +296,8 @@ class _Blocks:
         state.block[:, :, 0] = state.own[rows, state.right]
         matched, confidence, states = self._draft_all(length, slots)
 
-        # 2. Verify: the last committed token and each chain.
+        # 2. Verify: the last committed token and each chain. The embedding comes between where they start, which our
+        # kernels read before they wait, and these.
         self.stages.passes.fixed = FixedShape((length - 1).repeat(self.plan.chains), slots)
         tokens = state.block.clamp(min=0) if self.plan.looked_up else state.block
         hidden = self.stages.deep(self.stages.base(tokens.flatten(0, 1)))

@@ -92,12 +92,12 @@ class KVCache:
 
     @functools.cached_property
     def keys(self) -> list[Tensor]:
-        """As said above."""
+        """Keys by layer."""
         return [keys for store in self._stores for keys in store[0]]
 
     @functools.cached_property
     def values(self) -> list[Tensor]:
-        """As said above."""
+        """Values by layer."""
         return [values for store in self._stores for values in store[1]]
 
     def clear(self) -> None:
@@ -128,8 +128,9 @@ class KVCache:
 
     def row(self, index: int) -> KVCache:
         """One row as an empty cache of its own, in the same memory."""
+        rows = [keys[index : index + 1] for keys in self.keys]
         alone = copy.copy(self)
-        alone.keys = [keys[index : index + 1] for keys in self.keys]
+        alone.keys = rows
         alone.values = [values[index : index + 1] for values in self.values]
         alone.batch_size = 1
         alone.clear()

@@ -276,8 +276,8 @@ class BlockPolicy:
     def observe(self, verification: Verification) -> None:
         """Learn from the outcome of the block."""
 
-    def timed(self, plan: Plan, ms: float) -> None:
-        """Learn how long blocks of a plan take where they run ahead."""
+    def timed(self, plan: Plan, ms: float, slots: int) -> None:
+        """Learn how long blocks of a plan take where they run ahead and read so many slots."""
 
 
 class ScriptedPolicy(BlockPolicy):
@@ -494,9 +494,9 @@ class AdaptivePolicy(BlockPolicy):
         proposed, matched = self._index.propose(self._room - depth, self._drafts)
         return self._worth(proposed, matched, depth, self.costs.verify)
 
-    def timed(self, plan: Plan, ms: float) -> None:
+    def timed(self, plan: Plan, ms: float, slots: int) -> None:
         """As in `BlockPolicy`."""
-        self._planner.timed(plan, ms)
+        self._planner.timed(plan, ms, slots)
 
     def observe(self, verification: Verification) -> None:
         """As in `BlockPolicy`."""

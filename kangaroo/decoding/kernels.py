@@ -11,10 +11,10 @@ drafts and among other texts.
     5  down, residual                                  [M, I]     -> [M, D]
 
 The weight of a norm is multiplied into the weights after it, and its scale is applied after the product. Where the card
-can start a kernel before the one before it has ended (programmatic dependent launch), every kernel begins at once,
-reads its weights, and waits only then. Letters: M rows, D hidden, I feed-forward width, H query heads, G key/value
-heads, E head size, B texts, T tokens of a text, S parts of a sum. A kernel takes every pointer and size by itself:
-Triton knows no records.
+can start a kernel before the one before it has ended (programmatic dependent launch), products and attention begin at
+once, read what no kernel of this pass changes, and wait only then. Letters: M rows, D hidden, I feed-forward width, H
+query heads, G key/value heads, E head size, B texts, T tokens of a text, S parts of a sum. A kernel takes every pointer
+and size by itself: Triton knows no records.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ from kangaroo.decoding.cache import FixedShape, KVCache
 ROWS = 16
 """Rows of a tile: the least that tensor cores multiply."""
 CHUNK = 64
-"""Slots whose keys one program reads."""
+"""Slots whose attention is summed together."""
 HEAD_BLOCK = 128
 """Tokens of the vocabulary whose logits one program computes."""
 WARPS = 4
 """Warps of a program that computes products; each takes a part of every sum."""
 SPAN_BYTES = 64 * 1024
-"""Keys that one program reads, at most."""
+"""Keys that one program reads, at most, on a card whose programs have twice as much memory of their own and more."""
+ROOMY = 160 * 1024
+"""Bytes of such memory from which on this is so; other cards read half as much."""
 HELD_BYTES = 48 * 1024
 """Weights that a program reads before it waits for the kernel before, at most; they stay in its registers."""
 EVERYTHING = 1 << 30
@@ -312,7 +314,7 @@ def _attend(
     query = tl.broadcast_to(query[None], (SPAN, 16, E2))
     highest, total, mixed = _mix(query, key, value, (back >= 0) & (back < window), scale, EXACT)
     if SPANS == 1:
-        tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=kept)
+        tl.store(out + at, (mixed / tl.maximum(total, 1.0)[:, None]).to(out.dtype.element_ty), mask=kept)
     else:
         part = (place * H + head) * SPANS + span
         tl.store(statistics + part * 2, highest, mask=own)
@@ -373,7 +375,9 @@ def _merge(
     seen = (every < SPANS) & (
         every * SLOTS < length
     )  # spans beyond the row's length hold nothing that it sees
-    highest = tl.max(tl.load(statistics + (place + every) * 2, mask=seen, other=float("-inf")), axis=0)
+    highest = _finite(
+        tl.max(tl.load(statistics + (place + every) * 2, mask=seen, other=float("-inf")), axis=0)
+    )
     total = 0.0
     mixed = tl.zeros((E2,), dtype=tl.float32)
     # In their order, however many there are: a sum of all at once would depend on their number.
@@ -383,7 +387,11 @@ def _merge(
         share = tl.exp(local - highest)
         total += share * tl.load(statistics + (place + span) * 2 + 1, mask=live, other=0.0)
         mixed += share * tl.load(partial + (place + span) * E + column, mask=inside & live, other=0.0)
-    tl.store(out + (row * H + head) * E + column, (mixed / total).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + (row * H + head) * E + column,
+        (mixed / tl.maximum(total, 1.0)).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -412,7 +420,7 @@ def _choose(
         logits = tl.dot(values, used, logits, input_precision=precision)
     logits = tl.where(column[None, :] < N, logits, float("-inf"))
     top = tl.max(logits, axis=1)
-    best = block * BLOCK_N + tl.argmax(logits, axis=1)
+    best = tl.minimum(block * BLOCK_N + tl.argmax(logits, axis=1), N - 1)
     place = row * tl.num_programs(0) + block
     tl.store(highest + place, top, mask=row < rows)
     tl.store(index + place, best, mask=row < rows)
@@ -421,7 +429,8 @@ def _choose(
         rest = tl.where(column[None, :] == best[:, None], float("-inf"), logits)
         place += rows * tl.num_programs(0)
         tl.store(highest + place, tl.max(rest, axis=1), mask=row < rows)
-        tl.store(index + place, block * BLOCK_N + tl.argmax(rest, axis=1), mask=row < rows)
+        second = tl.minimum(block * BLOCK_N + tl.argmax(rest, axis=1), N - 1)
+        tl.store(index + place, second, mask=row < rows)
 
 
 @triton.jit
@@ -444,7 +453,7 @@ def _best(
     total = tl.sum(
         tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(tops - top), axis=0
     )
-    best = tl.argmax(tops, axis=0)
+    best = tl.minimum(tl.argmax(tops, axis=0), blocks - 1)  # within, whatever is not a number
     first = tl.load(index + row * blocks + best)
     if NAMED:
         first = tl.load(ids + first)
@@ -454,7 +463,7 @@ def _best(
         runners_up = (rows + row) * blocks
         second = tl.load(highest + runners_up + best)
         others = tl.where(block == best, second, tops)
-        winner = tl.argmax(others, axis=0)
+        winner = tl.minimum(tl.argmax(others, axis=0), blocks - 1)
         place = tl.where(winner == best, runners_up, row * blocks)
         after = tl.load(index + place + winner)
         if NAMED:
@@ -466,6 +475,16 @@ def _best(
 def _programmatic(device: torch.device) -> bool:
     """Whether a kernel may be started while the one before it ends (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def _span_bytes(device: torch.device) -> int:
+    """Keys that one program reads on this device, at most."""
+    if device.type != "cuda":
+        return SPAN_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    own: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return SPAN_BYTES if own >= ROOMY else SPAN_BYTES // 2
 
 
 def _launch(
@@ -571,7 +590,7 @@ def plan_fused(
     cos, sin = table
     size = cos.shape[-1]
     chunks = triton.next_power_of_2(-(-fixed.num_slots // CHUNK))
-    most = SPAN_BYTES // (CHUNK * triton.next_power_of_2(size) * states.element_size())
+    most = _span_bytes(states.device) // (CHUNK * triton.next_power_of_2(size) * states.element_size())
     span = max(1, min(chunks, most))
     spans = chunks // span
     sums = batch * length * num_heads * spans if spans > 1 else 0
@@ -638,7 +657,9 @@ class FusedLayer:
         scalars = (plan.length, keys.shape[2], plan.window, self.size**-0.5)
         spans = {"CHUNK": CHUNK, "SPAN": plan.span, "SPANS": plan.spans}
         exact = queries.dtype == torch.float32
-        warps = max(WARPS, plan.span)
+        # A program of 32 KB of keys or less has registers for them with four warps.
+        large = plan.span * CHUNK * shape["E2"] * queries.element_size() > SPAN_BYTES // 2
+        warps = 2 * WARPS if large else WARPS
         _launch(_attend, grid, (*arguments, *scalars), warps, 1, G=self.groups, EXACT=exact, **shape, **spans)
         if plan.spans > 1:
             parts = (plan.partial, plan.statistics, plan.starts, mixed, plan.length)
@@ -713,7 +734,7 @@ def normed(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def fused(states: Tensor, tokens: Tensor | None, feedback: Tensor, weights: Tensor) -> Tensor:
+def two_maps(states: Tensor, tokens: Tensor | None, feedback: Tensor, weights: Tensor) -> Tensor:
     """The sum of two maps `[2, D, D]` of two states.
 
     Args:

@@ -156,13 +156,14 @@ class Fuse:
     Args:
         weight: `[D, 2 D]`.
         embeddings: `[V, D]`; with them the first state is a token's embedding.
+
+    Attributes:
+        maps: `[2, D, D]`, of both states, for our own kernels; None on a CPU.
     """
 
     def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:
         self.embeddings = embeddings
-        self.halves = (
-            weight.view(len(weight), 2, -1).transpose(0, 1).contiguous() if weight.is_cuda else weight
-        )
+        self.maps = weight.view(len(weight), 2, -1).transpose(0, 1).contiguous() if weight.is_cuda else None
         self._product = product(weight)
 
     def __call__(self, inputs: Tensor, feedback: Tensor) -> Tensor:

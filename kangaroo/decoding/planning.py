@@ -9,8 +9,6 @@ from kangaroo.decoding.costs import StepCosts, expected_tokens
 
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
-WIDEST = 7
-"""Drafts of a chain beside another, at most: with the token before them half a tile of our kernels."""
 CLEARLY = 1.03
 """Ratio of speeds from which another plan is taken."""
 DECAY = 0.97
@@ -88,7 +86,8 @@ class Planner:
 
     def __init__(self, config: DecodeConfig, costs: StepCosts, branches: int) -> None:
         self._costs = costs
-        self._times: dict[Plan, float] = {}  # milliseconds of the plans that were tried
+        self._times: dict[Plan, float] = {}  # milliseconds of the plans that were tried, reading `_slots`
+        self._slots = 0
         self._acceptance = _Mean(0.7)
         self._branched = _Mean(0.35)  # tokens of a block that only branches gave
         self._beside = _Mean(0.25)  # tokens of a block that only a lookup beside learned drafts gave
@@ -96,18 +95,22 @@ class Planner:
         self._plan = Plan()
         lookup = config.source != "learned"
         together = config.source == "hybrid"
-        most = min(config.draft_len, WIDEST if branches + together else PASS_ROWS - 1)
+        most = min(config.draft_len, PASS_ROWS - 1)
         self._plans = [Plan()]
         if lookup:
-            self._plans.append(Plan(looked_up=min(config.draft_len, PASS_ROWS - 1)))
+            self._plans.append(Plan(looked_up=most))
         if config.source != "lookup":
-            for length in filter(lambda length: length <= most, LENGTHS):
-                for forks in {0, branches}:
-                    self._plans.append(Plan(length, forks))
-                    # Beside them as long a lookup as leaves all chains in one tile of our kernels.
-                    beside = min(most, PASS_ROWS // (forks + 2) - 1)
-                    if together and beside >= length:
-                        self._plans.append(Plan(length, forks, beside))
+            for length in LENGTHS:
+                for forks in {0, min(branches, length)}:
+                    self._add(Plan(length, forks), most)
+                    if together:  # as long a lookup as leaves all chains in one tile of our kernels
+                        self._add(Plan(length, forks, min(most, PASS_ROWS // (forks + 2) - 1)), most)
+
+    def _add(self, plan: Plan, most: int) -> None:
+        """Consider a plan if its lookup is no shorter than its drafts and its rows fit in a tile of our kernels."""
+        fits = plan.longest <= most and plan.chains * (plan.longest + 1) <= PASS_ROWS
+        if fits and plan.looked_up in (0, plan.longest):
+            self._plans.append(plan)
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
@@ -116,8 +119,11 @@ class Planner:
             self._plan = best
         return self._plan
 
-    def timed(self, plan: Plan, ms: float) -> None:
-        """Learn how long a block of a plan takes."""
+    def timed(self, plan: Plan, ms: float, slots: int) -> None:
+        """Learn how long a block of a plan takes; only times of blocks that read as many slots are compared."""
+        if slots != self._slots:
+            self._times = {}
+            self._slots = slots
         self._times[plan] = ms
 
     def _speed(self, plan: Plan) -> float:
@@ -155,5 +161,6 @@ class Planner:
         self._acceptance.count(learned > 0, main.num_accepted, main.num_drafted)
         self._branched.count(learned > 0 and self._plan.branches > 0, best - main.num_accepted)
         beside = self._plan.looked_up > 0
-        self._beside.count(learned > 0 and beside, verification.num_accepted - best)
+        # An end of the text cuts the chain that wins alone.
+        self._beside.count(learned > 0 and beside, max(0, verification.num_accepted - best))
         self._looked_up.count(beside, lookup.num_accepted if lookup else 0)

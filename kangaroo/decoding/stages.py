@@ -109,7 +109,7 @@ class Stage:
         states = inputs if self.weights.embed is None else self.weights.embed(inputs)
         fuse = self.weights.fuse_later if later else self.weights.fuse
         if fuse is not None and feedback is not None:
-            states = self._fused(fuse, inputs, feedback)
+            states = self._mapped(fuse, inputs, feedback)
         length = states.shape[1]
         if self.passes.fixed and self._by_own_kernels:
             states = self._run_fused(states, self.passes.fixed)
@@ -127,17 +127,15 @@ class Stage:
         """Whether our own kernels compute the pass that is running."""
         return self.passes.fixed is not None and self.weights.fused
 
-    def _fused(self, fuse: Fuse, inputs: Tensor, feedback: Tensor) -> Tensor:
-        if not self._by_own_kernels:
+    def _mapped(self, fuse: Fuse, inputs: Tensor, feedback: Tensor) -> Tensor:
+        """Tokens `[B, T]` or states `[B, T, D]` and the states beside them, as one."""
+        if not self._by_own_kernels or fuse.maps is None:
             return fuse(inputs, feedback)
-        from kangaroo.decoding.kernels import fused
+        from kangaroo.decoding.kernels import two_maps
 
-        rows = feedback.flatten(0, 1)
-        if fuse.embeddings is None:
-            mapped = fused(inputs.flatten(0, 1), None, rows, fuse.halves)
-        else:
-            mapped = fused(fuse.embeddings, inputs.flatten(), rows, fuse.halves)
-        return mapped.view(feedback.shape)
+        tokens = None if fuse.embeddings is None else inputs.flatten()
+        states = inputs.flatten(0, 1) if fuse.embeddings is None else fuse.embeddings
+        return two_maps(states, tokens, feedback.flatten(0, 1), fuse.maps).view(feedback.shape)
 
     def _normed(self, states: Tensor) -> Tensor:
         norm = self.weights.norm
@@ -249,7 +247,7 @@ class Chain:
     def add(self, *draft: Tensor) -> None:
         """Add the next draft: its tokens and confidence `[rows]`, the exit states and own states, and the other two.
 
-        Of a later draft of a recurrent drafter the exit state is the embedding of a token: then that token.
+        A recurrent drafter's later drafts are made from a token's embedding: in place of the exit state give the token.
         """
         parts = (self._tokens, self._confidence, self._exit_states, self.own_states, self.probabilities)
         for part, tensor in zip((*parts, self.read), draft, strict=True):
@@ -484,7 +482,7 @@ class Stages:
         assert self.shallow.weights.embed is not None
         made = Chain(self.shallow.weights.embed)
         # Before what runs first, so that no kernel begins while these are written.
-        following = self.passes.fixed.after(last + 1, count - 1) if self.passes.fixed else []
+        following = self.passes.fixed.after(last + 1, count - 1) if self.passes.fixed and count > 1 else []
         for step in range(count):
             later = self.recurrent and depth + step > 0
             states = tokens if later else self.shallow(tokens)  # [rows, T, D]
