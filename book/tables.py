@@ -166,7 +166,7 @@ def early_blocks() -> str:
         times = [f"{one['ms_a_block']:.2f}" for one in (old, new)]
         rates = [f"{one['tok_per_s']:,.0f}" for one in (old, new)]
         rows.append([plan or "plain decoding", *times, f"{new['tokens_a_block']:.2f}", *rates])
-    head = ["a block", "ms before", "ms after", "tokens a block", "tokens a second before", "after"]
+    head = ["a block", "ms before", "ms after", "tokens a block, after", "tokens a second before", "after"]
     return table(head, rows)
 
 
@@ -389,10 +389,10 @@ def headline() -> str:
         cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ones]
         rows.append([f"speed over our own plain loop: {text}", *cells])
     later = overall("mini-early", "h200")
-    for method, text in (("dvi", "learned draft"), ("hybrid", "both")):
+    for method, text in (("dvi", "learned draft"), ("pld", "prompt lookup"), ("hybrid", "both")):
         one = later[method]
         cells = ["", f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
-        rows.append([f"the same with the second drafter, made for GPUs: {text}", *cells])
+        rows.append([f"the same with the second drafter, made for GPUs, by newer kernels: {text}", *cells])
     return table(["", "2 cores of an AMD EPYC", "one H200"], rows)
 
 

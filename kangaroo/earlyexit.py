@@ -320,8 +320,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         if not few_rows:
             return make()
-        # Which tensors these are takes a millisecond to find: they are the same while the modules and the first of
-        # each layer are.
+        # To list these tensors takes a millisecond. They are the same while the modules and each layer's first norm
+        # weight are.
         layers: list[Any] = list(self.model.layers[first:stop])
         adapters = [] if self.adapter_switch is None else self.adapter_switch.modules
         key = (layers, adapters, [id(layer.input_layernorm.weight) for layer in layers])

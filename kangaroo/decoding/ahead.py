@@ -83,7 +83,7 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
         room = [text.room for text in texts if text.room]
         goes_on = goes_on and (len(texts) == 1 or 2 * len(room) > len(texts))
         goes_on = goes_on and all(text.policy.ahead() == plan for text in texts if text.room)
-        # No block for what those under way will commit if they go on like the others.
+        # Start no block if those under way will probably fill the room that is left.
         expected = len(looks) * committed / blocks_read
         if goes_on and len(looks) < UNDER_WAY and max(room) > expected:
             longest = max(len(text.tokens) for text in texts) + len(looks) * (plan.longest + 1)
@@ -296,8 +296,8 @@ class _Blocks:
         state.block[:, :, 0] = state.own[rows, state.right]
         matched, confidence, states = self._draft_all(length, slots)
 
-        # 2. Verify: the last committed token and each chain. The embedding comes between where they start, which our
-        # kernels read before they wait, and these.
+        # 2. Verify: the last committed token and each chain. The embedding is the ordinary kernel that must stand
+        # between `starts` and our own kernels.
         self.stages.passes.fixed = FixedShape((length - 1).repeat(self.plan.chains), slots)
         tokens = state.block.clamp(min=0) if self.plan.looked_up else state.block
         hidden = self.stages.deep(self.stages.base(tokens.flatten(0, 1)))

@@ -81,7 +81,7 @@ class KVCache:
     def _stores(self) -> list[Tensor]:
         """Keys and values of each device's layers in one tensor, so that slots of all are copied at once.
 
-        They are allocated when they are first used: on a GPU most caches give way to kept ones before that.
+        They are allocated when they are first used: on a GPU most are replaced by those of an earlier decoding before.
         """
         heads = self._config.num_key_value_heads
         shape = (self.batch_size * self.chains, heads, self.capacity, head_dim(self._config))
@@ -224,7 +224,7 @@ class FixedShape:
     Attributes:
         starts: `[B]`, the slot of each row's first new token.
         num_slots: slots that every query reads.
-        settled: `[B]`, slots that were filled before the captured passes that are running; None for `starts`.
+        settled: `[B]`, slots that were filled before the running graph began; None for `starts`.
     """
 
     starts: Tensor

@@ -12,9 +12,11 @@ drafts and among other texts.
 
 The weight of a norm is multiplied into the weights after it, and its scale is applied after the product. Where the card
 can start a kernel before the one before it has ended (programmatic dependent launch), products and attention begin at
-once, read what no kernel of this pass changes, and wait only then. Letters: M rows, D hidden, I feed-forward width, H
-query heads, G key/value heads, E head size, B texts, T tokens of a text, S parts of a sum. A kernel takes every pointer
-and size by itself: Triton knows no records.
+once, read what no kernel of the running graph changes, and wait only then. `starts` and `settled` are read before
+waiting, too: an ordinary kernel must stand between what writes them and ours.
+
+Letters: M rows, D hidden, I feed-forward width, H query heads, G key/value heads, E head size, B texts, T tokens of a
+text, S parts of a sum. A kernel takes every pointer and size by itself: Triton knows no records.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ HEAD_BLOCK = 128
 WARPS = 4
 """Warps of a program that computes products; each takes a part of every sum."""
 SPAN_BYTES = 64 * 1024
-"""Keys that one program reads, at most, on a card whose programs have twice as much memory of their own and more."""
+"""Keys that a program reads at most; values take as many."""
 ROOMY = 160 * 1024
-"""Bytes of such memory from which on this is so; other cards read half as much."""
+"""Shared memory that a program needs for that; cards with less halve it."""
 HELD_BYTES = 48 * 1024
 """Weights that a program reads before it waits for the kernel before, at most; they stay in its registers."""
 EVERYTHING = 1 << 30
@@ -53,7 +55,7 @@ EVERYTHING = 1 << 30
 
 @triton.jit
 def _at(row, column, width):
-    """Where some rows and columns of a matrix lie."""
+    """Offsets of the elements of some rows and columns of a matrix."""
     return row[:, None] * width + column[None, :]
 
 
@@ -65,21 +67,21 @@ def _both(of_row, of_column):
 
 @triton.jit
 def _states(x, row, live, k, K: tl.constexpr):
-    """Places `k [S, k]` of some rows of states `[rows, K]`: `[S, rows, k]`; 0 in rows that are not live."""
+    """Indices `k [S, k]` of some rows of states `[rows, K]`: `[S, rows, k]`; 0 in rows that are not live."""
     inside = live[None, :, None] & (k < K)[:, None, :]
     return tl.load(x + row[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _weights(weight, column, k, N: tl.constexpr, K: tl.constexpr):
-    """The same places of some columns of a product, rows of its weight `[N, K]`: `[S, k, columns]`."""
+    """The same indices of some columns of a product, rows of its weight `[N, K]`: `[S, k, columns]`."""
     inside = (k < K)[:, :, None] & (column < N)[None, None, :]
     return tl.load(weight + column[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
 
 
 @triton.jit
 def _places(step, S: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The inner places of a piece, in S parts `[S, BLOCK_K / S]`."""
+    """The indices along K of a block of them, in S parts `[S, BLOCK_K / S]`."""
     part: tl.constexpr = BLOCK_K // S
     return step * BLOCK_K + tl.arange(0, S)[:, None] * part + tl.arange(0, part)[None, :]
 
@@ -94,7 +96,7 @@ def _held(
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """The first pieces of some columns of a weight. No kernel changes them: they are read while the one before ends."""
+    """The first blocks of some columns of a weight. No kernel changes them: they are read while the one before ends."""
     pieces = ()
     for step in tl.static_range(HELD):
         pieces += (_weights(weight, column, _places(step, S, BLOCK_K), N, K),)  # type: ignore[assignment]
@@ -107,9 +109,9 @@ def _product(
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add x @ weight.T to `total [S, 16, columns]`, whose S parts each take a part of every piece of K.
+    """Add x @ weight.T to `total [S, 16, columns]`, whose S parts each take a part of every block of K.
 
-    Sums of one part follow one another, which takes as long as reading; so each warp has a part.
+    With one sum each step would wait for the one before; so each warp has its own.
 
     Returns:
         The sums, and the squares of x, `[16]`.
@@ -283,7 +285,7 @@ def _attend(
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, CHUNK: tl.constexpr,
     SPAN: tl.constexpr, SPANS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one tile of a text's tokens on a span of chunks of slots; of several spans `_merge` makes one.
+    """One head of one tile of a text's tokens on a span of chunks of slots; `_merge` combines several spans.
 
     Slots before `settled [B]` hold what earlier passes wrote: they are read while the kernel before ends.
     """
@@ -313,6 +315,7 @@ def _attend(
     back = position[None, :, None] - slot[:, None, :]
     query = tl.broadcast_to(query[None], (SPAN, 16, E2))
     highest, total, mixed = _mix(query, key, value, (back >= 0) & (back < window), scale, EXACT)
+    # The sum is at least 1, that of the highest; 0 only where no slot is seen.
     if SPANS == 1:
         tl.store(out + at, (mixed / tl.maximum(total, 1.0)[:, None]).to(out.dtype.element_ty), mask=kept)
     else:
@@ -361,7 +364,7 @@ def _merge(
     H: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, SLOTS: tl.constexpr, SPANS: tl.constexpr,
     SPANS2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row: the sums of its spans of `SLOTS` slots put together, in their order."""
+    """Add the spans of `SLOTS` slots of one head of one row, in their order."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     column = tl.arange(0, E2)
@@ -400,7 +403,7 @@ def _choose(
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
     TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The likeliest of `BLOCK_N` tokens of each row, its logit, and the sum of all exponentials below it.
+    """The likeliest of `BLOCK_N` tokens of each row, its logit, and the sum of exp(logit - best logit).
 
     With `TWO` the runner-up, too, after those of all rows.
     """
@@ -453,7 +456,7 @@ def _best(
     total = tl.sum(
         tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(tops - top), axis=0
     )
-    best = tl.minimum(tl.argmax(tops, axis=0), blocks - 1)  # within, whatever is not a number
+    best = tl.minimum(tl.argmax(tops, axis=0), blocks - 1)  # NaN must not give an index out of range
     first = tl.load(index + row * blocks + best)
     if NAMED:
         first = tl.load(ids + first)
@@ -566,7 +569,7 @@ class FusedPass:
         length: T.
         window: how many slots back a query sees.
         span: chunks of slots that one program reads.
-        spans: of these, how many there are.
+        spans: number of spans.
         partial, statistics: space for the sums of several spans, `[B T, H, spans, E]` and `[…, 2]`.
     """
 
@@ -682,7 +685,7 @@ def _joined(
 
 
 def _paired(joined: Projection, size: int) -> Projection:
-    """Of every `size` rows the first half and the second half in turn."""
+    """Interleave the first half and the second half of every `size` rows."""
 
     def paired(rows: Tensor) -> Tensor:
         return rows.view(-1, 2, size // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
@@ -762,7 +765,7 @@ def supports(layer: DecoderLayer, dtype: torch.dtype, most: int) -> bool:
     Args:
         layer: the layer.
         dtype: to compute in.
-        most: numbers in a weight; a library reads larger ones as fast.
+        most: largest number of elements of a weight; a library reads larger ones as fast.
     """
     sizes = [layer.self_attn.q_proj.weight.numel()]
     if layer.feed_forward:

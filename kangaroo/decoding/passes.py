@@ -284,7 +284,7 @@ class CudaGraphs:
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    """Milliseconds of one of several replays that follow one another, as in use."""
+    """Milliseconds of one of several replays that follow one another."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     graph.replay()
     began.record()

@@ -12,14 +12,14 @@ LENGTHS = (2, 3, 4, 6)
 CLEARLY = 1.03
 """Ratio of speeds from which another plan is taken."""
 DECAY = 0.97
-"""Share of its sums that a figure keeps at each block that shows it."""
+"""Share of its past that a figure keeps at each block that shows it."""
 IDLE = 0.995
-"""The same at each block that does not show it: it drifts back to its start, and is tried again."""
+"""Share of its distance from the start that a figure keeps at each other block: what is not tried becomes hopeful."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every block drafts; nothing is plain decoding.
+    """What every block drafts; an empty plan is plain decoding.
 
     Attributes:
         learned: tokens of the learned chain.
@@ -50,7 +50,7 @@ class Plan:
 
 
 class _Mean:
-    """A mean over recent blocks, which begins with a hopeful figure that weighs some blocks."""
+    """A mean over recent blocks, which starts at an optimistic value, counted as some blocks."""
 
     def __init__(self, start: float, weight: float = 4.0) -> None:
         self._start = (start * weight, weight)
@@ -61,7 +61,7 @@ class _Mean:
         return self._total / self._weight
 
     def count(self, is_shown: bool, total: float, weight: float = 1.0) -> None:
-        """Count a block, if it shows this figure."""
+        """Count a block that shows this figure; at any other the figure drifts back to its start."""
         if is_shown:
             self._total = DECAY * self._total + total
             self._weight = DECAY * self._weight + weight
@@ -74,9 +74,9 @@ class _Mean:
 class Planner:
     """Chooses the plan that is fastest by recent acceptance and measured times.
 
-    A plan's time is what its blocks took the device, once it was tried. Before that it is estimated from step costs,
-    which were measured step by step, with the host in them; so estimates are corrected by how the tried plans differ
-    from theirs.
+    A plan's time is measured when its block is captured. Before that it is estimated from step costs, which were
+    measured step by step, with the host in them; so estimates are scaled by measured over estimated time of the plans
+    that were tried.
 
     Args:
         config: `source` and `draft_len`, the longest chain.
@@ -120,7 +120,7 @@ class Planner:
         return self._plan
 
     def timed(self, plan: Plan, ms: float, slots: int) -> None:
-        """Learn how long a block of a plan takes; only times of blocks that read as many slots are compared."""
+        """Learn how long a block of a plan takes; another number of slots drops all times so far."""
         if slots != self._slots:
             self._times = {}
             self._slots = slots

@@ -247,7 +247,7 @@ class Chain:
     def add(self, *draft: Tensor) -> None:
         """Add the next draft: its tokens and confidence `[rows]`, the exit states and own states, and the other two.
 
-        A recurrent drafter's later drafts are made from a token's embedding: in place of the exit state give the token.
+        For a later draft of a recurrent drafter pass the token, where others pass the exit state.
         """
         parts = (self._tokens, self._confidence, self._exit_states, self.own_states, self.probabilities)
         for part, tensor in zip((*parts, self.read), draft, strict=True):
@@ -481,7 +481,7 @@ class Stages:
         """
         assert self.shallow.weights.embed is not None
         made = Chain(self.shallow.weights.embed)
-        # Before what runs first, so that no kernel begins while these are written.
+        # Computed before the first draft: our kernels read these starts before they wait.
         following = self.passes.fixed.after(last + 1, count - 1) if self.passes.fixed and count > 1 else []
         for step in range(count):
             later = self.recurrent and depth + step > 0
