@@ -138,6 +138,17 @@ def _squares(values):
     return tl.sum(tl.sum(exact * exact, axis=2), axis=0)
 
 
+@triton.jit
+def _begin(rows, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    """The rows and columns of a program, and which rows there are; the next kernel may start from here on."""
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < rows
+    if PDL:
+        gdc_launch_dependents()
+    return row, column, live
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _project(
     x, weight, bias, residual, out, rows, eps,
@@ -149,11 +160,7 @@ def _project(
 
     With a gate the weights of gate and up take turns, and the result is silu(gate) * up, `[rows, N / 2]`.
     """
-    row = tl.program_id(1) * 16 + tl.arange(0, 16)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = row < rows
-    if PDL:
-        gdc_launch_dependents()
+    row, column, live = _begin(rows, BLOCK_N, PDL)
     held = _held(weight, column, N, K, S, BLOCK_K, HELD)
     width: tl.constexpr = N // 2 if GATE else N
     left: tl.constexpr = BLOCK_N // 2 if GATE else BLOCK_N
@@ -191,11 +198,7 @@ def _qkv(
     In the weights `[(H + 2 G) E, K]` of a head the two numbers that rotary turns together stand side by side.
     """
     N: tl.constexpr = (H + 2 * G) * E  # noqa: N806
-    row = tl.program_id(1) * 16 + tl.arange(0, 16)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = row < rows
-    if PDL:
-        gdc_launch_dependents()
+    row, column, live = _begin(rows, BLOCK_N, PDL)
     held = _held(weight, column, N, K, S, BLOCK_K, HELD)
     pair = tl.program_id(0) * BLOCK_N + 2 * tl.arange(0, BLOCK_N // 2)
     head = pair // E
@@ -242,12 +245,8 @@ def _fuse(
 
     With `LOOKED_UP` x is a table of embeddings, and its rows are those of the tokens.
     """
-    row = tl.program_id(1) * 16 + tl.arange(0, 16)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = row < rows
+    row, column, live = _begin(rows, BLOCK_N, PDL)
     other = weight + N * K
-    if PDL:
-        gdc_launch_dependents()
     held = _held(weight, column, N, K, S, BLOCK_K, HELD)
     held_other = _held(other, column, N, K, S, BLOCK_K, HELD)
     if PDL:
