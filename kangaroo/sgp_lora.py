@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from kangaroo.decoding.layers import LARGE, MadeFromWeights
+
 __all__ = ["AdapterSwitch", "get_peft_model_state_dict", "inject_dual_lora", "inject_lora", "lora_parameters"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,6 +45,7 @@ class AdapterSwitch:
             if isinstance(child, LoraLinear)
         ]
         self._is_merged = False
+        self._plain: MadeFromWeights[nn.Linear] = MadeFromWeights()
 
     @property
     def modules(self) -> list[nn.Module | None]:
@@ -58,7 +61,7 @@ class AdapterSwitch:
         for site in touched:
             site.layer._active_adapter = [name for name in site.layer.active_adapters if name not in names]
             if self._is_merged:  # the merged weight has the named adapters in it: merge again without them
-                site.put(_merged(site.layer))
+                site.put(self._merged(site))
         try:
             yield
         finally:
@@ -78,22 +81,38 @@ class AdapterSwitch:
         self._is_merged = True
         try:
             for site in self._sites:
-                site.put(_merged(site.layer))
+                site.put(self._merged(site))
             yield
         finally:
             self._is_merged = False
             for site in self._sites:
                 site.put(site.layer)
 
+    def _merged(self, site: _Site) -> nn.Linear:
+        """A plain layer that computes what the site's layer does with its active adapters.
+
+        It is kept while the weights are the same, so that what decoding makes of it lasts, too; unless it is large.
+        """
+        layer = site.layer
+        base: nn.Linear = layer.get_base_layer()
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not active:
+            return base
+
+        def merge() -> nn.Linear:
+            return _merged(base, [layer.get_delta_weight(name) for name in active])
+
+        if base.weight.numel() > LARGE:
+            return merge()
+        factors = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in active]
+        name = f"{self._sites.index(site)} {' '.join(active)}"
+        return self._plain.get(name, [base.weight, *factors], merge)
+
 
 @torch.no_grad()
-def _merged(layer: LoraLinear) -> nn.Linear:
-    """A plain linear layer that computes what `layer` does with its active adapters."""
-    base: nn.Linear = layer.get_base_layer()
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not active:
-        return base
-    weight = base.weight.float() + sum(layer.get_delta_weight(name).float() for name in active)
+def _merged(base: nn.Linear, changes: Sequence[Tensor]) -> nn.Linear:
+    """A plain linear layer with the weight of `base` and some changes of it."""
+    weight = base.weight.float() + sum(change.float() for change in changes)
     # On "meta" no memory is spent on a weight that is replaced at once.
     plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)

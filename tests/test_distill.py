@@ -491,7 +491,10 @@ def test_a_captured_step_of_muon_is_muons_step(monkeypatch):
             other.grad = torch.randn(other.shape)
             own.grad = other.grad.clone() if kept else torch.full(own.shape, math.nan)
         lr = 0.1 / (step + 1)
+        versions = [own._version for own in ours]
         mine.step(lr, torch.tensor(kept))
+        # By these decoding sees that a weight has changed.
+        assert all(own._version > version for own, version in zip(ours, versions, strict=True))
         if kept:
             for optimizer, rate in ((muon, 0.5 * lr), (adamw, lr)):
                 optimizer.param_groups[0]["lr"] = rate

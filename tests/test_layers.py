@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
 
+from kangaroo import sgp_lora
 from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.layers import MadeFromWeights, packed_dtypes, product
+from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, packed_dtypes, product
 from kangaroo.sgp_lora import AdapterSwitch
 
 
@@ -152,3 +153,31 @@ def test_weights_are_found_again_where_adapters_are_attached_or_merged_anew():
     state = {name: 2 * weight for name, weight in model.base_model.state_dict().items()}
     model.base_model.load_state_dict(state, assign=True)  # other tensors in the same modules
     assert not torch.allclose(drafts(), again)
+
+
+def test_answers_one_after_another_merge_and_pack_once(monkeypatch):
+    """A user calls `generate` in a loop: nothing is made anew while the weights are the same."""
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1)
+    made = []
+    kept = CachedLayer.__init__
+    monkeypatch.setattr(CachedLayer, "__init__", lambda self, *args: (made.append(1), kept(self, *args))[1])
+    first = model.generate(random_prompts(1, 3)[0], 4, DecodeConfig(2)).tokens
+    count = len(made)
+    assert count and model.generate(random_prompts(1, 3)[0], 4, DecodeConfig(2)).tokens == first
+    assert len(made) == count
+    with torch.no_grad():
+        for name, weight in model.base_model.named_parameters():
+            if "lora_D" in name and "lora_B" in name:
+                weight.add_(1.0)
+    assert model.generate(random_prompts(1, 3)[0], 4, DecodeConfig(2)).tokens != first
+    assert len(made) > count
+
+
+def test_large_weights_are_not_kept_merged(monkeypatch):
+    """They would take the memory of a second model while the first is trained."""
+    monkeypatch.setattr(sgp_lora, "LARGE", 0)
+    model = tiny_kangaroo().base_model
+    with model.merged():
+        before = model.adapter_switch.modules
+    with model.merged():
+        assert not any(one is other for one, other in zip(before, model.adapter_switch.modules, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
@@ -171,6 +172,8 @@ class Optimizers:
         elif "muon" in self._parts:
             self._parts["muon"].param_groups[0]["lr"] = lr * self._muon
             self._parts["muon"].step()
+        # Fused and captured steps leave the versions of weights as they were, by which decoding sees changes.
+        increment_version(self._parameters)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, as `optimizer_tensors` names it."""
