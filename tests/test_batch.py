@@ -10,12 +10,9 @@ import conftest
 import pytest
 import torch
 from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_kangaroo
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kangaroo.decoding.ahead import NONE, look_up
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
-from kangaroo.decoding.drafting import LONGEST_NGRAM, BlockPolicy, LookupIndex
+from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.passes import SHORTEST_VIEW, view
 from kangaroo.decoding.stages import Stage
 
@@ -127,29 +124,6 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, 
         if not how.adaptive:  # which chooses other lengths where several drafts are made at once
             assert list(map(blocks_of, found)) == list(map(blocks_of, expected[start : start + rows]))
     assert all(one.passes.graphs.held for one in held.values())
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=24), min_size=3, max_size=3), st.integers(0, 9)
-)
-def test_a_lookup_on_the_device_is_that_of_the_host(texts, count):
-    held = torch.randint(0, 4, (3, LONGEST_NGRAM + 25))  # what stands after a text means nothing
-    held[:, :LONGEST_NGRAM] = NONE
-    for row, text in enumerate(texts):
-        held[row, LONGEST_NGRAM : LONGEST_NGRAM + len(text)] = torch.tensor(text)
-    found, matched = look_up(held, torch.tensor(list(map(len, texts))), count)
-    for row, text in enumerate(texts):
-        expected, length = LookupIndex(text).propose(count)
-        assert int(matched[row]) == length
-        assert not length or found[row].tolist() == expected
-
-
-def test_a_text_that_has_grown_beyond_what_is_read_stays_within_it():
-    """A text that is over goes on within its row while others of its batch are read; nothing is looked up outside."""
-    held = torch.tensor([[NONE] * LONGEST_NGRAM + [5, 6, 7, 5, 6, 7, 5, 6]])
-    found, matched = look_up(held, torch.tensor([40]), 7)
-    assert found.shape == (1, 7) and int(matched) <= LONGEST_NGRAM
 
 
 def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):

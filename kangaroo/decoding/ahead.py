@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from kangaroo.decoding.blocks import (
     refuse_not_finite,
     settled,
 )
-from kangaroo.decoding.cache import FixedShape, steps
+from kangaroo.decoding.cache import FixedShape
 from kangaroo.decoding.drafting import LONGEST_NGRAM
+from kangaroo.decoding.outcome import NONE, BlockState, Drafts, Verdicts, accept, look_up, share
 from kangaroo.decoding.passes import view
 from kangaroo.decoding.planning import Plan
 from kangaroo.decoding.speculate import Text
@@ -36,8 +37,6 @@ from kangaroo.decoding.stages import Chain, Stage, Stages
 
 UNDER_WAY = 2
 """Blocks that are started before the host waits for the first of them."""
-NONE = -1
-"""Stands where there is no token; equal to none."""
 
 Results = list[Verification | None]
 """What each text commits; None for texts that are over."""
@@ -73,7 +72,9 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     """
     key = (len(texts), plan, threshold)
     if key not in stages.ahead:
-        stages.ahead[key] = _State.of(stages, len(texts), plan)
+        cache = stages.deep.cache
+        size = stages.hidden_size if stages.feedback is not None else 0
+        stages.ahead[key] = BlockState.of(cache.keys[0], len(texts), plan, cache.capacity, size)
     blocks = _Blocks(stages, stages.ahead[key], plan, threshold)
     blocks.load(texts)
     looks: deque[_Look] = deque()
@@ -101,32 +102,6 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
             return
 
 
-def look_up(text: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`LookupIndex.propose` on the device.
-
-    Args:
-        text: `[B, LONGEST_NGRAM + S]`, after `LONGEST_NGRAM` times `NONE` the tokens of each text, fewer than S.
-        lengths: `[B]`, of the texts.
-        count: tokens wanted.
-
-    Returns:
-        Tokens `[B, count]`, and how many matched before them, `[B]`; without a match the tokens mean nothing.
-    """
-    # The tokens before each position, [B, S, LONGEST_NGRAM].
-    before = text.unfold(1, LONGEST_NGRAM, 1)[:, :-1]
-    size = before.shape[1]
-    lengths = lengths.clamp(max=size - 1)  # a text that is over may have grown beyond what is read
-    ending = before[steps(len(text), text.device), lengths]
-    matched = (before == ending[:, None]).flip(-1).cumprod(dim=-1).sum(dim=-1)
-    position = steps(size, text.device)
-    # The longest match, and of these the last one.
-    score = torch.add(position, matched, alpha=size) * (position < lengths[:, None])
-    best = score.amax(dim=1)
-    start = best % size
-    turn = steps(count, text.device) % (lengths - start).clamp(min=1)[:, None]
-    return text[:, LONGEST_NGRAM:].gather(1, start[:, None] + turn), best // size
-
-
 @dataclass(frozen=True)
 class _Look:
     """One block's outcome on its way to the host.
@@ -143,58 +118,6 @@ class _Look:
     states: Tensor
 
 
-@dataclass
-class _State:
-    """What one block leaves to the next.
-
-    The verifier's tokens `own` stand in each text from `start_at` on. The first `right` of them were drafted, one more
-    is committed, and nothing that begins a block has read any of them.
-
-    Attributes:
-        start_at, right: `[B]`.
-        own: `[B, T]`.
-        read: `[B]`, tokens of the text that stand in the caches of what drafts.
-        hidden: `[B, T, D]`, the verifier's states of the positions before, for a drafter with feedback.
-        text: as in `look_up`.
-        block: `[C, B, T]`, what is verified: the last committed token, then each chain, `NONE` after its end.
-        space: on the host, for the numbers of blocks under way.
-        turn: blocks so far.
-    """
-
-    start_at: Tensor
-    right: Tensor
-    own: Tensor
-    read: Tensor
-    hidden: Tensor
-    text: Tensor
-    block: Tensor
-    space: list[Tensor]
-    turn: int = 0
-
-    @classmethod
-    def of(cls, stages: Stages, num_texts: int, plan: Plan) -> _State:
-        """Nothing yet."""
-        like = stages.deep.cache.keys[0]
-        width = plan.longest + 1
-        slots = stages.deep.cache.capacity if plan.looked_up else 0
-        size = stages.hidden_size if stages.feedback is not None else 0
-
-        def tokens(*shape: int) -> Tensor:
-            return torch.full(shape, NONE, device=like.device)
-
-        own = tokens(num_texts, width)
-        hidden = like.new_zeros(num_texts, width, size)
-        text = tokens(num_texts, LONGEST_NGRAM + slots)
-        counts = (tokens(num_texts) for _ in range(3))
-        start_at, right, read = counts
-        block = tokens(plan.chains, num_texts, width)
-        return cls(start_at, right, own, read, hidden, text, block, [])
-
-    def tensors(self) -> list[Tensor]:
-        """All that a block reads and writes."""
-        return [self.start_at, self.right, self.own, self.read, self.hidden, self.text, self.block]
-
-
 class _Blocks:
     """Blocks of one plan for some texts.
 
@@ -209,7 +132,7 @@ class _Blocks:
             not measured.
     """
 
-    def __init__(self, stages: Stages, state: _State, plan: Plan, threshold: float) -> None:
+    def __init__(self, stages: Stages, state: BlockState, plan: Plan, threshold: float) -> None:
         self.stages = stages
         self.state = state
         self.plan = plan
@@ -230,11 +153,11 @@ class _Blocks:
             stages.read([tokens[:-1] for tokens in unread])
             unread = self._unread(texts)
         counts = [len(tokens) for tokens in unread]
-        state.own.copy_(_padded(unread, width).clamp(min=0))
-        state.start_at.copy_(torch.tensor(self._reader.cache.lengths))
-        state.right.copy_(torch.tensor(counts) - 1)
+        begin = (_padded(unread, width).clamp(min=0), self._reader.cache.lengths, [n - 1 for n in counts])
+        state.begin(*(torch.as_tensor(part).to(state.own.device) for part in begin))
         if stages.feedback is not None and self.plan.learned:
-            state.hidden.copy_(stages.feedback.take(counts, width))
+            states = stages.feedback.take(counts, width)
+            state.hidden.view(-1, *states.shape).copy_(states)
         if self.plan.looked_up:
             rows = [[NONE] * LONGEST_NGRAM + text.tokens for text in texts]
             state.text.copy_(_padded(rows, state.text.shape[1]))
@@ -256,7 +179,7 @@ class _Blocks:
         stages, state = self.stages, self.state
         assert stages.passes.graphs is not None
         slots = view(longest + self.plan.longest + 1, stages.deep.cache.capacity)
-        key = ("block", len(state.own), self.plan, self.threshold, slots)
+        key = ("block", len(state.length), self.plan, self.threshold, slots)
         numbers, states = stages.passes.graphs.in_place(key, lambda: self._block(slots), state.tensors())
         ms = stages.passes.graphs.ms.get(key)
         self.timed = None if ms is None else (ms, slots)
@@ -285,121 +208,45 @@ class _Blocks:
                 cache.lengths = before
 
     def _run(self, slots: int) -> tuple[Tensor, ...]:
-        state = self.state
-        texts = len(state.own)
-        rows = steps(texts, state.own.device)
-        # A text that is over goes on within its row for nothing.
-        most = self.stages.deep.cache.capacity - self.plan.longest - 1
-        length = (state.start_at + state.right + 1).clamp(max=most)
+        stages, state, plan = self.stages, self.state, self.plan
+        fed_back = stages.feedback is not None
 
         # 1. Draft: the learned chain and its branches, and what a lookup knows.
-        state.block[:, :, 0] = state.own[rows, state.right]
-        matched, confidence, states = self._draft_all(length, slots)
+        drafts = Drafts(state.block[:0].float(), state.length)
+        states = state.hidden[:, :0]
+        if plan.looked_up:
+            drafts = replace(drafts, matched=look_up(state, plan, slots))
+        if plan.learned:
+            chain = self._draft(slots)
+            shape = (plan.learned_chains, -1, plan.learned)
+            state.block[: plan.learned_chains, :, 1 : 1 + plan.learned] = chain.tokens.view(shape)
+            drafts = replace(drafts, confidence=chain.confidence.view(shape))
+            states = chain.exit_states
 
         # 2. Verify: the last committed token and each chain. The embedding is the ordinary kernel that must stand
         # between `starts` and our own kernels.
-        self.stages.passes.fixed = FixedShape((length - 1).repeat(self.plan.chains), slots)
-        tokens = state.block.clamp(min=0) if self.plan.looked_up else state.block
-        hidden = self.stages.deep(self.stages.base(tokens.flatten(0, 1)))
-        best, certainty = self.stages.deep.best(hidden)
-        own = best.view(self.plan.chains, texts, -1)
+        stages.passes.fixed = FixedShape(state.starts, slots)
+        tokens = state.block.clamp(min=0) if plan.looked_up else state.block
+        hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
+        own, certainty = (part.view(state.block.shape) for part in stages.deep.best(hidden))
 
         # 3. Accept: the chain that goes furthest.
-        counts = self._count_right(state.block[..., 1:], confidence, own)
-        winner = counts.argmax(dim=0)
-        self._leave(length, counts, own[winner, rows])
-        if self.plan.chains > 1:
-            self._share(winner * texts + rows, length - 1)
-        if self.stages.feedback is not None:
-            state.hidden.copy_(hidden.view(self.plan.chains, texts, *hidden.shape[1:])[winner, rows])
-            states = states if self.plan.learned else state.hidden
-
-        # 4. Tell the host: as bits, so that one transfer serves both kinds of numbers.
-        numbers = [state.own, matched[:, None], *state.block[..., 1:], *counts[..., None]]
-        floats = [*confidence, *certainty.view(own.shape)]
-        return torch.cat([torch.cat(numbers, 1).int(), torch.cat(floats, 1).view(torch.int32)], 1), states
-
-    def _draft_all(self, length: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Write all chains into the block.
-
-        Returns:
-            The tokens that matched before a lookup `[B]`, the confidence in learned drafts `[C, B, n]`, and the exit
-            states that they were made from `[C * B, n, D]`.
-        """
-        state = self.state
-        count = self.plan.learned
-        matched = state.start_at
-        confidence = state.block[:0].float()
-        states = state.hidden[:, :0]
-        # The lookup is small and runs beside the learned drafts.
-        aside = self._begin_aside()
-        if self.plan.looked_up:
-            with torch.cuda.stream(aside):
-                matched = self._look_up(length, slots)
-        if count:
-            many = self.plan.learned_chains
-            drafts = self._draft(slots)
-            state.block[:many, :, 1 : 1 + count] = drafts.tokens.view(many, -1, count)
-            confidence = drafts.confidence.view(many, -1, count)
-            states = drafts.exit_states
-        if aside is not None:
-            torch.cuda.current_stream().wait_stream(aside)
-        return matched, confidence, states
-
-    def _begin_aside(self) -> torch.cuda.Stream | None:
-        """A second stream, if it has something to do."""
-        if not self.plan.looked_up or not self.state.own.is_cuda:
-            return None
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        return aside
-
-    def _leave(self, length: Tensor, counts: Tensor, own: Tensor) -> None:
-        """Leave the state to the next block: texts of `length [B]` before it, accepted drafts `counts [C, B]`."""
-        state = self.state
-        if self.plan.learned:  # the last draft was not read; with feedback all are read once more
-            fed_back = self.stages.feedback is not None
-            drafted = 0 if fed_back else counts[0].clamp(max=self.plan.learned - 1)
-            torch.add(length, drafted, out=state.read)
-        state.start_at.copy_(length)
-        torch.amax(counts, dim=0, out=state.right)
-        state.own.copy_(own)
-
-    def _share(self, row: Tensor, first: Tensor) -> None:
-        """Give the rows of all chains what the winning `row [B]` of each text has read from slot `first [B]` on."""
-        slots = first[:, None] + steps(self.plan.longest + 1, row.device)
-        for stage in (self.stages.base, self.stages.deep):
-            stage.cache.share_from(row[:, None], slots)
+        verdicts = Verdicts(own, certainty)
+        numbers, winners = accept(state, plan, drafts, verdicts, self.threshold, fed_back)
+        if plan.chains > 1:
+            for stage in (stages.base, stages.deep):
+                share(state, stage.cache, winners)
+        if fed_back:
+            torch.index_select(hidden, 0, winners, out=state.hidden)
+            states = states if plan.learned else state.hidden
+        return numbers, states
 
     def _draft(self, slots: int) -> Chain:
         """Learned drafts of all chains; the rows of all read what was committed."""
-        state, many = self.state, self.plan.learned_chains
-        feedback = state.hidden if self.stages.feedback is not None else None
-        inputs = [state.start_at, state.own, state.right]
-        if many > 1:
-            inputs = [part.repeat(many, *[1] * (part.dim() - 1)) for part in inputs]
-            feedback = None if feedback is None else feedback.repeat(many, 1, 1)
-        start_at, own, right = inputs
-        self.stages.passes.fixed = FixedShape(start_at, slots)
-        return self.stages.chain(own, right, feedback, self.plan.learned, len(state.own))
-
-    def _look_up(self, length: Tensor, slots: int) -> Tensor:
-        """Write what a lookup knows into the last chain; the tokens that matched before it, `[B]`."""
-        state, plan = self.state, self.plan
-        places = state.start_at[:, None] + steps(state.own.shape[1], length.device)
-        state.text[:, LONGEST_NGRAM:].scatter_(1, places, state.own)
-        found, matched = look_up(state.text[:, : LONGEST_NGRAM + slots], length, plan.looked_up)
-        state.block[-1, :, 1 : 1 + plan.looked_up] = found.where(matched[:, None] >= plan.sure, NONE)
-        return matched
-
-    def _count_right(self, chains: Tensor, confidence: Tensor, own: Tensor) -> Tensor:
-        """Accepted drafts of each chain, `[C, B]`: while they are the verifier's, up to the first doubtful one."""
-        agrees = chains == own[..., :-1]
-        if self.threshold and self.plan.learned:
-            sure = confidence[0].double() >= self.threshold
-            goes_on = sure[:, :-1].cumprod(dim=1).bool()
-            agrees[: self.plan.learned_chains, :, 1 : self.plan.learned] &= goes_on
-        return agrees.cumprod(dim=2).sum(dim=2)
+        stages, state = self.stages, self.state
+        feedback = state.hidden if stages.feedback is not None else None
+        stages.passes.fixed = FixedShape(state.start_at, slots)
+        return stages.chain(state.own, state.right, feedback, self.plan.learned, len(state.length))
 
     def look(self, look: _Look, texts: Sequence[Text]) -> Results:
         """What a block commits to the texts as they are now."""
@@ -452,8 +299,8 @@ class _Blocks:
     def unload(self, texts: Sequence[Text]) -> None:
         """Let step-by-step decoding go on: say what the caches hold, and what the drafter has not read."""
         stages = self.stages
-        starts = self.state.start_at.tolist()
-        right = self.state.right.tolist()
+        starts = self.state.start_at[: len(texts)].tolist()
+        right = self.state.right[: len(texts)].tolist()
         over = [not text.room for text in texts]
         lengths = zip(over, starts, right, strict=True)
         verified = [0 if done else start + count for done, start, count in lengths]

@@ -78,7 +78,7 @@ class KVCache:
         self.clear()
 
     @functools.cached_property
-    def _stores(self) -> list[Tensor]:
+    def stores(self) -> list[Tensor]:
         """Keys and values of each device's layers in one tensor, so that slots of all are copied at once.
 
         They are allocated when they are first used: on a GPU most are replaced by those of an earlier decoding before.
@@ -93,12 +93,12 @@ class KVCache:
     @functools.cached_property
     def keys(self) -> list[Tensor]:
         """Keys by layer."""
-        return [keys for store in self._stores for keys in store[0]]
+        return [keys for store in self.stores for keys in store[0]]
 
     @functools.cached_property
     def values(self) -> list[Tensor]:
         """Values by layer."""
-        return [values for store in self._stores for values in store[1]]
+        return [values for store in self.stores for values in store[1]]
 
     def clear(self) -> None:
         """Forget everything; every text is in use again."""
@@ -171,7 +171,7 @@ class KVCache:
         """
         texts = len(row)
         rows = steps(self.chains * texts, row.device).view(self.chains, texts, 1)
-        for store in self._stores:
+        for store in self.stores:
             # Advanced indices apart from one another come first: [B, T, 2, layers, G, E].
             store[:, :, rows, :, slots[None]] = store[:, :, row, :, slots][None]
 
@@ -187,7 +187,7 @@ class KVCache:
     def _copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy slots of a row to another, in all layers."""
         if start < stop:
-            for store in self._stores:
+            for store in self.stores:
                 store[:, :, target, :, start:stop] = store[:, :, source, :, start:stop]
 
     def like_one_row(self, capacity: int) -> KVCache:
