@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kangaroo.decoding.drafting import (
     Memory,
     ScriptedPolicy,
 )
+from kangaroo.decoding.planning import Plan, Planner, _Continuations
 from kangaroo.decoding.speculate import Text
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
@@ -113,7 +115,9 @@ def test_what_is_remembered_wrongly_is_soon_no_longer_drafted():
         tokens = policy.look_up()
         drafted.append(len(tokens))
         draft = DraftBlock(torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), math.nan))
-        policy.observe(Verification(4, (0,), min(1, len(tokens)), 0, draft))
+        policy.observe(
+            Verification(4, (0,), min(1, len(tokens)), 0, draft), LookupIndex([9, 1, 2, 3], memory)
+        )
     assert drafted[0] == 4 and sum(map(bool, drafted[20:])) < 10
 
 
@@ -290,7 +294,8 @@ def simulate(chance, blocks=600, source="learned", seed=0, costs=COSTS, matched=
         confidence = torch.tensor([chance] * learned + [math.nan] * (count - learned))
         draft = DraftBlock(torch.zeros(count, dtype=torch.long), confidence, torch.zeros(learned, 4))
         scored = min(count, accepted + 1)
-        policy.observe(Verification(0, (0,) * (accepted + 1), scored, accepted, draft, torch.ones(count + 1)))
+        verified = Verification(0, (0,) * (accepted + 1), scored, accepted, draft, torch.ones(count + 1))
+        policy.observe(verified, index)
         tokens, time = tokens + accepted + 1, time + costs.block(learned, count - learned)
     return tokens / time * costs.verify[0]
 
@@ -309,6 +314,97 @@ def test_the_policy_comes_near_the_best_fixed_length(chance):
     assert best > 1.2 and simulate(chance) > 0.95 * best
 
 
+# Plans of blocks that run ahead
+
+
+def plans_of(
+    seed: int, chance: float, lookup: float, blocks: int = 300, source: str = "hybrid"
+) -> list[Plan]:
+    """The plans that a planner chooses where drafts and lookups are right with some chances."""
+    costs = StepCosts(tuple(10.0 + 0.2 * n for n in range(9)), 1.0, tuple(10.4 + 0.4 * n for n in range(9)))
+    planner = Planner(DecodeConfig(7, source=source, adaptive=True), costs, branches=0)
+    rng = random.Random(seed)
+    text = list(range(10_000))
+    place = 0
+    plans = []
+
+    def right(most: int, chance: float) -> int:
+        return next((count for count in range(most) if rng.random() >= chance), most)
+
+    for _ in range(blocks):
+        plan = planner.plan()
+        plans.append(plan)
+        planner.timed(plan, planner._estimate(plan), 256)
+        learned, known = right(plan.learned, chance), right(7, lookup)
+        following = text[place : place + 8]
+        proposed = following[:known] + [-1] * (7 - known)
+        found = min(known, plan.looked_up)
+        states = torch.zeros(plan.learned, 4)
+        main = DraftBlock(
+            torch.zeros(plan.learned, dtype=torch.long), torch.full((plan.learned,), 0.9), states
+        )
+        if plan.looked_up and not plan.learned:
+            main = DraftBlock(torch.zeros(7, dtype=torch.long), torch.full((7,), math.nan))
+            learned = found
+        size = len(main.tokens)
+        lost = Verification(9, (), min(size, learned + 1), learned, main, torch.ones(size + 1))
+        won = replace(lost, committed=tuple(following[: max(learned, found) + 1]))
+        if plan.learned and found > learned:
+            beside = DraftBlock(
+                torch.zeros(plan.looked_up, dtype=torch.long), torch.full((plan.looked_up,), math.nan)
+            )
+            size = plan.looked_up
+            won = Verification(
+                9, won.committed, min(size, found + 1), found, beside, torch.ones(size + 1), (lost,)
+            )
+        planner.observe(won, proposed)
+        place += len(won.committed)
+    return plans
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_lookup_that_is_right_is_found_without_being_tried(seed):
+    """What it would have given is known from the text; so it is taken where it goes further, and only there."""
+    plans = plans_of(seed, chance=0.3, lookup=0.95)
+    assert all(plan.looked_up == 7 and not plan.learned for plan in plans[150:])
+    plans = plans_of(seed, chance=0.8, lookup=0.02)
+    assert all(plan.learned >= 3 and not plan.looked_up for plan in plans[50:])
+    plans = plans_of(seed, chance=0.02, lookup=0.02)
+    # A lookup adds a seventh to a step: one that was right lately is within the margin for a while.
+    assert (
+        sum(not plan.learned for plan in plans[50:]) > 220
+        and sum(plan == Plan() for plan in plans[50:]) > 140
+    )
+
+
+def test_a_lookup_is_counted_as_far_as_it_is_known():
+    """Right in all that was committed, it may have gone on: that is no mistake, and no success either."""
+    known = _Continuations(4)
+    for _ in range(400):
+        assert known.right([1, 2, 3, 4], [1, 2]) == 2
+    assert known.beyond(0, 2) == pytest.approx(2.0, abs=0.02)
+    assert known.beyond(2, 4) == pytest.approx(0.8 + 0.8**2, abs=0.02)  # as at the start
+    for _ in range(400):
+        assert known.right([1, 2, 9, 4], [1, 2, 3, 4, 5]) == 2
+    assert known.beyond(0, 4) == pytest.approx(2.0, abs=0.05)
+    for _ in range(400):
+        assert known.right([], [1, 2]) == 0
+    assert known.beyond(0, 4) < 0.05
+
+
+def test_times_are_kept_for_every_number_of_slots():
+    costs = StepCosts(tuple(10.0 + 0.2 * n for n in range(9)), 1.0)
+    planner = Planner(DecodeConfig(6, adaptive=True), costs, branches=0)
+    planner.timed(Plan(), 10.0, 256)
+    planner.timed(Plan(6), 100.0, 256)
+    assert planner.plan() != Plan(6)
+    planner.timed(Plan(), 20.0, 512)
+    planner.timed(Plan(6), 21.0, 512)
+    assert planner.plan() == Plan(6)
+    planner.timed(Plan(), 10.0, 256)  # the next answer begins with fewer
+    assert planner.plan() != Plan(6)
+
+
 @pytest.mark.parametrize(("more", "tried"), [(0.5, True), (4.0, False)])
 def test_a_second_chain_is_tried_where_it_costs_little(more, tried):
     costs = StepCosts(COSTS.verify, COSTS.draft, tuple(cost + more for cost in COSTS.verify))
@@ -325,7 +421,8 @@ def test_what_became_of_two_chains_is_counted_for_each():
     learned = DraftBlock(torch.zeros(2, dtype=torch.long), torch.full((2,), 0.9), torch.zeros(2, 4))
     looked_up = DraftBlock(torch.tensor([3, 4, 5, 1]), torch.full((4,), math.nan), chain=1)
     lost = Verification(7, (), 1, 0, learned, torch.ones(3))
-    policy.observe(Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), (lost,)))
+    won = Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), (lost,))
+    policy.observe(won, LookupIndex([1, 2, 3, 4, 5, 1, 2]))
     after = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
     assert after["learned"] < before["learned"] and after["lookup"] > before["lookup"]
 

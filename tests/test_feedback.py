@@ -106,7 +106,7 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, recurrent, monk
         plans = (Plan(), Plan(3), Plan(1), Plan(looked_up=3), Plan(4), Plan(3, 1), Plan(), Plan(2, 1, 5, 2))
         return plans[getattr(policy, "blocks", 0) // 4 % len(plans)]
 
-    def observe(policy, verification):
+    def observe(policy, verification, index):
         policy.blocks = getattr(policy, "blocks", 0) + 1
 
     held = capture_passes(model, monkeypatch)

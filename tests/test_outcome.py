@@ -113,7 +113,9 @@ def drafted(plan: Plan, texts: int, seed: int) -> tuple[BlockState, Drafts, Verd
     own = numbers(9, plan.chains, texts, width)
     right = torch.rand(plan.chains, texts, width - 1, device=DEVICE) < 0.7
     state.block[..., 1:] = own[..., :-1].where(right, NONE)
-    state.block[: plan.learned_chains, :, 1 + plan.learned :] = NONE  # chains may have fewer drafts than others
+    state.block[: plan.learned_chains, :, 1 + plan.learned :] = (
+        NONE  # chains may have fewer drafts than others
+    )
     confidence = torch.rand(plan.learned_chains, texts, plan.learned, device=DEVICE)
     certainty = torch.rand(plan.chains, texts, width, device=DEVICE)
     return state, Drafts(confidence, numbers(5, texts)), Verdicts(own, certainty)

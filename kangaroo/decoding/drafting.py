@@ -273,7 +273,7 @@ class BlockPolicy:
         proposed, matched = self._index.propose(self._room)
         return proposed if matched >= needed else []
 
-    def observe(self, verification: Verification) -> None:
+    def observe(self, verification: Verification, index: LookupIndex) -> None:
         """Learn from the outcome of the block."""
 
     def timed(self, plan: Plan, ms: float, slots: int) -> None:
@@ -498,9 +498,13 @@ class AdaptivePolicy(BlockPolicy):
         """As in `BlockPolicy`."""
         self._planner.timed(plan, ms, slots)
 
-    def observe(self, verification: Verification) -> None:
+    def observe(self, verification: Verification, index: LookupIndex) -> None:
         """As in `BlockPolicy`."""
-        self._planner.observe(verification)
+        proposed: list[int] = []
+        if self.config.source != "learned":
+            found, matched = index.propose(self._planner.longest)
+            proposed = found if matched <= LONGEST_NGRAM else []  # earlier texts are not on the device
+        self._planner.observe(verification, proposed)
         first = verification.main_chain
         second = verification.lookup_chain
         learned = first.draft.num_learned

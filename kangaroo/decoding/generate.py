@@ -82,7 +82,7 @@ def _next_blocks(
 def _commit(text: Text, verification: Verification, eos_ids: Sequence[int]) -> None:
     """Append what was committed, and let the text's policy learn from it."""
     if verification.start > text.prompt_len:  # the prefill drafts nothing
-        text.policy.observe(verification)
+        text.policy.observe(verification, text.index)
     text.index.extend(verification.committed)
     if verification.committed[-1] in eos_ids:
         text.stop = 0  # no room is left: the text is over

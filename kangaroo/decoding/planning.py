@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
@@ -71,44 +72,84 @@ class _Mean:
         self._weight = first_weight + IDLE * (self._weight - first_weight)
 
 
+class _Continuations:
+    """How far lookups are right, from what was committed after each, whether or not it was verified.
+
+    Of a lookup that is right in all committed tokens it is not known how far it would have gone; it counts at the
+    tokens that are known (as in the estimator of Kaplan and Meier 1958).
+
+    Args:
+        longest: tokens of a lookup, at most.
+    """
+
+    def __init__(self, longest: int) -> None:
+        # The chance of each token, where those before it are right. A hopeful start.
+        self._chances = [_Mean(0.8 if depth else 0.4) for depth in range(longest)]
+
+    def right(self, proposed: Sequence[int], committed: Sequence[int]) -> int:
+        """Count a lookup beside what was committed in its place; its right tokens as far as that is known."""
+        count = 0
+        for proposal, token in zip(proposed, committed, strict=False):
+            if proposal != token:
+                break
+            count += 1
+        known = count + (count < len(committed))
+        for depth, chance in enumerate(self._chances[:known]):
+            chance.count(True, float(depth < count))
+        return count
+
+    def beyond(self, first: int, stop: int) -> float:
+        """Expected right tokens from place `first` on, before `stop`, where all before are right."""
+        expected = 0.0
+        survival = 1.0
+        for chance in self._chances[first:stop]:
+            survival *= chance.value
+            expected += survival
+        return expected
+
+
 class Planner:
     """Chooses the plan that is fastest by recent acceptance and measured times.
 
     A plan's time is measured when its block is captured. Before that it is estimated from step costs, which were
     measured step by step, with the host in them; so estimates are scaled by measured over estimated time of the plans
-    that were tried.
+    that were tried. What a lookup gives is known without trying it.
 
     Args:
         config: `source` and `draft_len`, the longest chain.
         costs: for blocks up to that length.
         branches: chains beside the learned one, where they pay.
+
+    Attributes:
+        longest: tokens of a lookup, at most.
     """
 
     def __init__(self, config: DecodeConfig, costs: StepCosts, branches: int) -> None:
         self._costs = costs
-        self._times: dict[Plan, float] = {}  # milliseconds of the plans that were tried, reading `_slots`
+        self._times: dict[int, dict[Plan, float]] = {0: {}}  # milliseconds, by the slots that blocks read
         self._slots = 0
         self._acceptance = _Mean(0.7)
         self._branched = _Mean(0.35)  # tokens of a block that only branches gave
-        self._beside = _Mean(0.25)  # tokens of a block that only a lookup beside learned drafts gave
-        self._looked_up = _Mean(0.8)  # accepted tokens of a lookup
         self._plan = Plan()
-        lookup = config.source != "learned"
         together = config.source == "hybrid"
-        most = min(config.draft_len, PASS_ROWS - 1)
+        self.longest = min(config.draft_len, PASS_ROWS - 1)
         self._plans = [Plan()]
-        if lookup:
-            self._plans.append(Plan(looked_up=most))
+        if config.source != "learned":
+            self._plans.append(Plan(looked_up=self.longest))
         if config.source != "lookup":
             for length in LENGTHS:
                 for forks in {0, min(branches, length)}:
-                    self._add(Plan(length, forks), most)
+                    self._add(Plan(length, forks))
                     if together:  # as long a lookup as leaves all chains in one tile of our kernels
-                        self._add(Plan(length, forks, min(most, PASS_ROWS // (forks + 2) - 1)), most)
+                        self._add(Plan(length, forks, min(self.longest, PASS_ROWS // (forks + 2) - 1)))
+        self._continuations = _Continuations(self.longest)
+        # Tokens of a block that only a lookup beside learned drafts gave, by the lookup's length.
+        lengths = {plan.looked_up for plan in self._plans if plan.learned}
+        self._beside = {length: _Mean(0.25) for length in sorted(lengths - {0})}
 
-    def _add(self, plan: Plan, most: int) -> None:
+    def _add(self, plan: Plan) -> None:
         """Consider a plan if its lookup is no shorter than its drafts and its rows fit in a tile of our kernels."""
-        fits = plan.longest <= most and plan.chains * (plan.longest + 1) <= PASS_ROWS
+        fits = plan.longest <= self.longest and plan.chains * (plan.longest + 1) <= PASS_ROWS
         if fits and plan.looked_up in (0, plan.longest):
             self._plans.append(plan)
 
@@ -120,11 +161,9 @@ class Planner:
         return self._plan
 
     def timed(self, plan: Plan, ms: float, slots: int) -> None:
-        """Learn how long a block of a plan takes; another number of slots drops all times so far."""
-        if slots != self._slots:
-            self._times = {}
-            self._slots = slots
-        self._times[plan] = ms
+        """Learn how long a block of a plan takes that reads so many slots, as the next ones will."""
+        self._slots = slots
+        self._times.setdefault(slots, {})[plan] = ms
 
     def _speed(self, plan: Plan) -> float:
         """Expected tokens a millisecond."""
@@ -133,34 +172,40 @@ class Planner:
     def _tokens(self, plan: Plan) -> float:
         """Expected tokens of a block."""
         if not plan.learned:
-            return 1.0 + (self._looked_up.value if plan.looked_up else 0.0)
+            return 1.0 + self._continuations.beyond(0, plan.looked_up)
         tokens = expected_tokens(self._acceptance.value, plan.learned)
         tokens += self._branched.value if plan.branches else 0.0
-        return tokens + (self._beside.value if plan.looked_up else 0.0)
+        return tokens + (self._beside[plan.looked_up].value if plan.looked_up else 0.0)
 
     def _ms(self, plan: Plan) -> float:
         """Milliseconds of a block."""
-        if plan in self._times:
-            return self._times[plan]
-        found = sum(self._times.values())
-        estimated = sum(map(self._estimate, self._times))
-        return self._estimate(plan) * (found / estimated if estimated else 1.0)
+        times = self._times[self._slots]
+        if plan in times:
+            return times[plan]
+        estimated = sum(map(self._estimate, times))
+        return self._estimate(plan) * (sum(times.values()) / estimated if estimated else 1.0)
 
     def _estimate(self, plan: Plan) -> float:
         if plan.learned:
             return self._costs.block(plan.learned, beside=plan.chains - 1)
         return self._costs.block(0, plan.looked_up)
 
-    def observe(self, verification: Verification) -> None:
-        """Count the outcome of a block."""
+    def observe(self, verification: Verification, proposed: Sequence[int]) -> None:
+        """Count the outcome of a block.
+
+        Args:
+            verification: the outcome.
+            proposed: what a lookup knew before it, verified or not.
+        """
         main = verification.main_chain
         learned = main.draft.num_learned
         drafted = [chain for chain in (verification, *verification.beside) if chain.draft.num_learned]
-        lookup = verification.lookup_chain if learned else main
         best = max((chain.num_accepted for chain in drafted), default=0)
         self._acceptance.count(learned > 0, main.num_accepted, main.num_drafted)
-        self._branched.count(learned > 0 and self._plan.branches > 0, best - main.num_accepted)
-        beside = self._plan.looked_up > 0
-        # An end of the text cuts the chain that wins alone.
-        self._beside.count(learned > 0 and beside, max(0, verification.num_accepted - best))
-        self._looked_up.count(beside, lookup.num_accepted if lookup else 0)
+        self._branched.count(len(drafted) > 1, best - main.num_accepted)
+        right = self._continuations.right(proposed, verification.committed)
+        for length, mean in self._beside.items():
+            gain = float(max(0, min(right, length) - best))
+            if right == len(verification.committed):  # it may have gone further
+                gain += self._continuations.beyond(right, length)
+            mean.count(learned > 0, gain)
