@@ -9,12 +9,13 @@ from collections import Counter
 import conftest
 import pytest
 import torch
-from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_kangaroo
+from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_config, tiny_kangaroo
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.passes import SHORTEST_VIEW, view
-from kangaroo.decoding.stages import Stage
+from kangaroo.decoding.stages import Stage, StageWeights
+from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 SETTINGS = [
     DecodeConfig(0),
@@ -126,9 +127,19 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, 
     assert all(one.passes.graphs.held for one in held.values())
 
 
-def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("captured", "lengths", "shapes"),
+    [
+        (False, (40, 3, 17), [(1, 40), (1, 3), (1, 17)]),
+        (True, (40, 3, 17), [(3, 64)]),  # by our kernels
+        (True, (70, 3, 17), [(1, 128), (1, 9), (1, 64)]),
+    ],
+)
+def test_prompts_of_a_captured_batch_are_read_as_if_alone(captured, lengths, shapes, monkeypatch):
     """In bfloat16 a library rounds by the shape of the whole batch; the padding of others must not be seen."""
-    model = tiny_kangaroo(2, drafter="layer", lora=False).to(torch.bfloat16)
+    model = tiny_kangaroo(2, drafter="layer", lora=False).to(
+        torch.bfloat16 if len(shapes) > 1 else torch.double
+    )
     seen, run = [], Stage.__call__
 
     def watched(self, inputs, *feedback):
@@ -136,15 +147,39 @@ def test_prompts_of_a_captured_batch_are_read_as_if_alone(monkeypatch):
             seen.append(tuple(inputs.shape))
         return run(self, inputs, *feedback)
 
-    capture_passes(model, monkeypatch, prompts=False)
-    prompts = [[5] * 40, [6, 7, 8], [9] * 17]
+    capture_passes(model, monkeypatch, prompts=captured)
+    prompts = [[token] * length for token, length in zip((5, 6, 9), lengths, strict=True)]
     alone = [model.generate(prompt, 6, DecodeConfig(2)) for prompt in prompts]
     monkeypatch.setattr(Stage, "__call__", watched)
     together = model.generate_batch(prompts, 6, DecodeConfig(2))
-    assert seen == [(1, 40), (1, 3), (1, 17)]
+    assert seen == shapes
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one.blocks[0].verifier_confidence, other.blocks[0].verifier_confidence)
         assert one.tokens == other.tokens
+
+
+@pytest.mark.parametrize(
+    "how", [DecodeConfig(0), DecodeConfig(4), DecodeConfig(3, source="hybrid", branches=1)]
+)
+@pytest.mark.parametrize("length", [65, 130])
+def test_a_long_prompt_is_read_by_a_captured_pass_like_a_short_one(how, length, monkeypatch):
+    """By a library, which reads the prompt's own slots: nothing of its padding stays."""
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double()
+    prompt = torch.randint(5, 60, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    expected = model.generate(prompt, 20, how).tokens
+    made = capture_passes(model, monkeypatch)
+    for _ in range(2):
+        assert model.generate(prompt, 20, how).tokens == expected
+    assert made[0].passes.takes_prompt(length)
+
+
+@pytest.mark.parametrize(("kind", "captured"), [("linear", True), ("dynamic", False)])
+def test_a_model_whose_angles_depend_on_the_length_reads_prompts_as_they_are(kind, captured, monkeypatch):
+    """Padding would count as text."""
+    monkeypatch.setattr(StageWeights, "fused", True)  # as on CUDA
+    model = EarlyExitLlamaForCausalLM(tiny_config(rope_scaling={"type": kind, "factor": 2.0}))
+    model.set_exit_layer(2)
+    assert model.new_stages(64).passes.own_kernels == captured
 
 
 @pytest.mark.parametrize("branches", [0, 2])

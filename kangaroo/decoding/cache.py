@@ -8,7 +8,6 @@ up to its own. So nothing has to be erased: padding and rejected drafts stay in 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -126,16 +125,6 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
         self.set_shared([0] * len(rows))
 
-    def row(self, index: int) -> KVCache:
-        """One row as an empty cache of its own, in the same memory."""
-        rows = [keys[index : index + 1] for keys in self.keys]
-        alone = copy.copy(self)
-        alone.keys = rows
-        alone.values = [values[index : index + 1] for values in self.values]
-        alone.batch_size = 1
-        alone.clear()
-        return alone
-
     def share(self, chains: int) -> None:
         """Copy every text's slots to the rows of its first `chains` chains."""
         texts = len(self.lengths)
@@ -194,11 +183,12 @@ class KVCache:
         """An empty cache of one row for the same layers."""
         return KVCache(self._config, self._devices, 1, capacity, self._like, self.window)
 
-    def copy_prefix(self, source: KVCache) -> None:
-        """Begin every row with what the only row of `source` holds."""
-        for own, other in zip(self.keys + self.values, source.keys + source.values, strict=True):
-            own[:, :, : source.length] = other[:, :, : source.length]
-        self.lengths = [source.length] * len(self.lengths)
+    def copy_prefix(self, source: KVCache, row: int | None = None) -> None:
+        """Begin a row, or every one, with what the only row of `source` holds."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        for own, other in zip(self.stores, source.stores, strict=True):
+            own[:, :, rows, :, : source.length] = other[..., : source.length, :]
+        self.lengths[rows] = [source.length] * len(self.lengths[rows])
 
     def store(self, layer: int, keys: Tensor, values: Tensor, plan: CachedPass) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, G, T, E]` of this pass; return the slots that its queries read."""

@@ -27,11 +27,12 @@ SHORTEST_VIEW = 256
 """Slots that a captured pass reads at least."""
 PADDING_STEP = 8
 """Captured passes of more than two tokens have a multiple of this many, so that few shapes are captured."""
-PROMPT_STEP = 64
-"""The same for passes of more than two of these steps, which read prompts."""
+PROMPT_STEPS = {512: 64, 2048: 256}
+"""The same for passes of more than two of these steps, which read prompts, by their tokens at most. Longer prompts are
+read as they are."""
 TIMED_REPLAYS = 5
 """Replays over which the time of a captured pass is measured."""
-LONGEST_PROMPT = 512
+OWN_PROMPT = 64
 """Tokens of a prompt that our own kernels read, at most; they are made for few rows."""
 
 
@@ -51,8 +52,8 @@ class Passes:
     Attributes:
         fixed: the shape of the pass that is running; None where it reads what is filled. Stages look at it.
         begun: whether the prompts are in the caches.
-        own_kernels: whether our own kernels compute all layers. What they compute for a row does not depend on other
-            rows, so that prompts can be read by captured passes, too. Otherwise they are read as they are.
+        own_kernels: whether our own kernels compute all layers, and a position has the same angles in every text. Then
+            prompts can be read by captured passes, too. Otherwise they are read as they are.
     """
 
     def __init__(self, device: torch.device, positions: int = 0, graphs: CudaGraphs | None = None) -> None:
@@ -65,7 +66,14 @@ class Passes:
 
     def takes_prompt(self, longest: int) -> bool:
         """Whether prompts of up to this many tokens are read by a captured pass."""
-        return self.graphs is not None and self.own_kernels and longest <= LONGEST_PROMPT
+        return self.graphs is not None and self.own_kernels and longest <= max(PROMPT_STEPS)
+
+    def read_alone(self, longest: int) -> bool:
+        """Whether prompts of up to this many tokens are read one by one.
+
+        A library rounds by the shape of a batch, our kernels do not.
+        """
+        return self.graphs is not None and not (self.own_kernels and longest <= OWN_PROMPT)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids `[B, T]` on the host, zeros after each row's own."""
@@ -79,7 +87,8 @@ class Passes:
         if not (self.graphs or self.positions):
             return longest
         if longest > 2 * PADDING_STEP and self.takes_prompt(longest):
-            longest = PROMPT_STEP * math.ceil(longest / PROMPT_STEP)
+            step = next(step for most, step in PROMPT_STEPS.items() if longest <= most)
+            longest = step * math.ceil(longest / step)
         elif longest > 2:  # one row has room for eight drafts; two of eight tokens are a tile of our kernels
             spare = 1 if rows == 1 else 0
             longest = PADDING_STEP * math.ceil((longest - spare) / PADDING_STEP) + spare
@@ -117,7 +126,8 @@ class Passes:
             slots = caches[0].capacity if self.positions and not prompt else view(needed, caches[0].capacity)
             if starts is None:
                 starts = torch.tensor(before)
-            outputs = self._run_fixed((name, slots), function, caches, starts, *inputs)
+            by_library = prompt and inputs[0].shape[1] > OWN_PROMPT
+            outputs = self._run_fixed((name, slots), function, caches, starts, *inputs, by_library=by_library)
         else:
             outputs = function(*(tensor.to(self.device) for tensor in inputs))
         # Count each row's own tokens only: the next pass overwrites its padding.
@@ -132,10 +142,11 @@ class Passes:
         caches: Sequence[KVCache],
         starts: Tensor,
         *inputs: Tensor,
+        by_library: bool = False,
     ) -> tuple[Tensor, ...]:
         """Run a pass whose shapes do not depend on the caches' lengths, captured if possible.
 
-        The key is its name with the slots that it reads.
+        The key is its name with the slots that it reads. A pass over prompts by a library reads its own tokens alone.
         """
         before = caches[0].lengths
         _, slots = key
@@ -143,7 +154,7 @@ class Passes:
         def fixed(starts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             for cache in caches:  # a capture runs the function more than once
                 cache.lengths = before
-            self.fixed = FixedShape(starts, slots)
+            self.fixed = None if by_library else FixedShape(starts, slots)
             try:
                 return function(*tensors)
             finally:

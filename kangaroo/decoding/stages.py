@@ -332,6 +332,8 @@ class Stages:
     # A verification that the host has not looked at, and what was verified before it.
     _begun: tuple[Tensor, ...] | None = None
     _before: list[int] = field(default_factory=list)
+    # Of base and deep, for prompts of a batch that are read one by one.
+    _alone: list[KVCache] = field(default_factory=list)
     # For a drafter with feedback: the verifier's states of the last verification, the drafter's of the last drafts.
     _hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     _own: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -549,8 +551,7 @@ class Stages:
         if chains > 1:
             for stage in (self.base, self.deep):
                 stage.cache.fork(chains)
-        alone = self.passes.graphs is not None and not self.passes.takes_prompt(max(map(len, rows)))
-        if len(rows) > 1 and alone and not self.passes.begun:
+        if len(rows) > 1 and not self.passes.begun and self.passes.read_alone(max(map(len, rows))):
             self._begun = self._read_one_by_one(rows, sampled)
             return
         counts = list(map(len, rows))
@@ -558,17 +559,22 @@ class Stages:
         self._begun = self._verify(self.passes.pad(rows), counts, True, sampled, drafted)
 
     def _read_one_by_one(self, rows: Sequence[Sequence[int]], sampled: bool) -> tuple[Tensor, ...]:
-        """Let the verifier read each prompt as if alone: a library rounds by a batch's shape, our kernels do not."""
+        """Let the verifier read each prompt as if alone, over caches of one row, and copy what it has read."""
         caches = (self.base.cache, self.deep.cache)
+        if not self._alone:  # kept, since captured passes write to them
+            self._alone = [cache.like_one_row(cache.capacity) for cache in caches]
         found = []
+        self.base.cache, self.deep.cache = self._alone
         for index, row in enumerate(rows):
-            self.base.cache, self.deep.cache = (cache.row(index) for cache in caches)
-            found.append(self._verify(self.passes.pad([row]), [len(row)], True, sampled, row=index))
+            for cache in self._alone:
+                cache.clear()
+            results = self._verify(self.passes.pad([row]), [len(row)], True, sampled, alone=True)
+            found.append([result.clone() for result in results])
+            for cache, one in zip(caches, self._alone, strict=True):
+                cache.copy_prefix(one, index)
             self.passes.begun = False
         self.base.cache, self.deep.cache = caches
         self.passes.begun = True
-        for cache in caches:
-            cache.lengths = [len(row) for row in rows]
         self._before = [0] * len(rows)
         chosen, logits, kept, hidden = zip(*found, strict=True)
         padded = torch.nn.utils.rnn.pad_sequence([states[0] for states in hidden], batch_first=True)
@@ -601,7 +607,7 @@ class Stages:
         from_tokens: bool,
         sampled: bool,
         drafted: Drafted | None = None,
-        row: int = 0,
+        alone: bool = False,
     ) -> tuple[Tensor, ...]:
         ahead = 0 if drafted is None else drafted.chosen.shape[2]
 
@@ -626,7 +632,7 @@ class Stages:
         if drafted is not None:
             extra = [drafted.chosen]
         caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        name = ("verify", from_tokens, sampled, ahead, first, row, self.keep_states)
+        name = ("verify", from_tokens, sampled, ahead, first, alone, self.keep_states)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results
