@@ -31,6 +31,9 @@ from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported: they run on the CPU then
+
 
 def pytest_collection_finish() -> None:
     """Objects that imports created stay for good: `gc.collect`, which studies call for every row, need not walk it.

@@ -5,15 +5,9 @@ On a machine with a GPU the same checks run there, and rows have the same bits.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
-
 from conftest import tiny_config
 
 from kangaroo.adapter import DecoderLayer, rotary_for

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from kangaroo.decoding.blocks import (
 )
 from kangaroo.decoding.cache import FixedShape
 from kangaroo.decoding.drafting import LONGEST_NGRAM
-from kangaroo.decoding.outcome import NONE, BlockState, Drafts, Verdicts, accept, look_up, share
+from kangaroo.decoding.outcome import NONE, BlockState
 from kangaroo.decoding.passes import view
 from kangaroo.decoding.planning import Plan
 from kangaroo.decoding.speculate import Text
@@ -45,6 +46,8 @@ Results = list[Verification | None]
 def plan_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> Plan | None:
     """What each block of these texts drafts if the next blocks can run ahead, else None."""
     if stages.passes.graphs is None or not stages.passes.begun or config.target != "base":
+        return None
+    if find_spec("triton") is None:
         return None
     if config.temperature or config.draft_temperature or config.deterministic or config.keep_states:
         return None
@@ -107,7 +110,7 @@ class _Look:
     """One block's outcome on its way to the host.
 
     Attributes:
-        numbers: see `_Numbers`.
+        numbers: see `block_kernels.accept`.
         arrived: says when they are there; None without a GPU.
         states: `[rows, n, D]`, the exit states that the learned drafts were made from; without any `[B, T, D]`, the
             verifier's.
@@ -208,19 +211,20 @@ class _Blocks:
                 cache.lengths = before
 
     def _run(self, slots: int) -> tuple[Tensor, ...]:
+        from kangaroo.decoding.block_kernels import accept, look_up, share
+
         stages, state, plan = self.stages, self.state, self.plan
         fed_back = stages.feedback is not None
 
-        # 1. Draft: the learned chain and its branches, and what a lookup knows.
-        drafts = Drafts(state.block[:0].float(), state.length)
+        # 1. Draft: what a lookup knows, and the learned chain with its branches.
+        matched = look_up(state, plan, slots) if plan.looked_up else state.length
+        confidence = state.block[:0].float()
         states = state.hidden[:, :0]
-        if plan.looked_up:
-            drafts = replace(drafts, matched=look_up(state, plan, slots))
         if plan.learned:
             chain = self._draft(slots)
             shape = (plan.learned_chains, -1, plan.learned)
             state.block[: plan.learned_chains, :, 1 : 1 + plan.learned] = chain.tokens.view(shape)
-            drafts = replace(drafts, confidence=chain.confidence.view(shape))
+            confidence = chain.confidence.view(shape)
             states = chain.exit_states
 
         # 2. Verify: the last committed token and each chain. The embedding is the ordinary kernel that must stand
@@ -228,10 +232,10 @@ class _Blocks:
         stages.passes.fixed = FixedShape(state.starts, slots)
         tokens = state.block.clamp(min=0) if plan.looked_up else state.block
         hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
-        own, certainty = (part.view(state.block.shape) for part in stages.deep.best(hidden))
+        own, certainty = stages.deep.best(hidden)
 
         # 3. Accept: the chain that goes furthest.
-        verdicts = Verdicts(own, certainty)
+        drafts, verdicts = (confidence, matched), (own, certainty)
         numbers, winners = accept(state, plan, drafts, verdicts, self.threshold, fed_back)
         if plan.chains > 1:
             for stage in (stages.base, stages.deep):

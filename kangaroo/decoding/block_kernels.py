@@ -1,12 +1,14 @@
-"""The steps of a block that runs ahead of the host, each as one Triton kernel; `outcome` has them by torch's operators.
+"""The steps of a block that runs ahead of the host, each as one Triton kernel.
 
-One program takes one text, so that nothing is shared between programs. Shapes and letters are those of `outcome`, W is
-T rounded up to a power of two.
+By torch's operators they were some twenty small kernels, 60 µs of a block, and twice as many with several chains. One
+program takes one text, so that programs share nothing. Shapes are those of `outcome`; n are the learned drafts of a
+chain, L the learned chains, W is T rounded up to a power of two.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +17,8 @@ from torch import Tensor
 
 from kangaroo.decoding.cache import KVCache
 from kangaroo.decoding.drafting import LONGEST_NGRAM
+from kangaroo.decoding.outcome import BlockState
 from kangaroo.decoding.planning import Plan
-
-if TYPE_CHECKING:
-    from kangaroo.decoding.outcome import BlockState, Drafts, Verdicts
 
 POSITIONS = 1024
 """Places of a text that a lookup compares at once."""
@@ -29,8 +29,8 @@ NUMBERS = 256
 @triton.jit
 def _look_up(
     text, length, block, matched, width,
-    SIZE: tl.constexpr, COUNT: tl.constexpr, SURE: tl.constexpr, LONGEST: tl.constexpr, T: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, COUNT: tl.constexpr, SURE: tl.constexpr, LONGEST: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The longest ending of a text that occurred before, of equal ones the latest, and what followed it."""
     index = tl.program_id(0)
@@ -40,158 +40,170 @@ def _look_up(
     best = tl.full((), 0, tl.int64)
     for first in range(0, SIZE, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        same = place < end
+        before = place < end
+        same = before
         found = tl.zeros((BLOCK,), tl.int64)
         for back in tl.static_range(1, LONGEST + 1):
-            same = same & (tl.load(tokens + place - back, mask=same, other=0) == tl.load(tokens + end - back))
+            same = same & (tl.load(tokens + place - back, mask=before) == tl.load(tokens + end - back))
             found += same.to(tl.int64)
-        score = tl.where(place < end, found * SIZE + place, 0)
-        best = tl.maximum(best, tl.max(score, axis=0))
+        best = tl.maximum(best, tl.max(tl.where(before, found * SIZE + place, 0), axis=0))
     start = best % SIZE
     known = best // SIZE
     step = tl.arange(0, W)
-    wanted = step < COUNT
     # What follows may reach the end of the text, and begins again then.
-    follows = tl.load(tokens + start + step % tl.maximum(end - start, 1), mask=wanted, other=-1)
+    follows = tl.load(tokens + start + step % tl.maximum(end - start, 1), mask=step < COUNT)
     follows = tl.where(known >= SURE, follows, -1)
-    tl.store(block + index * T + 1 + step, follows, mask=wanted)
+    tl.store(block + index * T + 1 + step, follows, mask=step < COUNT)
     tl.store(matched + index, known)
 
 
 @triton.jit
-def _first(marked, place, none):
-    """The first place that is marked."""
-    return tl.min(tl.where(marked, place, none), axis=0)
+def _first(marked, place, W: tl.constexpr):
+    """The first place that is marked, or W."""
+    return tl.min(tl.where(marked, place, W), axis=0)
 
 
 @triton.jit
 def _accept(
     block, own, certainty, confidence, matched, length, start_at, right, kept, read, text, starts,
-    numbers, winners, threshold, most, width,
+    numbers, floats, winners, threshold, most, width,
     CHAINS: tl.constexpr, LEARNED: tl.constexpr, DRAFTED: tl.constexpr, ROWS: tl.constexpr, LONGEST: tl.constexpr,
     LOOKED_UP: tl.constexpr, FED_BACK: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Accept one text's chain that goes furthest; of all CHAINS the first LEARNED have DRAFTED learned drafts."""
+    """Accept a text's chain that goes furthest, tell the host, and leave the state to the next block."""
     index = tl.program_id(0)
     texts = tl.num_programs(0)
     place = tl.arange(0, W)
     drafts: tl.constexpr = T - 1
-    size: tl.constexpr = T + 1 + CHAINS * T
-    floats: tl.constexpr = LEARNED * DRAFTED + CHAINS * T
-    told = numbers + index * (size + floats)
+    whole: tl.constexpr = T + 1 + CHAINS * T
+    numbers += index * (whole + LEARNED * DRAFTED + CHAINS * T)
+    floats += index * (whole + LEARNED * DRAFTED + CHAINS * T) + whole
     before = tl.load(length + index)
-    # Up to the first doubtful draft.
-    sure = tl.load(confidence + index * DRAFTED + place, mask=place < DRAFTED, other=0.0)
-    doubtful = _first((place < DRAFTED) & ~(sure >= threshold), place, W)
+    doubtful = W
+    for chain in tl.static_range(LEARNED):
+        sure = tl.load(
+            confidence + (chain * texts + index) * DRAFTED + place, mask=place < DRAFTED, other=1.0
+        )
+        tl.store(floats + chain * DRAFTED + place, sure, mask=place < DRAFTED)
+        if chain == 0:
+            doubtful = _first(~(sure >= threshold), place, W)
     best = -1
     winner = 0
-    main = 0
     for chain in tl.static_range(CHAINS):
         row = chain * texts + index
         drafted = tl.load(block + row * T + 1 + place, mask=place < drafts, other=-1)
         verified = tl.load(own + row * T + place, mask=place < drafts, other=-1)
-        wrong = (drafted != verified) | (place >= drafts)
-        if chain < LEARNED:
-            wrong = wrong | (place > doubtful)
-        count = _first(wrong, place, W)
-        if chain == 0:
-            main = count
+        count = _first((drafted != verified) | (place >= drafts), place, W)
+        if chain < LEARNED:  # up to the first doubtful draft
+            count = tl.minimum(count, doubtful + 1)
+        if chain == 0 and LEARNED:  # the last draft was not read; with feedback all are read once more
+            tl.store(read + index, before + (0 if FED_BACK else tl.minimum(count, DRAFTED - 1)))
         winner = tl.where(count > best, chain, winner)
         best = tl.maximum(best, count)
-        tl.store(told + T + 1 + chain * drafts + place, drafted.to(tl.int32), mask=place < drafts)
-        tl.store(told + T + 1 + CHAINS * drafts + chain, count.to(tl.int32))
-        chance = tl.load(certainty + row * T + place, mask=place < T, other=0.0)
-        to = told + size + LEARNED * DRAFTED + chain * T + place
-        tl.store(to, chance.to(tl.int32, bitcast=True), mask=place < T)
-    for chain in tl.static_range(LEARNED):
-        row = chain * texts + index
-        chance = tl.load(confidence + row * DRAFTED + place, mask=place < DRAFTED, other=0.0)
-        to = told + size + chain * DRAFTED + place
-        tl.store(to, chance.to(tl.int32, bitcast=True), mask=place < DRAFTED)
+        tl.store(numbers + T + 1 + chain * drafts + place, drafted, mask=place < drafts)
+        tl.store(numbers + whole - CHAINS + chain, count)
+        chance = tl.load(certainty + row * T + place, mask=place < T)
+        tl.store(floats + LEARNED * DRAFTED + chain * T + place, chance, mask=place < T)
     row = winner * texts + index
-    won = tl.load(own + row * T + place, mask=place < T, other=-1)
-    tl.store(told + place, won.to(tl.int32), mask=place < T)
-    tl.store(told + T, tl.load(matched + index).to(tl.int32))
-    # Leave all to the next block.
-    after = tl.minimum(before + best + 1, most)
-    tl.store(length + index, after)
-    if LEARNED:  # the last draft was not read; with feedback all are read once more
-        tl.store(read + index, before + (0 if FED_BACK else tl.minimum(main, DRAFTED - 1)))
+    won = tl.load(own + row * T + place, mask=place < T, other=0)
+    tl.store(numbers + place, won, mask=place < T)
+    tl.store(numbers + T, tl.load(matched + index))
     if LOOKED_UP:
         tl.store(text + index * width + LONGEST + before + place, won, mask=place < T)
-    last = tl.sum(tl.where(place == best, won, 0), axis=0)
-    for chain in tl.static_range(CHAINS):
-        tl.store(block + (chain * texts + index) * T, last)
-        tl.store(starts + chain * texts + index, after - 1)
     for part in tl.static_range(ROWS):
-        tl.store(start_at + part * texts + index, before)
-        tl.store(right + part * texts + index, best)
-        tl.store(winners + part * texts + index, row)
         tl.store(kept + (part * texts + index) * T + place, won, mask=place < T)
+        tl.store(right + part * texts + index, best)
+        tl.store(start_at + part * texts + index, before)
+        tl.store(winners + part * texts + index, row)
+    after = tl.minimum(before + best + 1, most)
+    tl.store(length + index, after)
+    for chain in tl.static_range(CHAINS):
+        tl.store(block + (chain * texts + index) * T, tl.sum(tl.where(place == best, won, 0), axis=0))
+        tl.store(starts + chain * texts + index, after - 1)
 
 
 @triton.jit
 def _share(
     store, winners, start_at, slots, rows,
-    CHAINS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHAINS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Copy what the winning row of a text has read in this block, of one layer's keys or values, to its other rows."""
-    part = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1)
     texts = tl.num_programs(1)
+    size = slots.to(tl.int64) * G * E
+    layer = store + tl.program_id(0) * rows * size
     winner = tl.load(winners + index)
     slot = tl.load(start_at + index) - 1 + tl.arange(0, W)
     number = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = (number // E * slots + slot[:, None]) * E + number % E
+    place = (number // E * slots + slot[:, None]) * E + number % E
     copied = (tl.arange(0, W) < T)[:, None] & (slot < slots)[:, None] & (number < G * E)[None, :]
-    layer = store + part * rows * G * slots * E
-    values = tl.load(layer + winner * G * slots * E + inside, mask=copied, other=0.0)
+    values = tl.load(layer + winner * size + place, mask=copied)
     for chain in tl.static_range(CHAINS):
         row = chain * texts + index
-        tl.store(layer + row.to(tl.int64) * G * slots * E + inside, values, mask=copied & (row != winner))
+        tl.store(layer + row * size + place, values, mask=copied & (row != winner))
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, width: int, **constants: Any
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], warps: int, width: int, **constants: Any
 ) -> None:
-    """Run programs of a kernel, `width` being T."""
-    sizes = {"T": width, "W": triton.next_power_of_2(width), **constants}
+    """Run programs of a kernel; the width is T."""
     device = arguments[0].device
-    if device.type != "cuda":  # Triton's interpreter, in tests
-        kernel[grid](*arguments, **sizes)
-        return
-    with torch.cuda.device(device):
-        kernel[grid](*arguments, num_warps=warps, **sizes)
+    options = {"num_warps": warps} if device.type == "cuda" else {}  # else Triton's interpreter, in tests
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, T=width, W=triton.next_power_of_2(width), **constants, **options)
 
 
 def look_up(state: BlockState, plan: Plan, slots: int) -> Tensor:
-    """As `outcome.look_up`."""
+    """Write what a lookup knows into the last chain, as `LookupIndex.propose` finds it on the host.
+
+    Args:
+        state: its text and length are read.
+        plan: how many tokens are wanted, and how many must match.
+        slots: no text is longer.
+
+    Returns:
+        How many tokens matched before, `[B]`.
+    """
     _, texts, width = state.block.shape
     matched = torch.empty_like(state.length)
     arguments = (state.text, state.length, state.block[-1], matched, state.text.shape[1])
-    sizes = {
-        "SIZE": slots,
-        "COUNT": plan.looked_up,
-        "SURE": plan.sure,
-        "LONGEST": LONGEST_NGRAM,
-        "BLOCK": POSITIONS,
-    }
-    _launch(_look_up, (texts,), arguments, 4, width, **sizes)
+    sizes = {"SIZE": slots, "COUNT": plan.looked_up, "SURE": plan.sure, "LONGEST": LONGEST_NGRAM}
+    _launch(_look_up, (texts,), arguments, 4, width, BLOCK=POSITIONS, **sizes)
     return matched
 
 
 def accept(
-    state: BlockState, plan: Plan, drafts: Drafts, verdicts: Verdicts, threshold: float, fed_back: bool
+    state: BlockState,
+    plan: Plan,
+    drafts: tuple[Tensor, Tensor],
+    verdicts: tuple[Tensor, Tensor],
+    threshold: float,
+    fed_back: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `outcome.accept`."""
+    """Accept the chain that goes furthest, and leave the state to the next block.
+
+    Args:
+        state: the tokens of all chains are read from it.
+        plan: what the block drafted.
+        drafts: the confidence in the drafts of learned chains `[L, B, n]`, and how many tokens matched before a lookup
+            `[B]`.
+        verdicts: the verifier's tokens along each chain `[C, B, T]`, and its probability of them.
+        threshold: confidence below which a learned draft ends its chain; 0 for none.
+        fed_back: whether the drafter reads all tokens once more, since it reads the verifier's states.
+
+    Returns:
+        The numbers for the host `[B, …]` int32: the verifier's tokens along the winning chain, what matched, the tokens
+        of each chain, the accepted drafts of each chain; and as the bits of float32, so that one transfer serves both
+        kinds, all confidences and the probabilities. And the rows of the winning chains, `[R]`.
+    """
     chains, texts, width = state.block.shape
-    count = width + 1 + chains * 2 * width + plan.learned_chains * plan.learned
+    count = width + 1 + 2 * chains * width + plan.learned_chains * plan.learned
     numbers = torch.empty(texts, count, dtype=torch.int32, device=state.length.device)
     winners = torch.empty_like(state.start_at)
-    read = (state.block, verdicts.own, verdicts.certainty, drafts.confidence, drafts.matched)
-    kept = (state.length, state.start_at, state.right, state.own, state.read, state.text, state.starts)
-    scalars = (at_least(threshold), state.most, state.text.shape[1])
+    own, certainty = verdicts
+    left = (state.length, state.start_at, state.right, state.own, state.read, state.text, state.starts)
+    told = (numbers, numbers.view(torch.float32), winners)
+    arguments = (state.block, own, certainty, *drafts, *left, *told, at_least(threshold), state.most)
     sizes = {
         "CHAINS": chains,
         "LEARNED": plan.learned_chains,
@@ -200,18 +212,18 @@ def accept(
     }
     sizes |= {"ROWS": len(state.own) // texts, "LOOKED_UP": plan.looked_up, "FED_BACK": fed_back}
     # One warp: the state is read before any of it is written over.
-    _launch(_accept, (texts,), (*read, *kept, numbers, winners, *scalars), 1, width, **sizes)
+    _launch(_accept, (texts,), (*arguments, state.text.shape[1]), 1, width, **sizes)
     return numbers, winners
 
 
 def share(state: BlockState, cache: KVCache, winners: Tensor) -> None:
-    """As `outcome.share`."""
-    chains, texts, width = state.block.shape
+    """Give all rows of each text, which later plans may use, what the row `winners [R]` has read in this block."""
+    _, texts, width = state.block.shape
     for store in cache.stores:
         parts, layers, rows, groups, slots, size = store.shape
-        grid = (parts * layers, texts, -(-groups * size // NUMBERS))
-        sizes = {"CHAINS": chains, "G": groups, "E": size, "BLOCK": NUMBERS}
-        _launch(_share, grid, (store, winners, state.start_at, slots, rows), 4, width, **sizes)
+        grid = (parts * layers, texts, triton.cdiv(groups * size, NUMBERS))
+        arguments = (store, winners, state.start_at, slots, rows)
+        _launch(_share, grid, arguments, 4, width, CHAINS=cache.chains, G=groups, E=size, BLOCK=NUMBERS)
 
 
 def at_least(threshold: float) -> float:

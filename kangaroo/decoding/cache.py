@@ -151,19 +151,6 @@ class KVCache:
             self.lengths.append(length)
         self._cut_shared()
 
-    def share_from(self, row: Tensor, slots: Tensor) -> None:
-        """On the device: give the rows of all chains what the row of one of them has read.
-
-        Args:
-            row: `[B, 1]`, of each text.
-            slots: `[B, T]`.
-        """
-        texts = len(row)
-        rows = steps(self.chains * texts, row.device).view(self.chains, texts, 1)
-        for store in self.stores:
-            # Advanced indices apart from one another come first: [B, T, 2, layers, G, E].
-            store[:, :, rows, :, slots[None]] = store[:, :, row, :, slots][None]
-
     def set_shared(self, lengths: Sequence[int]) -> None:
         """Say that the rows of all chains hold the same slots up to `lengths`."""
         self.shared = [list(lengths)] * (self.chains - 1)
