@@ -64,6 +64,19 @@ def _first(marked, place, W: tl.constexpr):
 
 
 @triton.jit
+def _judge(drafts, own, chances, told, told_chances, doubtful, place, T: tl.constexpr, W: tl.constexpr):
+    """How many drafts of a chain are the verifier's, up to the first doubtful one; the host is told of the chain."""
+    is_draft = place < T - 1
+    drafted = tl.load(drafts + place, mask=is_draft, other=-1)
+    verified = tl.load(own + place, mask=is_draft, other=-1)
+    tl.store(told + place, drafted, mask=is_draft)
+    chance = tl.load(chances + place, mask=place < T)
+    tl.store(told_chances + place, chance, mask=place < T)
+    right = _first((drafted != verified) | (place >= T - 1), place, W)
+    return tl.minimum(right, doubtful + 1)
+
+
+@triton.jit
 def _accept(
     block, own, certainty, confidence, matched, length, start_at, right, kept, read, text, starts,
     numbers, floats, winners, threshold, most, width,
@@ -74,7 +87,6 @@ def _accept(
     index = tl.program_id(0)
     texts = tl.num_programs(0)
     place = tl.arange(0, W)
-    drafts: tl.constexpr = T - 1
     whole: tl.constexpr = T + 1 + CHAINS * T
     numbers += index * (whole + LEARNED * DRAFTED + CHAINS * T)
     floats += index * (whole + LEARNED * DRAFTED + CHAINS * T) + whole
@@ -90,20 +102,18 @@ def _accept(
     best = -1
     winner = 0
     for chain in tl.static_range(CHAINS):
-        row = chain * texts + index
-        drafted = tl.load(block + row * T + 1 + place, mask=place < drafts, other=-1)
-        verified = tl.load(own + row * T + place, mask=place < drafts, other=-1)
-        count = _first((drafted != verified) | (place >= drafts), place, W)
-        if chain < LEARNED:  # up to the first doubtful draft
-            count = tl.minimum(count, doubtful + 1)
+        first = (chain * texts + index) * T
+        told = numbers + T + 1 + chain * (T - 1)
+        chances = floats + LEARNED * DRAFTED + chain * T
+        most_right = doubtful if chain < LEARNED else W
+        count = _judge(
+            block + first + 1, own + first, certainty + first, told, chances, most_right, place, T, W
+        )
+        tl.store(numbers + whole - CHAINS + chain, count)
         if chain == 0 and LEARNED:  # the last draft was not read; with feedback all are read once more
             tl.store(read + index, before + (0 if FED_BACK else tl.minimum(count, DRAFTED - 1)))
         winner = tl.where(count > best, chain, winner)
         best = tl.maximum(best, count)
-        tl.store(numbers + T + 1 + chain * drafts + place, drafted, mask=place < drafts)
-        tl.store(numbers + whole - CHAINS + chain, count)
-        chance = tl.load(certainty + row * T + place, mask=place < T)
-        tl.store(floats + LEARNED * DRAFTED + chain * T + place, chance, mask=place < T)
     row = winner * texts + index
     won = tl.load(own + row * T + place, mask=place < T, other=0)
     tl.store(numbers + place, won, mask=place < T)
