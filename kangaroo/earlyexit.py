@@ -68,7 +68,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self._used: dict[str, tuple[object, list[Tensor]]] = {}  # what the weights of a stage are made from
         self._kept_stages: list[Stages] = []
         self._capture_seconds: list[float] = []
-        self.set_exit_layer(config.num_hidden_layers // 2 if EARLY_STOP_LAYER is None else EARLY_STOP_LAYER)
+        self.exit_layer = max(
+            1, config.num_hidden_layers // 2
+        )  # a single layer cannot be split, but may draft
+        if EARLY_STOP_LAYER is not None:
+            self.set_exit_layer(EARLY_STOP_LAYER)
         self.post_init()
 
     def set_exit_layer(self, exit_layer: int) -> None:
@@ -264,19 +268,23 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         passes = Passes(self.lm_head.weight.device)
         k = self.exit_layer
 
-        def stage(name: str, first: int, stop: int, without: tuple[str, ...] = ()) -> Stage:
-            weights = self._stage_weights(name, first, stop, few_rows, without)
+        def stage(weights: StageWeights) -> Stage:
             cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
             return Stage(weights, self.rotary, cache, passes)
 
+        def part(name: str, first: int, stop: int, without: tuple[str, ...] = ()) -> Stage:
+            return stage(self._stage_weights(name, first, stop, few_rows, without))
+
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
-        base = stage(f"shallow layers, {target}", 0, k, ("lora_S",) if target == "base" else ())
-        deep = stage("deep layers", k, self.config.num_hidden_layers)
+        base = part(f"shallow layers, {target}", 0, k, ("lora_S",) if target == "base" else ())
+        deep = part("deep layers", k, self.config.num_hidden_layers)
         if drafter is None:
             drafter = DrafterParts(StageWeights([]), self.rotary, self.config)
             shallow = base  # nothing drafts
+        elif drafter.shallow is not None:
+            shallow = stage(drafter.shallow)
         else:
-            shallow = base if target == "adapted" else stage("shallow layers, adapted", 0, k)
+            shallow = base if target == "adapted" else part("shallow layers, adapted", 0, k)
         cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window, chains)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
         feedback = None

@@ -1,4 +1,4 @@
-"""Drafters by name: those that ship, those in folders, and those of runs; and how one is written to ship."""
+"""What drafts, by name: drafters that ship, in folders and of runs, whole models; and how one is written to ship."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,13 +11,14 @@ from torch import Tensor
 from dvirl.config import DraftSettings, DVIConfig
 from dvirl.lora import attach_draft
 from dvirl.models.loading import LoadedModel, load
+from dvirl.models.tokenizers import refuse_other_tokens
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import atomic_directory
 from dvirl.runs.settings import Settings, from_mapping, number, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.published import is_published
+from kangaroo.published import is_published, is_whole_model
 
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
@@ -30,10 +31,11 @@ OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_t
 
 @dataclass(frozen=True)
 class DrafterOptions(Settings):
-    """What a published Kangaroo adapter leaves open; the base of settings of commands that take a drafter."""
+    """What the files of others leave open; the base of settings of commands that take a drafter."""
 
     model_name: str = ""
-    """Model under the drafter: its own by default, which a published Kangaroo adapter does not name."""
+    """Model that verifies: the drafter's own by default; smollm2-135m for a whole model that drafts. A published
+    Kangaroo adapter does not name its model."""
     exit_layer: int = number(0, 0, 1000)
     """k of a published Kangaroo adapter, which does not say it. Another drafter has its own: 0 takes any."""
 
@@ -75,12 +77,12 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
         DvirlError: if there is none; the message lists the names.
     """
     for folder in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)):
-        if (folder / checkpoint.DRAFTER).exists() or is_published(folder):
+        if (folder / checkpoint.DRAFTER).exists() or is_published(folder) or is_whole_model(folder):
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
     expected = (
         f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, a published Kangaroo adapter, "
-        f"or one of the shipped ones ({', '.join(names) or 'none are'})"
+        f"a Llama with its tokenizer, or one of the shipped ones ({', '.join(names) or 'none are'})"
     )
     raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected}")
 
@@ -108,15 +110,31 @@ def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
 
 
-def _published_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
-    """The settings by which a published adapter drafts, as `_drafter_settings` gives them; no fingerprint is known."""
-    if not has_model or not exit_layer:
+def _others_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
+    """The settings by which what others made drafts, as `_drafter_settings` gives them; no fingerprint is known."""
+    if is_published(folder) and not (has_model and exit_layer):
         raise DvirlError(
             f"{folder}: a published Kangaroo adapter names neither its model nor its exit layer; "
             "expected --model_name and --exit_layer"
         )
-    # As published, the exit head is the model's own lm_head. A fresh lora_S computes nothing.
-    return DraftSettings(exit_layer=exit_layer, lora_rank=1, head="frozen", draft_vocab=0), None
+    # As published, the exit head is the model's own lm_head. A fresh lora_S computes nothing. Where a whole model
+    # drafts, the verifier may be split anywhere.
+    return DraftSettings(exit_layer=exit_layer or 1, lora_rank=1, head="frozen", draft_vocab=0), None
+
+
+def _draft_with(folder: Path, model: KangarooModel, loaded: LoadedModel) -> None:
+    """Let the whole model in a folder draft, in dtype and place of the one that verifies.
+
+    Raises:
+        DvirlError: if it cannot be loaded, or has other tokens.
+    """
+    how = loaded.description()
+    other = load(str(folder), how["dtype"], how["device"], "none")
+    try:
+        refuse_other_tokens(loaded.tokenizer, other.tokenizer)
+    except DvirlError as error:
+        raise DvirlError(f"{folder}: {error}") from error
+    model.draft_with(other.model)
 
 
 def load_drafter(
@@ -128,7 +146,10 @@ def load_drafter(
     exit_layer: int = 0,
     deep: bool = False,
 ) -> LoadedDrafter:
-    """Load a drafter that `export` wrote, that of a run's checkpoint, or a published Kangaroo adapter, and its model.
+    """Load what drafts, and the model that verifies.
+
+    A drafter is one that `export` wrote, that of a run's checkpoint, or a published Kangaroo adapter. A whole Llama
+    with the same tokens drafts as well.
 
     Args:
         name_or_folder: a shipped name or a folder.
@@ -138,11 +159,13 @@ def load_drafter(
         deep: load a checkpoint's lora_D as well.
 
     Raises:
-        DvirlError: if there is no such drafter, or it is incomplete or was made for another model or exit layer.
+        DvirlError: if there is no such drafter, or it is incomplete, or was made for another model or exit layer, or
+            has other tokens.
     """
     folder = drafter_folder(name_or_folder)
-    if is_published(folder):
-        settings, fingerprint = _published_settings(folder, bool(loaded or model_name), exit_layer)
+    whole = is_whole_model(folder)
+    if whole or is_published(folder):
+        settings, fingerprint = _others_settings(folder, bool(loaded or model_name), exit_layer)
     else:
         settings, fingerprint = _drafter_settings(_config_of(folder))
     if exit_layer not in (0, settings.exit_layer):
@@ -157,7 +180,10 @@ def load_drafter(
         peft_model, model = attach_draft(loaded.model, settings, deep=deep)
     except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
-    checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
+    if whole:
+        _draft_with(folder, model, loaded)
+    else:
+        checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
     model.requires_grad_(False)
     return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder, settings=settings)
 
