@@ -68,9 +68,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self._used: dict[str, tuple[object, list[Tensor]]] = {}  # what the weights of a stage are made from
         self._kept_stages: list[Stages] = []
         self._capture_seconds: list[float] = []
-        self.exit_layer = max(
-            1, config.num_hidden_layers // 2
-        )  # a single layer cannot be split, but may draft
+        # A model of one layer cannot be split, but it can draft.
+        self.exit_layer = max(1, config.num_hidden_layers // 2)
         if EARLY_STOP_LAYER is not None:
             self.set_exit_layer(EARLY_STOP_LAYER)
         self.post_init()
@@ -272,19 +271,18 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
             return Stage(weights, self.rotary, cache, passes)
 
-        def part(name: str, first: int, stop: int, without: tuple[str, ...] = ()) -> Stage:
-            return stage(self._stage_weights(name, first, stop, few_rows, without))
-
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
-        base = part(f"shallow layers, {target}", 0, k, ("lora_S",) if target == "base" else ())
-        deep = part("deep layers", k, self.config.num_hidden_layers)
+        without = ("lora_S",) if target == "base" else ()
+        base = stage(self._stage_weights(f"shallow layers, {target}", 0, k, few_rows, without))
+        deep = stage(self._stage_weights("deep layers", k, self.config.num_hidden_layers, few_rows))
         if drafter is None:
             drafter = DrafterParts(StageWeights([]), self.rotary, self.config)
             shallow = base  # nothing drafts
-        elif drafter.shallow is not None:
-            shallow = stage(drafter.shallow)
+        elif target == "adapted":
+            shallow = base
         else:
-            shallow = base if target == "adapted" else part("shallow layers, adapted", 0, k)
+            adapted = drafter.shallow or self._stage_weights("shallow layers, adapted", 0, k, few_rows)
+            shallow = stage(adapted)
         cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window, chains)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
         feedback = None

@@ -203,19 +203,21 @@ class KangarooModel(nn.Module):
             other: of any shape, changed in place. Its tokens are this model's. Rows that only its vocabulary has are
                 cut off, so that they are never drafted; its embedding of tokens that it lacks is 0.
         """
-        other.requires_grad_(False).eval()
+        rows = len(self.head_model.weight)
         embedding = other.model.embed_tokens
-        head = other.lm_head
-        missing = len(self.head_model.weight) - len(embedding.weight)
+        missing = rows - len(embedding.weight)
         if missing:
-            head.weight = nn.Parameter(head.weight[: len(self.head_model.weight)], requires_grad=False)
-            embedding.weight = nn.Parameter(F.pad(embedding.weight, (0, 0, 0, missing)), requires_grad=False)
+            other.lm_head.weight = nn.Parameter(other.lm_head.weight[:rows])
+            embedding.weight = nn.Parameter(F.pad(embedding.weight, (0, 0, 0, missing)))
+        other.requires_grad_(False).eval()
         drafter = AdapterModel(other.config, "none", None)
         drafter.layers = other.model.layers
         drafter.norm = other.model.norm
         drafter.embed_tokens = embedding
         self.adapter_model = drafter
-        self.exit_proj = head
+        self.head = "frozen"
+        self.draft_ids = None
+        self.exit_proj = other.lm_head
 
     # The draft policy
 

@@ -29,8 +29,9 @@ def is_whole_model(folder: Path) -> bool:
 
 def is_published(folder: Path) -> bool:
     """Whether a folder has the files of the published layout."""
-    has_weights = any((folder / name).exists() for name in WEIGHTS)
-    return (folder / "config.json").exists() and has_weights and not is_whole_model(folder)
+    if is_whole_model(folder):
+        return False
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in WEIGHTS)
 
 
 def read_published(folder: Path, hidden_size: int) -> AdapterModel:

@@ -115,7 +115,7 @@ def test_it_decodes_with_the_published_accept_lengths(here, name):
         ("adapter", ["--model_name", "model", "--exit_layer", "4"], "exit_layer is 4; this model of 4 layers takes 1 to 3"),
         ("wide", BASE, "its hidden_size is 64, the base model's 32"),
         ("mixed", BASE, "model.safetensors: tensor layers.0.input_layernorm.weight is missing"),
-        ("nowhere", BASE, "no drafter 'nowhere'; expected a folder .*a published Kangaroo adapter, or one of the shipped"),
+        ("nowhere", BASE, "no drafter 'nowhere'; expected a folder .*a published Kangaroo adapter, a Llama with its tokenizer, or one of the shipped"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(here, folder, flags, message, capsys):

@@ -11,7 +11,6 @@ from torch import Tensor
 from dvirl.config import DraftSettings, DVIConfig
 from dvirl.lora import attach_draft
 from dvirl.models.loading import LoadedModel, load
-from dvirl.models.tokenizers import refuse_other_tokens
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
@@ -25,6 +24,8 @@ WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_
 
 LATER = {"feedback": False, "recurrent": False}
 """Settings that the first drafters did not have, as they were for them."""
+ROLES = ("bos_token", "eos_token")
+"""Tokens by which two tokenizers may differ though all ids have the same texts."""
 OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
 """What a trained drafter shares with its model; a published adapter has its own."""
 
@@ -110,8 +111,10 @@ def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
 
 
-def _others_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
-    """The settings by which what others made drafts, as `_drafter_settings` gives them; no fingerprint is known."""
+def _settings_of(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
+    """The settings by which what is in a folder drafts, and the fingerprint of its model; None if that is not known."""
+    if not (is_published(folder) or is_whole_model(folder)):
+        return _drafter_settings(_config_of(folder))
     if is_published(folder) and not (has_model and exit_layer):
         raise DvirlError(
             f"{folder}: a published Kangaroo adapter names neither its model nor its exit layer; "
@@ -123,18 +126,33 @@ def _others_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[Dr
 
 
 def _draft_with(folder: Path, model: KangarooModel, loaded: LoadedModel) -> None:
-    """Let the whole model in a folder draft, in dtype and place of the one that verifies.
+    """Let the whole model in a folder draft, in the dtype of the model that verifies and on its device.
 
     Raises:
-        DvirlError: if it cannot be loaded, or has other tokens.
+        DvirlError: if it cannot be loaded; for an id that has another text, or another BOS or EOS where both have one.
     """
     how = loaded.description()
     other = load(str(folder), how["dtype"], how["device"], "none")
-    try:
-        refuse_other_tokens(loaded.tokenizer, other.tokenizer)
-    except DvirlError as error:
-        raise DvirlError(f"{folder}: {error}") from error
+    expected = _texts(loaded)
+    found = _texts(other)
+    for name in expected | found:
+        text = found.get(name)
+        wanted = expected.get(name)
+        may_lack = name in ROLES and None in (text, wanted)
+        if text != wanted and not may_lack:
+            raise DvirlError(
+                f"{folder}: token {name} is {text!r}, and {wanted!r} for the model that verifies; "
+                "expected the same tokenizer"
+            )
     model.draft_with(other.model)
+
+
+def _texts(loaded: LoadedModel) -> dict[int | str, str]:
+    """The text of every id, in order, and those of BOS and EOS."""
+    vocabulary = loaded.tokenizer.get_vocab()
+    texts: dict[int | str, str] = {vocabulary[text]: text for text in sorted(vocabulary, key=vocabulary.get)}
+    named = loaded.tokenizer.special_tokens_map
+    return texts | {role: named[role] for role in ROLES if role in named}
 
 
 def load_drafter(
@@ -163,11 +181,7 @@ def load_drafter(
             has other tokens.
     """
     folder = drafter_folder(name_or_folder)
-    whole = is_whole_model(folder)
-    if whole or is_published(folder):
-        settings, fingerprint = _others_settings(folder, bool(loaded or model_name), exit_layer)
-    else:
-        settings, fingerprint = _drafter_settings(_config_of(folder))
+    settings, fingerprint = _settings_of(folder, bool(loaded or model_name), exit_layer)
     if exit_layer not in (0, settings.exit_layer):
         raise DvirlError(f"exit_layer is {exit_layer}; {folder} was made for {settings.exit_layer}")
     loaded = loaded or load(model_name or settings.model_name, dtype, device, settings.chat_format)
@@ -180,7 +194,7 @@ def load_drafter(
         peft_model, model = attach_draft(loaded.model, settings, deep=deep)
     except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
-    if whole:
+    if is_whole_model(folder):
         _draft_with(folder, model, loaded)
     else:
         checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -179,37 +178,6 @@ class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # tran
             return_attention_mask=how["return_attention_mask"],
             return_tensors=how["return_tensors"],
         )
-
-
-def refuse_other_tokens(own: Any, other: Any) -> None:
-    """Refuse the tokenizer of a model that drafts unless its tokens are those of the model that verifies.
-
-    Args:
-        own: the verifier's.
-        other: the draft's.
-
-    Raises:
-        DvirlError: for the first id whose text differs; for another BOS or EOS where both have one.
-    """
-    expected = _texts(own)
-    found = _texts(other)
-    for name in expected | found:
-        text = found.get(name)
-        wanted = expected.get(name)
-        may_lack = isinstance(name, str) and None in (text, wanted)
-        if text != wanted and not may_lack:
-            raise DvirlError(
-                f"token {name} is {text!r}, and {wanted!r} for the model that verifies; expected the same tokenizer"
-            )
-
-
-def _texts(tokenizer: Any) -> dict[int | str, str]:
-    """The text of every id and, where the tokenizer names them, of BOS and EOS."""
-    texts: dict[int | str, str] = {}
-    for text, token in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
-        texts[token] = text
-    roles = tokenizer.special_tokens_map
-    return texts | {role: roles[role] for role in ("bos_token", "eos_token") if role in roles}
 
 
 def load_tokenizer(find: FindFile) -> PreTrainedTokenizerFast:
