@@ -69,6 +69,7 @@ def same_draft_twice(seed=2, deep_scale=0.3):
     args = dict(drafter="layer", drafter_layers=2, adapter_window=None, head="lora", head_rank=8)
     model, twin = (tiny_kangaroo(seed, deep_scale=deep_scale, **args) for _ in range(2))
     model.head_up.data += 0.02 * torch.randn(model.head_up.shape)
+    model.exit_norm.weight.data.uniform_(0.5, 1.5)
     other = plain_model(*plain_llama(model))
     twin.draft_with(other)
     return model, twin
@@ -199,6 +200,7 @@ def accepted_by_hand(verifier: LlamaForCausalLM, draft: LlamaForCausalLM, prompt
 @pytest.mark.parametrize("make", [lambda base: first_layers(base, 2), lambda base: random_model(**SHAPES[1])])
 def test_blocks_are_those_of_two_models_of_hugging_face(make):
     base = tiny_model(1, deep_scale=0.3)
+    base.model.norm.weight.data.uniform_(0.5, 1.5)
     other = make(base)
     models = [as_hugging_face(model) for model in (base, other)]
     model = drafting(base, other)
