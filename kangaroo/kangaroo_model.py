@@ -461,7 +461,7 @@ class KangarooModel(nn.Module):
         """
         if (self.feedback or self.adapter_model.embed_tokens) and settings.target != "base":
             raise ValueError(
-                f'target is {settings.target!r}; a drafter with feedback, or a whole model, needs "base"'
+                f'target is {settings.target!r}; a whole model or a drafter with feedback needs "base"'
             )
         return settings.chains
 

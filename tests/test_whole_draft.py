@@ -244,7 +244,7 @@ def test_rows_that_only_one_of_both_has_are_never_drafted(rows):
 
 def test_only_the_untouched_verifier_can_be_drafted_for():
     model = drafting(tiny_model(), tiny_model())
-    with pytest.raises(ValueError, match='a whole model, needs "base"'):
+    with pytest.raises(ValueError, match="a whole model or a drafter"):
         model.generate([5], 4, DecodeConfig(2, target="adapted"))
 
 
@@ -295,7 +295,7 @@ def broken(folder):
     [
         (lambda here: smaller(here, "llama3"), "adapter: token 0 is "),
         (lambda here: smaller(here, "added-token"), "is '[PAD]', and None for the model that verifies"),
-        (lambda here: changed(here, bos_token="</s>"), "token bos_token is '</s>', and '<s>' for the model"),
+        (lambda here: changed(here, bos_token="</s>"), "adapter: bos_token is '</s>', and '<s>' for the model"),
         (broken, "not a readable file of tensors"),
         (lambda here: (here / "adapter/model.safetensors").unlink(), "adapter: no weights; expected"),
         (lambda here: smaller(here, model_type="mistral"), "architecture is 'mistral', expected 'llama'"),

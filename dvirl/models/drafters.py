@@ -24,7 +24,7 @@ WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_
 
 LATER = {"feedback": False, "recurrent": False}
 """Settings that the first drafters did not have, as they were for them."""
-ROLES = ("bos_token", "eos_token")
+BOS_EOS = ("bos_token", "eos_token")
 """Tokens by which two tokenizers may differ though all ids have the same texts."""
 OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
 """What a trained drafter shares with its model; a published adapter has its own."""
@@ -138,21 +138,21 @@ def _draft_with(folder: Path, model: KangarooModel, loaded: LoadedModel) -> None
     for name in expected | found:
         text = found.get(name)
         wanted = expected.get(name)
-        may_lack = name in ROLES and None in (text, wanted)
+        may_lack = name in BOS_EOS and None in (text, wanted)
         if text != wanted and not may_lack:
             raise DvirlError(
-                f"{folder}: token {name} is {text!r}, and {wanted!r} for the model that verifies; "
+                f"{folder}: {name} is {text!r}, and {wanted!r} for the model that verifies; "
                 "expected the same tokenizer"
             )
     model.draft_with(other.model)
 
 
-def _texts(loaded: LoadedModel) -> dict[int | str, str]:
-    """The text of every id, in order, and those of BOS and EOS."""
+def _texts(loaded: LoadedModel) -> dict[str, str]:
+    """The text of every id, in order, and those of BOS and EOS, by what a message calls them."""
     vocabulary = loaded.tokenizer.get_vocab()
-    texts: dict[int | str, str] = {vocabulary[text]: text for text in sorted(vocabulary, key=vocabulary.get)}
+    texts = {f"token {vocabulary[text]}": text for text in sorted(vocabulary, key=vocabulary.get)}
     named = loaded.tokenizer.special_tokens_map
-    return texts | {role: named[role] for role in ROLES if role in named}
+    return texts | {role: named[role] for role in BOS_EOS if role in named}
 
 
 def load_drafter(
