@@ -423,6 +423,9 @@ class AdapterModel(nn.Module):
             the verifier has not been yet, its own stands in (EAGLE, arXiv 2401.15077).
         recurrent: later drafts of a block read, through `fuse_later`, the token's embedding in place of its exit state,
             so that the shallow layers run once a block; only with feedback.
+
+    Attributes:
+        embed_tokens: what it reads in place of exit states, where it is a whole model; else None.
     """
 
     def __init__(
@@ -452,6 +455,7 @@ class AdapterModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, feed_forward=kind == "layer") for _ in range(count))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = rotary_for(config)
+        self.embed_tokens: nn.Embedding | None = None
         self.fuse = self._new_map() if feedback else None
         self.fuse_later = self._new_map() if recurrent else None
 

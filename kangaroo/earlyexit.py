@@ -68,7 +68,10 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self._used: dict[str, tuple[object, list[Tensor]]] = {}  # what the weights of a stage are made from
         self._kept_stages: list[Stages] = []
         self._capture_seconds: list[float] = []
-        self.set_exit_layer(config.num_hidden_layers // 2 if EARLY_STOP_LAYER is None else EARLY_STOP_LAYER)
+        # A model of one layer cannot be split, but it can draft.
+        self.exit_layer = max(1, config.num_hidden_layers // 2)
+        if EARLY_STOP_LAYER is not None:
+            self.set_exit_layer(EARLY_STOP_LAYER)
         self.post_init()
 
     def set_exit_layer(self, exit_layer: int) -> None:
@@ -264,19 +267,22 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         passes = Passes(self.lm_head.weight.device)
         k = self.exit_layer
 
-        def stage(name: str, first: int, stop: int, without: tuple[str, ...] = ()) -> Stage:
-            weights = self._stage_weights(name, first, stop, few_rows, without)
+        def stage(weights: StageWeights) -> Stage:
             cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
             return Stage(weights, self.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
-        base = stage(f"shallow layers, {target}", 0, k, ("lora_S",) if target == "base" else ())
-        deep = stage("deep layers", k, self.config.num_hidden_layers)
+        without = ("lora_S",) if target == "base" else ()
+        base = stage(self._stage_weights(f"shallow layers, {target}", 0, k, few_rows, without))
+        deep = stage(self._stage_weights("deep layers", k, self.config.num_hidden_layers, few_rows))
         if drafter is None:
             drafter = DrafterParts(StageWeights([]), self.rotary, self.config)
             shallow = base  # nothing drafts
+        elif target == "adapted":
+            shallow = base
         else:
-            shallow = base if target == "adapted" else stage("shallow layers, adapted", 0, k)
+            adapted = drafter.shallow or self._stage_weights("shallow layers, adapted", 0, k, few_rows)
+            shallow = stage(adapted)
         cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window, chains)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
         feedback = None

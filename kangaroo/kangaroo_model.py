@@ -196,6 +196,29 @@ class KangarooModel(nn.Module):
             self.head_rows.copy_(self.head_model.weight[self.draft_ids])
             self._set_draft_index()
 
+    def draft_with(self, other: EarlyExitLlamaForCausalLM) -> None:
+        """Let a whole model draft, from the tokens alone; it becomes the drafter, and its head the exit head.
+
+        Args:
+            other: of any shape, changed in place. Its tokens are this model's. Rows that only its vocabulary has are
+                cut off, so that they are never drafted; its embedding of tokens that it lacks is 0.
+        """
+        rows = len(self.head_model.weight)
+        embedding = other.model.embed_tokens
+        missing = rows - len(embedding.weight)
+        if missing:
+            other.lm_head.weight = nn.Parameter(other.lm_head.weight[:rows])
+            embedding.weight = nn.Parameter(F.pad(embedding.weight, (0, 0, 0, missing)))
+        other.requires_grad_(False).eval()
+        drafter = AdapterModel(other.config, "none", None)
+        drafter.layers = other.model.layers
+        drafter.norm = other.model.norm
+        drafter.embed_tokens = embedding
+        self.adapter_model = drafter
+        self.head = "frozen"
+        self.draft_ids = None
+        self.exit_proj = other.lm_head
+
     # The draft policy
 
     def drafter_parts(self) -> DrafterParts:
@@ -213,7 +236,11 @@ class KangarooModel(nn.Module):
             return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
 
         weights = self._weights.get("drafter", [*layers, *head], make)
-        return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids)
+        shallow = None
+        if adapter.embed_tokens is not None:
+            embed = adapter.embed_tokens
+            shallow = self._weights.get("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
+        return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow)
 
     def _fused_drafter(self) -> StageWeights:
         """Drafter and exit norm for decoding."""
@@ -261,6 +288,8 @@ class KangarooModel(nn.Module):
             `[B, T, D]` for each depth, with gradients, `[B, R, D]` for later ones if `later` is given; without feedback
             all depths are the same, and there is one.
         """
+        if self.adapter_model.embed_tokens is not None:
+            exit_hidden = self.adapter_model.embed_tokens(tokens)
         if not self.feedback:
             return [self.drafter_states(exit_hidden)]
         dtype = exit_hidden.dtype
@@ -430,8 +459,10 @@ class KangarooModel(nn.Module):
         Raises:
             ValueError: for a target that this drafter cannot draft for.
         """
-        if self.feedback and settings.target != "base":
-            raise ValueError(f'target is {settings.target!r}; a drafter with feedback needs "base"')
+        if (self.feedback or self.adapter_model.embed_tokens) and settings.target != "base":
+            raise ValueError(
+                f'target is {settings.target!r}; a whole model or a drafter with feedback needs "base"'
+            )
         return settings.chains
 
     def decode_blocks(

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from kangaroo.adapter import AdapterModel
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS = (
     *_NEEDED,
@@ -21,8 +22,15 @@ _FIELDS = (
 )
 
 
+def is_whole_model(folder: Path) -> bool:
+    """Whether a folder is that of a whole model in Hugging Face's layout: it has a tokenizer, which no adapter has."""
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in TOKENIZERS)
+
+
 def is_published(folder: Path) -> bool:
     """Whether a folder has the files of the published layout."""
+    if is_whole_model(folder):
+        return False
     return (folder / "config.json").exists() and any((folder / name).exists() for name in WEIGHTS)
 
 

@@ -114,12 +114,15 @@ def test_it_decodes_with_the_published_accept_lengths(here, name):
     [
         ("adapter", ["--model_name", "model", "--exit_layer", "4"], "exit_layer is 4; this model of 4 layers takes 1 to 3"),
         ("wide", BASE, "its hidden_size is 64, the base model's 32"),
-        ("model", BASE, "model.safetensors: tensor layers.0.input_layernorm.weight is missing"),
-        ("nowhere", BASE, "no drafter 'nowhere'; expected a folder .*a published Kangaroo adapter, or one of the shipped"),
+        ("mixed", BASE, "model.safetensors: tensor layers.0.input_layernorm.weight is missing"),
+        ("nowhere", BASE, "no drafter 'nowhere'; expected a folder .*a published Kangaroo adapter, a Llama with its tokenizer, or one of the shipped"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(here, folder, flags, message, capsys):
     like_base(here / "wide", hidden_size=64)
+    (here / "mixed").mkdir()
+    for name in ("config.json", "model.safetensors"):  # a model without its tokenizer
+        (here / "mixed" / name).write_bytes((here / "model" / name).read_bytes())
     assert cli.main(["agreement", folder, "--own", "1", "--device", "cpu", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("dvirl: ") and len(error) == 1

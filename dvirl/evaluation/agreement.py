@@ -146,7 +146,7 @@ class AgreementConfig(MeasureSettings):
     """Settings of `dvirl agreement`; without questions and own, the drafter's own questions are asked."""
 
     drafter: str = positional()
-    """Name of a shipped drafter, or a folder such as RUN_DIR/drafter."""
+    """Name of a shipped drafter, or a folder such as RUN_DIR/drafter or of a whole Llama that drafts."""
     max_new_tokens: int = number(128, 2)
     """Most tokens of an answer."""
 

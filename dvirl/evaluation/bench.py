@@ -191,7 +191,7 @@ class BenchConfig(MeasureSettings):
     """Settings of `dvirl bench`."""
 
     drafter: str = positional("smollm2-135m-k2")
-    """Name of a shipped drafter, or folder of a drafter."""
+    """Name of a shipped drafter, or folder of a drafter or of a whole Llama that drafts."""
     num_questions: int = number(16, 0)
     """Number of questions of each file, spread over it; 0 for all."""
     draft_len: int = number(8, 1)

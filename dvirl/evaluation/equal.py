@@ -312,7 +312,7 @@ class CheckConfig(MeasureSettings):
     """Settings of `dvirl check`."""
 
     draft: str = positional("")
-    """Name of a shipped drafter, or folder of a drafter or run."""
+    """Name of a shipped drafter, or folder of a drafter, of a run, or of a whole Llama that drafts."""
     answers: list[str] = several(count=2)
     """Two answer files to compare instead: the reference, and the candidate."""
     draft_len: int = number(4, 0)

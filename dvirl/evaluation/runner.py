@@ -101,7 +101,7 @@ class EvalConfig(EvalSettings, DrafterOptions):
     """Everything that an evaluation depends on."""
 
     draft: str = "smollm2-135m-k2"
-    """Name of a shipped drafter, or folder of a drafter or run."""
+    """Name of a shipped drafter, or folder of a drafter, of a run, or of a whole Llama that drafts."""
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""Drafters by name: those that ship, those in folders, and those of runs; and how one is written to ship."""
+"""What drafts, by name: drafters that ship, in folders and of runs, whole models; and how one is written to ship."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,23 +17,26 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import atomic_directory
 from dvirl.runs.settings import Settings, from_mapping, number, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.published import is_published
+from kangaroo.published import is_published, is_whole_model
 
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
 
 LATER = {"feedback": False, "recurrent": False}
 """Settings that the first drafters did not have, as they were for them."""
+BOS_EOS = ("bos_token", "eos_token")
+"""Tokens by which two tokenizers may differ though all ids have the same texts."""
 OF_BASE = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
 """What a trained drafter shares with its model; a published adapter has its own."""
 
 
 @dataclass(frozen=True)
 class DrafterOptions(Settings):
-    """What a published Kangaroo adapter leaves open; the base of settings of commands that take a drafter."""
+    """What the files of others leave open; the base of settings of commands that take a drafter."""
 
     model_name: str = ""
-    """Model under the drafter: its own by default, which a published Kangaroo adapter does not name."""
+    """Model that verifies: the drafter's own by default; smollm2-135m for a whole model that drafts. A published
+    Kangaroo adapter does not name its model."""
     exit_layer: int = number(0, 0, 1000)
     """k of a published Kangaroo adapter, which does not say it. Another drafter has its own: 0 takes any."""
 
@@ -75,12 +78,12 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
         DvirlError: if there is none; the message lists the names.
     """
     for folder in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)):
-        if (folder / checkpoint.DRAFTER).exists() or is_published(folder):
+        if (folder / checkpoint.DRAFTER).exists() or is_published(folder) or is_whole_model(folder):
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
     expected = (
         f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, a published Kangaroo adapter, "
-        f"or one of the shipped ones ({', '.join(names) or 'none are'})"
+        f"a Llama with its tokenizer, or one of the shipped ones ({', '.join(names) or 'none are'})"
     )
     raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected}")
 
@@ -108,15 +111,48 @@ def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
 
 
-def _published_settings(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
-    """The settings by which a published adapter drafts, as `_drafter_settings` gives them; no fingerprint is known."""
-    if not has_model or not exit_layer:
+def _settings_of(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
+    """The settings by which what is in a folder drafts, and the fingerprint of its model; None if that is not known."""
+    if not (is_published(folder) or is_whole_model(folder)):
+        return _drafter_settings(_config_of(folder))
+    if is_published(folder) and not (has_model and exit_layer):
         raise DvirlError(
             f"{folder}: a published Kangaroo adapter names neither its model nor its exit layer; "
             "expected --model_name and --exit_layer"
         )
-    # As published, the exit head is the model's own lm_head. A fresh lora_S computes nothing.
-    return DraftSettings(exit_layer=exit_layer, lora_rank=1, head="frozen", draft_vocab=0), None
+    # As published, the exit head is the model's own lm_head. A fresh lora_S computes nothing. Where a whole model
+    # drafts, the verifier may be split anywhere.
+    return DraftSettings(exit_layer=exit_layer or 1, lora_rank=1, head="frozen", draft_vocab=0), None
+
+
+def _draft_with(folder: Path, model: KangarooModel, loaded: LoadedModel) -> None:
+    """Let the whole model in a folder draft, in the dtype of the model that verifies and on its device.
+
+    Raises:
+        DvirlError: if it cannot be loaded; for an id that has another text, or another BOS or EOS where both have one.
+    """
+    how = loaded.description()
+    other = load(str(folder), how["dtype"], how["device"], "none")
+    expected = _texts(loaded)
+    found = _texts(other)
+    for name in expected | found:
+        text = found.get(name)
+        wanted = expected.get(name)
+        may_lack = name in BOS_EOS and None in (text, wanted)
+        if text != wanted and not may_lack:
+            raise DvirlError(
+                f"{folder}: {name} is {text!r}, and {wanted!r} for the model that verifies; "
+                "expected the same tokenizer"
+            )
+    model.draft_with(other.model)
+
+
+def _texts(loaded: LoadedModel) -> dict[str, str]:
+    """The text of every id, in order, and those of BOS and EOS, by what a message calls them."""
+    vocabulary = loaded.tokenizer.get_vocab()
+    texts = {f"token {vocabulary[text]}": text for text in sorted(vocabulary, key=vocabulary.get)}
+    named = loaded.tokenizer.special_tokens_map
+    return texts | {role: named[role] for role in BOS_EOS if role in named}
 
 
 def load_drafter(
@@ -128,7 +164,10 @@ def load_drafter(
     exit_layer: int = 0,
     deep: bool = False,
 ) -> LoadedDrafter:
-    """Load a drafter that `export` wrote, that of a run's checkpoint, or a published Kangaroo adapter, and its model.
+    """Load what drafts, and the model that verifies.
+
+    A drafter is one that `export` wrote, that of a run's checkpoint, or a published Kangaroo adapter. A whole Llama
+    with the same tokens drafts as well.
 
     Args:
         name_or_folder: a shipped name or a folder.
@@ -138,13 +177,11 @@ def load_drafter(
         deep: load a checkpoint's lora_D as well.
 
     Raises:
-        DvirlError: if there is no such drafter, or it is incomplete or was made for another model or exit layer.
+        DvirlError: if there is no such drafter, or it is incomplete, or was made for another model or exit layer, or
+            has other tokens.
     """
     folder = drafter_folder(name_or_folder)
-    if is_published(folder):
-        settings, fingerprint = _published_settings(folder, bool(loaded or model_name), exit_layer)
-    else:
-        settings, fingerprint = _drafter_settings(_config_of(folder))
+    settings, fingerprint = _settings_of(folder, bool(loaded or model_name), exit_layer)
     if exit_layer not in (0, settings.exit_layer):
         raise DvirlError(f"exit_layer is {exit_layer}; {folder} was made for {settings.exit_layer}")
     loaded = loaded or load(model_name or settings.model_name, dtype, device, settings.chat_format)
@@ -157,7 +194,10 @@ def load_drafter(
         peft_model, model = attach_draft(loaded.model, settings, deep=deep)
     except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
-    checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
+    if is_whole_model(folder):
+        _draft_with(folder, model, loaded)
+    else:
+        checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
     model.requires_grad_(False)
     return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder, settings=settings)
 

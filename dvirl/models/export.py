@@ -47,6 +47,8 @@ def plain_context(model: KangarooModel, asked: int = 0) -> int:
     """
     adapter = model.adapter_model
     config = model.base_model.config
+    if adapter.embed_tokens is not None:
+        raise DvirlError("the draft is a plain model already; expected a drafter that reads exit states")
     if model.feedback:
         raise DvirlError(
             "a drafter with feedback reads the verifier's last state, which no engine gives to a draft model; "

@@ -129,7 +129,7 @@ def load(
             model = EarlyExitLlamaForCausalLM(config)
         device_of = placement(model, torch_dtype, where) if device == BALANCED else lambda name: where
         fingerprint = load_weights(model, find, torch_dtype, device_of)
-        why = "as asked for"
+        why = ""
         if chat_format == "auto":
             chat_format, why = detect_format(tokenizer, name_or_path, config.vocab_size)
         chat = ChatEncoder(tokenizer, chat_format, config.vocab_size)
@@ -141,7 +141,7 @@ def load(
         raise DvirlError(
             f"could not load the model {name_or_path!r}: {type(error).__name__}, {reason:.300}"
         ) from error
-    if name_or_path not in EMBEDDED:
+    if why and name_or_path not in EMBEDDED:
         _say_once(f"{name_or_path}: chat format {chat.chat_format} ({why})")
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape

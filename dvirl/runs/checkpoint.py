@@ -19,7 +19,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import atomic_directory, discard
 from dvirl.runs.log import parse_line, read_text
 from kangaroo.kangaroo_model import KangarooModel
-from kangaroo.published import is_published
+from kangaroo.published import is_published, is_whole_model
 from kangaroo.sgp_lora import get_peft_model_state_dict
 
 State = dict[str, Any]
@@ -190,6 +190,8 @@ def load_weights(
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
     """
+    if is_whole_model(folder):
+        raise DvirlError(f"{folder}: a whole model drafts as it is; expected a drafter, to go on from")
     if is_published(folder):
         adapters = []
     else:

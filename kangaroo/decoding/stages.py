@@ -5,6 +5,8 @@
     base      layers[:k], lora_S off       tokens      -> exit states  (is `shallow` with target "adapted")
     deep      layers[k:], norm and head    exit states -> verifier logits
 
+Where a whole model drafts, its embedding stands for `shallow`, and its layers, norm and head for `drafter`.
+
 Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
 """
 
@@ -67,6 +69,7 @@ class DrafterParts:
         config: for the shape of its cache.
         window: how many positions back its attention sees; None for all.
         draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
+        shallow: what reads the tokens first where a whole model drafts: its embedding; None for the shallow layers.
     """
 
     weights: StageWeights
@@ -74,6 +77,7 @@ class DrafterParts:
     config: LlamaConfig
     window: int | None = None
     draft_ids: Tensor | None = None
+    shallow: StageWeights | None = None
 
 
 class Stage:
