@@ -486,6 +486,27 @@ def test_reinforce_of_blocks_over_all_actions_is_the_exact_gradient(baselines, w
     assert mean_return == pytest.approx(float(exact.detach().mean())) and found[0].abs().max() > 1e-3
 
 
+def test_reinforce_of_blocks_against_a_plain_loop_of_returns_to_go():
+    """What the mean over actions cannot show: which drafts act, and that a return counts from its draft on."""
+    draws = torch.Generator().manual_seed(1)
+    inside = within_text(POSITIONS, WEIGHT, 3)
+    log_probs = -torch.rand(3, 6, generator=draws).double() * inside
+    accepted = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    baselines = torch.tensor([0.9, 0.4, -0.2], dtype=torch.float64)
+    losses, returns = [], [[], [], []]
+    for block in range(6):
+        losses.append(0.0)
+        for depth in range(3):
+            if not inside[depth, block] or not all(accepted[:depth, block]):
+                break
+            run = list(itertools.takewhile(bool, accepted[depth:, block].tolist()))
+            returns[depth].append(len(run))
+            losses[-1] -= (len(run) - float(baselines[depth])) * float(log_probs[depth, block])
+    found, means = reinforce_block_loss(log_probs, accepted, inside, baselines)
+    assert found.tolist() == pytest.approx(losses) and sum(map(len, returns)) < int(inside.sum())
+    assert means.tolist() == pytest.approx([sum(values) / len(values) for values in returns])
+
+
 def test_a_baseline_stays_where_nothing_acted():
     accepted = torch.zeros(3, 4)
     means = reinforce_block_loss(accepted, accepted, torch.ones(3, 4), torch.tensor([0.5, 0.25, 2.0]))[1]
