@@ -359,6 +359,10 @@ class DraftsAtDepth:
     weight: Tensor
     ce_weight: float = 0.0
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values `[N]` by weight, 0-d."""
+        return (values * self.weight).sum() / self.weight.sum()
+
     def chance(self) -> Tensor:
         """`q(y)` `[N]`, the probability of drafting the verifier's token; 0 for a token that the exit head lacks."""
         log_probs = log_prob_of(self.logits.float(), self.index.clamp(min=0))
@@ -391,8 +395,7 @@ class DraftsAtDepth:
         """`w KL + (1 - w)(1 - alpha)` `[N]`, `w = exp(-3 mean alpha)` without gradient (arXiv 2602.23881)."""
         alpha = self.acceptance()
         # KL leads while little is accepted, total variation later.
-        mean = (alpha.detach() * self.weight).sum() / self.weight.sum()
-        share = (-3 * mean).exp()
+        share = (-3 * self.mean(alpha.detach())).exp()
         return share * self.kl() + (1 - share) * (1 - alpha)
 
 
@@ -427,7 +430,7 @@ def within_text(positions: Tensor, weight: Tensor, depths: int) -> Tensor:
     rows = []
     for depth in range(depths):
         same = positions.roll(-depth) == positions + depth
-        rows.append(same * (weight > 0) * (weight.roll(-depth) > 0))
+        rows.append(same * weight * weight.roll(-depth) > 0)
     return torch.stack(rows).float()
 
 

@@ -15,7 +15,7 @@ from dvirl.evaluation.questions import MeasureSettings, asked_for, from_here, qu
 from dvirl.evaluation.report import write_out
 from dvirl.losses import DraftsAtDepth, Teacher, along_blocks, within_text
 from dvirl.models.drafters import load_drafter
-from dvirl.rollout import Responses, draft_logits_at, response_index, verifier_states
+from dvirl.rollout import Responses, draft_logits_at, draft_rollout, response_index, verifier_states
 from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.folder import provenance
@@ -132,29 +132,23 @@ def _by_length(responses: Responses) -> Tensor:
 def _judge_blocks(model: KangarooModel, responses: Responses, depths: int) -> Tensor:
     """By depth, over all blocks: drafts after accepted ones, accepted ones, and their expected number; `[3, K]`."""
     device = model.head_model.weight.device
-    tokens = responses.tokens.long().to(device)
-    rows, positions = response_index(responses.response_lens.to(device))
-    before = responses.prompt_lens.to(device)[rows] + positions - 1
-    index = model.draft_index(tokens[rows, before + 1])
+    moved = [values.to(device) for values in (responses.prompt_lens, responses.response_lens)]
+    responses = Responses(responses.tokens.long().to(device), *moved)
+    rows, positions = response_index(responses.response_lens)
+    before = responses.prompt_lens[rows] + positions - 1
+    index = model.draft_index(responses.tokens[rows, before + 1])
     weight = torch.ones_like(rows)
     # 1) One parallel pass of both.
-    exit_hidden = model.base_model.forward_shallow(tokens)
-    verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"])
-    states = model.drafter_depths(tokens, exit_hidden, verifier_hidden, depths)
-    chosen = verifier_hidden[rows, before]
-    teacher = Teacher.of(model.verifier_logits(chosen), model.verifier_normalizer(chosen))
+    states = verifier_states(model.base_model, responses.tokens, ["lora_S"])[rows, before]
+    teacher = Teacher.of(model.verifier_logits(states), model.verifier_normalizer(states))
+    logits = draft_rollout(model, responses, depths).logits
     # 2) What each draft is worth by itself; without feedback it does not depend on its depth.
-    agrees = []
-    chances = []
-    for depth in range(depths):
-        state = states[min(depth, len(states) - 1)]
-        drafts = DraftsAtDepth(model.head_logits(state[rows, before]), teacher, index, weight)
-        agrees.append((drafts.logits.argmax(dim=-1) == index).float())
-        chances.append(drafts.acceptance())
+    drafts = [DraftsAtDepth(own, teacher, index, weight) for own in logits]
+    drafts += drafts[-1:] * (depths - len(drafts))
     # 3) Drafts count as long as all drafts before them do.
-    inside = within_text(rows * tokens.shape[1] + before, weight, depths)
-    accepted = along_blocks(agrees, inside).cumprod(dim=0)
-    expected = along_blocks(chances, inside).cumprod(dim=0)
+    inside = within_text(rows * responses.tokens.shape[1] + before, weight, depths)
+    accepted = along_blocks([own.logits.argmax(dim=-1) == index for own in drafts], inside).cumprod(dim=0)
+    expected = along_blocks([own.acceptance() for own in drafts], inside).cumprod(dim=0)
     drafted = inside * torch.cat([inside[:1], accepted[:-1]])
     return torch.stack([drafted, accepted, expected]).double().sum(dim=-1)
 

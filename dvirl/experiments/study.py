@@ -84,17 +84,13 @@ class Study(Settings):
             quick={},
         )
 
-    def values(self, seed: int, run_dir: Path, *changes: Mapping[str, Any]) -> Values:
-        """The settings of one run by name: `base`, then the changes in order."""
+    def config(self, seed: int, run_dir: Path, *changes: Mapping[str, Any]) -> DVIConfig:
+        """The settings of one run: `base`, then the changes in order."""
         values: Values = {**self.base, "seed": seed, "run_dir": str(run_dir)}
         for change in changes:
             values |= change
         values.pop("sgp", None)  # a start's own, and no setting of DVI
-        return values
-
-    def config(self, seed: int, run_dir: Path, *changes: Mapping[str, Any]) -> DVIConfig:
-        """The settings of one run of DVI, see `values`."""
-        return from_mapping(DVIConfig, self.values(seed, run_dir, *changes), "study")
+        return from_mapping(DVIConfig, values, "study")
 
     def blank_rows(self, seed: int, start: str, variant: str) -> list[Row]:
         """The rows that a variant gives, without figures yet: one, or of `staleness` one for each age."""

@@ -74,6 +74,8 @@ WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
 MOMENTUM = 0.9
 """Of the baselines, moving averages of the returns."""
+CAPTURED_BY = ("objective", "kl_weight", "ce_weight", "temperature", "depths", "depth_decay", "batch")
+"""Settings that a captured graph depends on."""
 
 
 @dataclass(frozen=True)
@@ -217,33 +219,46 @@ class _Objective(nn.Module):
             positions where the argmax of a first draft is the verifier's token; both 0-d. With reinforce_block also the
             mean returns by depth, `[K]`.
         """
+        with torch.autocast(
+            tokens.device.type,
+            torch.bfloat16,
+            enabled=verifier_hidden.dtype == torch.bfloat16,
+            cache_enabled=False,
+        ):
+            depths = self._drafts(tokens, positions, later, index, verifier_hidden, weight)
+            if self.config.objective in BY_DEPTH:
+                outputs = [self._by_depth(self.config.objective, depths)]
+            else:
+                outputs = self._of_blocks(depths, positions, noise, baselines)
+            if self.config.objective != "kl" and self.config.kl_weight:
+                outputs[0] = outputs[0] + self.config.kl_weight * self._by_depth("kl", depths)
+        agrees = depths[0].logits.detach().argmax(dim=-1) == index
+        return outputs[0], (agrees * weight).sum() / weight.sum(), *outputs[1:]
+
+    def _drafts(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        later: Tensor,
+        index: Tensor,
+        verifier_hidden: Tensor,
+        weight: Tensor,
+    ) -> list[DraftsAtDepth]:
+        """The drafts of every depth; without feedback they are the same, and there is one."""
         config = self.config
-        half = verifier_hidden.dtype == torch.bfloat16
         chosen = verifier_hidden.flatten(0, 1).index_select(0, positions)
-        target = self.model.verifier_logits(chosen)
         normalizer = None
         if config.objective in OVER_ALL_TOKENS:
             normalizer = self.model.verifier_normalizer(chosen, config.temperature)
-        teacher = Teacher.of(target / config.temperature, normalizer)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
-            depths = []
-            for depth, state in enumerate(states):
-                where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
-                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
-                depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
-            if config.objective in BY_DEPTH:
-                outputs = [self._by_depth(config.objective, depths)]
-            else:
-                outputs = self._of_blocks(
-                    depths, within_text(positions, weight, config.depths), noise, baselines
-                )
-            if config.objective != "kl" and config.kl_weight:
-                outputs[0] = outputs[0] + config.kl_weight * self._by_depth("kl", depths)
-            agrees = depths[0].logits.detach().argmax(dim=-1) == index
-        loss, *returns = outputs
-        return loss, (agrees * weight).sum() / weight.sum(), *returns
+        teacher = Teacher.of(self.model.verifier_logits(chosen) / config.temperature, normalizer)
+        exit_hidden = self.model.base_model.forward_shallow(tokens)
+        states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
+        depths = []
+        for depth, state in enumerate(states):
+            where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
+            logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
+            depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
+        return depths
 
     def _by_depth(self, objective: str, depths: Sequence[DraftsAtDepth]) -> Tensor:
         """The weighted mean over depths of an objective that judges each draft by itself."""
@@ -251,38 +266,27 @@ class _Objective(nn.Module):
         shares = 0.0
         for depth, drafts in enumerate(depths):
             share = self.config.depth_decay**depth
-            loss = loss + share * (BY_DEPTH[objective](drafts) * drafts.weight).sum() / drafts.weight.sum()
+            total = (BY_DEPTH[objective](drafts) * drafts.weight).sum()
+            loss = loss + share * total / drafts.weight.sum()
             shares += share
         return loss / shares
 
     def _of_blocks(
-        self,
-        depths: Sequence[DraftsAtDepth],
-        inside: Tensor,
-        noise: Tensor | None,
-        baselines: Tensor | None,
+        self, depths: list[DraftsAtDepth], positions: Tensor, noise: Tensor | None, baselines: Tensor | None
     ) -> list[Tensor]:
-        """The mean of an objective for whole blocks, one from each position; and reinforce_block's mean returns.
-
-        Without feedback a draft does not depend on its depth.
-        """
-        last = len(depths) - 1
-        depths = [depths[min(depth, last)] for depth in range(self.config.depths)]
-        weight = depths[0].weight
-        returns = []
-        if self.config.objective == "reinforce_block":
-            assert noise is not None and baselines is not None
-            sampled = [
-                drafts.act(uniform) for drafts, uniform in zip(depths, noise.unbind(dim=1), strict=True)
-            ]
-            log_probs, accepted = (along_blocks(values, inside) for values in zip(*sampled, strict=True))
-            losses, means = reinforce_block_loss(log_probs, accepted, inside, baselines)
-            returns.append(means)
-        else:
+        """The mean of an objective for whole blocks, one from each position; and reinforce_block's mean returns."""
+        first = depths[0]
+        inside = within_text(positions, first.weight, self.config.depths)
+        # Without feedback a draft does not depend on its depth.
+        depths = depths + depths[-1:] * (self.config.depths - len(depths))
+        if noise is None or baselines is None:
             greedy = self.config.objective == "block"
             chances = [drafts.chance() if greedy else drafts.acceptance() for drafts in depths]
-            losses = -expected_accepted(along_blocks(chances, inside))
-        return [(losses * weight).sum() / weight.sum(), *returns]
+            return [-first.mean(expected_accepted(along_blocks(chances, inside)))]
+        acts = [drafts.act(uniform) for drafts, uniform in zip(depths, noise.T, strict=True)]
+        log_probs, accepted = (along_blocks(values, inside) for values in zip(*acts, strict=True))
+        losses, means = reinforce_block_loss(log_probs, accepted, inside, baselines)
+        return [first.mean(losses), means]
 
     @staticmethod
     def _among(later: Tensor, positions: Tensor, width: int) -> Tensor:
@@ -674,7 +678,7 @@ class Distiller(TrainingLoop):
     def objective(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """`_Objective` of these inputs; with CUDA, replayed from a CUDA graph of their shape."""
         config = self._now
-        key = (inputs[0].shape[1], config.objective, config.kl_weight, config.ce_weight, config.temperature)
+        key = (inputs[0].shape[1], *(getattr(config, name) for name in CAPTURED_BY))
         if key not in self._captured:
             objective: Any = _Objective(self.model, config)
             if self._use_cuda_graphs:
