@@ -160,25 +160,10 @@ def recurrent() -> str:
 def block_reward() -> str:
     """A drafter that goes on by each objective, the longest blocks first; and its blocks on public sets."""
     found = read("study-block-reward")["summary"]
-    keys = {
-        "depth_1": 3,
-        "depth_2": 3,
-        "depth_3": 3,
-        "depth_4": 3,
-        "tokens_a_block": 2,
-        "expected_tokens": 2,
-        "ece": 3,
-    }
-    head = [
-        "objective",
-        "first draft",
-        "second",
-        "third",
-        "fourth",
-        "tokens a block",
-        "at temperature 1",
-        "ece",
-    ]
+    keys = {f"depth_{depth}": 3 for depth in (1, 2, 3, 4)}
+    keys |= {"tokens_a_block": 2, "expected_tokens": 2, "ece": 3}
+    head = ["objective", "first draft right", "second", "third", "fourth"]
+    head += ["tokens a block", "at temperature 1", "calibration error"]
     names = sorted(found, key=lambda name: -found[name]["tokens_a_block"]["mean"])
     for name, text in SETS.items():
         if f"{name}_tokens_a_block" in found[names[0]]:
@@ -188,7 +173,7 @@ def block_reward() -> str:
     rows = [["before", *start]]
     for name in names:
         cells = [spread(found[name][key], digits) for key, digits in keys.items()]
-        rows.append([name.removeprefix("untrained/"), *cells])
+        rows.append([name, *cells])
     return table(head, rows)
 
 

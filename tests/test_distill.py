@@ -271,7 +271,10 @@ def test_a_run_begun_again_is_a_fresh_run(tmp_path, responses):
     mine = distiller(tmp_path / "one", responses, **changes)
     mine.train()
     config = settings(tmp_path / "two", responses, **changes, objective="block", seed=3)
+    places = [parameter.data_ptr() for parameter in mine.model.parameters()]
     mine.begin_again(config)
+    # Captured graphs read and write these places.
+    assert places == [parameter.data_ptr() for parameter in mine.model.parameters()]
     fresh._kept = mine._kept
     fresh.train()
     mine.train()

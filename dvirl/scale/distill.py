@@ -521,7 +521,7 @@ class Distiller(TrainingLoop):
             phase: "train".
             step: updates so far.
             tokens: response tokens learned from so far.
-            loss: what was minimised, nats a token, mean over the line's updates that were not left out.
+            loss: what was minimised, for KL nats a token, mean over the line's updates that were not left out.
             agreement: share of positions where the draft's argmax was the verifier's token, before the update, mean.
             lr, grad_norm: of the last update, the norm before clipping.
             skipped: updates left out so far because a loss or gradient was not finite.
