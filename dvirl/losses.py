@@ -452,7 +452,7 @@ def expected_accepted(chances: Tensor) -> Tensor:
     """The expected number of accepted drafts of each block, `sum_k prod_{j <= k} c_j` `[N]`, exact and with gradient.
 
     A draft counts if all drafts up to it are accepted. Its chance is `q(y)` if drafts are sampled and the verifier is
-    greedy, and alpha if both sample at temperature 1.
+    greedy. It is alpha if both sample at temperature 1; then the text that drafts follow stands for a sampled one.
 
     Args:
         chances: `[K, N]`, that a draft is accepted if all before it are; of `along_blocks`.

@@ -363,6 +363,18 @@ def texts(tmp_path) -> Path:
     return folder
 
 
+def test_a_missing_start_or_question_file_is_said_before_the_text_is_written(distilled):
+    written = distilled.pop("written")
+    for changes, said in (
+        ({"start_from": ""}, "no drafter ''"),
+        ({"questions": "none.jsonl"}, "'none.jsonl': no such file"),
+    ):
+        study = a_study("distill", base={**distilled["base"], **changes}, variants={"kl": {}})
+        with pytest.raises(DvirlError, match=said):
+            run(study)
+    assert not written
+
+
 def test_text_is_kept_where_it_is_asked_to(distilled, tmp_path):
     written = distilled.pop("written")
     distilled["base"]["text"] = str(tmp_path / "text")

@@ -62,7 +62,8 @@ class BlockLengths:
     Attributes:
         by_depth: for the first, second, … draft, how often its argmax is the verifier's token if all before were.
         tokens_a_block: 1 + the mean number of accepted drafts: argmax drafts, a greedy verifier.
-        expected_tokens: the same in the mean over samples where both sample at temperature 1 (arXiv 2211.17192).
+        expected_tokens: the same in the mean over samples if both sample at temperature 1 (arXiv 2211.17192); each
+            draft is judged after the greedy answer, not after a sampled one.
     """
 
     by_depth: tuple[float, ...]

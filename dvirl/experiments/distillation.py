@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from dvirl.evaluation.agreement import measure_agreement, measure_blocks
 from dvirl.evaluation.questions import question_sets
 from dvirl.experiments.study import Study, Task, Values, VariantRows, load_model
+from dvirl.models.drafters import drafter_folder
 from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Responses, join
 from dvirl.runs.settings import from_mapping, number
@@ -54,7 +57,8 @@ def distill(task: Task, folder: Path) -> VariantRows:
     """
     study = task.study
     config = settings_of(study, study.seeds[0], task.shared / "bench", {})
-    trainer, sets, before = _workbench(task.shared, config)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    trainer, sets, before = _workbench(task.shared, config, device)
     for name, variant in task.due():
         with tempfile.TemporaryDirectory(dir=folder) as run_dir:
             trainer.begin_again(settings_of(study, task.seed, Path(run_dir), variant))
@@ -63,18 +67,19 @@ def distill(task: Task, folder: Path) -> VariantRows:
 
 
 @lru_cache(maxsize=1)
-def _workbench(shared: Path, config: Objectives) -> Workbench:
-    """Model, text and answers; the first task of a process makes them for the others."""
+def _workbench(shared: Path, config: Objectives, device: int) -> Workbench:
+    """Model, text and answers; the first task of a process on a device makes them for the others."""
+    drafter_folder(config.start_from)  # a missing one is said now, and not when the text is written
     loaded = load_model(config)
+    files = config.questions.split(",") if config.questions else []
+    asked = question_sets(loaded, files, 0, config.seed) if files else {}
     text = Path(config.text or shared / "text")
     learned = _written(loaded, config, text / "learned", config.num_prompts, TEXT_SEED)
     held_out = _written(loaded, config, text / "held-out", config.held_out, TEXT_SEED + 1)
     # Of prompts that are in both, the first counts.
     distinct = without_repeats(join([learned, held_out]))
     sets = {"": distinct.take(slice(len(without_repeats(learned)), None))}
-    files = config.questions.split(",") if config.questions else []
-    for path in files:
-        prompts = question_sets(loaded, [path], 0, config.seed)[path]
+    for path, prompts in asked.items():
         sets[f"{Path(path).stem}_"] = answer(loaded, prompts, config.max_new_tokens, config.write_batch)
     trainer = Distiller(replace(config, responses_from=f"{text}/learned", exclude=config.questions), loaded)
     before = {f"{name}_before": value for name, value in _judged(trainer, sets).items()}
