@@ -58,8 +58,8 @@ def distill(task: Task, folder: Path) -> VariantRows:
     study = task.study
     config = settings_of(study, study.seeds[0], task.shared / "bench", {})
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    trainer, sets, before = _workbench(task.shared, config, device)
     for name, variant in task.due():
+        trainer, sets, before = _workbench(task.shared, config, device)
         with tempfile.TemporaryDirectory(dir=folder) as run_dir:
             trainer.begin_again(settings_of(study, task.seed, Path(run_dir), variant))
             trainer.train(show_progress=False)
