@@ -157,6 +157,26 @@ def recurrent() -> str:
     return table(["speed over plain decoding (mat)", *SETS.values(), "packaged, two CPU cores"], rows)
 
 
+def block_reward() -> str:
+    """A drafter that goes on by each objective, the longest blocks first; and its blocks on public sets."""
+    found = read("study-block-reward")["summary"]
+    keys = {f"depth_{depth}": 3 for depth in (1, 2, 3, 4)}
+    keys |= {"tokens_a_block": 2, "expected_tokens": 2, "ece": 3}
+    head = ["objective", "first draft right", "second", "third", "fourth"]
+    head += ["tokens a block", "at temperature 1", "calibration error"]
+    names = sorted(found, key=lambda name: -found[name]["tokens_a_block"]["mean"])
+    for name, text in SETS.items():
+        if f"{name}_tokens_a_block" in found[names[0]]:
+            keys[f"{name}_tokens_a_block"] = 2
+            head.append(f"tokens a block, {text}")
+    start = [f"{found[names[0]][f'{key}_before']['mean']:.{digits}f}" for key, digits in keys.items()]
+    rows = [["before", *start]]
+    for name in names:
+        cells = [spread(found[name][key], digits) for key, digits in keys.items()]
+        rows.append([name, *cells])
+    return table(head, rows)
+
+
 def early_blocks() -> str:
     """Blocks of fixed plans before and after kernels started early."""
     found = read("blocks-early-h200")
@@ -418,6 +438,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks_h200": lambda: tasks("h200"),
     "agreement": agreement,
     "recurrent": recurrent,
+    "block_reward": block_reward,
     "early_blocks": early_blocks,
     "early": early,
     "costs": costs,

@@ -6,7 +6,7 @@ add up to the result of one process with all records.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dvirl.config import DVIConfig
 from kangaroo.decoding.layers import compiled
+from kangaroo.decoding.sampling import inverse_cdf
 
 
 def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tensor:
@@ -122,19 +123,23 @@ class Teacher:
     """The verifier's distributions, for drafts of several depths to learn from; no gradient goes to them.
 
     Attributes:
-        probabilities: `[N, V']`, float32.
+        probabilities: `[N, V']`, float32, over the draft's tokens alone.
         entropy: `[N]`, in nats.
+        share: `[N]`, the verifier's probability of the draft's tokens together, if it is known.
     """
 
     probabilities: Tensor
     entropy: Tensor
+    share: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Teacher":
-        """From the verifier's logits `[N, V']` over the draft's tokens."""
-        log_probs = logits.detach().log_softmax(dim=-1)
+    def of(cls, logits: Tensor, normalizer: Tensor | None = None) -> "Teacher":
+        """From the verifier's logits `[N, V']` over the draft's tokens, and log-sum-exp `[N]` over all tokens."""
+        logits = logits.detach()
+        log_probs = logits.log_softmax(dim=-1)
         probabilities = log_probs.exp()
-        return cls(probabilities, -(probabilities * log_probs).sum(dim=-1))
+        share = None if normalizer is None else (logits.logsumexp(dim=-1) - normalizer).exp()
+        return cls(probabilities, -(probabilities * log_probs).sum(dim=-1), share)
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -331,3 +336,159 @@ def fast_loss(on: Decisions) -> Tensor:
     if config.entropy_weight:
         loss = loss - config.entropy_weight * on.mean(entropy(on.logits, config.policy_temperature))
     return loss
+
+
+# Drafts of several depths
+
+
+@dataclass(frozen=True)
+class DraftsAtDepth:
+    """The drafts of one depth, each after a verified text.
+
+    Attributes:
+        logits: `[N, V']`, with gradient.
+        teacher: the verifier, after the same texts.
+        index: `[N]`, the verifier's tokens as rows of the exit head; -1 for those it lacks.
+        weight: `[N]`, 0 at padding.
+        ce_weight: share of cross-entropy in `kl`, as in `distillation_loss`.
+    """
+
+    logits: Tensor
+    teacher: Teacher
+    index: Tensor
+    weight: Tensor
+    ce_weight: float = 0.0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values `[N]` by weight, 0-d."""
+        return (values * self.weight).sum() / self.weight.sum()
+
+    def chance(self) -> Tensor:
+        """`q(y)` `[N]`, the probability of drafting the verifier's token; 0 for a token that the exit head lacks."""
+        log_probs = log_prob_of(self.logits.float(), self.index.clamp(min=0))
+        return log_probs.exp() * (self.index >= 0)
+
+    def acceptance(self) -> Tensor:
+        """`alpha = sum(min(p, q))` `[N]`, as in `overlap`, but p is over all tokens: what the head lacks is lost."""
+        q = self.logits.float().softmax(dim=-1)
+        p = self.teacher.probabilities
+        if self.teacher.share is not None:
+            p = p * self.teacher.share[:, None]
+        return torch.minimum(p, q).sum(dim=-1)
+
+    def act(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw an action from each draft by uniform numbers `[N]`; its log-probability, and 1 where it is accepted."""
+        log_probs = self.logits.float().log_softmax(dim=-1)
+        actions = inverse_cdf(log_probs.detach().exp(), noise)
+        return log_probs.gather(1, actions[:, None]).squeeze(1), (actions == self.index).float()
+
+    def kl(self) -> Tensor:
+        """`KL(p || q)` `[N]`, both over the draft's tokens."""
+        return distillation_loss(self.logits, self.teacher, self.index, self.ce_weight)
+
+    def js(self) -> Tensor:
+        """The Jensen-Shannon divergence `[N]`, both over the draft's tokens."""
+        log_probs = self.teacher.probabilities.clamp(min=LEAST).log()
+        return kl_losses(self.logits.float(), log_probs, "js").sum(dim=-1)
+
+    def lk(self) -> Tensor:
+        """`w KL + (1 - w)(1 - alpha)` `[N]`, `w = exp(-3 mean alpha)` without gradient (arXiv 2602.23881)."""
+        alpha = self.acceptance()
+        # KL leads while little is accepted, total variation later.
+        share = (-3 * self.mean(alpha.detach())).exp()
+        return share * self.kl() + (1 - share) * (1 - alpha)
+
+
+LEAST = 1e-30
+"""Smallest probability whose logarithm is taken."""
+BY_DEPTH: dict[str, Callable[[DraftsAtDepth], Tensor]] = {
+    "kl": DraftsAtDepth.kl,
+    "js": DraftsAtDepth.js,
+    "tv": lambda drafts: 1 - drafts.acceptance(),
+    "alpha": lambda drafts: -drafts.acceptance().clamp(min=LEAST).log(),
+    "lk": DraftsAtDepth.lk,
+    "expected": lambda drafts: -drafts.chance(),
+}
+"""Objectives that judge each draft by itself, `[N]`: alpha and lk of arXiv 2602.23881, expected as `exact_pg_loss`."""
+FOR_BLOCKS = ("block", "block_alpha", "reinforce_block")
+"""Objectives that judge all drafts of a block together."""
+OVER_ALL_TOKENS = ("tv", "alpha", "lk", "block_alpha")
+"""Objectives that ask for the verifier's probabilities over all tokens."""
+
+
+def within_text(positions: Tensor, weight: Tensor, depths: int) -> Tensor:
+    """Which drafts of blocks exist: 1 where the place `depth` after a block's first is of the same text, else 0.
+
+    Args:
+        positions: `[N]`, those of a text are consecutive, and no text begins where another ends.
+        weight: `[N]`, 0 at padding.
+        depths: drafts of a block, K.
+
+    Returns:
+        `[K, N]`, by the place of the block's first draft.
+    """
+    rows = []
+    for depth in range(depths):
+        same = positions.roll(-depth) == positions + depth
+        rows.append(same * weight * weight.roll(-depth) > 0)
+    return torch.stack(rows).float()
+
+
+def along_blocks(values: Sequence[Tensor], inside: Tensor) -> Tensor:
+    """Put what belongs to one block into one column: its draft of depth j stands j places after its first.
+
+    Args:
+        values: `[N]` for each of K depths, by the draft's place.
+        inside: `[K, N]`, of `within_text`.
+
+    Returns:
+        `[K, N]`, by the place of the block's first draft; 0 for drafts after the end of a text.
+    """
+    shifted = [value.roll(-depth) for depth, value in enumerate(values)]
+    return torch.stack(shifted) * inside
+
+
+def expected_accepted(chances: Tensor) -> Tensor:
+    """The expected number of accepted drafts of each block, `sum_k prod_{j <= k} c_j` `[N]`, exact and with gradient.
+
+    A draft counts if all drafts up to it are accepted. Its chance is `q(y)` if drafts are sampled and the verifier is
+    greedy. It is alpha if both sample at temperature 1; then the text that drafts follow stands for a sampled one.
+
+    Args:
+        chances: `[K, N]`, that a draft is accepted if all before it are; of `along_blocks`.
+    """
+    # torch's cumprod would look at the numbers in its backward pass, which no CUDA graph can.
+    reached = torch.ones_like(chances[0])
+    total = torch.zeros_like(reached)
+    for chance in chances:
+        reached = reached * chance
+        total = total + reached
+    return total
+
+
+def reinforce_block_loss(
+    log_probs: Tensor, accepted: Tensor, inside: Tensor, baselines: Tensor
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE with the number of accepted drafts of a block as the return.
+
+    The draft of depth j acts only if all drafts before it were accepted, and then its return to go `R_j` is the number
+    of accepted drafts from it on: `-sum_j (R_j - b_j) log q_j(a_j)` over the drafts that act. Teacher forcing is exact
+    here: where depth j acts, all drafts before were the verifier's tokens, and those are what the parallel pass reads.
+
+    Args:
+        log_probs: `[K, N]`, of one sampled action for each draft, of `along_blocks`, with gradient.
+        accepted: `[K, N]`, 1 where the action is the verifier's token, of `along_blocks`.
+        inside: `[K, N]`, of `within_text`.
+        baselines: `[K]`, subtracted from the returns; without bias as long as they do not depend on these actions.
+
+    Returns:
+        The loss of each block `[N]`, and the mean return of each depth `[K]`, its baseline where nothing acted.
+    """
+    reached = accepted.cumprod(dim=0)
+    returns = reached.flip(0).cumsum(dim=0).flip(0)
+    # The first draft always acts, a later one if the one before was accepted.
+    acting = inside * torch.cat([torch.ones_like(reached[:1]), reached[:-1]])
+    count = acting.sum(dim=1)
+    means = torch.where(count > 0, (acting * returns).sum(dim=1) / count.clamp(min=1), baselines)
+    losses = reinforce_loss(log_probs, returns - baselines[:, None], 0.0)
+    return (acting * losses).sum(dim=0), means

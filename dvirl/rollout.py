@@ -379,7 +379,7 @@ def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[
 
 
 @torch.no_grad()
-def draft_rollout(model: KangarooModel, rollout: Rollout, draft_len: int) -> Drafts:
+def draft_rollout(model: KangarooModel, rollout: Responses, draft_len: int) -> Drafts:
     """The draft along the verified text, for all response tokens but the first, in one pass.
 
     Args:

@@ -338,6 +338,12 @@ class KangarooModel(nn.Module):
         """The verifier's float32 logits over the draft's tokens, `[…, D]` to `[…, V']`."""
         return F.linear(verifier_hidden, self.head_rows).float()
 
+    @torch.no_grad()
+    def verifier_normalizer(self, verifier_hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-sum-exp `[N]` of the verifier's logits over all tokens at a temperature, from its states `[N, D]`."""
+        parts = torch.split(verifier_hidden, 1024)  # all logits at once would take gigabytes
+        return torch.cat([(self.head_model(part).float() / temperature).logsumexp(dim=-1) for part in parts])
+
     def forward(self, input_ids: Tensor, detach_exit: bool = False) -> DualLogits:
         """Both heads over a whole sequence, for training.
 

@@ -22,7 +22,7 @@ from torch.optim import AdamW, Muon
 from dvirl import cli
 from dvirl.evaluation.agreement import measure_agreement
 from dvirl.lora import train_only
-from dvirl.losses import Teacher, distillation_loss
+from dvirl.losses import BY_DEPTH, FOR_BLOCKS, Teacher, distillation_loss
 from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses
 from dvirl.runs import optim
@@ -99,10 +99,17 @@ def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier
     assert none is None
 
 
-@pytest.mark.parametrize(("feedback", "recurrent"), [(False, False), (True, False), (True, True)])
-def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses, feedback, recurrent):
+KINDS = [{"feedback": False}, {"feedback": True}, {"feedback": True, "recurrent": True}]
+REWARDS = [
+    {"feedback": True, "recurrent": True, "objective": objective, "kl_weight": 0.1}
+    for objective in (*BY_DEPTH, *FOR_BLOCKS)
+]
+
+
+@pytest.mark.parametrize("changes", [*KINDS, *REWARDS[1:], {"objective": "reinforce_block"}])
+def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses, changes):
     """The shapes that CUDA graphs ask for: rows, widths and positions filled up; here for a short last batch too."""
-    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2, feedback=feedback, recurrent=recurrent)
+    mine = distiller(tmp_path, responses, passes=1, ce_weight=0.2, **changes)
     train_only(mine.model, mine.parameters)
     batches = list(mine.batches())
     assert len(batches[-1][0]) < 4
@@ -110,12 +117,48 @@ def test_padding_changes_neither_loss_nor_gradient(tmp_path, responses, feedback
         found = []
         for padded in (False, True):
             inputs = mine._positions(batch, states, padded)
-            loss, agreement = _Objective(mine.model, mine.config)(*inputs)
-            found.append([loss, agreement, *torch.autograd.grad(loss, mine.parameters)])
+            outputs = _Objective(mine.model, mine.config)(*inputs, *mine._for_actions(len(inputs[1])))
+            found.append([*outputs, *torch.autograd.grad(outputs[0], mine.parameters)])
         assert inputs[0].shape == (4, distill.WIDTH_STEP) and len(inputs[1]) == 4 * 15
         assert int(inputs[-1].sum()) == int((batch.response_lens - 1).sum())
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def chances_by_block(mine, batch, states, sampled) -> list[list[float]]:
+    """For each block, one from every response position: the chance of each draft, by a loop over plain lists."""
+    model = mine.model
+    exit_hidden = model.base_model.forward_shallow(batch.tokens)
+    depths = model.drafter_depths(batch.tokens, exit_hidden, states, 3)
+    depths = [depths[min(depth, len(depths) - 1)] for depth in range(3)]
+    blocks = []
+    for row, (prompt, length) in enumerate(
+        zip(batch.prompt_lens.tolist(), batch.response_lens.tolist(), strict=True)
+    ):
+        for start in range(prompt, prompt + length - 1):
+            blocks.append([])
+            for depth in range(min(3, prompt + length - 1 - start)):
+                at = start + depth
+                q = torch.zeros(model.head_model.weight.shape[0])
+                q[model.draft_ids] = model.head_logits(depths[depth][row, at]).softmax(-1)
+                p = model.head_model(states[row, at]).softmax(-1)
+                y = int(batch.tokens[row, at + 1])
+                blocks[-1].append(float(torch.minimum(p, q).sum() if sampled else q[y]))
+    return blocks
+
+
+@pytest.mark.parametrize("changes", KINDS)
+@pytest.mark.parametrize("objective", ["block", "block_alpha"])
+def test_the_reward_of_blocks_is_that_of_a_loop_over_positions(tmp_path, responses, objective, changes):
+    mine = distiller(tmp_path, responses, objective=objective, depths=3, batch=8, draft_vocab=150, **changes)
+    batch, states = next(mine.batches())
+    loss = mine.objective(*mine._positions(batch, states, False))[0]
+    lengths = []
+    for chances in chances_by_block(mine, batch, states, objective == "block_alpha"):
+        lengths.append(sum(math.prod(chances[: depth + 1]) for depth in range(len(chances))))
+    assert float(loss.detach()) == pytest.approx(-sum(lengths) / len(lengths), rel=1e-4)
+    assert sum(lengths) / len(lengths) > 0.005
 
 
 @pytest.mark.parametrize("feedback", [False, True])
@@ -163,6 +206,79 @@ def test_the_draft_learns(tmp_path, responses, changes):
     result = mine.train()
     after = measure_agreement(mine.model, mine.responses)
     assert before < 0.4 and after.rate > 0.75 and result.agreement == pytest.approx(after.rate, abs=0.1)
+
+
+@pytest.mark.parametrize("objective", ["alpha", "block"])
+def test_rewards_teach_longer_blocks(tmp_path, responses, objective):
+    changes = dict(feedback=True, recurrent=True, depths=2, draft_vocab=0, passes=12, lr=1e-2, log_every=1)
+    mine = distiller(tmp_path, responses, objective=objective, reward_from=0.3, **changes)
+    mine.train()
+    log = read_metrics(tmp_path / "metrics.jsonl").query("phase == 'train'").agreement
+    begun = math.ceil(0.3 * len(log))
+    assert log.iloc[-5:].mean() > log.iloc[begun : begun + 5].mean() + 0.1
+
+
+def test_sampled_blocks_have_the_exact_gradient_in_the_mean(tmp_path, responses):
+    """Of one batch, over many draws; with KL first, so that blocks are longer than none."""
+    mine = distiller(tmp_path, responses, feedback=True, recurrent=True, depths=3, passes=12, lr=1e-2)
+    mine.train()
+    train_only(mine.model, mine.parameters)
+    mine.counters.step = 0
+    inputs = mine._positions(*next(mine.batches()), False)
+
+    def gradient(objective, *more):
+        kind = _Objective(mine.model, dataclasses.replace(mine.config, objective=objective))
+        parts = torch.autograd.grad(kind(*inputs, *more)[0], [mine.model.head_down, mine.model.head_up])
+        return torch.cat([part.flatten() for part in parts])
+
+    draws, baselines = torch.Generator().manual_seed(0), torch.tensor([0.8, 0.7, 0.5])
+    total = sum(
+        gradient("reinforce_block", torch.rand(len(inputs[1]), 3, generator=draws), baselines)
+        for _ in range(100)
+    )
+    assert torch.cosine_similarity(total, gradient("block"), dim=0) > 0.65
+
+
+def test_the_reward_begins_when_it_is_asked_to(tmp_path, responses):
+    mine = distiller(tmp_path, responses, objective="block", reward_from=0.5)
+    begun = []
+    for step in range(mine.length):
+        mine.counters.step = step
+        begun.append(mine._now.objective)
+    half = math.ceil(mine.length / 2)
+    assert begun == ["kl"] * half + ["block"] * (mine.length - half)
+
+
+def test_baselines_follow_the_returns(tmp_path, responses):
+    mine = distiller(tmp_path, responses, **{**SAMPLED, "reward_from": 0.0})
+    train_only(mine.model, mine.parameters)
+    batch, states = next(mine.batches())
+    inputs = mine._positions(batch, states, False)
+    means = mine.objective(*inputs, *mine._for_actions(len(inputs[1])))[2]
+    mine.update(batch, states)
+    torch.testing.assert_close(mine.baselines, 0.1 * means)
+    assert means[0] > 0
+    noise = mine._for_actions(4)[0]
+    mine.counters.step += 1
+    assert noise.shape == (4, 3) and not torch.equal(noise, mine._for_actions(4)[0])
+
+
+def test_a_run_begun_again_is_a_fresh_run(tmp_path, responses):
+    """From the same drafter, with the same responses; the first run leaves no trace."""
+    start = distiller(tmp_path / "start", responses, feedback=True).train().drafter
+    changes = dict(feedback=True, start_from=start, passes=1)
+    fresh = distiller(tmp_path / "fresh", responses, **changes, objective="block", seed=3)
+    mine = distiller(tmp_path / "one", responses, **changes)
+    mine.train()
+    config = settings(tmp_path / "two", responses, **changes, objective="block", seed=3)
+    places = [parameter.data_ptr() for parameter in mine.model.parameters()]
+    mine.begin_again(config)
+    # Captured graphs read and write these places.
+    assert places == [parameter.data_ptr() for parameter in mine.model.parameters()]
+    fresh._kept = mine._kept
+    fresh.train()
+    mine.train()
+    assert_same_end(fresh, mine)
 
 
 def test_the_control_learns_nothing(tmp_path, responses):
@@ -218,7 +334,7 @@ def test_muon_steps_the_drafters_matrices_at_its_own_rate(tmp_path, responses):
 
 
 def state_of(mine: Distiller):
-    return {**mine.model.state_dict(), **mine.optimizers.tensors()}
+    return {**mine.model.state_dict(), **mine.optimizers.tensors(), "baselines": mine.baselines}
 
 
 def assert_same_end(one: Distiller, other: Distiller) -> None:
@@ -230,15 +346,22 @@ def assert_same_end(one: Distiller, other: Distiller) -> None:
     assert first.equals(second)
 
 
-@pytest.mark.parametrize(("muon", "killed_at"), [(2.0, 7), (2.0, 13), (0.0, 19)])
-def test_a_killed_run_goes_on_bit_by_bit(tmp_path, responses, monkeypatch, muon, killed_at):
-    whole = distiller(tmp_path / "whole", responses, muon=muon)
+SAMPLED = dict(
+    feedback=True, recurrent=True, objective="reinforce_block", kl_weight=0.2, depths=3, reward_from=0.2
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "killed_at"), [({}, 7), ({}, 13), ({"muon": 0.0}, 19), (SAMPLED, 7), (SAMPLED, 13)]
+)
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path, responses, monkeypatch, changes, killed_at):
+    whole = distiller(tmp_path / "whole", responses, **changes)
     assert whole.train().steps == whole.length == 3 * math.ceil(len(whole.responses) / 4)
 
     class KilledError(Exception):
         pass
 
-    victim, update = distiller(tmp_path / "killed", responses, muon=muon), Distiller.update
+    victim, update = distiller(tmp_path / "killed", responses, **changes), Distiller.update
 
     def dying(self, batch, states):
         if self.counters.step == killed_at:
@@ -251,7 +374,7 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path, responses, monkeypatch, muon,
     monkeypatch.undo()
     with (tmp_path / "killed/metrics.jsonl").open("a") as log:
         log.write('{"phase": "train", "st')
-    again = distiller(tmp_path / "killed", responses, muon=muon)
+    again = distiller(tmp_path / "killed", responses, **changes)
     assert again.counters.step == killed_at // 5 * 5 and again.counters.tokens > 0
     result = again.train()
     assert result.steps == whole.counters.step and result.learned == whole.counters.tokens

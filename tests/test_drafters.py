@@ -316,8 +316,9 @@ def test_the_command_prints_a_table_and_writes_what_repeats_it(tmp_path, capsys)
     for name in ("one.json", "two.json"):
         assert cli.main([*flags, "--out", str(tmp_path / "out" / name)]) == 0
         header, row = capsys.readouterr().out.splitlines()
-        assert header.split() == ["agreement", "confidence", "ece", "covered", "positions"]
-        assert row.startswith(questions) and row.split()[-1] == "15"
+        own = ["agreement", "confidence", "ece", "covered", "positions"]
+        assert header.split() == [*own, "by_depth", "tokens_a_block", "expected_tokens"]
+        assert row.startswith(questions) and row.split()[5] == "15" and len(row.split()) == 6 + 4 + 2
         found.append(json.loads((tmp_path / "out" / name).read_text()))
     figures = found[0]["figures"][questions]
     assert (

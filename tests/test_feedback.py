@@ -7,7 +7,9 @@ import torch
 from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
 
 from dvirl.config import DVIConfig, SGPConfig
+from dvirl.evaluation.agreement import measure_blocks
 from dvirl.models.drafters import WEIGHTS, _drafter_settings
+from dvirl.rollout import Responses, generate
 from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import at_positions, rotary_for
 from kangaroo.decoding.blocks import DecodeConfig
@@ -200,3 +202,78 @@ def test_drafters_from_before_feedback_have_none(tmp_path):
     """The shipped one's config.yaml does not name it."""
     settings, _ = _drafter_settings(WEIGHTS[0] / "smollm2-135m-k2" / "config.yaml")
     assert (settings.feedback, settings.recurrent, settings.drafter_layers) == (False, False, 2)
+
+
+# Tokens a block
+
+
+def near_the_verifier(**kind):
+    """A drafter with the verifier's own deep layers, a little changed, for most of its tokens: blocks of all lengths."""
+    covered = [token for token in range(264) if token % 9]
+    model = tiny_kangaroo(
+        1, lora=False, drafter="layer", drafter_layers=2, deep_scale=0.0, draft_vocab=covered, **kind
+    ).double()
+    for parameter in model.adapter_model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def answered(model, count, longest) -> tuple[list[list[int]], Responses]:
+    """Prompts, and the model's greedy answers of several lengths: cut off at random, as ends of sequence do."""
+    prompts = random_prompts(count, 4)
+    responses = generate(model.base_model, prompts, longest, keep_states=False).stored()
+    lengths = torch.tensor([1 + (5 * row) % longest for row in range(count)])
+    responses = Responses(responses.tokens, responses.prompt_lens, lengths)
+    return prompts, responses.take(torch.arange(count))
+
+
+@pytest.mark.parametrize("kind", [{}, {"feedback": True}, {"feedback": True, "recurrent": True}])
+def test_tokens_a_block_are_what_the_decoder_commits_from_every_position(kind):
+    """Four drafts after each prefix of each answer, step by step."""
+    torch.manual_seed(0)
+    model = near_the_verifier(**kind)
+    prompts, responses = answered(model, 12, 14)
+    accepted, rooms = [], []
+    for prompt, row, length in zip(
+        prompts, responses.tokens.tolist(), responses.response_lens.tolist(), strict=True
+    ):
+        for position in range(1, length):
+            text = row[: len(prompt) + position - 1]
+            block = model.generate(text, 8, DecodeConfig(4)).blocks[1]
+            accepted.append(min(block.num_accepted, length - position))
+            rooms.append(length - position)
+    found = measure_blocks(model, responses, 4)
+    assert found.tokens_a_block == pytest.approx(1 + sum(accepted) / len(accepted)) and max(accepted) > 2
+    for depth, rate in enumerate(found.by_depth):
+        reached = [
+            one > depth for one, room in zip(accepted, rooms, strict=True) if one >= depth and room > depth
+        ]
+        assert rate == pytest.approx(sum(reached) / len(reached))
+
+
+@torch.no_grad()
+def test_expected_tokens_a_block_are_those_of_a_loop_over_whole_distributions():
+    """Speculative sampling at temperature 1: sum(min(p, q)) of each draft along the greedy answer, p over all tokens."""
+    model = near_the_verifier(feedback=True, recurrent=True)
+    base = model.base_model
+    prompts, responses = answered(model, 6, 8)
+    expected, blocks = 0.0, 0
+    for prompt, row, length in zip(prompts, responses.tokens, responses.response_lens.tolist(), strict=True):
+        ids = row[None, : len(prompt) + length].long()
+        with base.without_adapters("lora_S"):
+            verifier = base.forward_deep(base.forward_shallow(ids))
+        states = model.drafter_depths(ids, base.forward_shallow(ids), verifier, 3)
+        p = base.lm_head(verifier)[0].softmax(-1)
+        for start in range(len(prompt), len(prompt) + length - 1):
+            reached = 1.0
+            for depth in range(min(3, len(prompt) + length - 1 - start)):
+                q = torch.zeros_like(p[0])
+                q[model.draft_ids] = (
+                    model.head_logits(states[depth][0, start + depth]).softmax(-1).to(q.dtype)
+                )
+                reached *= float(torch.minimum(p[start + depth], q).sum())
+                expected += reached
+            blocks += 1
+    assert measure_blocks(model, responses, 3).expected_tokens == pytest.approx(
+        1 + expected / blocks, rel=1e-5
+    )

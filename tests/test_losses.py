@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -13,19 +14,26 @@ from torch.distributions import Categorical, kl_divergence
 
 from dvirl.config import SCHEDULES, DVIConfig
 from dvirl.losses import (
+    BY_DEPTH,
     OBJECTIVES,
     REPLAYING,
     Decisions,
+    DraftsAtDepth,
+    Teacher,
+    along_blocks,
     count,
     entropy,
     exact_pg_loss,
+    expected_accepted,
     fast_loss,
     kl_losses,
     log_prob_of,
     overlap,
+    reinforce_block_loss,
     reinforce_loss,
     reward_weight,
     slow_loss,
+    within_text,
 )
 
 
@@ -346,3 +354,170 @@ def test_the_verifiers_logits_are_computed_for_those_who_ask(schedule):
     asked = []
     fast_loss(decisions(asked, schedule=schedule))
     assert bool(asked) == (schedule in ("kl", "tv", "kl_to_rl"))
+
+
+# Drafts of several depths
+
+COVERED = [0, 2, 3, 5, 8]
+"""Tokens of nine that the exit head has."""
+WANTED = torch.tensor([3, -1, 0, 4])
+
+
+def drafts_at_depth(draft, verifier) -> DraftsAtDepth:
+    """Drafts over the covered tokens, the verifier over all nine."""
+    teacher = Teacher.of(verifier[:, COVERED].float(), verifier.float().logsumexp(-1))
+    return DraftsAtDepth(draft, teacher, WANTED, torch.tensor([1.0, 1.0, 0.0, 1.0]))
+
+
+def judged(objective, draft, verifier, at) -> torch.Tensor:
+    """Each record's loss in float64, from whole distributions; what takes no gradient is computed from `at`."""
+    whole = verifier.softmax(-1)
+    p, q = whole[:, COVERED], draft.softmax(-1)
+    narrow = p / p.sum(-1, keepdim=True)
+    m = (narrow + q) / 2
+
+    def overlapping(q):
+        return torch.minimum(whole, torch.zeros_like(whole).index_copy(1, torch.tensor(COVERED), q)).sum(-1)
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    alpha = overlapping(q)
+    share = math.exp(-3 * float(overlapping(at.softmax(-1))[[0, 1, 3]].mean()))
+    chance = torch.stack(
+        [row[x] if x >= 0 else 0 * row[0] for row, x in zip(q, WANTED.tolist(), strict=True)]
+    )
+    return {
+        "kl": kl(narrow, q),
+        "js": (kl(narrow, m) + kl(q, m)) / 2,
+        "tv": 1 - alpha,
+        "alpha": -alpha.log(),
+        "lk": share * kl(narrow, q) + (1 - share) * (1 - alpha),
+        "expected": -chance,
+    }[objective]
+
+
+@pytest.mark.parametrize("objective", BY_DEPTH)
+def test_an_objective_of_a_depth_against_whole_distributions_and_finite_differences(objective):
+    """A third of the verifier's mass is outside the exit head; it is lost for alpha, and renormalised for KL."""
+    draft, verifier = random_logits(4, 5, 1), 2 * random_logits(4, 9, 2)
+    logits, weights = draft.float().requires_grad_(), torch.tensor([1.0, 2.0, -1.0, 0.5])
+    found = BY_DEPTH[objective](drafts_at_depth(logits, verifier))
+    torch.testing.assert_close(
+        found.double(), judged(objective, draft, verifier, draft), atol=1e-5, rtol=1e-5
+    )
+    gradient = torch.autograd.grad((found * weights).sum(), logits)[0]
+    for n, token in itertools.product(range(4), range(5)):
+        step = torch.zeros_like(draft)
+        step[n, token] = 1e-5
+        ahead, back = (
+            (judged(objective, draft + side * step, verifier, draft) * weights).sum() for side in (1, -1)
+        )
+        assert float(gradient[n, token]) == pytest.approx(float(ahead - back) / 2e-5, abs=1e-4)
+    assert gradient.abs().max() > 1e-2
+
+
+def test_far_apart_distributions_stay_finite_at_every_depth():
+    draft = torch.tensor([[0.0, 300.0, -300.0, 0.0, 0.0]] * 4, requires_grad=True)
+    verifier = torch.tensor([[200.0, -300, 0, 0, 0, 0, 0, 0, 0]] * 4)
+    for objective in BY_DEPTH.values():
+        loss = objective(drafts_at_depth(draft, verifier)).sum()
+        assert loss.isfinite() and torch.autograd.grad(loss, draft)[0].isfinite().all()
+
+
+POSITIONS = torch.tensor([5, 6, 7, 21, 22, 3])
+"""Two texts, of three places and two, and padding, which repeats a place."""
+WEIGHT = torch.tensor([1.0, 1, 1, 1, 1, 0])
+
+
+def test_blocks_end_where_their_text_ends():
+    inside = within_text(POSITIONS, WEIGHT, 3)
+    assert inside.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert not within_text(torch.tensor([8]), torch.ones(1), 3)[1:].any()
+    values = [torch.arange(6.0) + 10 * depth for depth in range(3)]
+    found = along_blocks(values, inside)
+    assert found[:, 0].tolist() == [0, 11, 22] and found[:, 3].tolist() == [3, 14, 0]
+
+
+def test_the_expected_length_of_blocks_is_that_of_a_plain_loop_with_exact_gradients():
+    chances = [torch.rand(6, generator=torch.Generator().manual_seed(depth)).double() for depth in range(3)]
+    chances[1][1] = 0.0
+    inside, expected = within_text(POSITIONS, WEIGHT, 3), []
+    for start, room in enumerate((3, 2, 1, 2, 1, 0)):
+        reached, total = 1.0, 0.0
+        for depth in range(min(3, room)):
+            reached *= float(chances[depth][start + depth])
+            total += reached
+        expected.append(total)
+    assert expected_accepted(along_blocks(chances, inside)).tolist() == pytest.approx(expected)
+    given = [chance.requires_grad_() for chance in chances]
+    assert torch.autograd.gradcheck(lambda *values: expected_accepted(along_blocks(values, inside)), given)
+
+
+@pytest.mark.parametrize("baselines", [(0.0, 0.0, 0.0), (0.7, -1.0, 2.0)])
+@pytest.mark.parametrize("wanted", [(2, 0, 1), (2, -1, 1)])
+def test_reinforce_of_blocks_over_all_actions_is_the_exact_gradient(baselines, wanted):
+    """Three places of one text, three depths, three tokens: 729 ways to act, each weighted by the policy."""
+    logits = [random_logits(3, 3, seed).requires_grad_() for seed in (1, 2, 3)]
+    policy = [one.detach().softmax(-1) for one in logits]
+    inside = within_text(torch.arange(3), torch.ones(3), 3)
+    places = [(depth, place) for depth in range(3) for place in range(depth, 3)]  # those of blocks that exist
+    index, baseline = torch.tensor(wanted), torch.tensor(baselines, dtype=torch.float64)
+    expected, mean_return = [torch.zeros(3, 3, dtype=torch.float64) for _ in range(3)], 0.0
+    for chosen in itertools.product(range(3), repeat=6):
+        actions = torch.zeros(3, 3, dtype=torch.long)
+        likelihood = 1.0
+        for (depth, place), action in zip(places, chosen, strict=True):
+            actions[depth, place] = action
+            likelihood *= float(policy[depth][place, action])
+        log_probs = [log_prob_of(one, row) for one, row in zip(logits, actions, strict=True)]
+        accepted = [(row == index).double() for row in actions]
+        losses, means = reinforce_block_loss(
+            along_blocks(log_probs, inside), along_blocks(accepted, inside), inside, baseline
+        )
+        mean_return += likelihood * float(means[0])
+        for total, gradient in zip(expected, torch.autograd.grad(losses.sum(), logits), strict=True):
+            total += likelihood * gradient
+    chances = [log_prob_of(one, index.clamp(min=0)).exp() * (index >= 0) for one in logits]
+    exact = expected_accepted(along_blocks(chances, inside))
+    found = torch.autograd.grad(-exact.sum(), logits)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert mean_return == pytest.approx(float(exact.detach().mean())) and found[0].abs().max() > 1e-3
+
+
+def test_reinforce_of_blocks_against_a_plain_loop_of_returns_to_go():
+    """What the mean over actions cannot show: which drafts act, and that a return counts from its draft on."""
+    draws = torch.Generator().manual_seed(1)
+    inside = within_text(POSITIONS, WEIGHT, 3)
+    log_probs = -torch.rand(3, 6, generator=draws).double() * inside
+    accepted = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    baselines = torch.tensor([0.9, 0.4, -0.2], dtype=torch.float64)
+    losses, returns = [], [[], [], []]
+    for block in range(6):
+        losses.append(0.0)
+        for depth in range(3):
+            if not inside[depth, block] or not all(accepted[:depth, block]):
+                break
+            run = list(itertools.takewhile(bool, accepted[depth:, block].tolist()))
+            returns[depth].append(len(run))
+            losses[-1] -= (len(run) - float(baselines[depth])) * float(log_probs[depth, block])
+    found, means = reinforce_block_loss(log_probs, accepted, inside, baselines)
+    assert found.tolist() == pytest.approx(losses) and sum(map(len, returns)) < int(inside.sum())
+    assert means.tolist() == pytest.approx([sum(values) / len(values) for values in returns])
+
+
+def test_a_baseline_stays_where_nothing_acted():
+    accepted = torch.zeros(3, 4)
+    means = reinforce_block_loss(accepted, accepted, torch.ones(3, 4), torch.tensor([0.5, 0.25, 2.0]))[1]
+    assert means.tolist() == [0.0, 0.25, 2.0]
+
+
+def test_actions_are_drawn_from_the_policy():
+    draft = torch.tensor([[0.3, -0.7, 1.1, 0.0, 0.5]]).expand(20_000, 5)
+    teacher = Teacher.of(draft)
+    drafts = DraftsAtDepth(draft, teacher, torch.full((20_000,), 2), torch.ones(20_000))
+    log_probs, accepted = drafts.act(torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    assert float(accepted.mean()) == pytest.approx(float(draft[0].softmax(-1)[2]), abs=0.015)
+    torch.testing.assert_close(log_probs[accepted > 0], draft.log_softmax(-1)[accepted > 0, 2])
+    assert (log_probs[accepted == 0] != draft[0].log_softmax(-1)[2]).all()

@@ -24,10 +24,12 @@ from dvirl.cli import main as cli
 from dvirl.config import SGPConfig
 from dvirl.data.sources import Prompt
 from dvirl.data.stream import PromptSplit, PromptStream
+from dvirl.evaluation.agreement import measure_agreement, measure_blocks
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.experiments import distillation, grid, runner, streams
 from dvirl.experiments import figures as figures_module
-from dvirl.experiments import grid, runner, streams
 from dvirl.experiments import study as study_module
+from dvirl.experiments.distillation import settings_of
 from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier
 from dvirl.experiments.staleness import stale_gradients
 from dvirl.experiments.streams import adaptation_figures
@@ -36,6 +38,8 @@ from dvirl.experiments.summary import row_name
 from dvirl.experiments.summary import summary as summarise
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
+from dvirl.scale.corpus import answer, write_shard
+from dvirl.scale.distill import DistillConfig, Distiller
 from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
@@ -80,6 +84,36 @@ def timeless(rows) -> list[dict]:
     return [{**row, "figures": {k: v for k, v in row["figures"].items() if k != "wall_s"}} for row in rows]
 
 
+DISTILLED = dict(
+    exit_layer=2, drafter_layers=1, feedback=True, recurrent=True, draft_vocab=200, lora_rank=4, head_rank=8, batch=4,
+    depths=3, num_prompts=24, held_out=12, max_new_tokens=10, write_batch=8, warmup_steps=0, lr=1e-2, log_every=2,
+    dtype="float32", device="cpu", threads=1,
+)  # fmt: skip
+
+
+def conversed(count, seed) -> list[list[int]]:
+    """Prompts that stand for those of conversations; a quarter of every seed's are the same."""
+    return random_prompts(count, seed)[count // 4 :] + random_prompts(24, 1)[: count // 4]
+
+
+@pytest.fixture
+def distilled(tmp_path, monkeypatch) -> dict:
+    """Settings of a study of kind distill: its start is a drafter that a distillation of the tiny model ships."""
+    written = []
+
+    def conversations(loaded, count, seed, max_new_tokens, *_):
+        written.append((count, seed))
+        return answer(loaded, conversed(count, seed), max_new_tokens, 8)
+
+    monkeypatch.setattr(distillation, "write_conversations", conversations)
+    loaded = tiny_loaded(deep_scale=0.6)
+    write_shard(tmp_path / "shard-00000.safetensors", answer(loaded, random_prompts(16, 3), 10, 8))
+    own = {name: value for name, value in DISTILLED.items() if name in DistillConfig.__dataclass_fields__}
+    config = DistillConfig(**own, responses_from=str(tmp_path), run_dir=str(tmp_path / "start"), passes=2)
+    start = Distiller(config, loaded).train(False).drafter
+    return {"base": {**DISTILLED, "start_from": start}, "kind": "distill", "written": written}
+
+
 def stop_after(monkeypatch, count):
     """The command is killed when so many variants have been kept; the list grows with what is kept."""
     original, kept = runner.keep, []
@@ -105,6 +139,12 @@ def test_every_committed_study_is_valid_in_both_sizes(path, tmp_path):
     full = from_mapping(Study, read_yaml(path), str(path))
     quick = full.small()
     assert len(full.seeds) >= 3 and full.question.endswith("?") and set(quick.variants) <= set(full.variants)
+    if full.kind == "distill":
+        for one in (full, quick):
+            configs = [settings_of(one, 0, tmp_path, variant) for variant in one.variants.values()]
+            assert all(config.start_from for config in configs)
+        assert configs[0].num_prompts <= 256 and len(configs) == 2
+        return
     for one in (full, quick):
         for variant in one.variants.values():
             own = {name: value for name, value in variant.items() if name not in ("replay_share", "mode")}
@@ -283,6 +323,65 @@ def test_adaptation_probes_both_domains_and_says_what_was_forgotten():
     )
 
 
+REWARDED = {
+    "kl": {},
+    "block": {"objective": "block", "kl_weight": 0.2},
+    "reinforce": {"objective": "reinforce_block", "reward_from": 0.5},
+}
+
+
+def test_objectives_go_on_from_one_drafter_with_the_same_text(distilled, tmp_path):
+    """The rows are those of runs by themselves; the text is written once, and nobody learns from what is judged."""
+    questions = tmp_path / "fruit.jsonl"
+    questions.write_text('{"question_id": 1, "category": "", "turns": ["Name a fruit"]}')
+    written = distilled.pop("written")
+    study = a_study(**distilled, variants=REWARDED, seeds=[0, 1], extra={"questions": str(questions)})
+    rows = run(study)
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for s in (0, 1) for v in REWARDED]
+    assert written == [(24, 4242), (12, 4243)]
+    figures = [row["figures"] for row in rows]
+    for name in ("agreement", "tokens_a_block", "expected_tokens", "depth_3", "fruit_agreement"):
+        assert len({one[f"{name}_before"] for one in figures}) == 1
+    assert (
+        len({one["tokens"] for one in figures}) == 1 and len({one["expected_tokens"] for one in figures}) == 6
+    )
+    for row in (rows[1], rows[5]):
+        config = settings_of(study, row["seed"], tmp_path / row["variant"], REWARDED[row["variant"]])
+        alone = Distiller(replace(config, responses_from=str(texts(tmp_path))), tiny_loaded(deep_scale=0.6))
+        alone.begin_again(replace(alone.config, run_dir=f"{config.run_dir}-again"))
+        alone.train(False)
+        held_out = answer(tiny_loaded(deep_scale=0.6), conversed(12, 4243)[:9], 10, 8)
+        assert row["figures"]["expected_tokens"] == measure_blocks(alone.model, held_out, 3).expected_tokens
+        assert row["figures"]["ece"] == measure_agreement(alone.model, held_out).ece
+
+
+def texts(tmp_path) -> Path:
+    folder = tmp_path / "learned"
+    folder.mkdir(exist_ok=True)
+    learned = answer(tiny_loaded(deep_scale=0.6), conversed(24, 4242), 10, 8)
+    write_shard(folder / "shard-00000.safetensors", learned)
+    return folder
+
+
+def test_a_missing_start_or_question_file_is_said_before_the_text_is_written(distilled):
+    written = distilled.pop("written")
+    for changes, said in (
+        ({"start_from": ""}, "no drafter ''"),
+        ({"questions": "none.jsonl"}, "'none.jsonl': no such file"),
+    ):
+        study = a_study("distill", base={**distilled["base"], **changes}, variants={"kl": {}})
+        with pytest.raises(DvirlError, match=said):
+            run(study)
+    assert not written
+
+
+def test_text_is_kept_where_it_is_asked_to(distilled, tmp_path):
+    written = distilled.pop("written")
+    distilled["base"]["text"] = str(tmp_path / "text")
+    study = a_study(**distilled, variants={"kl": {}})
+    assert timeless(run(study)) == timeless(run(study)) and len(written) == 2
+
+
 def test_federated_clients_are_averaged_by_tokens(monkeypatch, tmp_path):
     seen = []
     original = streams.average_adapters
@@ -329,7 +428,7 @@ def test_the_command_writes_what_repeats_it(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"kind": "poem"}, "kind is 'poem'; expected one of grid, staleness, adaptation, federated"),
+    [({"kind": "poem"}, "kind is 'poem'; expected one of grid, staleness, adaptation, federated, distill"),
      ({"seeds": []}, "at least one seed"), ({"variants": {"x": {"exit_layr": 2}}}, "study: unknown setting exit_layr"),
      ({"colour": 1}, "unknown setting colour")],
 )  # fmt: skip
@@ -377,10 +476,14 @@ RESUMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", RESUMED)
-def test_an_interrupted_study_goes_on_with_equal_rows(kind, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [*RESUMED, "distill"])
+def test_an_interrupted_study_goes_on_with_equal_rows(kind, monkeypatch, tmp_path, request):
     """Killed after its first variant, and, gone on with, after its second."""
-    study, kept = a_study(kind, **RESUMED[kind]), tmp_path / "x.rows.jsonl"
+    if kind == "distill":
+        study = a_study(kind, base=request.getfixturevalue("distilled")["base"], variants=REWARDED)
+    else:
+        study = a_study(kind, **RESUMED[kind])
+    kept = tmp_path / "x.rows.jsonl"
     whole = timeless(run(study))
     ages = 2 if kind == "staleness" else 1
     for stop in (1, 2):

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from dvirl.evaluation.questions import MeasureSettings, asked_for, from_here, question_sets
 from dvirl.evaluation.report import write_out
+from dvirl.losses import DraftsAtDepth, Teacher, along_blocks, within_text
 from dvirl.models.drafters import load_drafter
-from dvirl.rollout import Responses, draft_logits_at, response_index
+from dvirl.rollout import Responses, draft_logits_at, draft_rollout, response_index, verifier_states
 from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.folder import provenance
@@ -52,6 +53,24 @@ class Agreement:
     answers: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class BlockLengths:
+    """How long blocks of a fixed number of drafts are, one from each position that `Agreement` counts.
+
+    Decoding begins blocks where others ended, which are not all positions: its mean is near this one, not the same.
+
+    Attributes:
+        by_depth: for the first, second, … draft, how often its argmax is the verifier's token if all before were.
+        tokens_a_block: 1 + the mean number of accepted drafts: argmax drafts, a greedy verifier.
+        expected_tokens: the same in the mean over samples if both sample at temperature 1 (arXiv 2211.17192); each
+            draft is judged after the greedy answer, not after a sampled one.
+    """
+
+    by_depth: tuple[float, ...]
+    tokens_a_block: float
+    expected_tokens: float
+
+
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
     """Expected calibration error: the gaps between mean confidence and accuracy of each bin, weighted by its size.
 
@@ -87,8 +106,7 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         model: drafts.
         responses: the verifier's greedy answers (`corpus.answer`).
     """
-    # Answers of similar length share a batch, so that little of it is padding.
-    order = (responses.prompt_lens + responses.response_lens).argsort()
+    order = _by_length(responses)
     batches = torch.split(order, BATCH)
     with model.base_model.merged():
         parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
@@ -103,6 +121,56 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         covered=float(covered.mean()),
         positions=len(agrees),
         answers=tuple(rates[order.argsort().cpu()].tolist()),
+    )
+
+
+def _by_length(responses: Responses) -> Tensor:
+    """Rows in an order in which those of similar length share a batch, so that little of it is padding."""
+    return (responses.prompt_lens + responses.response_lens).argsort()
+
+
+@torch.no_grad()
+def _judge_blocks(model: KangarooModel, responses: Responses, depths: int) -> Tensor:
+    """By depth, over all blocks: drafts after accepted ones, accepted ones, and their expected number; `[3, K]`."""
+    device = model.head_model.weight.device
+    moved = [values.to(device) for values in (responses.prompt_lens, responses.response_lens)]
+    responses = Responses(responses.tokens.long().to(device), *moved)
+    rows, positions = response_index(responses.response_lens)
+    before = responses.prompt_lens[rows] + positions - 1
+    index = model.draft_index(responses.tokens[rows, before + 1])
+    weight = torch.ones_like(rows)
+    # 1) One parallel pass of both.
+    states = verifier_states(model.base_model, responses.tokens, ["lora_S"])[rows, before]
+    teacher = Teacher.of(model.verifier_logits(states), model.verifier_normalizer(states))
+    logits = draft_rollout(model, responses, depths).logits
+    # 2) What each draft is worth by itself; without feedback it does not depend on its depth.
+    drafts = [DraftsAtDepth(own, teacher, index, weight) for own in logits]
+    drafts += drafts[-1:] * (depths - len(drafts))
+    # 3) Drafts count as long as all drafts before them do.
+    inside = within_text(rows * responses.tokens.shape[1] + before, weight, depths)
+    accepted = along_blocks([own.logits.argmax(dim=-1) == index for own in drafts], inside).cumprod(dim=0)
+    expected = along_blocks([own.acceptance() for own in drafts], inside).cumprod(dim=0)
+    drafted = inside * torch.cat([inside[:1], accepted[:-1]])
+    return torch.stack([drafted, accepted, expected]).double().sum(dim=-1)
+
+
+def measure_blocks(model: KangarooModel, responses: Responses, depths: int) -> BlockLengths:
+    """How many drafts of a block are accepted, from every position of greedy answers, in one pass.
+
+    Args:
+        model: drafts.
+        responses: the verifier's greedy answers (`corpus.answer`); blocks that run over the end of one end there.
+        depths: drafts of a block.
+    """
+    batches = torch.split(_by_length(responses), BATCH)
+    with model.base_model.merged():
+        parts = [_judge_blocks(model, responses.take(rows), depths) for rows in batches]
+    drafted, accepted, expected = torch.stack(parts).sum(dim=0)
+    blocks = drafted[0]
+    return BlockLengths(
+        by_depth=tuple((accepted / drafted).tolist()),
+        tokens_a_block=1 + float(accepted.sum() / blocks),
+        expected_tokens=1 + float(expected.sum() / blocks),
     )
 
 
@@ -149,6 +217,8 @@ class AgreementConfig(MeasureSettings):
     """Name of a shipped drafter, or a folder such as RUN_DIR/drafter or of a whole Llama that drafts."""
     max_new_tokens: int = number(128, 2)
     """Most tokens of an answer."""
+    depths: int = number(4, 1, 64)
+    """Drafts of a block."""
 
 
 parse_args = partial(
@@ -173,11 +243,13 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     config = replace(config, questions=asked_for(config, drafter))
     sets = question_sets(loaded, config.questions, config.own, config.seed)
     found: dict[str, Agreement] = {}
+    figures = {}
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):
         responses = answer(loaded, prompts, config.max_new_tokens, BATCH)
         found[name] = measure_agreement(drafter.model, responses)
-    figures = {name: asdict(agreement) for name, agreement in found.items()}
+        figures[name] = asdict(found[name]) | asdict(measure_blocks(drafter.model, responses, config.depths))
     table = pd.DataFrame.from_dict(figures, orient="index").drop(columns="answers")
+    table["by_depth"] = [" ".join(f"{rate:.3f}" for rate in rates) for rates in table["by_depth"]]
     print(table.rename(columns={"rate": "agreement"}).to_string(float_format="{:.3f}".format))
     weights = [drafter.folder / name for name in (DRAFTER, *WEIGHTS)]
     paths = [from_here(path) for path in weights if path.exists()]

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from dvirl.data.sources import read_rows
+from dvirl.experiments.distillation import distill
 from dvirl.experiments.grid import grid
 from dvirl.experiments.staleness import staleness
 from dvirl.experiments.streams import adaptation, federated
@@ -37,10 +38,11 @@ RUNNERS: dict[str, Callable[[Task, Path], VariantRows]] = {
     "staleness": staleness,
     "adaptation": adaptation,
     "federated": federated,
+    "distill": distill,
 }
 """What runs the due variants of a task, by the study's kind: yields each variant's name and rows."""
-SHOWN = ("accept_rate", "agreement", "ece", "ppl", "drift_kl", "first_end", "then_end", "forgotten", "own", "all",
-         "cos_stale", "cos_redrawn", "hidden_error")  # fmt: skip
+SHOWN = ("accept_rate", "agreement", "tokens_a_block", "expected_tokens", "ece", "ppl", "drift_kl",
+         "first_end", "then_end", "forgotten", "own", "all", "cos_stale", "cos_redrawn", "hidden_error")  # fmt: skip
 """Figures that the printed table shows, where a study has them."""
 SAME = ("kind", "base", "starts", "extra")
 """Settings that must not change while a file of rows grows; seeds and variants may be added."""

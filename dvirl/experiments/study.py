@@ -15,11 +15,11 @@ from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.experiments.summary import Row, row_name
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import Settings, from_mapping
+from dvirl.runs.settings import ModelSettings, Settings, from_mapping
 from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
-KINDS = ("grid", "staleness", "adaptation", "federated")
+KINDS = ("grid", "staleness", "adaptation", "federated", "distill")
 Prompts = list[list[int]]
 Values = dict[str, Any]
 """Settings by name."""
@@ -38,13 +38,13 @@ class Study(Settings):
     question: str
     """What it asks, in one sentence."""
     kind: str = field(metadata={"allowed": KINDS})
-    """grid, staleness, adaptation or federated."""
+    """grid, staleness, adaptation, federated or distill."""
     seeds: list[int]
     """One repetition each."""
     variants: dict[str, Values]
     """Settings by name, on top of `base`; what they mean beyond DVIConfig's fields depends on the kind."""
     base: Values = field(default_factory=dict)
-    """DVIConfig settings of all runs."""
+    """DVIConfig settings of all runs; those of `distillation.Objectives` for distill."""
     starts: dict[str, Values | None] = field(default_factory=lambda: {"untrained": None})
     """grid: what the variants start from, by name: nothing, a run with these settings on top of `base`, or, under
     `sgp`, a shallow-gradient fine-tuning with these."""
@@ -143,7 +143,7 @@ class Task:
                 yield name, variant
 
 
-def load_model(config: DVIConfig) -> LoadedModel:
+def load_model(config: ModelSettings) -> LoadedModel:
     """The model of a run, on the study's threads: whichever task comes first, its prompts are written alike."""
     torch.set_num_threads(config.threads)
     return load(config.model_name, config.dtype, config.device, config.chat_format)

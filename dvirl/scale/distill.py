@@ -9,8 +9,8 @@ import random
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,17 @@ from dvirl.config import DraftSettings
 from dvirl.data.selfwritten import TURN_TOKENS
 from dvirl.data.sources import read_prompts
 from dvirl.lora import attach_draft, shallow_parameters, train_only
-from dvirl.losses import Teacher, distillation_loss
+from dvirl.losses import (
+    BY_DEPTH,
+    FOR_BLOCKS,
+    OVER_ALL_TOKENS,
+    DraftsAtDepth,
+    Teacher,
+    along_blocks,
+    expected_accepted,
+    reinforce_block_loss,
+    within_text,
+)
 from dvirl.models.drafters import drafter_folder, export
 from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import fitting, free_memory
@@ -62,6 +72,10 @@ SWEPT = 384
 """Responses that the verifier reads at once to keep its states."""
 WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
+MOMENTUM = 0.9
+"""Of the baselines, moving averages of the returns."""
+CAPTURED_BY = ("objective", "kl_weight", "ce_weight", "temperature", "depths", "depth_decay", "batch")
+"""Settings that a captured graph depends on."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,18 @@ class DistillConfig(DraftSettings):
     """Updates over which the rate grows from 0."""
     grad_clip: float = number(1.0, 1e-9)
     """Norm to which gradients are clipped."""
+    objective: str = choice("kl", (*BY_DEPTH, *FOR_BLOCKS))
+    """What is minimised, see `dvirl.losses`: kl, js, tv, alpha, lk or expected at each depth, a mean over depths; or
+    for whole blocks minus the expected number of accepted drafts, of sampled drafts and a greedy verifier (block) or of
+    both at temperature 1 (block_alpha), or REINFORCE with that number as its return (reinforce_block)."""
+    kl_weight: float = number(0.0, 0, 1e6)
+    """Weight of the KL when added to another objective."""
+    reward_from: float = number(0.0, 0, 1)
+    """Share of the run after which the objective begins; before, it is kl."""
     ce_weight: float = number(0.0, 0, 1)
-    """Share of cross-entropy to the verifier's token in the loss; the rest is KL to the verifier."""
+    """Share of cross-entropy to the verifier's token in the KL."""
     temperature: float = number(1.0, 1e-2, 100)
-    """Of the verifier's distribution in the KL; below 1 sharpens it towards its argmax."""
+    """Of the verifier's distribution; below 1 sharpens it towards its argmax."""
     depths: int = number(4, 1, 16)
     """With feedback: drafts of a block that learn, each from the state of the one before."""
     depth_decay: float = number(0.8, 0, 1)
@@ -177,7 +199,9 @@ class _Objective(nn.Module):
         index: Tensor,
         verifier_hidden: Tensor,
         weight: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        noise: Tensor | None = None,
+        baselines: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Draft after the chosen positions.
 
         Args:
@@ -187,31 +211,82 @@ class _Objective(nn.Module):
             index: `[N]`, the verifier's tokens there, as rows of the exit head.
             verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
             weight: `[N]`, 0 at padding.
+            noise: `[N, K]`, uniform in [0, 1), from which reinforce_block draws its actions.
+            baselines: `[K]`, reinforce_block's.
 
         Returns:
-            The mean loss in nats, over the first drafts of blocks and with feedback over later ones, too; and the share
-            of positions where the argmax of a first draft is the verifier's token; 0-d.
+            The mean loss, over the first drafts of blocks and with feedback over later ones, too; the share of
+            positions where the argmax of a first draft is the verifier's token; both 0-d. With reinforce_block also the
+            mean returns by depth, `[K]`.
         """
+        with torch.autocast(
+            tokens.device.type,
+            torch.bfloat16,
+            enabled=verifier_hidden.dtype == torch.bfloat16,
+            cache_enabled=False,
+        ):
+            depths = self._drafts(tokens, positions, later, index, verifier_hidden, weight)
+            if self.config.objective in BY_DEPTH:
+                outputs = [self._by_depth(self.config.objective, depths)]
+            else:
+                outputs = self._of_blocks(depths, positions, noise, baselines)
+            if self.config.objective != "kl" and self.config.kl_weight:
+                outputs[0] = outputs[0] + self.config.kl_weight * self._by_depth("kl", depths)
+        agrees = depths[0].logits.detach().argmax(dim=-1) == index
+        return outputs[0], (agrees * weight).sum() / weight.sum(), *outputs[1:]
+
+    def _drafts(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        later: Tensor,
+        index: Tensor,
+        verifier_hidden: Tensor,
+        weight: Tensor,
+    ) -> list[DraftsAtDepth]:
+        """The drafts of every depth; without feedback they are the same, and there is one."""
         config = self.config
-        half = verifier_hidden.dtype == torch.bfloat16
-        target = self.model.verifier_logits(verifier_hidden.flatten(0, 1).index_select(0, positions))
-        teacher = Teacher.of(target / config.temperature)
-        count = weight.sum()
-        loss = torch.zeros((), device=tokens.device)
+        chosen = verifier_hidden.flatten(0, 1).index_select(0, positions)
+        normalizer = None
+        if config.objective in OVER_ALL_TOKENS:
+            normalizer = self.model.verifier_normalizer(chosen, config.temperature)
+        teacher = Teacher.of(self.model.verifier_logits(chosen) / config.temperature, normalizer)
+        exit_hidden = self.model.base_model.forward_shallow(tokens)
+        states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
+        depths = []
+        for depth, state in enumerate(states):
+            where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
+            logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
+            depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
+        return depths
+
+    def _by_depth(self, objective: str, depths: Sequence[DraftsAtDepth]) -> Tensor:
+        """The weighted mean over depths of an objective that judges each draft by itself."""
+        loss = torch.zeros((), device=depths[0].weight.device)
         shares = 0.0
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
-            for depth, state in enumerate(states):
-                where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
-                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
-                losses = distillation_loss(logits, teacher, index, config.ce_weight)
-                share = config.depth_decay**depth
-                loss = loss + share * (losses * weight).sum() / count
-                shares += share
-                if depth == 0:
-                    agrees = logits.detach().argmax(dim=-1) == index
-        return loss / shares, (agrees * weight).sum() / count
+        for depth, drafts in enumerate(depths):
+            share = self.config.depth_decay**depth
+            total = (BY_DEPTH[objective](drafts) * drafts.weight).sum()
+            loss = loss + share * total / drafts.weight.sum()
+            shares += share
+        return loss / shares
+
+    def _of_blocks(
+        self, depths: list[DraftsAtDepth], positions: Tensor, noise: Tensor | None, baselines: Tensor | None
+    ) -> list[Tensor]:
+        """The mean of an objective for whole blocks, one from each position; and reinforce_block's mean returns."""
+        first = depths[0]
+        inside = within_text(positions, first.weight, self.config.depths)
+        # Without feedback a draft does not depend on its depth.
+        depths = depths + depths[-1:] * (self.config.depths - len(depths))
+        if noise is None or baselines is None:
+            greedy = self.config.objective == "block"
+            chances = [drafts.chance() if greedy else drafts.acceptance() for drafts in depths]
+            return [-first.mean(expected_accepted(along_blocks(chances, inside)))]
+        acts = [drafts.act(uniform) for drafts, uniform in zip(depths, noise.T, strict=True)]
+        log_probs, accepted = (along_blocks(values, inside) for values in zip(*acts, strict=True))
+        losses, means = reinforce_block_loss(log_probs, accepted, inside, baselines)
+        return [first.mean(losses), means]
 
     @staticmethod
     def _among(later: Tensor, positions: Tensor, width: int) -> Tensor:
@@ -274,22 +349,46 @@ class Distiller(TrainingLoop):
         fitting("batch", config.batch, base, layers, positions, logits, drafter)
         claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
-        self.length = config.passes * math.ceil(len(self.responses) / config.batch)
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
+        self.parameters = shallow_parameters(self.model, config.lora_shallow)
+        # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
+        self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
+        self._captured: dict[tuple[Any, ...], Any] = {}
+        # One replay at a time: all graphs can have their intermediate results in the same memory.
+        self._pool = torch.cuda.graph_pool_handle() if self._use_cuda_graphs else None
+        # States that are read once are not kept.
+        self._kept = kept_states(base, self.responses) if config.passes > 1 else {}
+        self._begin()
+
+    def begin_again(self, config: DistillConfig) -> None:
+        """Begin another run from the drafter that this one started from, on the same responses.
+
+        What is costly stays: the model, the verifier's states on the responses, and captured graphs.
+
+        Args:
+            config: with another `run_dir`; it may differ in the objective, rates, seed and passes, too.
+
+        Raises:
+            DvirlError: if there is a run with other settings in its folder.
+        """
+        claim(Path(config.run_dir), config, self.loaded)
+        self.config = config
+        self._kept = self._kept or kept_states(self.loaded.model, self.responses)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start from the drafter that was asked for, or go on from the newest checkpoint in the run's folder."""
+        config = self.config
+        self.length = config.passes * math.ceil(len(self.responses) / config.batch)
         if config.start_from:
             folder = drafter_folder(config.start_from)
             checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"])
-        # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
-        self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
-        self.parameters = shallow_parameters(self.model, config.lora_shallow)
         drafting = self.model.adapter_model.parameters() if config.muon else []
         matrices = [parameter for parameter in drafting if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
         self.counters = DistillCounters()
-        self._captured: dict[int, Any] = {}
-        # States that are read once are not kept.
-        self._kept = kept_states(base, self.responses) if config.passes > 1 else {}
+        self.baselines = torch.zeros(config.depths, device=self.model.head_model.weight.device)
         self.load_newest()
 
     # Responses
@@ -422,7 +521,7 @@ class Distiller(TrainingLoop):
             phase: "train".
             step: updates so far.
             tokens: response tokens learned from so far.
-            loss: what was minimised, nats a token, mean over the line's updates that were not left out.
+            loss: what was minimised, for KL nats a token, mean over the line's updates that were not left out.
             agreement: share of positions where the draft's argmax was the verifier's token, before the update, mean.
             lr, grad_norm: of the last update, the norm before clipping.
             skipped: updates left out so far because a loss or gradient was not finite.
@@ -521,7 +620,8 @@ class Distiller(TrainingLoop):
 
     def update(self, batch: Responses, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on some responses, left out if it is not finite; its loss, agreement and gradient norm."""
-        loss, agreement = self.objective(*self._positions(batch, states, self._use_cuda_graphs))
+        inputs = self._positions(batch, states, self._use_cuda_graphs)
+        loss, agreement, *returns = self.objective(*inputs, *self._for_actions(len(inputs[1])))
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.parameters, self.config.grad_clip).to(loss.device)
@@ -530,7 +630,24 @@ class Distiller(TrainingLoop):
         self.counters.step = step
         self.counters.tokens += int((batch.response_lens - 1).sum())
         self.optimizers.step(lr, (loss + norm).detach().isfinite())
+        for means in returns:
+            self.baselines = MOMENTUM * self.baselines + (1 - MOMENTUM) * means
         return loss.detach(), agreement, norm
+
+    @property
+    def _now(self) -> DistillConfig:
+        """The settings with the objective of the next update."""
+        if self.progress >= self.config.reward_from:
+            return self.config
+        return replace(self.config, objective="kl")
+
+    def _for_actions(self, count: int) -> list[Tensor]:
+        """What reinforce_block reads besides: noise `[count, K]`, which follows from the step, and the baselines."""
+        if self._now.objective != "reinforce_block":
+            return []
+        seed = random.Random(f"{self.config.seed}/actions/{self.counters.step}").getrandbits(63)
+        noise = torch.rand(count, self.config.depths, generator=torch.Generator().manual_seed(seed))
+        return [noise.to(self.baselines.device), self.baselines]
 
     def _positions(self, batch: Responses, states: Tensor, padded: bool) -> tuple[Tensor, ...]:
         """The inputs of `_Objective`; for CUDA padded to one of a few shapes, so that each is captured once."""
@@ -558,27 +675,32 @@ class Distiller(TrainingLoop):
         index = self.model.draft_index(tokens.flatten()[chosen + 1].long())
         return tokens, chosen, later, index, states, weight.to(tokens.device)
 
-    def objective(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """`_Objective` of these inputs; with CUDA, replayed from a CUDA graph of their shape."""
-        width = inputs[0].shape[1]
-        if width not in self._captured:
-            objective: Any = _Objective(self.model, self.config)
+        config = self._now
+        key = (inputs[0].shape[1], *(getattr(config, name) for name in CAPTURED_BY))
+        if key not in self._captured:
+            objective: Any = _Objective(self.model, config)
             if self._use_cuda_graphs:
-                objective = torch.cuda.make_graphed_callables(objective, inputs, allow_unused_input=True)
-            self._captured[width] = objective
-        loss, agreement = self._captured[width](*inputs)
+                objective = torch.cuda.make_graphed_callables(
+                    objective, inputs, allow_unused_input=True, pool=self._pool
+                )
+            self._captured[key] = objective
         # Copies: the next replay writes over its outputs.
-        return loss.clone(), agreement.clone()
+        return tuple(output.clone() for output in self._captured[key](*inputs))
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights; the order of the responses follows from the step."""
-        return {"tensors": self.optimizers.tensors(), "numbers": asdict(self.counters)}
+        tensors = {**self.optimizers.tensors(), "baselines": self.baselines}
+        return {"tensors": tensors, "numbers": asdict(self.counters)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.optimizers.load(state["tensors"])
+        # Checkpoints from before there were any lack them.
+        self.baselines = state["tensors"].get("baselines", self.baselines)
         self.counters = DistillCounters(**state["numbers"])
 
 

@@ -64,16 +64,19 @@ def _first(marked, place, W: tl.constexpr):
 
 
 @triton.jit
-def _judge(drafts, own, chances, told, told_chances, doubtful, place, T: tl.constexpr, W: tl.constexpr):
-    """How many drafts of a chain are the verifier's, up to the first doubtful one; the host is told of the chain."""
-    is_draft = place < T - 1
-    drafted = tl.load(drafts + place, mask=is_draft, other=-1)
-    verified = tl.load(own + place, mask=is_draft, other=-1)
-    tl.store(told + place, drafted, mask=is_draft)
-    chance = tl.load(chances + place, mask=place < T)
-    tl.store(told_chances + place, chance, mask=place < T)
-    right = _first((drafted != verified) | (place >= T - 1), place, W)
-    return tl.minimum(right, doubtful + 1)
+def _copied(source, to, place, count: tl.constexpr):
+    """The first `count` numbers, after writing them elsewhere, too; 1 after these."""
+    values = tl.load(source + place, mask=place < count, other=1)
+    tl.store(to + place, values, mask=place < count)
+    return values
+
+
+@triton.jit
+def _judge(drafts, own, told, place, T: tl.constexpr, W: tl.constexpr):
+    """How many drafts of a chain are the verifier's; the host is told the drafts."""
+    drafted = _copied(drafts, told, place, T - 1)
+    verified = tl.load(own + place, mask=place < T - 1)
+    return _first((drafted != verified) | (place >= T - 1), place, W)
 
 
 @triton.jit
@@ -81,45 +84,37 @@ def _accept(
     block, own, certainty, confidence, matched, length, start_at, right, kept, read, text, starts,
     numbers, floats, winners, threshold, most, width,
     CHAINS: tl.constexpr, LEARNED: tl.constexpr, DRAFTED: tl.constexpr, ROWS: tl.constexpr, LONGEST: tl.constexpr,
-    LOOKED_UP: tl.constexpr, FED_BACK: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+    LOOKED_UP: tl.constexpr, FED_BACK: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Accept a text's chain that goes furthest, tell the host, and leave the state to the next block."""
     index = tl.program_id(0)
     texts = tl.num_programs(0)
     place = tl.arange(0, W)
-    whole: tl.constexpr = T + 1 + CHAINS * T
-    numbers += index * (whole + LEARNED * DRAFTED + CHAINS * T)
-    floats += index * (whole + LEARNED * DRAFTED + CHAINS * T) + whole
+    numbers += index * SIZE
+    floats += index * SIZE
     before = tl.load(length + index)
     doubtful = W
     for chain in tl.static_range(LEARNED):
-        sure = tl.load(
-            confidence + (chain * texts + index) * DRAFTED + place, mask=place < DRAFTED, other=1.0
-        )
-        tl.store(floats + chain * DRAFTED + place, sure, mask=place < DRAFTED)
+        chances = confidence + (chain * texts + index) * DRAFTED
+        sure = _copied(chances, floats + chain * DRAFTED, place, DRAFTED)
         if chain == 0:
             doubtful = _first(~(sure >= threshold), place, W)
     best = -1
-    winner = 0
+    row = index
     for chain in tl.static_range(CHAINS):
         first = (chain * texts + index) * T
-        told = numbers + T + 1 + chain * (T - 1)
-        chances = floats + LEARNED * DRAFTED + chain * T
-        most_right = doubtful if chain < LEARNED else W
-        count = _judge(
-            block + first + 1, own + first, certainty + first, told, chances, most_right, place, T, W
-        )
-        tl.store(numbers + whole - CHAINS + chain, count)
+        _copied(certainty + first, floats + LEARNED * DRAFTED + chain * T, place, T)
+        count = _judge(block + first + 1, own + first, numbers + T + 1 + chain * (T - 1), place, T, W)
+        if chain < LEARNED:  # up to the first doubtful draft
+            count = tl.minimum(count, doubtful + 1)
+        tl.store(numbers + T + 1 + CHAINS * (T - 1) + chain, count)
         if chain == 0 and LEARNED:  # the last draft was not read; with feedback all are read once more
             tl.store(read + index, before + (0 if FED_BACK else tl.minimum(count, DRAFTED - 1)))
-        winner = tl.where(count > best, chain, winner)
+        row = tl.where(count > best, chain * texts + index, row)
         best = tl.maximum(best, count)
-    row = winner * texts + index
-    won = tl.load(own + row * T + place, mask=place < T, other=0)
-    tl.store(numbers + place, won, mask=place < T)
+    won = _copied(own + row * T, numbers, place, T)
     tl.store(numbers + T, tl.load(matched + index))
-    if LOOKED_UP:
-        tl.store(text + index * width + LONGEST + before + place, won, mask=place < T)
+    tl.store(text + index * width + LONGEST + before + place, won, mask=(place < T) & LOOKED_UP)
     for part in tl.static_range(ROWS):
         tl.store(kept + (part * texts + index) * T + place, won, mask=place < T)
         tl.store(right + part * texts + index, best)
@@ -195,32 +190,35 @@ def accept(
     Args:
         state: the tokens of all chains are read from it.
         plan: what the block drafted.
-        drafts: the confidence in the drafts of learned chains `[L, B, n]`, and how many tokens matched before a lookup
-            `[B]`.
+        drafts: confidence in those of learned chains `[L, B, n]`, and tokens that matched before a lookup `[B]`.
         verdicts: the verifier's tokens along each chain `[C, B, T]`, and its probability of them.
         threshold: confidence below which a learned draft ends its chain; 0 for none.
         fed_back: whether the drafter reads all tokens once more, since it reads the verifier's states.
 
     Returns:
-        The numbers for the host `[B, …]` int32: the verifier's tokens along the winning chain, what matched, the tokens
-        of each chain, the accepted drafts of each chain; and as the bits of float32, so that one transfer serves both
-        kinds, all confidences and the probabilities. And the rows of the winning chains, `[R]`.
+        What the host reads in one transfer, `[B, …]` int32 (see `ahead._Numbers`; confidences and probabilities are the
+        bits of float32), and the rows of the winning chains, `[R]`.
     """
     chains, texts, width = state.block.shape
-    count = width + 1 + 2 * chains * width + plan.learned_chains * plan.learned
-    numbers = torch.empty(texts, count, dtype=torch.int32, device=state.length.device)
+    whole = width + 1 + chains * width
+    size = whole + plan.learned_chains * plan.learned + chains * width
+    numbers = torch.empty(texts, size, dtype=torch.int32, device=state.length.device)
     winners = torch.empty_like(state.start_at)
-    own, certainty = verdicts
     left = (state.length, state.start_at, state.right, state.own, state.read, state.text, state.starts)
-    told = (numbers, numbers.view(torch.float32), winners)
-    arguments = (state.block, own, certainty, *drafts, *left, *told, at_least(threshold), state.most)
+    told = (numbers, numbers.view(torch.float32)[:, whole:], winners)
+    arguments = (state.block, *verdicts, *drafts, *left, *told, at_least(threshold), state.most)
     sizes = {
         "CHAINS": chains,
         "LEARNED": plan.learned_chains,
         "DRAFTED": plan.learned,
         "LONGEST": LONGEST_NGRAM,
     }
-    sizes |= {"ROWS": len(state.own) // texts, "LOOKED_UP": plan.looked_up, "FED_BACK": fed_back}
+    sizes |= {
+        "ROWS": len(state.own) // texts,
+        "LOOKED_UP": plan.looked_up > 0,
+        "FED_BACK": fed_back,
+        "SIZE": size,
+    }
     # One warp: the state is read before any of it is written over.
     _launch(_accept, (texts,), (*arguments, state.text.shape[1]), 1, width, **sizes)
     return numbers, winners
