@@ -23,7 +23,7 @@ from kangaroo.decoding.drafting import (
     Memory,
     ScriptedPolicy,
 )
-from kangaroo.decoding.planning import Plan, Planner, _Continuations
+from kangaroo.decoding.planning import Plan, Planner, _Continuations, hoped
 from kangaroo.decoding.speculate import Text
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
@@ -321,8 +321,7 @@ def plans_of(
     seed: int, chance: float, lookup: float, blocks: int = 300, source: str = "hybrid"
 ) -> list[Plan]:
     """The plans that a planner chooses where drafts and lookups are right with some chances."""
-    costs = StepCosts(tuple(10.0 + 0.2 * n for n in range(9)), 1.0, tuple(10.4 + 0.4 * n for n in range(9)))
-    planner = Planner(DecodeConfig(7, source=source, adaptive=True), costs, branches=0)
+    planner = Planner(DecodeConfig(7, source=source, adaptive=True), branches=0)
     rng = random.Random(seed)
     text = list(range(10_000))
     place = 0
@@ -334,7 +333,7 @@ def plans_of(
     for _ in range(blocks):
         plan = planner.plan()
         plans.append(plan)
-        planner.timed(plan, planner._estimate(plan), 256)
+        planner.timed(plan, 0.6 * hoped(plan), 256)
         learned, known = right(plan.learned, chance), right(7, lookup)
         following = text[place : place + 8]
         proposed = following[:known] + [-1] * (7 - known)
@@ -370,11 +369,8 @@ def test_a_lookup_that_is_right_is_found_without_being_tried(seed):
     plans = plans_of(seed, chance=0.8, lookup=0.02)
     assert all(plan.learned >= 3 and not plan.looked_up for plan in plans[50:])
     plans = plans_of(seed, chance=0.02, lookup=0.02)
-    # A lookup adds a seventh to a step: one that was right lately is within the margin for a while.
-    assert (
-        sum(not plan.learned for plan in plans[50:]) > 220
-        and sum(plan == Plan() for plan in plans[50:]) > 140
-    )
+    # A lookup costs little: one that was right lately is within the margin for a while.
+    assert sum(not plan.learned for plan in plans[50:]) > 220 and Plan() in plans[50:]
 
 
 def test_a_lookup_is_counted_as_far_as_it_is_known():
@@ -393,8 +389,7 @@ def test_a_lookup_is_counted_as_far_as_it_is_known():
 
 
 def test_times_are_kept_for_every_number_of_slots():
-    costs = StepCosts(tuple(10.0 + 0.2 * n for n in range(9)), 1.0)
-    planner = Planner(DecodeConfig(6, adaptive=True), costs, branches=0)
+    planner = Planner(DecodeConfig(6, adaptive=True), branches=0)
     planner.timed(Plan(), 10.0, 256)
     planner.timed(Plan(6), 100.0, 256)
     assert planner.plan() != Plan(6)

@@ -374,7 +374,7 @@ class AdaptivePolicy(BlockPolicy):
         forks = bool(costs.forked) and config.forks
         forks = forks and costs.forked[first] - costs.verify[first] < FORK_SHARE * costs.verify[0]
         self._branches = config.learned_chains - 1 if forks else 0
-        self._planner = Planner(config, costs, self._branches)
+        self._planner = Planner(config, self._branches)
         for matched in (*range(LONGEST_NGRAM + 1), *(LONGEST_NGRAM + size for size in REMEMBERED)):
             length = matched if matched <= LONGEST_NGRAM else matched - LONGEST_NGRAM
             self._add_start("learned", matched, 0.7, first, costs.block(first))

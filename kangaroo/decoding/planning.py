@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
-from kangaroo.decoding.costs import StepCosts, expected_tokens
+from kangaroo.decoding.costs import expected_tokens
 
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
@@ -48,6 +48,12 @@ class Plan:
     def chains(self) -> int:
         """All chains; plain decoding has an empty one."""
         return max(1, self.learned_chains + (self.looked_up > 0))
+
+
+def hoped(plan: Plan) -> float:
+    """How long a block of a plan is hoped to take, in plain steps: a little less than measured on one H200."""
+    lookup = 0.08 if plan.looked_up else 0.0
+    return 1.0 + 0.1 * plan.learned + 0.06 * (plan.chains - 1) + lookup
 
 
 class _Mean:
@@ -111,26 +117,24 @@ class _Continuations:
 class Planner:
     """Chooses the plan that is fastest by recent acceptance and measured times.
 
-    A plan's time is measured when its block is captured. Before that it is estimated from step costs, which were
-    measured step by step, with the host in them; so estimates are scaled by measured over estimated time of the plans
-    that were tried. What a lookup gives is known without trying it.
+    A plan's time is measured when its block is captured. Before that it is hoped to be short, so that every plan that
+    might pay is tried. What a lookup gives is known without trying it.
 
     Args:
         config: `source` and `draft_len`, the longest chain.
-        costs: for blocks up to that length.
         branches: chains beside the learned one, where they pay.
 
     Attributes:
         longest: tokens of a lookup, at most.
     """
 
-    def __init__(self, config: DecodeConfig, costs: StepCosts, branches: int) -> None:
-        self._costs = costs
+    def __init__(self, config: DecodeConfig, branches: int) -> None:
         self._times: dict[int, dict[Plan, float]] = {0: {}}  # milliseconds, by the slots that blocks read
         self._slots = 0
         self._acceptance = _Mean(0.7)
         self._branched = _Mean(0.35)  # tokens of a block that only branches gave
         self._plan = Plan()
+        self._is_due = True  # whether something was learned since the plan was chosen
         together = config.source == "hybrid"
         self.longest = min(config.draft_len, PASS_ROWS - 1)
         self._plans = [Plan()]
@@ -155,19 +159,27 @@ class Planner:
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
-        best = max(self._plans, key=self._speed)
-        if self._speed(best) > CLEARLY * self._speed(self._plan):
-            self._plan = best
+        if self._is_due:
+            self._is_due = False
+            times = self._times[self._slots]
+            # The time of an untried plan, by those of the others.
+            scale = sum(times.values()) / sum(map(hoped, times)) if times else 1.0
+
+            def speed(plan: Plan) -> float:
+                """Expected tokens a millisecond."""
+                return self._tokens(plan) / (times.get(plan) or scale * hoped(plan))
+
+            best = max(self._plans, key=speed)
+            if speed(best) > CLEARLY * speed(self._plan):
+                self._plan = best
         return self._plan
 
     def timed(self, plan: Plan, ms: float, slots: int) -> None:
         """Learn how long a block of a plan takes that reads so many slots, as the next ones will."""
+        times = self._times.setdefault(slots, {})
+        self._is_due = self._is_due or slots != self._slots or times.get(plan) != ms
         self._slots = slots
-        self._times.setdefault(slots, {})[plan] = ms
-
-    def _speed(self, plan: Plan) -> float:
-        """Expected tokens a millisecond."""
-        return self._tokens(plan) / self._ms(plan)
+        times[plan] = ms
 
     def _tokens(self, plan: Plan) -> float:
         """Expected tokens of a block."""
@@ -177,19 +189,6 @@ class Planner:
         tokens += self._branched.value if plan.branches else 0.0
         return tokens + (self._beside[plan.looked_up].value if plan.looked_up else 0.0)
 
-    def _ms(self, plan: Plan) -> float:
-        """Milliseconds of a block."""
-        times = self._times[self._slots]
-        if plan in times:
-            return times[plan]
-        estimated = sum(map(self._estimate, times))
-        return self._estimate(plan) * (sum(times.values()) / estimated if estimated else 1.0)
-
-    def _estimate(self, plan: Plan) -> float:
-        if plan.learned:
-            return self._costs.block(plan.learned, beside=plan.chains - 1)
-        return self._costs.block(0, plan.looked_up)
-
     def observe(self, verification: Verification, proposed: Sequence[int]) -> None:
         """Count the outcome of a block.
 
@@ -197,6 +196,7 @@ class Planner:
             verification: the outcome.
             proposed: what a lookup knew before it, verified or not.
         """
+        self._is_due = True
         main = verification.main_chain
         learned = main.draft.num_learned
         drafted = [chain for chain in (verification, *verification.beside) if chain.draft.num_learned]
