@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-quick faults fuzz soak evaluate bench experiments-quick check-notebooks lint lab shell \
-        notebooks book book-page book-pdf check-book check-links check-engines clean $(STUDIES)
+        notebooks book book-page book-pdf check-book check-links check-engines bench-peers clean $(STUDIES)
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -115,6 +115,9 @@ check-links: $(BOOK)  ## ask every address outside that the book names; needs th
 check-engines: $(READY)  ## serve the drafter in the box with transformers, llama.cpp and vLLM, each in an environment of its own
 	$(BIN)/python tests_engines/check.py --out book/results/engines-cpu.json
 
+bench-peers: $(READY)  ## time ours beside the newest transformers, economize and flashspec (QUESTIONS="a.jsonl b.jsonl" for other questions)
+	$(BIN)/python tests_engines/peers.py $(if $(QUESTIONS),--questions $(QUESTIONS) --out runs/peers-$(STAMP).json,--out book/results/peers-cpu.json)
+
 lab: $(READY)  ## open JupyterLab in the environment (LAB_ARGS="--no-browser --port 8888" for other options)
 	$(BIN)/jupyter lab notebooks $(LAB_ARGS)
 
@@ -122,4 +125,4 @@ shell: $(READY)  ## a shell with the environment active
 	@PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" $${SHELL:-bash}
 
 clean:  ## remove the environment and what tools cache; runs stay
-	rm -rf $(VENV) .engines _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info
+	rm -rf $(VENV) .engines .peers _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info

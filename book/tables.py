@@ -428,6 +428,20 @@ def engines() -> str:
     return table([*head, "tokens a second without", "with the draft", "speed-up"], rows)
 
 
+def installed_peers() -> str:
+    """Our ways of decoding beside those of installed libraries, and what did not run with its reason."""
+    recorded = read("peers-cpu")
+    rows = []
+    for row in recorded["figures"]:
+        speeds = [f"{row['tok_per_s']:.1f}", f"{row['over_plain']:.2f}", f"{row['typical']:.2f}"]
+        counts = [f"{row['mat']:.2f}", f"{row['equal']} of {row['answers']}"]
+        rows.append([f"{row['library']}: {row['way']}", *speeds, *counts])
+    for row in recorded["missing"]:
+        rows.append([f"{row['library']}: {row['way']}. Not run: {row['reason']}", "", "", "", "", ""])
+    head = ["library and way", "tokens a second", "over our plain loop", "on the median question", "mat"]
+    return table([*head, "answers equal to the plain loop's"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "objectives": objectives,
@@ -454,6 +468,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "robustness": robustness,
     "headline": headline,
     "engines": engines,
+    "installed_peers": installed_peers,
 }
 
 

@@ -7,7 +7,6 @@ is named in the result and is no failure.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from setting_up import HERE, commit, export_draft, installed
 from torch import nn
 
 from dvirl.evaluation.questions import MINI, from_here, question_sets
@@ -30,7 +30,6 @@ from dvirl.runs.folder import provenance
 from dvirl.runs.log import write_json
 from kangaroo.decoding.blocks import DecodeConfig
 
-HERE = Path(__file__).parent
 ROOT = HERE.parent / ".engines"
 PACKAGES = {
     "transformers": "transformers==5.24.0",
@@ -47,18 +46,13 @@ def environment(engine: str) -> Path:
     """The Python of an engine's environment, made on first use.
 
     Raises:
-        DvirlError: if the engine does not install; the message is pip's last line.
+        DvirlError: if the engine does not install.
     """
     folder = ROOT / engine
-    python = folder / "bin/python"
     ready = folder / ".ready"
+    python = installed(folder, PACKAGES[engine])
     if not ready.exists():
-        print(f"installing {PACKAGES[engine]} into {folder}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        made = subprocess.run([*pip, "install", "-q", PACKAGES[engine]], capture_output=True, text=True)
-        if made.returncode:
-            raise DvirlError((made.stderr.strip().splitlines() or ["pip gave no reason"])[-1])
         subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSED], capture_output=True)
         if engine == "transformers":  # our torch stands last on its search
             site = next(folder.glob("lib/python*/site-packages"))
@@ -152,14 +146,9 @@ def figures(result: dict) -> dict:
 
 @cache
 def exported(drafter: str, to: str, dtype: str) -> Path:
-    """Export the drafter as a user would, in place of an earlier export."""
+    """The exported drafter, written once a run."""
     out = ROOT / f"draft-{dtype}{'.gguf' if to == 'gguf' else ''}"
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "dvirl.cli", "export", drafter, out, "--to", to, "--dtype", dtype]
-    subprocess.run(command, check=True)
-    return out
+    return export_draft(drafter, out, to, dtype)
 
 
 def published_gguf(name: str) -> Path:
@@ -226,11 +215,9 @@ def main() -> int:
             failed |= abs(row["accepted_share"] - ours["accepted_share"]) > TOLERANCE
             failed |= row["equal"] != row["answers"]
         print(json.dumps(row), flush=True)
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True)
     content = {
         "command": "make check-engines",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%F"),
         "arguments": {**vars(asked), "questions": from_here(MINI)},
         "packages": PACKAGES,
