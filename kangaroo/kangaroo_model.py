@@ -216,8 +216,13 @@ class KangarooModel(nn.Module):
         drafter.embed_tokens = embedding
         self.adapter_model = drafter
         self.head = "frozen"
-        self.draft_ids = None
         self.exit_proj = other.lm_head
+        covered = len(other.lm_head.weight)
+        self.head_rows = self.head_model.weight.detach()[:covered]
+        self.draft_ids = None
+        if covered < rows:
+            self.draft_ids = torch.arange(covered, device=self.head_model.weight.device)
+            self._set_draft_index()
 
     # The draft policy
 
