@@ -177,9 +177,9 @@ def block_reward() -> str:
     return table(head, rows)
 
 
-def early_blocks() -> str:
-    """Blocks of fixed plans before and after kernels started early."""
-    found = read("blocks-early-h200")
+def fixed_blocks(record: str) -> str:
+    """Blocks of fixed plans before and after a change."""
+    found = read(record)
     rows = []
     for old, new in zip(found["before"], found["after"], strict=True):
         plan = ", ".join(f"{new[key]} {text}" for key, text in PLANNED.items() if new[key])
@@ -190,11 +190,25 @@ def early_blocks() -> str:
     return table(head, rows)
 
 
-def early() -> str:
-    """The second drafter before and after kernels started early: tokens a second, and speed over plain decoding."""
+def prompts() -> str:
+    """Milliseconds to the first token by the length of the prompt, read by our kernels or by a library."""
+    found = read("blocks-steps-h200")["prompts"]
+    rows = []
+    for length in (20, 180, 250, 400, 500, 600):
+        cells = []
+        for way in ("plain decoding", "four learned drafts"):
+            for part in ("before", "after"):
+                of_part = (row for row in found[part] if row["prompt_tokens"] == length and row["way"] == way)
+                cells.append(f"{next(of_part)['first_token_ms']:.1f}")
+        rows.append([str(length), *cells])
+    return table(["tokens of the prompt", "plain, before", "after", "four learned drafts, before", "after"], rows)
+
+
+def by_set(before: str, after: str) -> str:
+    """The second drafter before and after a change: tokens a second, and speed over plain decoding."""
     rows = []
     for name, text in SETS.items():
-        old, new = (overall(f"{name}-{kind}", "h200") for kind in ("recurrent", "early"))
+        old, new = (overall(f"{name}-{kind}", "h200") for kind in (before, after))
         cells = []
         for method in ("plain", "pld", "dvi", "hybrid"):
             speed = "" if method == "plain" else f" ({new[method]['speedup']:.2f})"
@@ -408,7 +422,7 @@ def headline() -> str:
         ]  # fmt: skip
         cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ones]
         rows.append([f"speed over our own plain loop: {text}", *cells])
-    later = overall("mini-early", "h200")
+    later = overall("mini-steps", "h200")
     for method, text in (("dvi", "learned draft"), ("pld", "prompt lookup"), ("hybrid", "both")):
         one = later[method]
         cells = ["", f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
@@ -453,8 +467,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "recurrent": recurrent,
     "block_reward": block_reward,
-    "early_blocks": early_blocks,
-    "early": early,
+    "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
+    "early": lambda: by_set("recurrent", "early"),
+    "steps_blocks": lambda: fixed_blocks("blocks-steps-h200"),
+    "steps": lambda: by_set("early", "steps"),
+    "prompts": prompts,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
     "bench_h200": lambda: bench("h200"),
@@ -477,7 +494,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def speedups(method: str, machine: str) -> list[float]:
     """The speed-up of a method on each question set that it was asked."""
-    suffix = "-early" if machine == "h200, second drafter" else ""
+    suffix = "-steps" if machine == "h200, second drafter" else ""
     asked = (overall(f"{name}{suffix}", machine.split(",")[0]).get(method) for name in SETS)
     return [row["speedup"] for row in asked if row]
 
@@ -497,7 +514,7 @@ def answers(machine: str, key: str) -> int:
 
 def lost_to_lookup(machine: str) -> int:
     """The number of the six tasks on which prompt lookup is faster than the learned draft."""
-    name = {"h200, second drafter": "mini-early-h200"}.get(machine, f"mini-{machine}")
+    name = {"h200, second drafter": "mini-steps-h200"}.get(machine, f"mini-{machine}")
     rows = read(f"evaluate-{name}")["figures"]
     speed = {(row["task"], row["method"]): row["speedup"] for row in rows if row["task"] != "overall"}
     return sum(speed[task, "pld"] > speed[task, "dvi"] for task in {task for task, _ in speed})
