@@ -201,7 +201,9 @@ def prompts() -> str:
                 of_part = (row for row in found[part] if row["prompt_tokens"] == length and row["way"] == way)
                 cells.append(f"{next(of_part)['first_token_ms']:.1f}")
         rows.append([str(length), *cells])
-    return table(["tokens of the prompt", "plain, before", "after", "four learned drafts, before", "after"], rows)
+    return table(
+        ["tokens of the prompt", "plain, before", "after", "four learned drafts, before", "after"], rows
+    )
 
 
 def by_set(before: str, after: str) -> str:

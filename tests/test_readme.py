@@ -174,6 +174,8 @@ def room(tmp_path_factory):
             assert cli.main(tiny_line([line], out)) == 0
         Path("evaluated/trace.jsonl").rename("RUN/trace.jsonl")
         Path("client").symlink_to(newest("runs/NAME"))
+        for name in ("MODEL", "FOLDER"):  # a model, and another one that drafts
+            Path(name).symlink_to("model")
         exported(Path("RUN/drafter"), loaded)
     return folder
 
