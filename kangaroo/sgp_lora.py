@@ -105,7 +105,7 @@ class AdapterSwitch:
         if base.weight.numel() > LARGE:
             return merge()
         factors = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in active]
-        name = f"{self._sites.index(site)} {' '.join(active)}"
+        name = f"{id(layer)} {' '.join(active)}"
         return self._plain.get(name, [base.weight, *factors], merge)
 
 
