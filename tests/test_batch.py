@@ -173,6 +173,17 @@ def test_a_long_prompt_is_read_by_a_captured_pass_like_a_short_one(how, length, 
     assert made[0].passes.takes_prompt(length)
 
 
+def test_later_tokens_as_many_as_a_prompt_are_no_prompt(monkeypatch):
+    """What was captured for a prompt reads and writes its slots; with target "adapted" they are the verifier's."""
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1).double()
+    prompt = torch.randint(5, 60, (7,), generator=torch.Generator().manual_seed(1)).tolist() * 14
+    expected = model.generate(prompt, 40, DecodeConfig(0, target="adapted")).tokens
+    capture_passes(model, monkeypatch)
+    # A block of 80 tokens is as wide as the prompt is when it is padded.
+    long = DecodeConfig(80, source="lookup", target="adapted")
+    assert model.generate(prompt, 100, long).tokens[:40] == expected
+
+
 @pytest.mark.parametrize(("kind", "captured"), [("linear", True), ("dynamic", False)])
 def test_a_model_whose_angles_depend_on_the_length_reads_prompts_as_they_are(kind, captured, monkeypatch):
     """Padding would count as text."""

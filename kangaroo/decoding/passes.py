@@ -127,7 +127,8 @@ class Passes:
             if starts is None:
                 starts = torch.tensor(before)
             by_library = prompt and inputs[0].shape[1] > OWN_PROMPT
-            outputs = self._run_fixed((name, slots), function, caches, starts, *inputs, by_library=by_library)
+            key = ((name, by_library), slots)  # later passes can be as wide as a prompt
+            outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
             outputs = function(*(tensor.to(self.device) for tensor in inputs))
         # Count each row's own tokens only: the next pass overwrites its padding.
