@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -13,7 +14,7 @@ from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_config,
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
-from kangaroo.decoding.passes import SHORTEST_VIEW, view
+from kangaroo.decoding.passes import SHORTEST_VIEW, CudaGraphs, _Captured, view
 from kangaroo.decoding.stages import Stage, StageWeights
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
@@ -281,3 +282,47 @@ def test_stages_that_are_dropped_are_freed_at_once(monkeypatch):
         assert [one() for one in dropped] == [None] * 3
     finally:
         gc.enable()
+
+
+class Queue:
+    """Stands for a busy GPU: what it is asked to do happens when somebody waits for it, in its order."""
+
+    def __init__(self):
+        self.asked = []
+
+    def later(self, work):
+        self.asked.append(work)
+
+    def synchronize(self):
+        while self.asked:
+            self.asked.pop(0)()
+
+    def record(self):
+        """As an event, this one stands for all that was asked for."""
+
+
+class OnQueue:
+    """The memory of that GPU."""
+
+    def __init__(self, memory, queue):
+        self.memory, self.queue = memory, queue
+
+    def copy_(self, source, non_blocking=False):
+        self.queue.later(lambda: self.memory.copy_(source))
+
+
+def test_inputs_are_not_written_over_before_they_are_copied():
+    """Prompts of a batch are read one after another, and nothing waits between them."""
+    queue, seen = Queue(), []
+    host, device = torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)
+    graph = SimpleNamespace(replay=lambda: queue.later(lambda: seen.append(device.view(torch.long).tolist())))
+    pinned = host.view(torch.long)
+    captured = _Captured(
+        graph, [device.view(torch.long)], [pinned], (host, OnQueue(device, queue)), (), queue
+    )
+    graphs = CudaGraphs([])
+    graphs._captured["pass", torch.Size([2])] = captured
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        graphs("pass", None, torch.tensor(tokens))
+    queue.synchronize()
+    assert seen == [[1, 2], [3, 4], [5, 6]]
