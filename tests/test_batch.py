@@ -192,6 +192,9 @@ def test_a_model_whose_angles_depend_on_the_length_reads_prompts_as_they_are(kin
     model = EarlyExitLlamaForCausalLM(tiny_config(rope_scaling={"type": kind, "factor": 2.0}))
     model.set_exit_layer(2)
     assert model.new_stages(64).passes.own_kernels == captured
+    drafted = tiny_kangaroo(2, drafter="layer", lora=False)
+    drafted.adapter_model.rotary = model.rotary
+    assert drafted.base_model.new_stages(64, drafted.drafter_parts()).passes.own_kernels == captured
 
 
 @pytest.mark.parametrize("branches", [0, 2])
@@ -326,3 +329,16 @@ def test_inputs_are_not_written_over_before_they_are_copied():
         graphs("pass", None, torch.tensor(tokens))
     queue.synchronize()
     assert seen == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_captured_prompts_keep_the_angles_that_they_read(monkeypatch):
+    """A longer text gives the model a longer table; what was captured reads the one before."""
+    model = tiny_kangaroo(2, drafter="layer", lora=False).double()
+    made = capture_passes(model, monkeypatch)
+    rotary = [model.base_model.rotary, model.adapter_model.rotary]
+    model.generate(list(range(5, 105)), 8, DecodeConfig(3))
+    read = [weakref.ref(one.cos_cached) for one in rotary]
+    for one in rotary:
+        one.table(4096, one.cos_cached.device)
+    gc.collect()
+    assert made and all(one() is not None for one in read)
