@@ -98,7 +98,8 @@ class Stage:
         self.cache = cache
         self.passes = passes
         self._table: tuple[Tensor, Tensor] | None = None
-        self._angles: list[Tensor] = []  # tables that captured passes by a library read, which a longer one replaces
+        # Tables that captured passes by a library read: a longer text replaces them.
+        self._angles: list[Tensor] = []
 
     def __call__(self, inputs: Tensor, feedback: Tensor | None = None, later: bool = False) -> Tensor:
         """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
