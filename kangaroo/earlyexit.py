@@ -289,7 +289,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         if drafter.weights.fuse is not None:
             feedback = Feedback(batch_size, self.model.norm.weight)
         layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
-        passes.own_kernels = all(weights.fused for weights in layers) and not self.rotary.dynamic
+        dynamic = self.rotary.dynamic or drafter.rotary.dynamic
+        passes.own_kernels = all(weights.fused for weights in layers) and not dynamic
         hidden_size = self.config.hidden_size
         return Stages(shallow, drafting, base, deep, passes, hidden_size, drafter.draft_ids, feedback)
 

@@ -102,11 +102,12 @@ class AdapterSwitch:
         def merge() -> nn.Linear:
             return _merged(base, [layer.get_delta_weight(name) for name in active])
 
-        if base.weight.numel() > LARGE:
+        if base.weight.numel() > LARGE or torch.is_inference_mode_enabled():  # whose tensors have no versions
             return merge()
         factors = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in active]
+        scales = [layer.scaling[name] for name in active]
         name = f"{id(layer)} {' '.join(active)}"
-        return self._plain.get(name, [base.weight, *factors], merge)
+        return self._plain.get(name, [base.weight, *factors], merge, scales)
 
 
 @torch.no_grad()

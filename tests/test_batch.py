@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -13,7 +14,7 @@ from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_config,
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
-from kangaroo.decoding.passes import SHORTEST_VIEW, view
+from kangaroo.decoding.passes import SHORTEST_VIEW, CudaGraphs, _Captured, view
 from kangaroo.decoding.stages import Stage, StageWeights
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
@@ -173,6 +174,17 @@ def test_a_long_prompt_is_read_by_a_captured_pass_like_a_short_one(how, length, 
     assert made[0].passes.takes_prompt(length)
 
 
+def test_later_tokens_as_many_as_a_prompt_are_no_prompt(monkeypatch):
+    """What was captured for a prompt reads and writes its slots; with target "adapted" they are the verifier's."""
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1).double()
+    prompt = torch.randint(5, 60, (7,), generator=torch.Generator().manual_seed(1)).tolist() * 14
+    expected = model.generate(prompt, 40, DecodeConfig(0, target="adapted")).tokens
+    capture_passes(model, monkeypatch)
+    # A block of 80 tokens is as wide as the prompt is when it is padded.
+    long = DecodeConfig(80, source="lookup", target="adapted")
+    assert model.generate(prompt, 100, long).tokens[:40] == expected
+
+
 @pytest.mark.parametrize(("kind", "captured"), [("linear", True), ("dynamic", False)])
 def test_a_model_whose_angles_depend_on_the_length_reads_prompts_as_they_are(kind, captured, monkeypatch):
     """Padding would count as text."""
@@ -180,6 +192,9 @@ def test_a_model_whose_angles_depend_on_the_length_reads_prompts_as_they_are(kin
     model = EarlyExitLlamaForCausalLM(tiny_config(rope_scaling={"type": kind, "factor": 2.0}))
     model.set_exit_layer(2)
     assert model.new_stages(64).passes.own_kernels == captured
+    drafted = tiny_kangaroo(2, drafter="layer", lora=False)
+    drafted.adapter_model.rotary = model.rotary
+    assert drafted.base_model.new_stages(64, drafted.drafter_parts()).passes.own_kernels == captured
 
 
 @pytest.mark.parametrize("branches", [0, 2])
@@ -270,3 +285,60 @@ def test_stages_that_are_dropped_are_freed_at_once(monkeypatch):
         assert [one() for one in dropped] == [None] * 3
     finally:
         gc.enable()
+
+
+class Queue:
+    """Stands for a busy GPU: what it is asked to do happens when somebody waits for it, in its order."""
+
+    def __init__(self):
+        self.asked = []
+
+    def later(self, work):
+        self.asked.append(work)
+
+    def synchronize(self):
+        while self.asked:
+            self.asked.pop(0)()
+
+    def record(self):
+        """As an event, this one stands for all that was asked for."""
+
+
+class OnQueue:
+    """The memory of that GPU."""
+
+    def __init__(self, memory, queue):
+        self.memory, self.queue = memory, queue
+
+    def copy_(self, source, non_blocking=False):
+        self.queue.later(lambda: self.memory.copy_(source))
+
+
+def test_inputs_are_not_written_over_before_they_are_copied():
+    """Prompts of a batch are read one after another, and nothing waits between them."""
+    queue, seen = Queue(), []
+    host, device = torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)
+    graph = SimpleNamespace(replay=lambda: queue.later(lambda: seen.append(device.view(torch.long).tolist())))
+    pinned = host.view(torch.long)
+    captured = _Captured(
+        graph, [device.view(torch.long)], [pinned], (host, OnQueue(device, queue)), (), queue
+    )
+    graphs = CudaGraphs([])
+    graphs._captured["pass", torch.Size([2])] = captured
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        graphs("pass", None, torch.tensor(tokens))
+    queue.synchronize()
+    assert seen == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_captured_prompts_keep_the_angles_that_they_read(monkeypatch):
+    """A longer text gives the model a longer table; what was captured reads the one before."""
+    model = tiny_kangaroo(2, drafter="layer", lora=False).double()
+    made = capture_passes(model, monkeypatch)
+    rotary = [model.base_model.rotary, model.adapter_model.rotary]
+    model.generate(list(range(5, 105)), 8, DecodeConfig(3))
+    read = [weakref.ref(one.cos_cached) for one in rotary]
+    for one in rotary:
+        one.table(4096, one.cos_cached.device)
+    gc.collect()
+    assert made and all(one() is not None for one in read)

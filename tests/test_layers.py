@@ -181,3 +181,25 @@ def test_large_weights_are_not_kept_merged(monkeypatch):
         before = model.adapter_switch.modules
     with model.merged():
         assert not any(one is other for one, other in zip(before, model.adapter_switch.modules, strict=True))
+
+
+def test_adapters_of_another_strength_are_merged_anew():
+    """PEFT scales an adapter without touching its weights."""
+    model = tiny_kangaroo(2, deep_scale=0.1)
+    prompt = random_prompts(1, 3)[0]
+    how = DecodeConfig(0, target="adapted")
+    first = model.generate(prompt, 8, how).tokens
+    scaled = [site.layer for site in model.base_model.adapter_switch._sites]
+    for layer in scaled:
+        layer.scaling = {name: 20 * scale for name, scale in layer.scaling.items()}
+    with torch.no_grad():
+        expected = int(model.base_model(torch.tensor([prompt])).logits[0, -1].argmax())
+    assert model.generate(prompt, 8, how).tokens[0] == expected != first[0]
+
+
+def test_what_was_merged_in_inference_mode_is_not_kept():
+    """Its tensors have no versions, by which decoding would see changes."""
+    model = tiny_kangaroo(2, deep_scale=0.1)
+    with torch.inference_mode(), model.base_model.merged():
+        model.base_model(torch.tensor([[5, 6, 7]]))
+    assert len(model.generate([5, 6, 7], 4, DecodeConfig(2)).tokens) == 4

@@ -225,15 +225,18 @@ class MadeFromWeights(Generic[Made]):
     """Things by name, each made once for the weights that it was made from."""
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[list[Tensor], list[tuple[int, int]], Made]] = {}
+        self._made: dict[str, tuple[list[Tensor], list[object], Made]] = {}
 
-    def get(self, name: str, weights: Sequence[Tensor], make: Callable[[], Made]) -> Made:
-        """What was made last under this name if it was made from these weights as they are now, else a new one.
+    def get(
+        self, name: str, weights: Sequence[Tensor], make: Callable[[], Made], numbers: Sequence[float] = ()
+    ) -> Made:
+        """What was made last under this name if it was made from these weights and numbers, else a new one.
 
         The weights are held, so that no other tensor can take their place in memory.
         """
         # An in-place change of a weight raises its version; a new tensor has another address.
-        versions = [(weight.data_ptr(), weight._version) for weight in weights]
+        versions: list[object] = [(weight.data_ptr(), weight._version) for weight in weights]
+        versions += numbers
         if name not in self._made or self._made[name][1] != versions:
             with torch.no_grad():
                 self._made[name] = ([weight.detach() for weight in weights], versions, make())

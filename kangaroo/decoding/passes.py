@@ -127,7 +127,8 @@ class Passes:
             if starts is None:
                 starts = torch.tensor(before)
             by_library = prompt and inputs[0].shape[1] > OWN_PROMPT
-            outputs = self._run_fixed((name, slots), function, caches, starts, *inputs, by_library=by_library)
+            key = ((name, by_library), slots)  # later passes can be as wide as a prompt
+            outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
             outputs = function(*(tensor.to(self.device) for tensor in inputs))
         # Count each row's own tokens only: the next pass overwrites its padding.
@@ -175,6 +176,7 @@ class _Captured:
         pinned: for inputs that come from the host, where they are put together there.
         staging: all of them, on the host and on the device: one copy serves all.
         outputs: what it writes.
+        copied: says when the device has the inputs of the last replay.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -182,6 +184,7 @@ class _Captured:
     pinned: list[Tensor | None]
     staging: tuple[Tensor, Tensor]
     outputs: tuple[Tensor, ...]
+    copied: torch.cuda.Event
 
 
 class CudaGraphs:
@@ -211,15 +214,15 @@ class CudaGraphs:
         if key not in self._captured:
             self._captured[key] = self._capture(run, inputs)
         captured = self._captured[key]
+        captured.copied.synchronize()  # the host may be ahead of the device
         for static, pinned, tensor in zip(captured.inputs, captured.pinned, inputs, strict=True):
             if pinned is None:
                 static.copy_(tensor)
             else:
                 pinned.copy_(tensor)
         host, device = captured.staging
-        device.copy_(
-            host, non_blocking=True
-        )  # the host waits for every block's outputs before it writes here again
+        device.copy_(host, non_blocking=True)
+        captured.copied.record()
         captured.graph.replay()
         return captured.outputs
 
@@ -291,7 +294,8 @@ class CudaGraphs:
         device.copy_(host)
         graph, outputs = self._record(lambda: run(*static), lambda: run(*static))
         self._end(began)
-        return _Captured(graph, static, pinned, (host, device), outputs)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return _Captured(graph, static, pinned, (host, device), outputs, copied)
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:

@@ -98,6 +98,8 @@ class Stage:
         self.cache = cache
         self.passes = passes
         self._table: tuple[Tensor, Tensor] | None = None
+        # Tables that captured passes by a library read: a longer text replaces them.
+        self._angles: list[Tensor] = []
 
     def __call__(self, inputs: Tensor, feedback: Tensor | None = None, later: bool = False) -> Tensor:
         """Run the layers on new tokens `[B, T]` or states `[B, T, D]`, and append these to the cache.
@@ -119,6 +121,8 @@ class Stage:
             states = self._run_fused(states, self.passes.fixed)
         elif self.weights.layers:
             plan = plan_cached(self.rotary, self.cache, length, states.dtype, self.passes.fixed)
+            if self.passes.graphs and id(self.rotary.cos_cached) not in map(id, self._angles):
+                self._angles += [self.rotary.cos_cached, self.rotary.sin_cached]
             for index, layer in enumerate(self.weights.layers):
                 plan = plan.on(layer.device)
                 states = layer(states.to(layer.device), plan, self.cache, index)
