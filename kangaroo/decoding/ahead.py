@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from kangaroo.decoding.blocks import (
     PASS_ROWS,
@@ -47,7 +47,7 @@ def plan_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> P
     """What each block of these texts drafts if the next blocks can run ahead, else None."""
     if stages.passes.graphs is None or not stages.passes.begun or config.target != "base":
         return None
-    if find_spec("triton") is None:
+    if stages.passes.device.type == "cuda" and not has_triton():
         return None
     if config.temperature or config.draft_temperature or config.deterministic or config.keep_states:
         return None
