@@ -66,7 +66,7 @@ class Responses:
         return self.prompt_lens + self.response_lens
 
     def draft_places(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns `[M]` of the tokens after which a response token is drafted: every one but the first."""
+        """Where drafts are made: rows and columns `[M]` of the token before every response token but the first."""
         rows, positions = response_index(self.response_lens)
         return rows, self.prompt_lens[rows] + positions - 1
 

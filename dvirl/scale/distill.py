@@ -218,7 +218,7 @@ class _Objective(nn.Module):
         weight: Tensor,
         *actions: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Draft after the chosen positions, see the class."""
+        """Draft after the chosen positions; arguments and results as the class says."""
         config = self.config
         half = verifier_hidden.dtype == torch.bfloat16
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
