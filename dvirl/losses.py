@@ -8,6 +8,7 @@ add up to the result of one process with all records.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kangaroo.decoding.layers import compiled
 from kangaroo.decoding.sampling import inverse_cdf
 
 
-def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tensor:
+def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float | Tensor) -> Tensor:
     """REINFORCE with a baseline (Williams 1992): `-(reward - baseline) * log pi(token | h)`.
 
     Args:
@@ -125,21 +126,27 @@ class Teacher:
     Attributes:
         probabilities: `[N, V']`, float32, over the draft's tokens alone.
         entropy: `[N]`, in nats.
-        share: `[N]`, the verifier's probability of the draft's tokens together, if it is known.
+        covered: `[N, 1]`, the verifier's probability of the draft's tokens together; 1 if there are no others.
     """
 
     probabilities: Tensor
     entropy: Tensor
-    share: Tensor | None = None
+    covered: Tensor | float = 1.0
 
     @classmethod
     def of(cls, logits: Tensor, normalizer: Tensor | None = None) -> "Teacher":
-        """From the verifier's logits `[N, V']` over the draft's tokens, and log-sum-exp `[N]` over all tokens."""
+        """From the verifier's logits `[N, V']` over the draft's tokens, and log-sum-exp `[N]` over all tokens.
+
+        Without the latter, the verifier is taken to have the draft's tokens alone.
+        """
         logits = logits.detach()
         log_probs = logits.log_softmax(dim=-1)
         probabilities = log_probs.exp()
-        share = None if normalizer is None else (logits.logsumexp(dim=-1) - normalizer).exp()
-        return cls(probabilities, -(probabilities * log_probs).sum(dim=-1), share)
+        return cls(
+            probabilities,
+            entropy=-(probabilities * log_probs).sum(dim=-1),
+            covered=1.0 if normalizer is None else (logits.logsumexp(dim=-1) - normalizer).exp()[:, None],
+        )
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -359,57 +366,51 @@ class DraftsAtDepth:
     weight: Tensor
     ce_weight: float = 0.0
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of values `[N]` by weight, 0-d."""
-        return (values * self.weight).sum() / self.weight.sum()
+    def mean(self, values: Tensor, scale: float = 1.0) -> Tensor:
+        """The mean of values `[N]` by weight, times a scale; 0-d."""
+        return scale * (values * self.weight).sum() / self.weight.sum()
 
     def chance(self) -> Tensor:
         """`q(y)` `[N]`, the probability of drafting the verifier's token; 0 for a token that the exit head lacks."""
-        log_probs = log_prob_of(self.logits.float(), self.index.clamp(min=0))
-        return log_probs.exp() * (self.index >= 0)
+        return log_prob_of(self.logits.float(), self.index.clamp(min=0)).exp() * (self.index >= 0)
 
     def acceptance(self) -> Tensor:
         """`alpha = sum(min(p, q))` `[N]`, as in `overlap`, but p is over all tokens: what the head lacks is lost."""
         q = self.logits.float().softmax(dim=-1)
-        p = self.teacher.probabilities
-        if self.teacher.share is not None:
-            p = p * self.teacher.share[:, None]
-        return torch.minimum(p, q).sum(dim=-1)
+        return torch.minimum(self.teacher.probabilities * self.teacher.covered, q).sum(dim=-1)
 
     def act(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Draw an action from each draft by uniform numbers `[N]`; its log-probability, and 1 where it is accepted."""
-        log_probs = self.logits.float().log_softmax(dim=-1)
-        actions = inverse_cdf(log_probs.detach().exp(), noise)
-        return log_probs.gather(1, actions[:, None]).squeeze(1), (actions == self.index).float()
+        logits = self.logits.float()
+        actions = inverse_cdf(logits.detach().log_softmax(dim=-1).exp(), noise)
+        return log_prob_of(logits, actions), (actions == self.index).float()
 
     def kl(self) -> Tensor:
         """`KL(p || q)` `[N]`, both over the draft's tokens."""
         return distillation_loss(self.logits, self.teacher, self.index, self.ce_weight)
 
-    def js(self) -> Tensor:
-        """The Jensen-Shannon divergence `[N]`, both over the draft's tokens."""
-        log_probs = self.teacher.probabilities.clamp(min=LEAST).log()
-        return kl_losses(self.logits.float(), log_probs, "js").sum(dim=-1)
-
     def lk(self) -> Tensor:
         """`w KL + (1 - w)(1 - alpha)` `[N]`, `w = exp(-3 mean alpha)` without gradient (arXiv 2602.23881)."""
         alpha = self.acceptance()
         # KL leads while little is accepted, total variation later.
-        share = (-3 * self.mean(alpha.detach())).exp()
-        return share * self.kl() + (1 - share) * (1 - alpha)
+        kl_share = (-3 * self.mean(alpha.detach())).exp()
+        return kl_share * self.kl() + (1 - kl_share) * (1 - alpha)
 
 
 LEAST = 1e-30
 """Smallest probability whose logarithm is taken."""
 BY_DEPTH: dict[str, Callable[[DraftsAtDepth], Tensor]] = {
     "kl": DraftsAtDepth.kl,
-    "js": DraftsAtDepth.js,
+    "js": lambda drafts: kl_losses(
+        drafts.logits.float(), drafts.teacher.probabilities.clamp(min=LEAST).log(), "js"
+    ).sum(dim=-1),
     "tv": lambda drafts: 1 - drafts.acceptance(),
     "alpha": lambda drafts: -drafts.acceptance().clamp(min=LEAST).log(),
     "lk": DraftsAtDepth.lk,
     "expected": lambda drafts: -drafts.chance(),
 }
-"""Objectives that judge each draft by itself, `[N]`: alpha and lk of arXiv 2602.23881, expected as `exact_pg_loss`."""
+"""Objectives that judge each draft by itself, `[N]`: js as in `kl_losses`, over the draft's tokens, alpha and lk of
+arXiv 2602.23881, expected as `exact_pg_loss`."""
 FOR_BLOCKS = ("block", "block_alpha", "reinforce_block")
 """Objectives that judge all drafts of a block together."""
 OVER_ALL_TOKENS = ("tv", "alpha", "lk", "block_alpha")
@@ -421,17 +422,17 @@ def within_text(positions: Tensor, weight: Tensor, depths: int) -> Tensor:
 
     Args:
         positions: `[N]`, those of a text are consecutive, and no text begins where another ends.
-        weight: `[N]`, 0 at padding.
+        weight: `[N]`, 1, and 0 at padding.
         depths: drafts of a block, K.
 
     Returns:
         `[K, N]`, by the place of the block's first draft.
     """
-    rows = []
-    for depth in range(depths):
-        same = positions.roll(-depth) == positions + depth
-        rows.append(same * weight * weight.roll(-depth) > 0)
-    return torch.stack(rows).float()
+    inside = [
+        (positions.roll(-depth) == positions + depth) * weight * weight.roll(-depth)
+        for depth in range(depths)
+    ]
+    return torch.stack(inside).float()
 
 
 def along_blocks(values: Sequence[Tensor], inside: Tensor) -> Tensor:
@@ -458,12 +459,7 @@ def expected_accepted(chances: Tensor) -> Tensor:
         chances: `[K, N]`, that a draft is accepted if all before it are; of `along_blocks`.
     """
     # torch's cumprod would look at the numbers in its backward pass, which no CUDA graph can.
-    reached = torch.ones_like(chances[0])
-    total = torch.zeros_like(reached)
-    for chance in chances:
-        reached = reached * chance
-        total = total + reached
-    return total
+    return sum(accumulate(chances, torch.mul), start=torch.zeros_like(chances[0]))
 
 
 def reinforce_block_loss(
@@ -487,8 +483,8 @@ def reinforce_block_loss(
     reached = accepted.cumprod(dim=0)
     returns = reached.flip(0).cumsum(dim=0).flip(0)
     # The first draft always acts, a later one if the one before was accepted.
-    acting = inside * torch.cat([torch.ones_like(reached[:1]), reached[:-1]])
+    acting = inside * torch.cat([inside[:1], reached[:-1]])
     count = acting.sum(dim=1)
-    means = torch.where(count > 0, (acting * returns).sum(dim=1) / count.clamp(min=1), baselines)
-    losses = reinforce_loss(log_probs, returns - baselines[:, None], 0.0)
+    means = torch.where(count > 0, (acting * returns).sum(dim=1) / count, baselines)
+    losses = reinforce_loss(log_probs, returns, baselines[:, None])
     return (acting * losses).sum(dim=0), means

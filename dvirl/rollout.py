@@ -60,12 +60,22 @@ class Responses:
         """Response tokens, all rows together."""
         return int(self.response_lens.sum())
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens `[B]` of each row without its padding."""
+        return self.prompt_lens + self.response_lens
+
+    def draft_places(self) -> tuple[Tensor, Tensor]:
+        """Where drafts are made: rows and columns `[M]` of the token before every response token but the first."""
+        rows, positions = response_index(self.response_lens)
+        return rows, self.prompt_lens[rows] + positions - 1
+
     def response_tokens(self) -> Tensor:
         """All response tokens, `[num_tokens]`."""
         # A response is what lies between its prompt and the padding.
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         starts = self.prompt_lens[:, None]
-        ends = (self.prompt_lens + self.response_lens)[:, None]
+        ends = self.lengths[:, None]
         return self.tokens[(positions >= starts) & (positions < ends)]
 
     def take(self, rows: Tensor | slice) -> Responses:
@@ -387,9 +397,8 @@ def draft_rollout(model: KangarooModel, rollout: Responses, draft_len: int) -> D
         rollout: the verifier's greedy responses.
         draft_len: drafts of a block, at most.
     """
-    rows, positions = response_index(rollout.response_lens)
+    rows, before = rollout.draft_places()
     states, exit_hidden = _drafter_states(model, rollout.tokens, max(1, draft_len))
-    before = rollout.prompt_lens[rows] + positions - 1
     logits = [model.head_logits(state[rows, before]) for state in states]
     return Drafts(logits, exit_hidden[rows, before])
 

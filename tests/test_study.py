@@ -26,8 +26,8 @@ from dvirl.data.sources import Prompt
 from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.evaluation.agreement import measure_agreement, measure_blocks
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
-from dvirl.experiments import distillation, grid, runner, streams
 from dvirl.experiments import figures as figures_module
+from dvirl.experiments import grid, runner, streams
 from dvirl.experiments import study as study_module
 from dvirl.experiments.distillation import settings_of
 from dvirl.experiments.figures import draft_cost, judge_answers, judge_verifier
@@ -38,6 +38,7 @@ from dvirl.experiments.summary import row_name
 from dvirl.experiments.summary import summary as summarise
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import from_mapping, read_yaml
+from dvirl.scale import distill
 from dvirl.scale.corpus import answer, write_shard
 from dvirl.scale.distill import DistillConfig, Distiller
 from dvirl.train_dvi import make_trainer
@@ -105,7 +106,7 @@ def distilled(tmp_path, monkeypatch) -> dict:
         written.append((count, seed))
         return answer(loaded, conversed(count, seed), max_new_tokens, 8)
 
-    monkeypatch.setattr(distillation, "write_conversations", conversations)
+    monkeypatch.setattr(distill, "write_conversations", conversations)
     loaded = tiny_loaded(deep_scale=0.6)
     write_shard(tmp_path / "shard-00000.safetensors", answer(loaded, random_prompts(16, 3), 10, 8))
     own = {name: value for name, value in DISTILLED.items() if name in DistillConfig.__dataclass_fields__}

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from dvirl.evaluation.questions import MeasureSettings, asked_for, from_here, qu
 from dvirl.evaluation.report import write_out
 from dvirl.losses import DraftsAtDepth, Teacher, along_blocks, within_text
 from dvirl.models.drafters import load_drafter
-from dvirl.rollout import Responses, draft_logits_at, draft_rollout, response_index, verifier_states
+from dvirl.rollout import Responses, draft_rollout, verifier_states
 from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.folder import provenance
@@ -84,15 +85,26 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 @torch.no_grad()
+def _in_batches(
+    model: KangarooModel, responses: Responses, judge: Callable[[KangarooModel, Responses], Tensor]
+) -> list[Tensor]:
+    """What `judge` gives for each batch of answers, moved to the model's device, in the order of their lengths."""
+    device = model.head_model.weight.device
+    parts = []
+    with model.base_model.merged():
+        # Answers of similar length share a batch, so that little of it is padding.
+        for rows in torch.split(responses.lengths.argsort(), BATCH):
+            batch = {name: tensor.long().to(device) for name, tensor in vars(responses.take(rows)).items()}
+            parts.append(judge(model, Responses(**batch)))
+    return parts
+
+
 def _judge_drafts(model: KangarooModel, responses: Responses) -> Tensor:
     """Confidence, agreement and coverage at each position, `[3, M]`."""
-    device = model.head_model.weight.device
-    tokens = responses.tokens.long().to(device)
-    prompt_lens = responses.prompt_lens.to(device)
-    rows, positions = response_index(responses.response_lens.to(device))
-    verified = tokens[rows, prompt_lens[rows] + positions]
-    # Index 1 of a response is the first token that can be drafted: the prefill gives index 0.
-    logits, _ = draft_logits_at(model, tokens, prompt_lens, rows, positions)
+    # The prefill gives a response's first token; those after it can be drafted.
+    rows, before = responses.draft_places()
+    verified = responses.tokens[rows, before + 1]
+    logits = draft_rollout(model, responses, 1).logits[0]
     confidence, index = logits.softmax(dim=-1).max(dim=-1)
     agrees = model.token_ids(index) == verified
     covered = model.draft_index(verified) >= 0
@@ -106,11 +118,8 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
         model: drafts.
         responses: the verifier's greedy answers (`corpus.answer`).
     """
-    order = _by_length(responses)
-    batches = torch.split(order, BATCH)
-    with model.base_model.merged():
-        parts = [_judge_drafts(model, responses.take(rows)) for rows in batches]
-    confidence, agrees, covered = torch.cat(parts, dim=1)
+    order = responses.lengths.argsort()
+    confidence, agrees, covered = torch.cat(_in_batches(model, responses, _judge_drafts), dim=1)
     counts = (responses.response_lens[order] - 1).clamp(min=0)
     by_answer = torch.split(agrees.cpu(), counts.tolist())
     rates = torch.stack([part.mean() for part in by_answer])
@@ -124,32 +133,22 @@ def measure_agreement(model: KangarooModel, responses: Responses) -> Agreement:
     )
 
 
-def _by_length(responses: Responses) -> Tensor:
-    """Rows in an order in which those of similar length share a batch, so that little of it is padding."""
-    return (responses.prompt_lens + responses.response_lens).argsort()
-
-
-@torch.no_grad()
 def _judge_blocks(model: KangarooModel, responses: Responses, depths: int) -> Tensor:
     """By depth, over all blocks: drafts after accepted ones, accepted ones, and their expected number; `[3, K]`."""
-    device = model.head_model.weight.device
-    moved = [values.to(device) for values in (responses.prompt_lens, responses.response_lens)]
-    responses = Responses(responses.tokens.long().to(device), *moved)
-    rows, positions = response_index(responses.response_lens)
-    before = responses.prompt_lens[rows] + positions - 1
+    rows, before = responses.draft_places()
     index = model.draft_index(responses.tokens[rows, before + 1])
     weight = torch.ones_like(rows)
-    # 1) One parallel pass of both.
+    # 1) One parallel pass of both models.
     states = verifier_states(model.base_model, responses.tokens, ["lora_S"])[rows, before]
     teacher = Teacher.of(model.verifier_logits(states), model.verifier_normalizer(states))
     logits = draft_rollout(model, responses, depths).logits
     # 2) What each draft is worth by itself; without feedback it does not depend on its depth.
-    drafts = [DraftsAtDepth(own, teacher, index, weight) for own in logits]
+    drafts = [DraftsAtDepth(scores, teacher, index, weight) for scores in logits]
     drafts += drafts[-1:] * (depths - len(drafts))
     # 3) Drafts count as long as all drafts before them do.
     inside = within_text(rows * responses.tokens.shape[1] + before, weight, depths)
-    accepted = along_blocks([own.logits.argmax(dim=-1) == index for own in drafts], inside).cumprod(dim=0)
-    expected = along_blocks([own.acceptance() for own in drafts], inside).cumprod(dim=0)
+    accepted = along_blocks([each.logits.argmax(dim=-1) == index for each in drafts], inside).cumprod(dim=0)
+    expected = along_blocks([each.acceptance() for each in drafts], inside).cumprod(dim=0)
     drafted = inside * torch.cat([inside[:1], accepted[:-1]])
     return torch.stack([drafted, accepted, expected]).double().sum(dim=-1)
 
@@ -162,16 +161,11 @@ def measure_blocks(model: KangarooModel, responses: Responses, depths: int) -> B
         responses: the verifier's greedy answers (`corpus.answer`); blocks that run over the end of one end there.
         depths: drafts of a block.
     """
-    batches = torch.split(_by_length(responses), BATCH)
-    with model.base_model.merged():
-        parts = [_judge_blocks(model, responses.take(rows), depths) for rows in batches]
-    drafted, accepted, expected = torch.stack(parts).sum(dim=0)
-    blocks = drafted[0]
-    return BlockLengths(
-        by_depth=tuple((accepted / drafted).tolist()),
-        tokens_a_block=1 + float(accepted.sum() / blocks),
-        expected_tokens=1 + float(expected.sum() / blocks),
-    )
+    parts = _in_batches(model, responses, partial(_judge_blocks, depths=depths))
+    drafted, *accepted = torch.stack(parts).sum(dim=0)
+    # Each block has one first draft, which is always reached.
+    lengths = [1 + float(numbers.sum() / drafted[0]) for numbers in accepted]
+    return BlockLengths(tuple((accepted[0] / drafted).tolist()), *lengths)
 
 
 @torch.no_grad()
@@ -186,8 +180,7 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
         A row for every layer (0 is the embedding) and position: `layer`, `question_id` (the response's row), `rank` of
         the last layer's token among this layer's, from 1, and `accepted`, 1 where that rank is 1.
     """
-    rows, positions = response_index(responses.response_lens)
-    before = responses.prompt_lens[rows] + positions - 1  # each state predicts the next token
+    rows, before = responses.draft_places()  # each state predicts the next token
     states = base(responses.tokens.long(), output_hidden_states=True).hidden_states
     *lower, last = [state[rows, before] for state in states]
     normed = [*map(base.model.norm, lower), last]  # Hugging Face's last state has passed the norm

@@ -1,7 +1,5 @@
 """Studies of kind `distill`: objectives of `dvirl distill`, from one drafter, on the same self-written text."""
 
-import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,18 +10,14 @@ from dvirl.evaluation.agreement import measure_agreement, measure_blocks
 from dvirl.evaluation.questions import question_sets
 from dvirl.experiments.study import Study, Task, Values, VariantRows, load_model
 from dvirl.models.drafters import drafter_folder
-from dvirl.models.loading import LoadedModel
 from dvirl.rollout import Responses, join
 from dvirl.runs.settings import from_mapping, number
-from dvirl.scale.corpus import answer, read_shard, without_repeats, write_conversations, write_shard
-from dvirl.scale.distill import DistillConfig, Distiller
+from dvirl.scale.corpus import answer, without_repeats
+from dvirl.scale.distill import DistillConfig, Distiller, conversations
 
 TEXT_SEED = 4242
 """Of the conversations to learn from; those to judge on have the next one."""
 Figures = dict[str, float]
-Workbench = tuple[Distiller, dict[str, Responses], Figures]
-"""A trainer, whose model and responses serve every run in turn; answers to judge on, by name; and the figures of the
-drafter that all runs start from."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +54,31 @@ def distill(task: Task, folder: Path) -> VariantRows:
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     for name, variant in task.due():
         trainer, sets, before = _workbench(task.shared, config, device)
-        with tempfile.TemporaryDirectory(dir=folder) as run_dir:
-            trainer.begin_again(settings_of(study, task.seed, Path(run_dir), variant))
-            trainer.train(show_progress=False)
-            yield name, [{"figures": _judged(trainer, sets) | before | asdict(trainer.counters)}]
+        trainer.begin_again(settings_of(study, task.seed, folder / name, variant))
+        trainer.train(show_progress=False)
+        yield name, [{"figures": _judged(trainer, sets) | before | asdict(trainer.counters)}]
 
 
 @lru_cache(maxsize=1)
-def _workbench(shared: Path, config: Objectives, device: int) -> Workbench:
-    """Model, text and answers; the first task of a process on a device makes them for the others."""
+def _workbench(
+    shared: Path, config: Objectives, device: int
+) -> tuple[Distiller, dict[str, Responses], Figures]:
+    """What all tasks of a process on a device share.
+
+    Returns:
+        A trainer, whose model and responses serve every run in turn; answers to judge on, by the beginning of their
+        figures' names; and the figures of the drafter that all runs start from.
+    """
     drafter_folder(config.start_from)  # a missing one is said now, and not when the text is written
     loaded = load_model(config)
-    files = config.questions.split(",") if config.questions else []
-    asked = question_sets(loaded, files, 0, config.seed) if files else {}
+    asked = question_sets(loaded, config.questions.split(","), 0, 0) if config.questions else {}
     text = Path(config.text or shared / "text")
-    learned = _written(loaded, config, text / "learned", config.num_prompts, TEXT_SEED)
-    held_out = _written(loaded, config, text / "held-out", config.held_out, TEXT_SEED + 1)
+    learned = conversations(
+        loaded, config, text / "learned/shard-00000.safetensors", config.num_prompts, TEXT_SEED
+    )
+    held_out = conversations(
+        loaded, config, text / "held-out/shard-00000.safetensors", config.held_out, TEXT_SEED + 1
+    )
     # Of prompts that are in both, the first counts.
     distinct = without_repeats(join([learned, held_out]))
     sets = {"": distinct.take(slice(len(without_repeats(learned)), None))}
@@ -86,34 +89,18 @@ def _workbench(shared: Path, config: Objectives, device: int) -> Workbench:
     return trainer, sets, before
 
 
-def _written(loaded: LoadedModel, config: Objectives, folder: Path, count: int, seed: int) -> Responses:
-    """Conversations that the model holds with itself, from their folder or, the first time, written."""
-    path = folder / "shard-00000.safetensors"
-    if not path.exists():
-        conversations = write_conversations(
-            loaded,
-            count,
-            seed,
-            config.max_new_tokens,
-            config.follow_up,
-            config.write_batch,
-            config.about_text,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_shard(path, conversations)
-    return read_shard(path)
-
-
-def _judged(trainer: Distiller, sets: Mapping[str, Responses]) -> Figures:
-    """The drafter as it is now, on every set, whose name begins that of its figures."""
+def _judged(trainer: Distiller, sets: dict[str, Responses]) -> Figures:
+    """The drafter as it is now, on every set of answers."""
     figures: Figures = {}
     for name, responses in sets.items():
         agreement = measure_agreement(trainer.model, responses)
         blocks = measure_blocks(trainer.model, responses, trainer.config.depths)
-        for figure in ("tokens_a_block", "expected_tokens"):
-            figures[name + figure] = getattr(blocks, figure)
-        for figure in ("ece", "confidence"):
-            figures[name + figure] = getattr(agreement, figure)
+        figures |= {
+            f"{name}tokens_a_block": blocks.tokens_a_block,
+            f"{name}expected_tokens": blocks.expected_tokens,
+            f"{name}ece": agreement.ece,
+            f"{name}confidence": agreement.confidence,
+        }
         for depth, rate in enumerate(blocks.by_depth, start=1):
             figures[f"{name}depth_{depth}"] = rate
         figures[f"{name}agreement"] = agreement.rate

@@ -138,8 +138,7 @@ def _draft_with(folder: Path, model: KangarooModel, loaded: LoadedModel) -> None
     for name in expected | found:
         text = found.get(name)
         wanted = expected.get(name)
-        may_lack = name in BOS_EOS and None in (text, wanted)
-        if text != wanted and not may_lack:
+        if text != wanted and (name not in BOS_EOS or (text and wanted)):
             raise DvirlError(
                 f"{folder}: {name} is {text!r}, and {wanted!r} for the model that verifies; "
                 "expected the same tokenizer"
@@ -147,12 +146,12 @@ def _draft_with(folder: Path, model: KangarooModel, loaded: LoadedModel) -> None
     model.draft_with(other.model)
 
 
-def _texts(loaded: LoadedModel) -> dict[str, str]:
-    """The text of every id, in order, and those of BOS and EOS, by what a message calls them."""
+def _texts(loaded: LoadedModel) -> dict[str, Any]:
+    """The text of every id, in order, and those of BOS and EOS or None, by what a message calls them."""
     vocabulary = loaded.tokenizer.get_vocab()
     texts = {f"token {vocabulary[text]}": text for text in sorted(vocabulary, key=vocabulary.get)}
     named = loaded.tokenizer.special_tokens_map
-    return texts | {role: named[role] for role in BOS_EOS if role in named}
+    return texts | {role: named.get(role) for role in BOS_EOS}
 
 
 def load_drafter(

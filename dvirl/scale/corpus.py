@@ -77,7 +77,7 @@ def write_conversations(
         raise DvirlError(f"the model wrote no usable turn of {count}; another model or chat_format may")
     first = answer(loaded, opening, max_new_tokens, batch)
     longer = []
-    for tokens, length in zip(first.tokens, first.prompt_lens + first.response_lens, strict=True):
+    for tokens, length in zip(first.tokens, first.lengths, strict=True):
         *conversation, last = tokens[:length].tolist()
         if rng.random() < follow_up and last in loaded.eos_ids:
             longer.append([*conversation, *again])

@@ -9,9 +9,10 @@ import random
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from dvirl.losses import (
 from dvirl.models.drafters import drafter_folder, export
 from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import fitting, free_memory
-from dvirl.rollout import Responses, join, response_index, verifier_states
+from dvirl.rollout import Responses, join, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import claim
@@ -74,8 +75,10 @@ WIDTH_STEP = 64
 """On CUDA sequences are padded to a multiple of this, each width one captured graph."""
 MOMENTUM = 0.9
 """Of the baselines, moving averages of the returns."""
-CAPTURED_BY = ("objective", "kl_weight", "ce_weight", "temperature", "depths", "depth_decay", "batch")
-"""Settings that a captured graph depends on."""
+CAPTURED_BY = attrgetter(
+    "objective", "kl_weight", "ce_weight", "temperature", "depths", "depth_decay", "batch"
+)
+"""The values of those settings on which captured graphs depend."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,21 @@ class DistillCounters(Counters):
 
 
 class _Objective(nn.Module):
-    """Loss and agreement as a function of tensors alone, in fixed shapes."""
+    """Loss and agreement as a function of tensors alone, in fixed shapes.
+
+    It is called with:
+        tokens: `[B, T]`.
+        positions: `[N]`, where to draft the next token, counted through all rows.
+        later: `[B, R]`, the positions of each row at which later drafts of blocks are made.
+        index: `[N]`, the verifier's tokens after `positions`, as rows of the exit head.
+        verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
+        weight: `[N]`, 1, and 0 at padding.
+        actions: with reinforce_block noise `[N, K]`, uniform in [0, 1), by which it acts, and its baselines `[K]`.
+
+    It returns the mean loss, over the first drafts of blocks and with feedback over later ones, too; the share of
+    positions where the argmax of a first draft is the verifier's token; both 0-d. With reinforce_block also the mean
+    returns by depth, `[K]`.
+    """
 
     def __init__(self, model: KangarooModel, config: DistillConfig) -> None:
         super().__init__()
@@ -199,90 +216,58 @@ class _Objective(nn.Module):
         index: Tensor,
         verifier_hidden: Tensor,
         weight: Tensor,
-        noise: Tensor | None = None,
-        baselines: Tensor | None = None,
+        *actions: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Draft after the chosen positions.
-
-        Args:
-            tokens: `[B, T]`.
-            positions: `[N]`, where to draft the next token, counted through all rows.
-            later: `[B, R]`, the positions of each row at which later drafts of blocks are made.
-            index: `[N]`, the verifier's tokens there, as rows of the exit head.
-            verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
-            weight: `[N]`, 0 at padding.
-            noise: `[N, K]`, uniform in [0, 1), from which reinforce_block draws its actions.
-            baselines: `[K]`, reinforce_block's.
-
-        Returns:
-            The mean loss, over the first drafts of blocks and with feedback over later ones, too; the share of
-            positions where the argmax of a first draft is the verifier's token; both 0-d. With reinforce_block also the
-            mean returns by depth, `[K]`.
-        """
-        with torch.autocast(
-            tokens.device.type,
-            torch.bfloat16,
-            enabled=verifier_hidden.dtype == torch.bfloat16,
-            cache_enabled=False,
-        ):
-            depths = self._drafts(tokens, positions, later, index, verifier_hidden, weight)
-            if self.config.objective in BY_DEPTH:
-                outputs = [self._by_depth(self.config.objective, depths)]
-            else:
-                outputs = self._of_blocks(depths, positions, noise, baselines)
-            if self.config.objective != "kl" and self.config.kl_weight:
-                outputs[0] = outputs[0] + self.config.kl_weight * self._by_depth("kl", depths)
-        agrees = depths[0].logits.detach().argmax(dim=-1) == index
-        return outputs[0], (agrees * weight).sum() / weight.sum(), *outputs[1:]
-
-    def _drafts(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        later: Tensor,
-        index: Tensor,
-        verifier_hidden: Tensor,
-        weight: Tensor,
-    ) -> list[DraftsAtDepth]:
-        """The drafts of every depth; without feedback they are the same, and there is one."""
+        """Draft after the chosen positions; arguments and results as the class says."""
         config = self.config
-        chosen = verifier_hidden.flatten(0, 1).index_select(0, positions)
-        normalizer = None
-        if config.objective in OVER_ALL_TOKENS:
-            normalizer = self.model.verifier_normalizer(chosen, config.temperature)
-        teacher = Teacher.of(self.model.verifier_logits(chosen) / config.temperature, normalizer)
-        exit_hidden = self.model.base_model.forward_shallow(tokens)
-        states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
-        depths = []
-        for depth, state in enumerate(states):
-            where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
-            logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
-            depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
-        return depths
+        half = verifier_hidden.dtype == torch.bfloat16
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            # 1) What the verifier says there.
+            chosen = verifier_hidden.flatten(0, 1).index_select(0, positions)
+            normalizer = None
+            if config.objective in OVER_ALL_TOKENS:
+                normalizer = self.model.verifier_normalizer(chosen, config.temperature)
+            teacher = Teacher.of(self.model.verifier_logits(chosen) / config.temperature, normalizer)
+            # 2) The drafts of every depth; without feedback they are the same, and there is one.
+            exit_hidden = self.model.base_model.forward_shallow(tokens)
+            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
+            depths = []
+            for depth, state in enumerate(states):
+                where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
+                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
+                depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
+            # 3) The loss.
+            if config.objective in BY_DEPTH:
+                loss, *returns = [self._by_depth(config.objective, depths)]
+            else:
+                loss, *returns = self._of_blocks(depths, positions, actions)
+            if config.objective != "kl" and config.kl_weight:
+                loss = loss + config.kl_weight * self._by_depth("kl", depths)
+        return loss, depths[0].mean(depths[0].logits.argmax(dim=-1) == index), *returns
 
-    def _by_depth(self, objective: str, depths: Sequence[DraftsAtDepth]) -> Tensor:
+    def _by_depth(self, objective: str, depths: list[DraftsAtDepth]) -> Tensor:
         """The weighted mean over depths of an objective that judges each draft by itself."""
         loss = torch.zeros((), device=depths[0].weight.device)
         shares = 0.0
         for depth, drafts in enumerate(depths):
             share = self.config.depth_decay**depth
-            total = (BY_DEPTH[objective](drafts) * drafts.weight).sum()
-            loss = loss + share * total / drafts.weight.sum()
+            loss = loss + drafts.mean(BY_DEPTH[objective](drafts), share)
             shares += share
         return loss / shares
 
     def _of_blocks(
-        self, depths: list[DraftsAtDepth], positions: Tensor, noise: Tensor | None, baselines: Tensor | None
+        self, depths: list[DraftsAtDepth], positions: Tensor, actions: tuple[Tensor, ...]
     ) -> list[Tensor]:
         """The mean of an objective for whole blocks, one from each position; and reinforce_block's mean returns."""
         first = depths[0]
         inside = within_text(positions, first.weight, self.config.depths)
         # Without feedback a draft does not depend on its depth.
-        depths = depths + depths[-1:] * (self.config.depths - len(depths))
-        if noise is None or baselines is None:
+        depths = depths + depths[-1:] * (len(inside) - len(depths))
+        if not actions:
             greedy = self.config.objective == "block"
             chances = [drafts.chance() if greedy else drafts.acceptance() for drafts in depths]
             return [-first.mean(expected_accepted(along_blocks(chances, inside)))]
+        noise, baselines = actions
         acts = [drafts.act(uniform) for drafts, uniform in zip(depths, noise.T, strict=True)]
         log_probs, accepted = (along_blocks(values, inside) for values in zip(*acts, strict=True))
         losses, means = reinforce_block_loss(log_probs, accepted, inside, baselines)
@@ -296,11 +281,33 @@ class _Objective(nn.Module):
         return rows * later.shape[1] + offsets
 
 
+def conversations(loaded: LoadedModel, config: DistillConfig, path: Path, count: int, seed: int) -> Responses:
+    """Conversations that the model holds with itself, from their file or, the first time, written.
+
+    Args:
+        loaded, count, seed: as in `write_conversations`.
+        config: lengths and shares.
+        path: of the shard.
+    """
+    if not path.exists():
+        shard = write_conversations(
+            loaded,
+            count,
+            seed,
+            config.answer_tokens,
+            config.follow_up,
+            config.write_batch,
+            config.about_text,
+        )
+        write_shard(path, shard)
+    return read_shard(path)
+
+
 def kept_states(base: EarlyExitLlamaForCausalLM, responses: Responses) -> dict[int, Tensor]:
     """The verifier's states on every response, `[T, D]`, by row; none if they would take too much of the memory."""
     kept: dict[int, Tensor] = {}
     device = base.model.norm.weight.device
-    lengths = responses.prompt_lens + responses.response_lens
+    lengths = responses.lengths
     needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
     if needed > KEPT_SHARE * free_memory(device):
         return kept
@@ -354,7 +361,7 @@ class Distiller(TrainingLoop):
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
         # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
-        self._captured: dict[tuple[Any, ...], Any] = {}
+        self._captured: dict[tuple[int, str], Any] = {}
         # States that are read once are not kept.
         self._kept = kept_states(base, self.responses) if config.passes > 1 else {}
         self._begin()
@@ -362,16 +369,17 @@ class Distiller(TrainingLoop):
     def begin_again(self, config: DistillConfig) -> None:
         """Begin another run from the drafter that this one started from, on the same responses.
 
-        What is costly stays: the model, the verifier's states on the responses, and graphs captured for this objective.
+        What is costly stays: the model and the verifier's states on the responses; captured graphs stay if all
+        settings in them do, and are dropped otherwise.
 
         Args:
-            config: with another `run_dir`; it may differ in the objective, rates, seed and passes, too.
+            config: with another `run_dir`; it may differ in the objective and its weights, rates, seed and passes, too.
 
         Raises:
             DvirlError: if there is a run with other settings in its folder.
         """
         claim(Path(config.run_dir), config, self.loaded)
-        if any(getattr(config, name) != getattr(self.config, name) for name in CAPTURED_BY):
+        if CAPTURED_BY(config) != CAPTURED_BY(self.config):
             self._captured.clear()  # the graphs of one objective take gigabytes
         self.config = config
         self._kept = self._kept or kept_states(self.loaded.model, self.responses)
@@ -408,37 +416,24 @@ class Distiller(TrainingLoop):
         with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
             while num_tokens < config.num_tokens:
                 path = self.run_dir / "responses" / f"shard-{len(parts):05d}.safetensors"
-                if not path.exists():
-                    self._write_shard(path, len(parts), config.num_tokens - num_tokens)
-                parts.append(read_shard(path))
-                num_tokens += parts[-1].num_tokens
-                bar.update(parts[-1].num_tokens)
+                is_new = not path.exists()
+                began = time.perf_counter()
+                # Fewer conversations than usual if few tokens are missing.
+                count = min(SHARD, max(8, 2 * (config.num_tokens - num_tokens) // config.answer_tokens))
+                shard = conversations(self.loaded, config, path, count, config.seed * 1_000_003 + len(parts))
+                if is_new:
+                    line = {
+                        "phase": "write",
+                        "shard": len(parts),
+                        "tokens": shard.num_tokens,
+                        "memory_gb": self._memory_gb(),
+                        "wall_s": time.perf_counter() - began,
+                    }
+                    self._log_line(line)
+                parts.append(shard)
+                num_tokens += shard.num_tokens
+                bar.update(shard.num_tokens)
         return join(parts)
-
-    def _write_shard(self, path: Path, index: int, wanted: int) -> None:
-        """Write shard `index`: fewer conversations than usual if few tokens are `wanted`."""
-        config = self.config
-        began = time.perf_counter()
-        count = min(SHARD, max(8, 2 * wanted // config.answer_tokens))
-        seed = config.seed * 1_000_003 + index
-        shard = write_conversations(
-            self.loaded,
-            count,
-            seed,
-            config.answer_tokens,
-            config.follow_up,
-            config.write_batch,
-            config.about_text,
-        )
-        write_shard(path, shard)
-        line = {
-            "phase": "write",
-            "shard": index,
-            "tokens": shard.num_tokens,
-            "memory_gb": self._memory_gb(),
-            "wall_s": time.perf_counter() - began,
-        }
-        self._log_line(line)
 
     def _chosen(self, responses: Responses) -> tuple[Responses, dict[str, int]]:
         """The responses to learn from, and how many others there are: repeats, too short ones, excluded ones."""
@@ -605,7 +600,7 @@ class Distiller(TrainingLoop):
         seed = random.Random(f"{self.config.seed}/{pass_index}").getrandbits(63)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.responses), generator=generator)
-        lengths = self.responses.prompt_lens + self.responses.response_lens
+        lengths = self.responses.lengths
         parts = [
             part[lengths[part].argsort()] for part in torch.split(order, SORTED_TOGETHER * self.config.batch)
         ]
@@ -651,8 +646,7 @@ class Distiller(TrainingLoop):
 
     def _positions(self, batch: Responses, states: Tensor, padded: bool) -> tuple[Tensor, ...]:
         """The inputs of `_Objective`; for CUDA padded to one of a few shapes, so that each is captured once."""
-        rows, positions = response_index(batch.response_lens)
-        before = batch.prompt_lens[rows] + positions - 1
+        rows, before = batch.draft_places()
         tokens = batch.tokens
         count = len(rows)
         longest = int((self.responses if padded else batch).response_lens.max())
@@ -676,9 +670,9 @@ class Distiller(TrainingLoop):
         return tokens, chosen, later, index, states, weight.to(tokens.device)
 
     def objective(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """`_Objective` of these inputs; with CUDA, replayed from a CUDA graph of their shape."""
+        """`_Objective` of these inputs; with CUDA, but for reinforce_block, replayed from a graph of their shape."""
         config = self._now
-        key = (inputs[0].shape[1], *(getattr(config, name) for name in CAPTURED_BY))
+        key = (inputs[0].shape[1], config.objective)
         if key not in self._captured:
             objective: Any = _Objective(self.model, config)
             # Captured, reinforce_block read a draft outside the vocabulary on an H200; why was not found.
