@@ -193,17 +193,31 @@ def fixed_blocks(record: str) -> str:
 def prompts() -> str:
     """Milliseconds to the first token by the length of the prompt, read by our kernels or by a library."""
     found = read("blocks-steps-h200")["prompts"]
+    ways = ("plain decoding", "four learned drafts")
+    times = {
+        (row["prompt_tokens"], row["way"], part): f"{row['first_token_ms']:.1f}"
+        for part in ("before", "after")
+        for row in found[part]
+    }
     rows = []
-    for length in (20, 180, 250, 400, 500, 600):
-        cells = []
-        for way in ("plain decoding", "four learned drafts"):
-            for part in ("before", "after"):
-                of_part = (row for row in found[part] if row["prompt_tokens"] == length and row["way"] == way)
-                cells.append(f"{next(of_part)['first_token_ms']:.1f}")
+    for length in sorted({length for length, _, _ in times}):
+        cells = [times.get((length, way, part), "") for way in ways for part in ("before", "after")]
         rows.append([str(length), *cells])
-    return table(
-        ["tokens of the prompt", "plain, before", "after", "four learned drafts, before", "after"], rows
-    )
+    head = ["tokens of the prompt", "plain, before", "after", "four learned drafts, before", "after"]
+    return table(head, rows)
+
+
+def steps() -> str:
+    """The second drafter before and after blocks took fewer kernels: speed over plain decoding of the same run."""
+    methods = {"pld": "prompt lookup", "fixed": "four learned drafts always"}
+    methods |= {"dvi": "learned", "hybrid": "learned and looked up"}
+    rows = []
+    for name, text in SETS.items():
+        both = [overall(f"{name}-{kind}", "h200") for kind in ("early", "steps")]
+        rates = [f"{one['plain']['tok_per_s']:,.0f}" for one in both]
+        cells = [" → ".join(f"{one[method]['speedup']:.2f}" for one in both) for method in methods]
+        rows.append([text, " → ".join(rates), *cells])
+    return table(["speed over plain decoding", "plain, tokens a second", *methods.values()], rows)
 
 
 def by_set(before: str, after: str) -> str:
@@ -472,7 +486,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
     "early": lambda: by_set("recurrent", "early"),
     "steps_blocks": lambda: fixed_blocks("blocks-steps-h200"),
-    "steps": lambda: by_set("early", "steps"),
+    "steps": steps,
     "prompts": prompts,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
