@@ -20,7 +20,7 @@ from kangaroo.decoding.layers import compiled
 from kangaroo.decoding.sampling import inverse_cdf
 
 
-def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float | Tensor) -> Tensor:
+def reinforce_loss(log_probs: Tensor, rewards: Tensor, baseline: float) -> Tensor:
     """REINFORCE with a baseline (Williams 1992): `-(reward - baseline) * log pi(token | h)`.
 
     Args:
@@ -486,5 +486,5 @@ def reinforce_block_loss(
     acting = inside * torch.cat([inside[:1], reached[:-1]])
     count = acting.sum(dim=1)
     means = torch.where(count > 0, (acting * returns).sum(dim=1) / count, baselines)
-    losses = reinforce_loss(log_probs, returns, baselines[:, None])
+    losses = reinforce_loss(log_probs, returns - baselines[:, None], 0.0)
     return (acting * losses).sum(dim=0), means
