@@ -160,15 +160,13 @@ def recurrent() -> str:
 def block_reward() -> str:
     """A drafter that goes on by each objective, the longest blocks first; and its blocks on public sets."""
     found = read("study-block-reward")["summary"]
-    keys = {f"depth_{depth}": 3 for depth in (1, 2, 3, 4)}
-    keys |= {"tokens_a_block": 2, "expected_tokens": 2, "ece": 3}
-    head = ["objective", "first draft right", "second", "third", "fourth"]
-    head += ["tokens a block", "at temperature 1", "calibration error"]
+    keys = {"depth_1": 3, "tokens_a_block": 2, "expected_tokens": 2}
+    head = ["objective", "first draft right", "tokens a block", "at temperature 1"]
     names = sorted(found, key=lambda name: -found[name]["tokens_a_block"]["mean"])
     for name, text in SETS.items():
         if f"{name}_tokens_a_block" in found[names[0]]:
             keys[f"{name}_tokens_a_block"] = 2
-            head.append(f"tokens a block, {text}")
+            head.append(text)
     start = [f"{found[names[0]][f'{key}_before']['mean']:.{digits}f}" for key, digits in keys.items()]
     rows = [["before", *start]]
     for name in names:
