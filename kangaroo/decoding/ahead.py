@@ -110,7 +110,7 @@ class _Look:
     """One block's outcome on its way to the host.
 
     Attributes:
-        numbers: see `block_kernels.accept`.
+        numbers: see `_Numbers`.
         arrived: says when they are there; None without a GPU.
         states: `[rows, n, D]`, the exit states that the learned drafts were made from; without any `[B, T, D]`, the
             verifier's.

@@ -212,8 +212,6 @@ def accept(
         "LEARNED": plan.learned_chains,
         "DRAFTED": plan.learned,
         "LONGEST": LONGEST_NGRAM,
-    }
-    sizes |= {
         "ROWS": len(state.own) // texts,
         "LOOKED_UP": plan.looked_up > 0,
         "FED_BACK": fed_back,
