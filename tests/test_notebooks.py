@@ -237,6 +237,8 @@ def test_a_notebook_runs_with_its_progress_shown_from_inside_and_a_summary(tmp_p
         "sys.stderr.write('a bar of its own')",
         "print('said in the notebook')",
         "open(f'{run_dir}/summary.txt', 'w').write('learned something\\n')",
+        # What the kernel says if it is told to stop while it still leaves its last cell.
+        "get_ipython().kernel.log.error('KeyboardInterrupt caught in kernel.')",
     ]
     language = {"language_info": {"name": "python"}}
     cells = [nbformat.v4.new_code_cell("run_dir = ''", metadata={"tags": ["parameters"]})]

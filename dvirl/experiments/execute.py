@@ -24,8 +24,9 @@ def main(argv: Sequence[str]) -> None:
         kernel_name="python3",
         progress_bar=False,
         stderr_file=sys.stderr,
-        # That the kernel talks to this process over TCP is no news to who runs it.
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        # Errors in cells arrive as outputs. What the kernel itself logs is no news to who runs it: that it talks
+        # to this process over TCP, or that it was interrupted when its work was done, which is how it is stopped.
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
     )
     summary = Path(parameters.get("run_dir", "")) / "summary.txt"
     if summary.exists():
