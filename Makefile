@@ -58,7 +58,7 @@ $(STUDIES): $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/dvirl study configs/$@.yaml --quick --set $(SET) $(ROWS) --out $(QUICK)/$@.json
 
 bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
-	$(BIN)/dvirl bench smollm2-135m-k2 $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
+	$(BIN)/dvirl bench $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
 
 evaluate: $(READY)  ## judge the drafter in the box by Spec-Bench's measures, on the packaged questions, all methods in turn
 	$(BIN)/dvirl evaluate --answer_tokens 32 --run_dir runs/evaluate-$(STAMP)

@@ -12,6 +12,7 @@ from pathlib import Path
 from dvirl.data.sources import Prompt, parse_jsonl, placed
 from dvirl.live import LiveConfig, LiveSession
 from dvirl.metrics import Tally
+from dvirl.models.drafters import DEFAULT_DRAFTER
 from dvirl.models.embedded import cache_root
 from dvirl.models.loading import DEFAULT_MODEL, load
 from dvirl.models.streaming import stream_text
@@ -56,7 +57,7 @@ class ChatConfig(LiveConfig, ModelSettings):
     """Colour drafts: accepted ones green (learned) or cyan (looked up), the rejected one struck out, others plain."""
     replay: str = ""
     """File of prompts to answer in place of a conversation: one a line, or JSON lines with "prompt" or "turns"."""
-    draft: str = "smollm2-135m-k2"
+    draft: str = DEFAULT_DRAFTER
     """Name or folder of the drafter."""
     model_name: str = DEFAULT_MODEL
     """Embedded name, local folder or hub id of the model that answers; the drafter must be made for it."""

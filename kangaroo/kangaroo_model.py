@@ -17,7 +17,16 @@ from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
-from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, product, rms_norm, weights_of
+from kangaroo.decoding.layers import (
+    CachedLayer,
+    Fuse,
+    MadeFromWeights,
+    can_round,
+    product,
+    rms_norm,
+    rounded_product,
+    weights_of,
+)
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
 from kangaroo.decoding.timing import measure_costs, now
@@ -58,6 +67,10 @@ class KangarooModel(nn.Module):
             `head` ("frozen", "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers,
             or None for all); what is missing takes its default.
         EARLY_STOP_LAYER: k.
+
+    Attributes:
+        int8_head: whether decoding on a CPU chooses drafts by the exit head in 8 bits, where that is possible. It is
+            faster, and only the choice of drafts depends on it. To be set before anything is decoded.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class KangarooModel(nn.Module):
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
         self._costs: dict[int, StepCosts] = {}
         self._policies: dict[DecodeConfig, AdaptivePolicy] = {}
+        self.int8_head = False
         drafter = getattr(args, "drafter", "none")
         window = getattr(args, "adapter_window", 64)
         layers = getattr(args, "drafter_layers", 1)
@@ -233,14 +247,15 @@ class KangarooModel(nn.Module):
             head += [self.head_down, self.head_up]
         adapter = self.adapter_model
         layers = [*weights_of(adapter), self._embeddings()]
+        how = [float(self.int8_head)]
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.
             drafter = self._weights.get("drafter layers", layers, self._fused_drafter)
-            exit_head = self._weights.get("exit head", head, self._merged_head)
+            exit_head = self._weights.get("exit head", head, self._merged_head, how)
             return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
 
-        weights = self._weights.get("drafter", [*layers, *head], make)
+        weights = self._weights.get("drafter", [*layers, *head], make, how)
         shallow = None
         if adapter.embed_tokens is not None:
             embed = adapter.embed_tokens
@@ -270,7 +285,8 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head = torch.addmm(head, self.head_up, self.head_down)
         head = head.to(self.head_rows.dtype)
-        return StageWeights([], head=product(head), head_weight=head)
+        rounded = self.int8_head and can_round(head)
+        return StageWeights([], head=rounded_product(head) if rounded else product(head), head_weight=head)
 
     def drafter_depths(
         self,

@@ -20,7 +20,7 @@ from dvirl.evaluation.measure import Answer, tally
 from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_configs, decoders
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.evaluation.report import write_out
-from dvirl.models.drafters import Draft, LoadedDrafter, load_drafter
+from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, LoadedDrafter, load_drafter
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
@@ -190,14 +190,16 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 class BenchConfig(MeasureSettings):
     """Settings of `dvirl bench`."""
 
-    drafter: str = positional("smollm2-135m-k2")
+    drafter: str = positional(DEFAULT_DRAFTER)
     """Name of a shipped drafter, or folder of a drafter or of a whole Llama that drafts."""
     num_questions: int = number(16, 0)
     """Number of questions of each file, spread over it; 0 for all."""
     draft_len: int = number(8, 1)
     """Most drafts of a block, for adaptive methods."""
-    dtype: str = "bfloat16"
-    """Of the weights: auto, float32, bfloat16 or float16."""
+    dtype: str = "auto"
+    """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
+    int8_head: bool = True
+    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
     threads: int = number(2, 1, 1024)
     """CPU threads of torch."""
     rows: int = number(0, 0)
@@ -226,6 +228,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         config.drafter, None, config.dtype, config.device, config.model_name, config.exit_layer
     )
     model = drafter.model
+    model.int8_head = config.int8_head
     if config.hostile:
         if model.draft_ids is None:
             raise DvirlError(

@@ -26,7 +26,7 @@ from dvirl.evaluation.rejections import accept_events, token_texts
 from dvirl.evaluation.report import describe, markdown_table, write_report
 from dvirl.evaluation.spec_bench import OVERALL, Row, answer_row, answer_table, measures, resume_answers
 from dvirl.metrics import verifier_figures, verifier_sums
-from dvirl.models.drafters import Draft, DrafterOptions, open_draft
+from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, DrafterOptions, open_draft
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
@@ -100,8 +100,10 @@ class EvalSettings(Settings):
 class EvalConfig(EvalSettings, DrafterOptions):
     """Everything that an evaluation depends on."""
 
-    draft: str = "smollm2-135m-k2"
+    draft: str = DEFAULT_DRAFTER
     """Name of a shipped drafter, or folder of a drafter, of a run, or of a whole Llama that drafts."""
+    int8_head: bool = True
+    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     device: str = "auto"
@@ -393,6 +395,7 @@ def main(args: Any) -> pd.DataFrame:
     processes = Processes(config.device)
     processes.announce()
     draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
+    draft.model.int8_head = config.int8_head
     figures = evaluate(draft, config)
     if processes.first:
         run_dir = config.run_dir
