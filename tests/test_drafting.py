@@ -25,6 +25,7 @@ from kangaroo.decoding.drafting import (
 )
 from kangaroo.decoding.planning import Plan, Planner, _Continuations, hoped
 from kangaroo.decoding.speculate import Text
+from kangaroo.decoding.stages import Stages
 
 COSTS = StepCosts((10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5), 1.5)
 WAYS = [
@@ -235,17 +236,25 @@ def test_costs_by_hand():
     assert StepCosts((10.0, 21.0), 1.0).break_even(1) == math.inf
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_the_first_draft_of_a_recurrent_drafter_costs_by_itself(recurrent, monkeypatch):
-    """Clockwork: a step 10 ms, a row 1, a draft 2, the first of a block 3 more; a single draft is waited for, 7."""
+def test_the_first_draft_of_a_recurrent_drafter_costs_by_itself(recurrent, captured, monkeypatch):
+    """Clockwork: a step 10 ms, a row 1, a draft 2, the first of a block 3 more; a single draft is waited for, 7.
+
+    Where the host looks at each draft, those of a long block are noted one by one, and the third is delayed.
+    """
     clock = [0.0]
 
     def step(stages, texts, config):
         policy = texts[0].policy
         rows = policy.num_learned + len(policy._looked_up)
-        drafts = 2 * policy.num_learned + 3 * recurrent * (policy.num_learned > 0)
-        clock[0] += (10 + rows + drafts + 7 * (policy.num_learned == 1)) / 1e3
+        for depth in range(policy.num_learned):
+            clock[0] += (2 + 3 * (recurrent and not depth) + 9 * (depth == 2 and not captured)) / 1e3
+            for _ in texts:
+                policy.keep_drafting(0, 1.0)
+        clock[0] += (10 + rows + 7 * (policy.num_learned == 1)) / 1e3
 
+    monkeypatch.setattr(Stages, "drafts_at_once", lambda stages, wanted: wanted if captured else 1)
     monkeypatch.setattr(timing, "now", lambda device: clock[0])
     monkeypatch.setattr(timing, "spec_decode_step", step)
     model = tiny_kangaroo(drafter="layer", feedback=recurrent, recurrent=recurrent)

@@ -9,7 +9,14 @@ from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
 from kangaroo import sgp_lora
 from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, packed_dtypes, product
+from kangaroo.decoding.layers import (
+    CachedLayer,
+    MadeFromWeights,
+    can_round,
+    packed_dtypes,
+    product,
+    rounded_product,
+)
 from kangaroo.sgp_lora import AdapterSwitch
 
 
@@ -25,6 +32,55 @@ def test_a_packed_product_is_the_product():
 def test_what_cannot_be_packed_is_a_plain_product():
     x, weight = torch.randn(2, 8).double(), torch.randn(4, 8).double()
     assert torch.equal(product(weight)(x), x @ weight.T)
+
+
+def test_a_product_in_8_bits_is_nearly_the_product():
+    weight = torch.randn(56, 24) * torch.logspace(-3, 3, 56)[:, None]  # rows of very different sizes
+    weight[7] = 0.0
+    assert can_round(
+        weight
+    )  # else nothing below says anything; every CPU that we test on has these operators
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 3, 9):
+            states = torch.randn(1, rows, 24).to(dtype)
+            expected = states.float() @ weight.to(dtype).float().T
+            found = rounded_product(weight.to(dtype))(states)
+            sizes = weight.norm(dim=1) * states.float().norm(dim=-1).amax()
+            assert found.dtype == torch.float32 and not torch.equal(found, expected)
+            assert bool(((found - expected).abs() <= 0.02 * sizes).all())
+
+
+def test_without_the_operators_nothing_is_rounded(monkeypatch):
+    model = tiny_kangaroo(1, drafter="layer", head="full")
+    model.int8_head = True
+    monkeypatch.setattr(torch, "quantize_per_channel", None)
+    layers._rounds.cache_clear()
+    try:
+        found = model.drafter_parts().weights
+    finally:
+        layers._rounds.cache_clear()
+    assert found.head is not None and found.head_weight is not None
+    states = torch.randn(1, 2, 32)
+    torch.testing.assert_close(found.head(states), states @ found.head_weight.T)
+
+
+def test_a_rounded_head_chooses_drafts_and_no_token():
+    """Which is made when it is asked for; what is drafted may differ, what is answered does not."""
+    model = tiny_kangaroo(3, drafter="layer", head="full", deep_scale=0.3)
+    prompt = random_prompts(3, 1)[0]
+    ways = [DecodeConfig(4), DecodeConfig(4, source="hybrid", adaptive=True)]
+    plain = model.generate(prompt, 40, DecodeConfig(0)).tokens
+    exact = model.drafter_parts().weights.head
+    model.int8_head = True
+    rounded = model.drafter_parts().weights.head
+    states = torch.randn(1, 1, 32)
+    assert not torch.equal(exact(states), rounded(states))
+    assert [model.generate(prompt, 40, how).tokens for how in ways] == [plain, plain]
+    with torch.no_grad():
+        model.exit_proj.weight.neg_()  # an update is seen here, too
+    assert model.drafter_parts().weights.head(states).allclose(-rounded(states), atol=0.05)
+    model.int8_head = False
+    assert torch.equal(model.drafter_parts().weights.head(states), -exact(states))
 
 
 @pytest.mark.parametrize("length", [1, 4])

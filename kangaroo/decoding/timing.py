@@ -27,14 +27,23 @@ def now(device: torch.device) -> float:
 
 
 class _Watched(ScriptedPolicy):
-    """A policy that notes when each learned draft was there."""
+    """A policy that notes when each learned draft was there.
 
-    def __init__(self, num_learned: int) -> None:
+    Args:
+        num_learned: as in `ScriptedPolicy`.
+        device: of the model.
+
+    Attributes:
+        times: in seconds, of each text one after the other.
+    """
+
+    def __init__(self, num_learned: int, device: torch.device) -> None:
         super().__init__(num_learned)
         self.times: list[float] = []
+        self._device = device
 
     def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
-        self.times.append(time.perf_counter())
+        self.times.append(now(self._device))
         return super().keep_drafting(token, confidence, made)
 
 
@@ -80,8 +89,8 @@ class _Blocks:
         if (
             self.stages.drafts_at_once(longest) == 1 and longest > 1
         ):  # the host sees each draft when it is there
-            policy = _Watched(longest)
-            began = time.perf_counter()
+            policy = _Watched(longest, self.stages.passes.device)
+            began = now(self.stages.passes.device)
             self._run(policy)
             seen = policy.times[:: self.rows]
             later_ms = 1e3 * median(after - before for before, after in pairwise(seen))
