@@ -77,8 +77,6 @@ class LiveConfig(Settings):
     """What drafts: learned, lookup or hybrid; only learned drafts can be learned from."""
     adaptive: bool = True
     """Choose source and length of each block by what pays; off, blocks are as long as they can be."""
-    int8_head: bool = True
-    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
     temperature: float = number(0.0, 0, 100)
     """0 answers greedily; above 0 answers are sampled."""
     budget: float = number(0.1, 0, 0.9)
@@ -346,7 +344,6 @@ class LiveSession:
                 f"{drafter}: expected a drafter of dvirl with a trained exit head, to learn live"
             )
         self.model = draft.model
-        self.model.int8_head = self.config.int8_head
         config = self.config
         self.trainer = HeadTrainer(training_settings(config, draft, str(drafter)), draft)
         self.memory = Memory(config.remember) if config.remember and config.source != "learned" else None

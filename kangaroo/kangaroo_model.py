@@ -17,16 +17,7 @@ from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
-from kangaroo.decoding.layers import (
-    CachedLayer,
-    Fuse,
-    MadeFromWeights,
-    can_round,
-    product,
-    rms_norm,
-    rounded_product,
-    weights_of,
-)
+from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, product, rms_norm, weights_of
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
 from kangaroo.decoding.timing import measure_costs, now
@@ -67,11 +58,10 @@ class KangarooModel(nn.Module):
             `head` ("frozen", "full", "lora"), `head_rank` and `draft_vocab` (vocabulary ids that the exit head covers,
             or None for all); what is missing takes its default.
         EARLY_STOP_LAYER: k.
-
-    Attributes:
-        int8_head: whether decoding on a CPU chooses drafts by the exit head in 8 bits, where that is possible. It is
-            faster, and only the choice of drafts depends on it. To be set before anything is decoded.
     """
+
+    int8_head = False
+    """Whether on a CPU drafts are chosen by the exit head in 8 bits, which is faster; to be set before decoding."""
 
     def __init__(
         self,
@@ -90,7 +80,6 @@ class KangarooModel(nn.Module):
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
         self._costs: dict[int, StepCosts] = {}
         self._policies: dict[DecodeConfig, AdaptivePolicy] = {}
-        self.int8_head = False
         drafter = getattr(args, "drafter", "none")
         window = getattr(args, "adapter_window", 64)
         layers = getattr(args, "drafter_layers", 1)
@@ -285,8 +274,7 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head = torch.addmm(head, self.head_up, self.head_down)
         head = head.to(self.head_rows.dtype)
-        rounded = self.int8_head and can_round(head)
-        return StageWeights([], head=rounded_product(head) if rounded else product(head), head_weight=head)
+        return StageWeights([], head=product(head, int8=self.int8_head), head_weight=head)
 
     def drafter_depths(
         self,

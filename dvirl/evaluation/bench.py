@@ -186,6 +186,16 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     return str(rows.to_string(float_format="{:.2f}".format, na_rep=""))
 
 
+def make_wrong(drafter: LoadedDrafter) -> None:
+    """Let each row of the exit head mean its neighbour's token."""
+    ids = drafter.model.draft_ids
+    if ids is None:
+        raise DvirlError(
+            f"{drafter.folder} drafts any token; expected a draft with a draft vocabulary for --hostile"
+        )
+    drafter.model.draft_ids = ids.roll(1)
+
+
 @dataclass(frozen=True)
 class BenchConfig(MeasureSettings):
     """Settings of `dvirl bench`."""
@@ -230,11 +240,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     model = drafter.model
     model.int8_head = config.int8_head
     if config.hostile:
-        if model.draft_ids is None:
-            raise DvirlError(
-                f"{config.drafter} drafts any token; expected one with a draft vocabulary for --hostile"
-            )
-        model.draft_ids = model.draft_ids.roll(1)  # each row of the head now means its neighbour's token
+        make_wrong(drafter)
     sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
     with model.base_model.merged():

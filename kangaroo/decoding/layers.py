@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -35,13 +36,37 @@ LARGE = 2**22
 products, and a second copy of them would take the memory."""
 
 
-def product(weight: Tensor, bias: Tensor | None = None) -> Product:
-    """`x -> x @ weight.T + bias`, the weight packed if this is a CPU whose torch can."""
+def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Product:
+    """`x -> x @ weight.T + bias`, the weight packed if this is a CPU whose torch can.
+
+    Args:
+        weight: `[N, D]`.
+        bias: `[N]`.
+        int8: on a CPU compute nearly the same with 8 bits a number, without the bias: for choosing drafts. A product of
+            few rows takes as long as its weight takes to read.
+    """
+    if int8 and weight.device.type == "cpu":
+        with suppress(AttributeError, RuntimeError):  # these operators are private to torch, too
+            packed = _in_8_bits(weight.float())
+            multiply = torch.ops.quantized.linear_dynamic
+            return lambda states: multiply(
+                states.float(), packed, True
+            )  # True: the sums fit on older processors
     if not can_pack(weight):
         return lambda states: F.linear(states, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
     run = torch.ops.mkldnn._linear_pointwise
     return lambda states: run(states, packed, bias, "none", [], "")
+
+
+def _in_8_bits(weight: Tensor) -> Any:
+    """The weight as torch multiplies by it, each row with a scale of its own."""
+    scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a later torch will have another form of this
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(rounded, None)
 
 
 @cache
@@ -63,44 +88,6 @@ def packed_dtypes() -> tuple[torch.dtype, ...]:
 def can_pack(weight: Tensor) -> bool:
     """Whether weights like this one can be packed."""
     return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
-
-
-def rounded_product(weight: Tensor) -> Product:
-    """Nearly `x -> x @ weight.T`, in float32: by 8 bits a number, for choosing drafts on a CPU.
-
-    A product of few rows takes as long as its weight takes to read, which is a quarter of float32's then. Each row of
-    the weight has a scale of its own; the states of one call share one.
-    """
-    packed = _in_8_bits(weight.float())
-    run = torch.ops.quantized.linear_dynamic
-    return lambda states: run(
-        states.float(), packed, True
-    )  # True: sums of 8 bits can run over on older processors
-
-
-def _in_8_bits(weight: Tensor) -> Any:
-    scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a later torch will have another form of this
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(rounded, None)
-
-
-@cache
-def _rounds() -> bool:
-    """Whether torch has these operators here, and they say what they should."""
-    weight = torch.eye(16)
-    states = torch.linspace(-1, 1, 32).view(2, 16)
-    try:
-        return bool((rounded_product(weight)(states) - states).abs().max() < 0.02)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
-def can_round(weight: Tensor) -> bool:
-    """Whether `rounded_product` can take this weight."""
-    return weight.device.type == "cpu" and _rounds()
 
 
 class CachedLayer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
@@ -17,6 +18,7 @@ from kangaroo.decoding.stages import Stages
 
 UNCOUNTED_ROUNDS = 2
 """Rounds before those that count."""
+HOST = torch.device("cpu")
 
 
 def now(device: torch.device) -> float:
@@ -27,79 +29,61 @@ def now(device: torch.device) -> float:
 
 
 class _Watched(ScriptedPolicy):
-    """A policy that notes when each learned draft was there.
+    """A policy that notes in `times` when each learned draft was there, in seconds."""
 
-    Args:
-        num_learned: as in `ScriptedPolicy`.
-        device: of the model.
-
-    Attributes:
-        times: in seconds, of each text one after the other.
-    """
-
-    def __init__(self, num_learned: int, device: torch.device) -> None:
-        super().__init__(num_learned)
-        self.times: list[float] = []
-        self._device = device
+    times: list[float]
 
     def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
-        self.times.append(now(self._device))
-        return super().keep_drafting(token, confidence, made)
+        self.times.append(now(HOST))
+        return True
 
 
+@dataclass
 class _Blocks:
-    """Times blocks after a context.
+    """Blocks of up to `longest` drafts after `context` tokens, to be timed."""
 
-    Args:
-        stages: the model.
-        longest: drafts of a block, at most.
-        context: tokens in the caches.
-    """
+    stages: Stages
+    longest: int
+    context: int
 
-    def __init__(self, stages: Stages, longest: int, context: int) -> None:
-        self.stages = stages
-        self.longest = longest
-        self.context = context
-        self.rows = len(stages.deep.cache.lengths)
-        self.index = LookupIndex([token % 7 for token in range(context + 1)])
-        self.config = DecodeConfig(longest)
-        prompt = LookupIndex(self.index.tokens[:-1])
-        spec_decode_step(stages, [Text(prompt, context + 1, ScriptedPolicy(0))] * self.rows, self.config)
+    def __post_init__(self) -> None:
+        self.rows = len(self.stages.deep.cache.lengths)
+        self.tokens = [token % 7 for token in range(self.context + 1)]
+        self._step(Text(LookupIndex(self.tokens[:-1]), self.context + 1, ScriptedPolicy(0)))
 
-    def ms(self, num_learned: int, num_looked_up: int, num_second: int = 0) -> float:
-        """Milliseconds of a block of these drafts."""
-        tokens = self.index.tokens
-        return self._run(ScriptedPolicy(num_learned, tokens[:num_looked_up], tokens[:num_second]))
+    def _step(self, text: Text) -> None:
+        spec_decode_step(self.stages, [text] * self.rows, DecodeConfig(self.longest))
 
-    def _run(self, policy: ScriptedPolicy) -> float:
-        stages = self.stages
-        stages.truncate([self.context] * self.rows)
-        texts = [Text(self.index, self.context + self.longest + 2, policy)] * self.rows
-        began = now(stages.passes.device)
-        spec_decode_step(stages, texts, self.config)
-        return 1e3 * (now(stages.passes.device) - began)
+    def ms(self, policy: ScriptedPolicy) -> float:
+        """Milliseconds of the block that a policy wants."""
+        device = self.stages.passes.device
+        self.stages.truncate([self.context] * self.rows)
+        text = Text(LookupIndex(self.tokens), self.context + self.longest + 2, policy)
+        began = now(device)
+        self._step(text)
+        return 1e3 * (now(device) - began)
+
+    def verifying_ms(self, count: int, beside: bool = False) -> float:
+        """Of a block of drafts that cost nothing, with a second chain of as many or none."""
+        drafts = self.tokens[:count]
+        return self.ms(ScriptedPolicy(0, drafts, drafts if beside else ()))
 
     def drafts_ms(self, verify_ms: Sequence[float]) -> tuple[float, float]:
-        """Milliseconds of a later draft, and those that the first one costs beyond it.
-
-        Args:
-            verify_ms: of blocks of n drafts that cost nothing.
-        """
+        """Of a later learned draft, and what the first one takes beyond it; `verify_ms` is by number of drafts."""
         longest = self.longest
         if (
             self.stages.drafts_at_once(longest) == 1 and longest > 1
         ):  # the host sees each draft when it is there
-            policy = _Watched(longest, self.stages.passes.device)
-            began = now(self.stages.passes.device)
-            self._run(policy)
-            seen = policy.times[:: self.rows]
-            later_ms = 1e3 * median(after - before for before, after in pairwise(seen))
-            return later_ms, 1e3 * (seen[0] - began) - later_ms
-        all_ms = self.ms(longest, 0) - verify_ms[-1]
+            policy = _Watched(longest)
+            policy.times = [now(HOST)]
+            self.ms(policy)
+            first, *later = (1e3 * (end - start) for start, end in pairwise(policy.times[:: self.rows]))
+            return median(later), first - median(later)
+        all_ms = self.ms(ScriptedPolicy(longest)) - verify_ms[-1]
         if not (self.stages.recurrent and longest > 2):
             return all_ms / longest, 0.0
         # Of two drafts, since after a single one the host waits before it verifies.
-        two_ms = self.ms(2, 0) - verify_ms[2]
+        two_ms = self.ms(ScriptedPolicy(2)) - verify_ms[2]
         later_ms = (all_ms - two_ms) / (longest - 2)
         return later_ms, all_ms - longest * later_ms
 
@@ -118,14 +102,16 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
     lengths = range(longest + 1)
     rounds: list[tuple[list[float], list[float], float, float]] = []
     for _ in range(repeats + UNCOUNTED_ROUNDS):
-        verify_ms = [blocks.ms(0, count) for count in lengths]
-        blocks.ms(1, 0)  # brings the draft's caches up to the context
-        forked_ms = [blocks.ms(0, count, count) for count in lengths] if stages.deep.cache.chains > 1 else []
-        rounds.append((verify_ms, forked_ms, *blocks.drafts_ms(verify_ms)))
-    verify, forked, draft, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
+        verify_ms = [blocks.verifying_ms(count) for count in lengths]
+        blocks.ms(ScriptedPolicy(1))  # brings the draft's caches up to the context
+        drafts_ms = blocks.drafts_ms(verify_ms)
+        forked = stages.deep.cache.chains > 1
+        forked_ms = [blocks.verifying_ms(count, True) for count in lengths] if forked else []
+        rounds.append((verify_ms, forked_ms, *drafts_ms))
+    verify, forks, draft, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
     return StepCosts(
         monotone([median(times) for times in zip(*verify, strict=True)]),
         max(0.0, median(draft)),
-        monotone([median(times) for times in zip(*forked, strict=True)]),
+        monotone([median(times) for times in zip(*forks, strict=True)]),
         max(0.0, median(first)),
     )
