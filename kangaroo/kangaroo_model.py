@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class KangarooModel(nn.Module):
     """
 
     int8_head = False
-    """Whether on a CPU drafts are chosen by the exit head in 8 bits, which is faster; to be set before decoding."""
+    """Whether on a CPU drafts are chosen by the exit head in 8 bits, which is faster."""
 
     def __init__(
         self,
@@ -262,6 +262,16 @@ class KangarooModel(nn.Module):
         if fuse_later is not None:
             later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings())
         return StageWeights(layers, norm=norm, fuse=first, fuse_later=later)
+
+    @contextmanager
+    def with_int8_head(self, wanted: bool) -> Iterator[None]:
+        """Decode with `int8_head` as wanted."""
+        before = self.int8_head
+        self.int8_head = wanted
+        try:
+            yield
+        finally:
+            self.int8_head = before
 
     def _embeddings(self) -> Tensor:
         """`[V, D]`."""

@@ -57,15 +57,14 @@ def test_a_rounded_head_chooses_drafts_and_no_token():
     ways = [DecodeConfig(4), DecodeConfig(4, source="hybrid", adaptive=True)]
     plain = model.generate(prompt, 40, DecodeConfig(0)).tokens
     exact = model.drafter_parts().weights.head
-    model.int8_head = True
-    rounded = model.drafter_parts().weights.head
     states = torch.randn(1, 1, 32)
-    assert not torch.equal(exact(states), rounded(states))
-    assert [model.generate(prompt, 40, how).tokens for how in ways] == [plain, plain]
-    with torch.no_grad():
-        model.exit_proj.weight.neg_()  # an update is seen here, too
-    assert model.drafter_parts().weights.head(states).allclose(-rounded(states), atol=0.05)
-    model.int8_head = False
+    with model.with_int8_head(True):
+        rounded = model.drafter_parts().weights.head
+        assert not torch.equal(exact(states), rounded(states))
+        assert [model.generate(prompt, 40, how).tokens for how in ways] == [plain, plain]
+        with torch.no_grad():
+            model.exit_proj.weight.neg_()  # an update is seen here, too
+        assert model.drafter_parts().weights.head(states).allclose(-rounded(states), atol=0.05)
     assert torch.equal(model.drafter_parts().weights.head(states), -exact(states))
 
 

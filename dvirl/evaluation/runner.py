@@ -71,6 +71,8 @@ class EvalSettings(Settings):
     """Drafts of every block, for fixed."""
     kangaroo_threshold: float = number(0.6, 0, 1)
     """Confidence below which a draft ends its block, for kangaroo."""
+    int8_head: bool = True
+    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
     repeats: int = number(1, 1, 1000)
     """How often every method answers every question."""
     temperature: float = number(0.0, 0, 100)
@@ -102,8 +104,6 @@ class EvalConfig(EvalSettings, DrafterOptions):
 
     draft: str = DEFAULT_DRAFTER
     """Name of a shipped drafter, or folder of a drafter, of a run, or of a whole Llama that drafts."""
-    int8_head: bool = True
-    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     device: str = "auto"
@@ -218,7 +218,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], config: EvalConfig) 
         )
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), config.repeats, kept)
-    with base.merged():
+    with base.merged(), draft.model.with_int8_head(config.int8_head):
         for decode in run.values() if left else ():
             answer_question(questions[0], decode, loaded, limit)  # warms up
         start = time.perf_counter()
@@ -395,7 +395,6 @@ def main(args: Any) -> pd.DataFrame:
     processes = Processes(config.device)
     processes.announce()
     draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
-    draft.model.int8_head = config.int8_head
     figures = evaluate(draft, config)
     if processes.first:
         run_dir = config.run_dir
