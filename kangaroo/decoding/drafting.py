@@ -220,6 +220,11 @@ class BlockPolicy:
         """Chains that leave the learned one."""
         return self.config.learned_chains - 1
 
+    @property
+    def threshold(self) -> float:
+        """Confidence below which a learned draft is the last of a block that runs ahead."""
+        return self.config.threshold
+
     def ahead(self) -> Plan | None:
         """What every block drafts from now on, if the blocks need nothing else; None if they do."""
         count = self.config.draft_len
@@ -404,6 +409,11 @@ class AdaptivePolicy(BlockPolicy):
     def branches(self) -> int:
         """As in `BlockPolicy`: where rows cost little."""
         return self._branches
+
+    @property
+    def threshold(self) -> float:
+        """As in `BlockPolicy`: none, the costs decide instead."""
+        return 0.0
 
     def ahead(self) -> Plan | None:
         """As in `BlockPolicy`: the plan that is best on average; it changes where another one is clearly better."""
