@@ -220,11 +220,6 @@ class BlockPolicy:
         """Chains that leave the learned one."""
         return self.config.learned_chains - 1
 
-    @property
-    def threshold(self) -> float:
-        """Confidence below which a learned draft is the last of a block that runs ahead."""
-        return self.config.threshold
-
     def ahead(self) -> Plan | None:
         """What every block drafts from now on, if the blocks need nothing else; None if they do."""
         count = self.config.draft_len
@@ -371,7 +366,7 @@ class AdaptivePolicy(BlockPolicy):
     """
 
     def __init__(self, config: DecodeConfig, costs: StepCosts) -> None:
-        super().__init__(config)
+        super().__init__(replace(config, threshold=0.0))
         self.costs = costs
         first = min(3, config.draft_len)  # length of the block that every record starts from
         self._starts: dict[tuple[str, int], _Record] = {}
@@ -409,11 +404,6 @@ class AdaptivePolicy(BlockPolicy):
     def branches(self) -> int:
         """As in `BlockPolicy`: where rows cost little."""
         return self._branches
-
-    @property
-    def threshold(self) -> float:
-        """As in `BlockPolicy`: none, the costs decide instead."""
-        return 0.0
 
     def ahead(self) -> Plan | None:
         """As in `BlockPolicy`: the plan that is best on average; it changes where another one is clearly better."""
