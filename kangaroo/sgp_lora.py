@@ -96,7 +96,7 @@ class AdapterSwitch:
         layer = site.layer
         base: nn.Linear = layer.get_base_layer()
         active = [name for name in layer.active_adapters if name in layer.lora_A]
-        if not active:
+        if not active or layer.disable_adapters:  # as by PEFT's `disable_adapter()`
             return base
 
         def merge() -> nn.Linear:

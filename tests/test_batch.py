@@ -342,3 +342,18 @@ def test_captured_prompts_keep_the_angles_that_they_read(monkeypatch):
         one.table(4096, one.cos_cached.device)
     gc.collect()
     assert made and all(one() is not None for one in read)
+
+
+def test_a_text_that_is_over_goes_on_beyond_what_the_others_read(monkeypatch):
+    """On the device it grows until the host looks at the batch: there are angles for all of its row."""
+    prompts = [[7, 9, 11, 13] * 56, [5, 6, 7], [9, 8]]
+    model = tiny_kangaroo(1, drafter="layer", deep_scale=0.0, lora=False).double()
+    answers = [model.generate(prompt, 100, DecodeConfig(0)).tokens for prompt in prompts]
+    end = next(token for token in answers[0][2:] if token not in answers[0][:2] + answers[1] + answers[2])
+    expected = [model.generate(prompt, 100, DecodeConfig(0), (end,)).tokens for prompt in prompts]
+    assert [len(tokens) < 10 for tokens in expected] == [True, False, False]
+    monkeypatch.setattr(conftest, "SHORTEST_VIEW", 2 * SHORTEST_VIEW)  # a longer row than what is read
+    model = tiny_kangaroo(1, drafter="layer", deep_scale=0.0, lora=False).double()
+    capture_passes(model, monkeypatch)
+    found = model.generate_batch(prompts, 100, DecodeConfig(4), (end,))
+    assert [one.tokens for one in found] == expected

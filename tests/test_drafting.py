@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_prompts, tiny_kangaroo
+from conftest import capture_passes, random_prompts, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -439,6 +439,17 @@ def test_the_policy_is_a_function_of_costs_and_text():
         how = DecodeConfig(8, source="hybrid", adaptive=True)
         found.append([[b.committed for b in model.generate(p, 40, how).blocks] for p in random_prompts(4)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("adaptive", "longest"), [(True, 3), (False, 1)])
+def test_a_threshold_does_not_count_where_costs_decide(adaptive, longest, monkeypatch):
+    """In blocks that run ahead as in others."""
+    model = tiny_kangaroo(deep_scale=0.3)
+    model._costs = {1: COSTS}
+    monkeypatch.setattr(Planner, "plan", lambda planner: Plan(3))
+    made = capture_passes(model, monkeypatch)
+    blocks = model.generate([5, 6, 7], 30, DecodeConfig(3, threshold=1.0, adaptive=adaptive)).blocks
+    assert max(block.draft.num_learned for block in blocks) == longest and made[0].ahead
 
 
 @pytest.mark.parametrize("bad", [dict(source="guess"), dict(draft_len=-1)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
+from conftest import EOS, random_prompts, scramble_lora, tiny_kangaroo, tiny_model
 
 from kangaroo import sgp_lora
 from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, packed_dtypes, product
-from kangaroo.sgp_lora import AdapterSwitch
+from kangaroo.kangaroo_model import KangarooModel
+from kangaroo.sgp_lora import AdapterSwitch, inject_dual_lora
 
 
 def test_a_packed_product_is_the_product():
@@ -236,6 +237,19 @@ def test_adapters_of_another_strength_are_merged_anew():
     with torch.no_grad():
         expected = int(model.base_model(torch.tensor([prompt])).logits[0, -1].argmax())
     assert model.generate(prompt, 8, how).tokens[0] == expected != first[0]
+
+
+def test_adapters_that_peft_has_disabled_are_not_merged():
+    base = tiny_model(2, deep_scale=0.1)
+    peft_model = inject_dual_lora(base, 2, rank=4, alpha=8.0)
+    scramble_lora(base, ["lora_D"])
+    model = KangarooModel(base, EARLY_STOP_LAYER=2)
+    prompt = random_prompts(1, 3)[0]
+    with_adapters = model.generate(prompt, 4, DecodeConfig(2)).tokens
+    with peft_model.disable_adapter(), torch.no_grad():
+        expected = int(base(torch.tensor([prompt])).logits[0, -1].argmax())
+        assert model.generate(prompt, 4, DecodeConfig(2)).tokens[0] == expected != with_adapters[0]
+    assert model.generate(prompt, 4, DecodeConfig(2)).tokens == with_adapters
 
 
 def test_what_was_merged_in_inference_mode_is_not_kept():

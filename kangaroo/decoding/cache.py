@@ -287,7 +287,8 @@ def plan_cached(
         mask = _prepare_decoder_attention_mask(slots, slots_read, cache.window)
     positions = slots  # a chain: every token stands at the position of its slot
     whole = same_slots and shortest == 0  # the prefill
-    cos, sin = rotary(positions, max(highest, read.stop - 1), dtype, whole)
+    # A text that is over goes on within its row, on the device and beyond what is read.
+    cos, sin = rotary(positions, cache.capacity - 1 if fixed else highest, dtype, whole)
     bias = _bias(mask, cache, dtype) if fixed and mask is not None else None
     return CachedPass(cos, sin, slots, rows, read, mask, mask is None and length > 1, bias)
 

@@ -366,7 +366,7 @@ class AdaptivePolicy(BlockPolicy):
     """
 
     def __init__(self, config: DecodeConfig, costs: StepCosts) -> None:
-        super().__init__(config)
+        super().__init__(replace(config, threshold=0.0))
         self.costs = costs
         first = min(3, config.draft_len)  # length of the block that every record starts from
         self._starts: dict[tuple[str, int], _Record] = {}

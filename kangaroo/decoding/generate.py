@@ -75,7 +75,7 @@ def _next_blocks(
     """As many blocks as can run ahead of the host, or one."""
     plan = plan_ahead(stages, texts, config)
     if plan is not None:
-        return run_ahead(stages, texts, plan, config.threshold if plan.learned else 0.0)
+        return run_ahead(stages, texts, plan, texts[0].policy.config.threshold if plan.learned else 0.0)
     return [spec_decode_step(stages, texts, config)]
 
 
