@@ -20,6 +20,8 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
+SECOND = {"cpu": "-second", "h200": "-steps"}
+"""What the names of the newest evaluations with the second drafter end in, by machine."""
 METHODS = {
     "generate": "`generate` of transformers 4.33.3",
     "pld": "prompt lookup (`pld`)",
@@ -49,6 +51,16 @@ def overall(name: str, machine: str) -> dict[str, Any]:
     """The rows of an evaluation over all tasks, by method."""
     rows = read(f"evaluate-{name}-{machine}")["figures"]
     return {row["method"]: row for row in rows if row["task"] == rows[-1]["task"]}
+
+
+def recorded_by(machine: str) -> dict[str, dict[str, Any]]:
+    """Both of a machine's evaluations have names: "cpu" or "h200", and "cpu, second drafter" or "h200, second drafter".
+
+    Returns:
+        The rows over all tasks, by question set and method.
+    """
+    place, _, second = machine.partition(",")
+    return {name: overall(name + (SECOND[place] if second else ""), place) for name in SETS}
 
 
 def default_run() -> str:
@@ -107,10 +119,12 @@ def exit_layers() -> str:
 
 def evaluation(machine: str) -> str:
     """Speed-ups over the plain loop with their intervals, and mean accepted tokens, by method and question set."""
-    found = {name: overall(name, machine) for name in SETS}
+    found = recorded_by(machine)
     rows = []
     for method, text in METHODS.items():
         cells = [found[name].get(method) for name in SETS]
+        if not any(cells):
+            continue
         speeds = [
             f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "" for one in cells
         ]
@@ -397,9 +411,9 @@ def robustness() -> str:
     )
 
 
-def agreed() -> float:
-    """The mean agreement of the shipped drafter on the public question sets."""
-    figures = read("agreement-smollm2-135m-k2-h200")["figures"]
+def agreed(drafter: str) -> float:
+    """The mean agreement of a shipped drafter on the public question sets."""
+    figures = read(f"agreement-{drafter}-h200")["figures"]
     return fmean(one["rate"] for name, one in figures.items() if Path(name).stem in SETS)
 
 
@@ -417,9 +431,9 @@ def headline() -> str:
             learned,
         ],
         [
-            "agreement: share of the model's tokens that are the first choice of the first shipped drafter",
+            "agreement of the shipped drafter: share of the model's tokens that are its first choice",
             "",
-            f"**{agreed():.3f}** on three public sets",
+            f"**{agreed('smollm2-135m-k2-recurrent'):.3f}** on three public sets",
         ],
     ]
     names = {
@@ -428,19 +442,11 @@ def headline() -> str:
         "hybrid": "both",
         "generate": METHODS["generate"],
     }
+    found = [recorded_by(f"{machine}, second drafter")["mini"] for machine in ("cpu", "h200")]
     for method, text in names.items():
-        ones = [
-            next(row for row in read(f"evaluate-mini-{machine}")["figures"]
-                 if row["method"] == method and row["task"] == "overall")
-            for machine in ("cpu", "h200")
-        ]  # fmt: skip
-        cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ones]
+        ones = [one.get(method) for one in found]
+        cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "" for one in ones]
         rows.append([f"speed over our own plain loop: {text}", *cells])
-    later = overall("mini-steps", "h200")
-    for method, text in (("dvi", "learned draft"), ("pld", "prompt lookup"), ("hybrid", "both")):
-        one = later[method]
-        cells = ["", f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
-        rows.append([f"the same with the second drafter, made for GPUs, by newer kernels: {text}", *cells])
     return table(["", "2 cores of an AMD EPYC", "one H200"], rows)
 
 
@@ -476,6 +482,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "exit_layers": exit_layers,
     "evaluation_cpu": lambda: evaluation("cpu"),
     "evaluation_h200": lambda: evaluation("h200"),
+    "evaluation_cpu_second": lambda: evaluation("cpu, second drafter"),
+    "evaluation_h200_second": lambda: evaluation("h200, second drafter"),
     "tasks_cpu": lambda: tasks("cpu"),
     "tasks_h200": lambda: tasks("h200"),
     "agreement": agreement,
@@ -506,10 +514,12 @@ TABLES: dict[str, Callable[[], str]] = {
 # Numbers in sentences
 
 
+EVALUATIONS = ("cpu", "h200", "cpu, second drafter", "h200, second drafter")
+
+
 def speedups(method: str, machine: str) -> list[float]:
     """The speed-up of a method on each question set that it was asked."""
-    suffix = "-steps" if machine == "h200, second drafter" else ""
-    asked = (overall(f"{name}{suffix}", machine.split(",")[0]).get(method) for name in SETS)
+    asked = (rows.get(method) for rows in recorded_by(machine).values())
     return [row["speedup"] for row in asked if row]
 
 
@@ -522,14 +532,14 @@ def gains(variant: str, over: str) -> list[float]:
 
 def answers(machine: str, key: str) -> int:
     """Answers of our own ways of decoding, or how many of them are plain decoding's."""
-    rows = [row for name in SETS for method, row in overall(name, machine).items() if method != "generate"]
+    rows = [row for rows in recorded_by(machine).values() for method, row in rows.items() if method != "generate"]
     return sum(row[key] for row in rows)
 
 
 def lost_to_lookup(machine: str) -> int:
     """The number of the six tasks on which prompt lookup is faster than the learned draft."""
-    name = {"h200, second drafter": "mini-steps-h200"}.get(machine, f"mini-{machine}")
-    rows = read(f"evaluate-{name}")["figures"]
+    place, _, second = machine.partition(",")
+    rows = read(f"evaluate-mini{SECOND[place] if second else ''}-{place}")["figures"]
     speed = {(row["task"], row["method"]): row["speedup"] for row in rows if row["task"] != "overall"}
     return sum(speed[task, "pld"] > speed[task, "dvi"] for task in {task for task, _ in speed})
 
@@ -540,19 +550,20 @@ def derived() -> dict[str, Callable[[], float]]:
     numbers: dict[str, Callable[[], float]] = {
         "answers-h200": lambda: answers("h200", "questions"),
         "equal-h200": lambda: answers("h200", "identical"),
-        "agreement-sets": agreed,
+        "answers-cpu-second": lambda: answers("cpu, second drafter", "questions"),
+        "equal-cpu-second": lambda: answers("cpu, second drafter", "identical"),
     }
     for word, pick in picks.items():
         for variant in ("kl_to_rl", "kl, js", "exact_pg + kl"):
             numbers[f"gain of {variant}, {word}"] = lambda pick=pick, variant=variant: pick(
                 gains(variant, "kl")
             )
-        for machine in ("cpu", "h200", "h200, second drafter"):
+        for machine in EVALUATIONS:
             for method in ("pld", "dvi", "hybrid"):
                 numbers[f"{method} {machine}, {word}"] = lambda *, pick=pick, method=method, machine=machine: (
                     pick(speedups(method, machine))
                 )
-    for machine in ("cpu", "h100", "h200", "h200, second drafter"):
+    for machine in ("h100", *EVALUATIONS):
         numbers[f"tasks lost to lookup, {machine}"] = lambda machine=machine: lost_to_lookup(machine)
     return numbers
 

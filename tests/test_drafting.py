@@ -258,6 +258,7 @@ def test_the_first_draft_of_a_recurrent_drafter_costs_by_itself(recurrent, captu
     monkeypatch.setattr(timing, "now", lambda device: clock[0])
     monkeypatch.setattr(timing, "spec_decode_step", step)
     model = tiny_kangaroo(drafter="layer", feedback=recurrent, recurrent=recurrent)
+    assert model.measure_costs(5, repeats=3, context=8, rows=2).draft == pytest.approx(2.0)
     costs = model.measure_costs(5, repeats=3, context=8)
     assert costs.verify == pytest.approx([10, 11, 12, 13, 14, 15])
     assert (costs.draft, costs.first) == pytest.approx((2.0, 3.0 * recurrent))
