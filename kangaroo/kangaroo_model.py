@@ -432,6 +432,7 @@ class KangarooModel(nn.Module):
         """Seconds on the clock once the device has done its work."""
         return now(self.head_model.weight.device)
 
+    @torch.inference_mode(False)  # what is kept for later answers must outlive a caller's inference mode
     def decode_rows(
         self,
         prompts: Sequence[Ids],

@@ -102,7 +102,7 @@ class AdapterSwitch:
         def merge() -> nn.Linear:
             return _merged(base, [layer.get_delta_weight(name) for name in active])
 
-        if base.weight.numel() > LARGE or torch.is_inference_mode_enabled():  # whose tensors have no versions
+        if base.weight.numel() > LARGE:
             return merge()
         factors = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in active]
         scales = [layer.scaling[name] for name in active]
@@ -110,6 +110,7 @@ class AdapterSwitch:
         return self._plain.get(name, [base.weight, *factors], merge, scales)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _merged(base: nn.Linear, changes: Sequence[Tensor]) -> nn.Linear:
     """A plain linear layer with the weight of `base` and some changes of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import EOS, random_prompts, scramble_lora, tiny_kangaroo, tiny_model
@@ -252,9 +254,23 @@ def test_adapters_that_peft_has_disabled_are_not_merged():
     assert model.generate(prompt, 4, DecodeConfig(2)).tokens == with_adapters
 
 
-def test_what_was_merged_in_inference_mode_is_not_kept():
-    """Its tensors have no versions, by which decoding would see changes."""
+@pytest.mark.parametrize("how", [DecodeConfig(3), DecodeConfig(4, source="hybrid", adaptive=True)])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_callers_inference_mode_changes_nothing(merged, how):
+    """Not even later: what is kept in it, weights and caches, is written to afterwards."""
     model = tiny_kangaroo(2, deep_scale=0.1)
-    with torch.inference_mode(), model.base_model.merged():
-        model.base_model(torch.tensor([[5, 6, 7]]))
-    assert len(model.generate([5, 6, 7], 4, DecodeConfig(2)).tokens) == 4
+    merge = model.base_model.merged if merged else nullcontext
+    expected = tiny_kangaroo(2, deep_scale=0.1).generate([5, 6, 7], 12, DecodeConfig(0)).tokens
+    for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
+        with mode(), merge():
+            assert model.generate([5, 6, 7], 12, how).tokens == expected
+            assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+            streamed = [token for block in model.decode_blocks([5, 6, 7], 12, how) for token in block.committed]
+            assert streamed == expected
+
+
+def test_a_model_that_was_loaded_in_inference_mode_decodes():
+    expected = tiny_kangaroo(2, deep_scale=0.1).generate([5, 6, 7], 12, DecodeConfig(0)).tokens
+    with torch.inference_mode():
+        model = tiny_kangaroo(2, deep_scale=0.1)
+    assert model.generate([5, 6, 7], 12, DecodeConfig(3)).tokens == expected

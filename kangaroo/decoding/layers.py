@@ -247,6 +247,11 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     return found
 
 
+def _version(weight: Tensor) -> int:
+    """Which in-place change of a weight this is; one that was loaded in inference mode counts none."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class MadeFromWeights(Generic[Made]):
     """Things by name, each made once for the weights that it was made from."""
 
@@ -261,9 +266,9 @@ class MadeFromWeights(Generic[Made]):
         The weights are held, so that no other tensor can take their place in memory.
         """
         # An in-place change of a weight raises its version; a new tensor has another address.
-        versions: list[object] = [(weight.data_ptr(), weight._version) for weight in weights]
+        versions: list[object] = [(weight.data_ptr(), _version(weight)) for weight in weights]
         versions += numbers
         if name not in self._made or self._made[name][1] != versions:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._made[name] = ([weight.detach() for weight in weights], versions, make())
         return self._made[name][2]
