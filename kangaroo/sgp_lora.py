@@ -110,7 +110,6 @@ class AdapterSwitch:
         return self._plain.get(name, [base.weight, *factors], merge, scales)
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def _merged(base: nn.Linear, changes: Sequence[Tensor]) -> nn.Linear:
     """A plain linear layer with the weight of `base` and some changes of it."""

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import EOS, random_prompts, scramble_lora, tiny_kangaroo, tiny_model
+from conftest import EOS, capture_passes, random_prompts, scramble_lora, tiny_kangaroo, tiny_model
 
 from kangaroo import sgp_lora
 from kangaroo.decoding import layers
@@ -256,9 +256,12 @@ def test_adapters_that_peft_has_disabled_are_not_merged():
 
 @pytest.mark.parametrize("how", [DecodeConfig(3), DecodeConfig(4, source="hybrid", adaptive=True)])
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_callers_inference_mode_changes_nothing(merged, how):
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_callers_inference_mode_changes_nothing(captured, merged, how, monkeypatch):
     """Not even later: what is kept in it, weights and caches, is written to afterwards."""
     model = tiny_kangaroo(2, deep_scale=0.1)
+    if captured:
+        capture_passes(model, monkeypatch)
     merge = model.base_model.merged if merged else nullcontext
     expected = tiny_kangaroo(2, deep_scale=0.1).generate([5, 6, 7], 12, DecodeConfig(0)).tokens
     for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
