@@ -77,12 +77,7 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     Raises:
         ValueError: if a logit of the verifier is not finite.
     """
-    key = (len(texts), plan, threshold)
-    if key not in stages.ahead:
-        cache = stages.deep.cache
-        size = stages.hidden_size if stages.feedback is not None else 0
-        stages.ahead[key] = BlockState.of(cache.keys[0], len(texts), plan, cache.capacity, size)
-    blocks = _Blocks(stages, stages.ahead[key], plan, threshold)
+    blocks = _Blocks(stages, len(texts), plan, threshold)
     blocks.load(texts)
     under_way: deque[_Sent] = deque()
     goes_on = True
@@ -90,13 +85,10 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     num_committed = 1
     num_blocks = 1
     while any(text.room for text in texts):
-        running = [text for text in texts if text.room]
-        if goes_on:
-            enough = len(texts) == 1 or 2 * len(running) > len(texts)
-            goes_on = enough and all(text.policy.ahead() == plan for text in running)
+        goes_on = goes_on and _want(texts, plan)
         # Start no block if those under way will probably fill the room that is left.
         expected = len(under_way) * num_committed / num_blocks
-        room = max(text.room for text in running)
+        room = max(text.room for text in texts)
         if goes_on and len(under_way) < UNDER_WAY and room > expected:
             longest = max(len(text.tokens) for text in texts)
             most = len(under_way) * (plan.longest + 1)  # tokens of the blocks under way
@@ -114,6 +106,14 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
         else:
             blocks.unload(texts)
             return
+
+
+def _want(texts: Sequence[Text], plan: Plan) -> bool:
+    """Whether more than half of several texts are left, and all of these want blocks of this plan."""
+    running = [text for text in texts if text.room]
+    if len(texts) > 1 and 2 * len(running) <= len(texts):
+        return False
+    return all(text.policy.ahead() == plan for text in running)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class _Blocks:
     """Blocks of one plan for some texts.
 
     Args:
-        stages: the model.
-        state: where the blocks leave their state.
+        stages: the model; it keeps the state of the blocks.
+        num_texts: B.
         plan: what they draft.
         threshold: as in `DecodeConfig`.
 
@@ -146,11 +146,17 @@ class _Blocks:
             not measured.
     """
 
-    def __init__(self, stages: Stages, state: BlockState, plan: Plan, threshold: float) -> None:
+    def __init__(self, stages: Stages, num_texts: int, plan: Plan, threshold: float) -> None:
         self.stages = stages
-        self.state = state
         self.plan = plan
         self.threshold = threshold
+        key = (num_texts, plan, threshold)
+        if key not in stages.ahead:  # kept, since captured blocks read and write it
+            cache = stages.deep.cache
+            feedback_size = stages.hidden_size if stages.feedback else 0
+            state = BlockState.of(cache.keys[0], num_texts, plan, cache.capacity, feedback_size)
+            stages.ahead[key] = state
+        self.state: BlockState = stages.ahead[key]
         self.timed: tuple[float, int] | None = None
 
     @property
@@ -172,7 +178,7 @@ class _Blocks:
         start_at = torch.tensor(self._reader.cache.lengths).to(device)
         right = torch.tensor(counts).to(device) - 1
         state.begin(own, start_at, right)
-        if stages.feedback is not None and self.plan.learned:
+        if stages.feedback and self.plan.learned:
             states = stages.feedback.take(counts, width)
             state.hidden.view(-1, *states.shape).copy_(states)
         if self.plan.looked_up:
@@ -234,7 +240,7 @@ class _Blocks:
         from kangaroo.decoding.block_kernels import accept, look_up, share
 
         stages, state, plan = self.stages, self.state, self.plan
-        fed_back = stages.feedback is not None
+        fed_back = bool(stages.feedback)
 
         # 1. Draft: what a lookup knows, and the learned chain with its branches.
         matched = look_up(state, plan, slots) if plan.looked_up else state.length
@@ -270,7 +276,7 @@ class _Blocks:
     def _draft(self, slots: int) -> Chain:
         """Learned drafts of all chains; the rows of all read what was committed."""
         stages, state = self.stages, self.state
-        feedback = state.hidden if stages.feedback is not None else None
+        feedback = state.hidden if stages.feedback else None
         stages.passes.fixed = FixedShape(state.start_at, slots)
         return stages.chain(state.own, state.right, feedback, self.plan.learned, len(state.length))
 
@@ -290,7 +296,7 @@ class _Blocks:
             numbers = _Numbers(whole[row], floats[row], plan)
             states = sent.states[row :: len(texts)]
             results.append(self._result(numbers, states, text))
-        if not plan.learned and self.stages.feedback is not None:
+        if not plan.learned and self.stages.feedback:
             # The drafter reads these states when it drafts again.
             counts = [result.num_accepted + 1 if result else 0 for result in results]
             self.stages.feedback.verified(sent.states, range(len(texts)), counts)
@@ -354,7 +360,7 @@ class _Blocks:
             return
         for stage in (stages.shallow, stages.drafter):
             stage.cache.lengths = read
-        if stages.feedback is not None:
+        if stages.feedback:
             stages.feedback.verified(self.state.hidden, range(len(texts)), counts)
 
 

@@ -55,17 +55,15 @@ class DecodeConfig:
     """Give the verifier's states with every verification, to learn from; such blocks do not run ahead of the host."""
 
     def __post_init__(self) -> None:
-        if self.draft_len < 0:
-            raise ValueError(f"draft_len is {self.draft_len}; expected 0 or more")
+        for name in ("draft_len", "draft_temperature", "temperature", "top_k", "branches"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}; expected 0 to 1")
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.source not in SOURCES:
             raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}")
-        for name in ("draft_temperature", "temperature", "top_k", "branches"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; expected above 0, to 1")
         if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):

@@ -134,9 +134,7 @@ class Passes:
         capacity = caches[0].capacity
         width = inputs[0].shape[1]
         is_prompt = not caches[0].length
-        is_fixed = bool(self.graphs or self.positions)
-        if is_prompt:
-            is_fixed = self.takes_prompt(width)
+        is_fixed = self.takes_prompt(width) if is_prompt else self.graphs or self.positions
         if is_fixed:
             slots = view(max(before) + width + ahead, capacity)
             if self.positions and not is_prompt:
@@ -304,8 +302,10 @@ class CudaGraphs:
         for tensor in inputs:
             if tensor.device.type == "cpu":
                 stop = offset + tensor.nbytes
-                pinned.append(host[offset:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-                static.append(device[offset:stop].view(tensor.dtype).view(tensor.shape))
+                on_host = host[offset:stop].view(tensor.dtype).view(tensor.shape)
+                on_device = device[offset:stop].view(tensor.dtype).view(tensor.shape)
+                pinned.append(on_host.copy_(tensor))
+                static.append(on_device)
                 offset += _host_bytes(tensor)
             else:
                 pinned.append(None)

@@ -10,7 +10,7 @@ Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -81,7 +81,7 @@ def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) 
     chains = len(drafts[0].learned)
     depth = max(len(draft.tokens) for draft in drafts)
     first_stage = stages.drafting_stages(depth)[0]
-    unread = unread_tokens(drafts, first_stage, range(chains))
+    unread = unread_tokens(drafts, first_stage, chains)
     for row in range(len(unread)):
         if not drafts[row % texts].wants_more:
             unread[row] = []
@@ -121,7 +121,7 @@ def begin_verifying(
     chains = len(drafts[0].learned)
     if any(draft.second for draft in drafts):
         chains += 1
-    rows = unread_tokens(drafts, stages.deep, range(chains))
+    rows = unread_tokens(drafts, stages.deep, chains)
     if drafted is not None:
         _, num_learned_rows, count = drafted.chosen.shape
         for row in rows[:num_learned_rows]:
@@ -130,11 +130,11 @@ def begin_verifying(
     stages.begin_verifying(rows, chains, sampled, drafted)
 
 
-def unread_tokens(drafts: Sequence[Draft], stage: Stage, chains: Iterable[int] = (0,)) -> list[list[int]]:
+def unread_tokens(drafts: Sequence[Draft], stage: Stage, chains: int = 1) -> list[list[int]]:
     """The tokens of every text and its drafts that a stage has not read, by chain; none for texts that are over."""
     lengths = stage.cache.lengths
     unread = []
-    for chain in chains:
+    for chain in range(chains):
         for length, draft in zip(lengths, drafts, strict=False):  # further rows are those of further chains
             unread.append(draft.tokens_after(length, chain))
     return unread
@@ -281,16 +281,15 @@ class Draft:
 
     def __init__(self, text: Text) -> None:
         self.text = text
-        self.learned: list[list[int]] = [[]]
         self.second: list[int] = []
         self.branches = 0
         self.wants_more = False
         self.read_states: list[Tensor] = []
         self._limit = 0
-        self._confidence: list[list[float]] = [[]]  # of each learned chain
         self._exit_hidden: list[Tensor] = []  # [chains, n, D] each
         self._drafter_hidden: list[Tensor] = []  # likewise
         self._probabilities: list[Tensor] = []  # [n, V'] each, of the main chain
+        self.fork(1)
 
     @property
     def tokens(self) -> list[int]:
@@ -308,8 +307,8 @@ class Draft:
 
     def fork(self, chains: int) -> None:
         """Begin as many learned chains as the texts' blocks have."""
-        self.learned = [[] for _ in range(chains)]
-        self._confidence = [[] for _ in range(chains)]
+        self.learned: list[list[int]] = [[] for _ in range(chains)]
+        self._confidence: list[list[float]] = [[] for _ in range(chains)]
 
     def chains(self) -> dict[int, list[int]]:
         """The chains of drafts that are verified, by their places among the rows of the text.
@@ -383,7 +382,7 @@ class Draft:
             free = self.text.room - 1 - len(self.tokens)
             self.tokens.extend(self.text.policy.look_up()[:free])
 
-    def tokens_after(self, length: int, chain: int = 0) -> list[int]:
+    def tokens_after(self, length: int, chain: int) -> list[int]:
         """Text and drafts of a chain from position `length` on; nothing if the text is over or has no such chain."""
         is_learned = chain < len(self.learned)
         drafts = self.learned[chain] if is_learned else self.second

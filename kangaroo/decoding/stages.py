@@ -239,9 +239,9 @@ class Drafted:
         return rows
 
 
-Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From states `[rows, D]` and uniform numbers `[rows]` to drafts, their confidence, and the distributions they come
-from."""
+Choose = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+"""From states `[rows, D]` and the place of a draft among those in one go to the draft of each row, its confidence, and
+the distribution that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -403,7 +403,7 @@ class Stages:
                 result = result.main_chain
             learned.append(result)
         read, learned_winners = _lengths_and_chains(learned)
-        if self.feedback is not None:  # it reads once more what it has read without the verifier's states
+        if self.feedback:  # it reads once more what it has read without the verifier's states
             read = [result.start if result else 0 for result in results]
             rows = [row + len(results) * chain for row, chain in enumerate(winners)]
             counts = []
@@ -420,14 +420,14 @@ class Stages:
         """Drop all texts but these."""
         for cache in self.caches():
             cache.keep(rows)
-        if self.feedback is not None:
+        if self.feedback:
             self.feedback.keep(rows)
 
     def reset(self) -> None:
         """Forget everything."""
         for cache in self.caches():
             cache.clear()
-        if self.feedback is not None:
+        if self.feedback:
             self.feedback.clear(self.deep.cache.batch_size)
         self._under_way = None
         self.passes.begun = False
@@ -469,12 +469,12 @@ class Stages:
         """
         count = len(noise[0])
         texts = len(noise)
-        choose = self._chooser(config)
         adapted = config.target == "adapted"
 
         def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             feedback = fed_back[0] if fed_back else None
-            chain = self.chain(tokens, last, feedback, count, texts, depth, choose, uniform)
+            choose = self._chooser(config, uniform)
+            chain = self.chain(tokens, last, feedback, count, texts, depth, choose)
             chosen = packed(chain.tokens, chain.confidence)
             probabilities = torch.stack([draft.probabilities for draft in chain.drafts], dim=1)
             hidden = torch.stack([draft.drafter_hidden for draft in chain.drafts], dim=1)
@@ -485,18 +485,16 @@ class Stages:
         tokens = self.passes.pad(unread)
         last = torch.tensor([max(0, count - 1) for count in counts])
         inputs = [tokens, last, torch.tensor(noise, dtype=torch.float64)]
-        if self.feedback is not None:
+        if self.feedback:
             inputs.append(self.feedback.take(counts, tokens.shape[1]))
         caches = [stage.cache for stage in self.drafting_stages(depth)]
         sampled = (config.draft_temperature, config.temperature, config.top_k, config.top_p)
         name = ("draft", sampled, adapted, texts, depth)
-        outputs = self.passes.run(name, run, caches, counts, *inputs, ahead=count - 1)
+        chosen, probabilities, *states = self.passes.run(name, run, caches, counts, *inputs, ahead=count - 1)
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
-        chosen, probabilities, *states = outputs
         drawn_from = probabilities.clone() if config.draft_temperature else None
-        exit_hidden, hidden, *read = [each.clone() for each in states]
-        self._drafter_hidden = hidden
-        return Drafted(chosen.clone(), drawn_from, exit_hidden, hidden, read)
+        exit_hidden, self._drafter_hidden, *read = [each.clone() for each in states]
+        return Drafted(chosen.clone(), drawn_from, exit_hidden, self._drafter_hidden, read)
 
     def chain(
         self,
@@ -507,7 +505,6 @@ class Stages:
         texts: int,
         depth: int = 0,
         choose: Choose | None = None,
-        uniform: Tensor | None = None,
     ) -> Chain:
         """Within a pass: read tokens and draft the next ones, all on the device.
 
@@ -518,8 +515,7 @@ class Stages:
             count: drafts n.
             texts: B.
             depth: drafts of the block before these.
-            choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
-            uniform: `[rows, n]`.
+            choose: from the drafter's states to drafts; by default their argmax.
         """
         assert self.shallow.weights.embed is not None
         chain = Chain(self.shallow.weights.embed)
@@ -533,8 +529,8 @@ class Stages:
             hidden = self.drafter(states, feedback, later)
             place = (steps(len(tokens), tokens.device), last) if step == 0 else (slice(None), 0)
             own = hidden[place]  # [rows, D]
-            if choose and uniform is not None:
-                ids, confidence, drawn_from = choose(own, uniform[:, step])
+            if choose:
+                ids, confidence, drawn_from = choose(own, step)
             else:
                 ids, confidence = self._argmax(own, texts, depth + step)
                 drawn_from = confidence[:, None]
@@ -557,18 +553,18 @@ class Stages:
         second = tokens[1, start:stop]
         return torch.cat([first[:start], second, first[stop:]]), confidence
 
-    def _chooser(self, config: DecodeConfig) -> Choose | None:
-        """What draws drafts by normed states `[B, D]`: their ids, confidence and distributions `[B, V']`."""
+    def _chooser(self, config: DecodeConfig, uniform: Tensor) -> Choose | None:
+        """What draws drafts by uniform numbers `[B, n]`; None for argmax drafts."""
         if not config.draft_temperature:
             return None
         # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
         top_k = config.top_k if config.temperature else 0
         top_p = config.top_p if config.temperature else 1.0
 
-        def draw(hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def draw(hidden: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
             logits = self.drafter.logits(hidden).float()  # [B, V']
             probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
-            ids = self.token_ids(inverse_cdf(probabilities, uniform))
+            ids = self.token_ids(inverse_cdf(probabilities, uniform[:, step]))
             confidence = probabilities.amax(dim=-1)
             return ids, confidence, probabilities
 
@@ -580,7 +576,7 @@ class Stages:
         for stage in self.drafting_stages(1):
             lengths = zip(stage.cache.lengths, read, strict=True)
             stage.cache.lengths = [before + more for before, more in lengths]
-        if self.feedback is not None:
+        if self.feedback:
             self.feedback.go_on(self._drafter_hidden, counts)
 
     def begin_verifying(
@@ -663,18 +659,9 @@ class Stages:
         drafted: Drafted | None = None,
         alone: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Run the deep layers on tokens or exit states.
+        """Run the deep layers on tokens `[rows, T]` or exit states `[rows, T, D]`; what `verified` unpacks.
 
-        Args:
-            inputs: tokens `[rows, T]` or exit states `[rows, T, D]`, padded on the right.
-            counts: tokens of each row.
-            from_tokens: whether the inputs are tokens.
-            sampled: as in `begin_verifying`.
-            drafted: likewise.
-            alone: whether the caches are those for one prompt.
-
-        Returns:
-            What `verified` unpacks: tokens and confidence `packed`, logits, the states to keep, those to feed back.
+        The caches are those of one row if a prompt is read `alone`; other arguments as in `begin_verifying`.
         """
         num_drafts = 0 if drafted is None else drafted.chosen.shape[2]
         are_prompts = not self.passes.begun
@@ -685,19 +672,13 @@ class Stages:
                 inputs[: len(ids), 1 : 1 + num_drafts] = ids
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
-            nothing = hidden[..., :0]
-            fed_back = nothing if self.feedback is None else hidden
+            fed_back = hidden if self.feedback else hidden[..., :0]
             if are_prompts:  # only what follows their last token matters
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden = hidden[rows, extra[0]][:, None]
-                nothing = hidden[..., :0]
-            kept = hidden if self.keep_states else nothing
-            if not sampled:
-                tokens, confidence = self.deep.best(hidden)
-                return packed(tokens[0], confidence), nothing, kept, fed_back
-            logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
-            confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return packed(tokens, confidence), logits, kept, fed_back
+            kept = hidden if self.keep_states else hidden[..., :0]
+            chosen, logits = self._choose(hidden, sampled)
+            return chosen, logits, kept, fed_back
 
         extra = []
         if are_prompts:
@@ -712,6 +693,15 @@ class Stages:
         self.passes.begun = True
         return results
 
+    def _choose(self, hidden: Tensor, sampled: bool) -> tuple[Tensor, Tensor]:
+        """The verifier's tokens with their confidence, `packed`, and the logits, empty if they are not needed."""
+        if not sampled:
+            tokens, confidence = self.deep.best(hidden)
+            return packed(tokens[0], confidence), hidden[..., :0]
+        logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
+        confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
+        return packed(tokens, confidence), logits
+
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
 
@@ -723,7 +713,7 @@ class Stages:
         counts = list(map(len, tokens))
         padded = self.passes.pad(tokens)
         inputs = [padded]
-        if self.feedback is not None:
+        if self.feedback:
             inputs.append(self.feedback.take(counts, padded.shape[1]))
         caches = [self.shallow.cache, self.drafter.cache]
         (states,) = self.passes.run("read", run, caches, counts, *inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -42,13 +43,14 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
 
     def block_ms(num_learned: int, num_looked_up: int, num_second: int = 0) -> float:
         stages.truncate([context] * rows)
-        tokens = index.tokens
-        policy = ScriptedPolicy(num_learned, tokens[:num_looked_up], tokens[:num_second])
+        policy = ScriptedPolicy(num_learned, index.tokens[:num_looked_up], index.tokens[:num_second])
+        text = Text(index, context + longest + 2, policy)
         began = now(stages.passes.device)
-        spec_decode_step(stages, [Text(index, context + longest + 2, policy)] * rows, config)
+        spec_decode_step(stages, [text] * rows, config)
         return 1e3 * (now(stages.passes.device) - began)
 
     lengths = range(longest + 1)
+    forked_lengths = lengths if stages.deep.cache.chains > 1 else []
     rounds: list[tuple[list[float], float, list[float], float]] = []
     for _ in range(repeats + UNCOUNTED_ROUNDS):
         verify_ms = [block_ms(0, count) for count in lengths]
@@ -59,12 +61,16 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
             # Of two drafts, since after a single one the host waits before it verifies.
             two_ms = block_ms(2, 0) - verify_ms[2]
             later_ms = (drafts_ms - two_ms) / (longest - 2)
-        forked_ms = [block_ms(0, count, count) for count in lengths] if stages.deep.cache.chains > 1 else []
-        rounds.append((verify_ms, later_ms, forked_ms, drafts_ms - longest * later_ms))
-    verify, draft, forked, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
-    return StepCosts(
-        monotone([median(times) for times in zip(*verify, strict=True)]),
-        max(0.0, median(draft)),
-        monotone([median(times) for times in zip(*forked, strict=True)]),
-        max(0.0, median(first)),
-    )
+        first_ms = drafts_ms - longest * later_ms
+        forked_ms = [block_ms(0, count, count) for count in forked_lengths]
+        rounds.append((verify_ms, later_ms, forked_ms, first_ms))
+    counted = rounds[UNCOUNTED_ROUNDS:]
+    verify, draft, forked, first = zip(*counted, strict=True)
+    draft_ms = max(0.0, median(draft))
+    return StepCosts(_fitted(verify), draft_ms, _fitted(forked), max(0.0, median(first)))
+
+
+def _fitted(rounds: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The median of each time over some rounds, fitted so that it never falls."""
+    medians = [median(times) for times in zip(*rounds, strict=True)]
+    return monotone(medians)
