@@ -215,6 +215,12 @@ class BlockPolicy:
         self.config = config
         self._start(LookupIndex(), 0)
 
+    def _start(self, index: LookupIndex, room: int) -> None:
+        self._index = index
+        self._room = min(self.config.draft_len, room)
+        self._drafts: list[int] = []  # learned ones so far
+        self._second: list[int] = []  # a chain beside them
+
     @property
     def extends(self) -> bool:
         """Whether `look_up` may add to learned drafts."""
@@ -246,12 +252,6 @@ class BlockPolicy:
             return 0
         self._second = looked_up
         return self._room
-
-    def _start(self, index: LookupIndex, room: int) -> None:
-        self._index = index
-        self._room = min(self.config.draft_len, room)
-        self._drafts: list[int] = []  # learned ones so far
-        self._second: list[int] = []  # a chain beside them
 
     def beside(self) -> list[int]:
         """Another chain of drafts, to be verified beside the learned one."""
