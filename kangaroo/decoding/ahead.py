@@ -389,5 +389,4 @@ class _Numbers:
 
 def _parts(values: list[Any], size: int, count: int) -> list[list[Any]]:
     """The first `count` parts of some values, of one size."""
-    starts = [part * size for part in range(count)]
-    return [values[start : start + size] for start in starts]
+    return [values[part * size : (part + 1) * size] for part in range(count)]

@@ -186,8 +186,7 @@ class KVCache:
         length = source.length
         for own, other in zip(self.stores, source.stores, strict=True):
             own[:, :, rows, :, :length] = other[..., :length, :]
-        num_rows = len(self.lengths[rows])
-        self.lengths[rows] = [length] * num_rows
+        self.lengths[rows] = [length] * len(self.lengths[rows])
 
     def store(self, layer: int, keys: Tensor, values: Tensor, plan: CachedPass) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, G, T, E]` of this pass; return the slots that its queries read."""

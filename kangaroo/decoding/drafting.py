@@ -125,8 +125,7 @@ def _ngrams(text: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
     """Every n-gram of a text that a memory compares, with the token after it."""
     for size in REMEMBERED:
         for end in range(size, len(text)):
-            ngram = tuple(text[end - size : end])
-            yield ngram, text[end]
+            yield tuple(text[end - size : end]), text[end]
 
 
 class LookupIndex:
@@ -300,6 +299,7 @@ class ScriptedPolicy(BlockPolicy):
 
     def __init__(self, num_learned: int, looked_up: Sequence[int] = (), second: Sequence[int] = ()) -> None:
         super().__init__(DecodeConfig(num_learned))
+        self.num_learned = num_learned
         self._looked_up = list(looked_up)
         self._beside = list(second)
 
@@ -556,9 +556,8 @@ class AdaptivePolicy(BlockPolicy):
         record.scored += scored
         confidences = verification.draft.confidence[:scored].tolist()
         for depth, confidence in enumerate(confidences):
-            is_accepted = depth < verification.num_accepted
             counts = self._calibration[_bin(confidence)]
-            counts[0] = CONFIDENCE_DECAY * counts[0] + is_accepted
+            counts[0] = CONFIDENCE_DECAY * counts[0] + (depth < verification.num_accepted)
             counts[1] = CONFIDENCE_DECAY * counts[1] + 1
 
 

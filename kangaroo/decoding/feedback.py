@@ -3,8 +3,6 @@
 Shapes: B texts, T new tokens, n drafts of a block, D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

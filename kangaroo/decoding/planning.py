@@ -1,7 +1,5 @@
 """What all blocks draft where they run ahead of the host, which cannot choose for each block."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,8 +98,7 @@ class _Continuations:
         count = count_accepted(proposed, committed)
         known = min(count + 1, len(committed))  # the first wrong token is known, too
         for depth, chance in enumerate(self._chances[:known]):
-            is_right = depth < count
-            chance.count(True, float(is_right))
+            chance.count(True, float(depth < count))
         return count
 
     def beyond(self, first: int, stop: int) -> float:

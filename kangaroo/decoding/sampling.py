@@ -113,8 +113,7 @@ def speculative_sampling_of_chains(
     noise = iter(uniform)
     counts = [0] * len(drafted)
     alive = list(range(len(drafted)))  # chains that were right so far
-    longest = max(map(len, drafted))
-    for depth in range(longest + 1):
+    for depth in range(max(map(len, drafted)) + 1):
         weights = targets[alive[0]][depth]
         accepted: int | None = None
         for chain in alive:
@@ -138,5 +137,4 @@ def speculative_sampling_of_chains(
                 counts[chain] = depth + 1
                 right.append(chain)
         alive = right
-    last = weights.new_tensor([next(noise)])
-    return counts, int(inverse_cdf(weights[None], last))
+    return counts, int(inverse_cdf(weights[None], weights.new_tensor([next(noise)])))

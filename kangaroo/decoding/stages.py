@@ -446,9 +446,8 @@ class Stages:
 
     def begin_drafting(self, chains: int) -> None:
         """Begin blocks of some learned chains."""
-        if chains > 1:
-            self.shallow.cache.fork(chains)
-            self.drafter.cache.fork(chains)
+        for stage in (self.shallow, self.drafter):
+            stage.cache.fork(chains)
 
     def draft(
         self,
@@ -590,9 +589,8 @@ class Stages:
             sampled: whether the answer is drawn, for which all logits are needed.
             drafted: drafts that follow the first rows and that the host may not have seen yet.
         """
-        if chains > 1:
-            for stage in (self.base, self.deep):
-                stage.cache.fork(chains)
+        for stage in (self.base, self.deep):
+            stage.cache.fork(chains)
         counts = list(map(len, rows))
         are_prompts = not self.passes.begun
         if are_prompts and len(rows) > 1 and self.passes.read_alone(max(counts)):
@@ -647,8 +645,7 @@ class Stages:
         chosen, logits, kept, self._verifier_hidden = self._under_way
         self._under_way = None
         tokens, confidence = unpacked(chosen)
-        texts = len(self._read_before)
-        return Verified(tokens, confidence, logits, kept, texts)
+        return Verified(tokens, confidence, logits, kept, len(self._read_before))
 
     def _verify(
         self,

@@ -1,9 +1,6 @@
 """Measuring what steps cost: blocks of every length, in turn."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -61,16 +58,12 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
             # Of two drafts, since after a single one the host waits before it verifies.
             two_ms = block_ms(2, 0) - verify_ms[2]
             later_ms = (drafts_ms - two_ms) / (longest - 2)
-        first_ms = drafts_ms - longest * later_ms
         forked_ms = [block_ms(0, count, count) for count in forked_lengths]
-        rounds.append((verify_ms, later_ms, forked_ms, first_ms))
-    counted = rounds[UNCOUNTED_ROUNDS:]
-    verify, draft, forked, first = zip(*counted, strict=True)
-    draft_ms = max(0.0, median(draft))
-    return StepCosts(_fitted(verify), draft_ms, _fitted(forked), max(0.0, median(first)))
-
-
-def _fitted(rounds: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """The median of each time over some rounds, fitted so that it never falls."""
-    medians = [median(times) for times in zip(*rounds, strict=True)]
-    return monotone(medians)
+        rounds.append((verify_ms, later_ms, forked_ms, drafts_ms - longest * later_ms))
+    verify, draft, forked, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
+    return StepCosts(
+        monotone([median(times) for times in zip(*verify, strict=True)]),
+        max(0.0, median(draft)),
+        monotone([median(times) for times in zip(*forked, strict=True)]),
+        max(0.0, median(first)),
+    )
