@@ -81,7 +81,7 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     blocks.load(texts)
     under_way: deque[_Sent] = deque()
     goes_on = True
-    # Of all texts; one token of one block, until more is known.
+    # Tokens that the texts' blocks committed so far, and the number of these blocks. The first block is made up.
     num_committed = 1
     num_blocks = 1
     while any(text.room for text in texts):
@@ -176,7 +176,7 @@ class _Blocks:
         device = state.own.device
         own = padded(unread, width).to(device)
         start_at = torch.tensor(self._reader.cache.lengths).to(device)
-        right = torch.tensor(counts).to(device) - 1
+        right = (torch.tensor(counts) - 1).to(device)
         state.begin(own, start_at, right)
         if stages.feedback and self.plan.learned:
             states = stages.feedback.take(counts, width)

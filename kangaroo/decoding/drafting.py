@@ -215,6 +215,7 @@ class BlockPolicy:
         self._start(LookupIndex(), 0)
 
     def _start(self, index: LookupIndex, room: int) -> None:
+        """Nothing is drafted yet in a block after the text of `index`."""
         self._index = index
         self._room = min(self.config.draft_len, room)
         self._drafts: list[int] = []  # learned ones so far

@@ -596,8 +596,7 @@ class Stages:
         if are_prompts and len(rows) > 1 and self.passes.read_alone(max(counts)):
             self._under_way = self._read_one_by_one(rows, sampled)
             return
-        texts = len(rows) // chains
-        self._read_before = self.deep.cache.lengths[:texts]
+        self._read_before = self.deep.cache.lengths[: len(rows) // chains]
         tokens = self.passes.pad(rows)
         self._under_way = self._verify(tokens, counts, True, sampled, drafted)
 
