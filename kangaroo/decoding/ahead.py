@@ -11,6 +11,7 @@ Shapes: B texts, C chains of a text, n drafts of a chain, D hidden. Rows are cha
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from kangaroo.decoding.blocks import (
 from kangaroo.decoding.cache import FixedShape
 from kangaroo.decoding.drafting import LONGEST_NGRAM
 from kangaroo.decoding.outcome import NONE, BlockState
-from kangaroo.decoding.passes import view
+from kangaroo.decoding.passes import padded, view
 from kangaroo.decoding.planning import Plan
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import Chain, Stage, Stages
@@ -45,15 +46,18 @@ Results = list[Verification | None]
 
 def plan_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> Plan | None:
     """What each block of these texts drafts if the next blocks can run ahead, else None."""
-    if stages.passes.graphs is None or not stages.passes.begun or config.target != "base":
+    passes = stages.passes
+    if passes.graphs is None or not passes.begun or config.target != "base":
         return None
-    if stages.passes.device.type == "cuda" and not has_triton():
+    if passes.device.type == "cuda" and not has_triton():
         return None
     if config.temperature or config.draft_temperature or config.deterministic or config.keep_states:
         return None
     plans = {text.policy.ahead() for text in texts if text.room}
+    if len(plans) > 1:
+        return None
     plan = plans.pop()
-    if plans or plan is None or plan.longest >= PASS_ROWS:
+    if plan is None or plan.longest >= PASS_ROWS:
         return None
     return plan
 
@@ -73,40 +77,47 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     Raises:
         ValueError: if a logit of the verifier is not finite.
     """
-    key = (len(texts), plan, threshold)
-    if key not in stages.ahead:
-        cache = stages.deep.cache
-        size = stages.hidden_size if stages.feedback is not None else 0
-        stages.ahead[key] = BlockState.of(cache.keys[0], len(texts), plan, cache.capacity, size)
-    blocks = _Blocks(stages, stages.ahead[key], plan, threshold)
+    blocks = _Blocks(stages, len(texts), plan, threshold)
     blocks.load(texts)
-    looks: deque[_Look] = deque()
+    under_way: deque[_Sent] = deque()
     goes_on = True
-    committed = blocks_read = 1
+    # Tokens that the texts' blocks committed so far, and the number of these blocks. The first block is made up.
+    num_committed = 1
+    num_blocks = 1
     while any(text.room for text in texts):
-        room = [text.room for text in texts if text.room]
-        goes_on = goes_on and (len(texts) == 1 or 2 * len(room) > len(texts))
-        goes_on = goes_on and all(text.policy.ahead() == plan for text in texts if text.room)
+        goes_on = goes_on and _want(texts, plan)
         # Start no block if those under way will probably fill the room that is left.
-        expected = len(looks) * committed / blocks_read
-        if goes_on and len(looks) < UNDER_WAY and max(room) > expected:
-            longest = max(len(text.tokens) for text in texts) + len(looks) * (plan.longest + 1)
-            looks.append(blocks.start(longest))
+        expected = len(under_way) * num_committed / num_blocks
+        room = max(text.room for text in texts)
+        if goes_on and len(under_way) < UNDER_WAY and room > expected:
+            longest = max(len(text.tokens) for text in texts)
+            most = len(under_way) * (plan.longest + 1)  # tokens of the blocks under way
+            under_way.append(blocks.start(longest + most))
             if blocks.timed is not None:
                 for text in texts:
                     text.policy.timed(plan, *blocks.timed)
-        elif looks:
-            results = blocks.look(looks.popleft(), texts)
-            committed += sum(result.block_len for result in results if result)
-            blocks_read += sum(result is not None for result in results)
+        elif under_way:
+            results = blocks.receive(under_way.popleft(), texts)
+            for result in results:
+                if result:
+                    num_committed += result.block_len
+                    num_blocks += 1
             yield results
         else:
             blocks.unload(texts)
             return
 
 
+def _want(texts: Sequence[Text], plan: Plan) -> bool:
+    """Whether more than half of several texts are left, and all of these want blocks of this plan."""
+    running = [text for text in texts if text.room]
+    if len(texts) > 1 and 2 * len(running) <= len(texts):
+        return False
+    return all(text.policy.ahead() == plan for text in running)
+
+
 @dataclass(frozen=True)
-class _Look:
+class _Sent:
     """One block's outcome on its way to the host.
 
     Attributes:
@@ -125,8 +136,8 @@ class _Blocks:
     """Blocks of one plan for some texts.
 
     Args:
-        stages: the model.
-        state: where the blocks leave their state.
+        stages: the model; it keeps the state of the blocks.
+        num_texts: B.
         plan: what they draft.
         threshold: as in `DecodeConfig`.
 
@@ -135,11 +146,17 @@ class _Blocks:
             not measured.
     """
 
-    def __init__(self, stages: Stages, state: BlockState, plan: Plan, threshold: float) -> None:
+    def __init__(self, stages: Stages, num_texts: int, plan: Plan, threshold: float) -> None:
         self.stages = stages
-        self.state = state
         self.plan = plan
         self.threshold = threshold
+        key = (num_texts, plan, threshold)
+        if key not in stages.ahead:  # kept, since captured blocks read and write it
+            cache = stages.deep.cache
+            feedback_size = stages.hidden_size if stages.feedback else 0
+            state = BlockState.of(cache.keys[0], num_texts, plan, cache.capacity, feedback_size)
+            stages.ahead[key] = state
+        self.state: BlockState = stages.ahead[key]
         self.timed: tuple[float, int] | None = None
 
     @property
@@ -155,51 +172,60 @@ class _Blocks:
         if max(map(len, unread)) > width:  # what drafts has not followed for a while: let it catch up
             stages.read([tokens[:-1] for tokens in unread])
             unread = self._unread(texts)
-        counts = [len(tokens) for tokens in unread]
-        begin = (_padded(unread, width).clamp(min=0), self._reader.cache.lengths, [n - 1 for n in counts])
-        state.begin(*(torch.as_tensor(part).to(state.own.device) for part in begin))
-        if stages.feedback is not None and self.plan.learned:
+        counts = list(map(len, unread))
+        device = state.own.device
+        own = padded(unread, width).to(device)
+        start_at = torch.tensor(self._reader.cache.lengths).to(device)
+        right = (torch.tensor(counts) - 1).to(device)
+        state.begin(own, start_at, right)
+        if stages.feedback and self.plan.learned:
             states = stages.feedback.take(counts, width)
             state.hidden.view(-1, *states.shape).copy_(states)
         if self.plan.looked_up:
-            rows = [[NONE] * LONGEST_NGRAM + text.tokens for text in texts]
-            state.text.copy_(_padded(rows, state.text.shape[1]))
-        verifying = [stages.base, stages.deep] if self.plan.chains > 1 else []
-        drafting = [stages.shallow, stages.drafter] if self.plan.learned_chains > 1 else []
-        for stage in verifying + drafting:
+            before = [NONE] * LONGEST_NGRAM
+            rows = [before + text.tokens for text in texts]
+            state.text.copy_(padded(rows, state.text.shape[1], NONE))
+        forking: list[Stage] = []
+        if self.plan.chains > 1:
+            forking += [stages.base, stages.deep]
+        if self.plan.learned_chains > 1:
+            forking += [stages.shallow, stages.drafter]
+        for stage in forking:
             stage.cache.share(stage.cache.chains)
 
     def _unread(self, texts: Sequence[Text]) -> list[list[int]]:
         """The last tokens of each text, which what begins a block has not read; one at least."""
-        lengths = self._reader.cache.lengths
-        return [
-            text.tokens[length:] if text.room else text.tokens[-1:]
-            for text, length in zip(texts, lengths, strict=True)
-        ]
+        unread = []
+        for text, length in zip(texts, self._reader.cache.lengths, strict=True):
+            start = length if text.room else -1
+            unread.append(text.tokens[start:])
+        return unread
 
-    def start(self, longest: int) -> _Look:
+    def start(self, longest: int) -> _Sent:
         """Start the next block; no text is longer than `longest` then."""
-        stages, state = self.stages, self.state
-        assert stages.passes.graphs is not None
-        slots = view(longest + self.plan.longest + 1, stages.deep.cache.capacity)
+        state = self.state
+        graphs = self.stages.passes.graphs
+        assert graphs is not None
+        slots = view(longest + self.plan.longest + 1, self.stages.deep.cache.capacity)
         key = ("block", len(state.length), self.plan, self.threshold, slots)
-        numbers, states = stages.passes.graphs.in_place(key, lambda: self._block(slots), state.tensors())
-        ms = stages.passes.graphs.ms.get(key)
+        numbers, states = graphs.in_place(key, lambda: self._block(slots), state.tensors())
+        ms = graphs.ms.get(key)
         self.timed = None if ms is None else (ms, slots)
         states = states.clone()  # the next block writes over it
         if not numbers.is_cuda:
-            return _Look(numbers.clone(), None, states)
+            return _Sent(numbers.clone(), None, states)
         if not state.space:
-            state.space = [torch.empty_like(numbers, device="cpu").pin_memory() for _ in range(UNDER_WAY + 1)]
+            for _ in range(UNDER_WAY + 1):
+                state.space.append(torch.empty_like(numbers, device="cpu").pin_memory())
         state.turn += 1
         space = state.space[state.turn % len(state.space)]
         space.copy_(numbers, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        return _Look(space, arrived, states)
+        return _Sent(space, arrived, states)
 
     def _block(self, slots: int) -> tuple[Tensor, ...]:
-        """Draft, verify and accept, from the state to the state; what `_Look` sends to the host."""
+        """Draft, verify and accept, from the state to the state; numbers and states for `_Sent`."""
         stages = self.stages
         caches = stages.caches()
         lengths = [cache.lengths for cache in caches]
@@ -214,7 +240,7 @@ class _Blocks:
         from kangaroo.decoding.block_kernels import accept, look_up, share
 
         stages, state, plan = self.stages, self.state, self.plan
-        fed_back = stages.feedback is not None
+        fed_back = bool(stages.feedback)
 
         # 1. Draft: what a lookup knows, and the learned chain with its branches.
         matched = look_up(state, plan, slots) if plan.looked_up else state.length
@@ -223,7 +249,8 @@ class _Blocks:
         if plan.learned:
             chain = self._draft(slots)
             shape = (plan.learned_chains, -1, plan.learned)
-            state.block[: plan.learned_chains, :, 1 : 1 + plan.learned] = chain.tokens.view(shape)
+            drafted = chain.tokens.view(shape)
+            state.block[: plan.learned_chains, :, 1 : 1 + plan.learned] = drafted
             confidence = chain.confidence.view(shape)
             states = chain.exit_states
 
@@ -235,7 +262,8 @@ class _Blocks:
         own, certainty = stages.deep.best(hidden)
 
         # 3. Accept: the chain that goes furthest.
-        drafts, verdicts = (confidence, matched), (own, certainty)
+        drafts = (confidence, matched)
+        verdicts = (own, certainty)
         numbers, winners = accept(state, plan, drafts, verdicts, self.threshold, fed_back)
         if plan.chains > 1:
             for stage in (stages.base, stages.deep):
@@ -248,56 +276,67 @@ class _Blocks:
     def _draft(self, slots: int) -> Chain:
         """Learned drafts of all chains; the rows of all read what was committed."""
         stages, state = self.stages, self.state
-        feedback = state.hidden if stages.feedback is not None else None
+        feedback = state.hidden if stages.feedback else None
         stages.passes.fixed = FixedShape(state.start_at, slots)
         return stages.chain(state.own, state.right, feedback, self.plan.learned, len(state.length))
 
-    def look(self, look: _Look, texts: Sequence[Text]) -> Results:
+    def receive(self, sent: _Sent, texts: Sequence[Text]) -> Results:
         """What a block commits to the texts as they are now."""
-        if look.arrived is not None:
-            look.arrived.synchronize()
+        if sent.arrived is not None:
+            sent.arrived.synchronize()
         plan = self.plan
         split = plan.longest + 2 + plan.chains * (plan.longest + 1)
-        whole = look.numbers[:, :split].tolist()
-        floats = look.numbers[:, split:].view(torch.float32).tolist()
+        whole = sent.numbers[:, :split].tolist()
+        floats = sent.numbers[:, split:].view(torch.float32).tolist()
         results: Results = []
         for row, text in enumerate(texts):
+            if not text.room:
+                results.append(None)
+                continue
             numbers = _Numbers(whole[row], floats[row], plan)
-            results.append(self._result(numbers, look.states[row :: len(texts)], text) if text.room else None)
-        if not self.plan.learned and self.stages.feedback is not None:
+            states = sent.states[row :: len(texts)]
+            results.append(self._result(numbers, states, text))
+        if not plan.learned and self.stages.feedback:
             # The drafter reads these states when it drafts again.
             counts = [result.num_accepted + 1 if result else 0 for result in results]
-            self.stages.feedback.verified(look.states, range(len(texts)), counts)
+            self.stages.feedback.verified(sent.states, range(len(texts)), counts)
         return results
 
     def _result(self, numbers: _Numbers, states: Tensor, text: Text) -> Verification:
         """One text's block by what `_run` sent; what has no room is cut off."""
         plan = self.plan
         start = len(text.tokens)
-        most = text.room - 1
-        # Drafts up to the first doubtful one.
-        kept = min(1, most, plan.learned)
-        while kept < min(most, plan.learned) and numbers.confidence[0][kept - 1] >= self.threshold:
-            kept += 1
+        room = text.room - 1  # for drafts
+        # Learned drafts count up to the first doubtful one, those of a lookup if enough tokens matched.
+        limit = min(room, plan.learned)
+        num_learned = min(1, limit)
+        while num_learned < limit and numbers.confidence[0][num_learned - 1] >= self.threshold:
+            num_learned += 1
+        num_looked_up = 0
+        if numbers.matched >= plan.sure:
+            num_looked_up = min(room, plan.looked_up)
         drafts: list[DraftBlock] = []
         accepted: list[int] = []
         chances: list[list[float]] = []
         for chain in range(plan.chains):
-            is_learned = chain < plan.learned_chains
-            size = kept if is_learned else min(plan.looked_up, most) * (numbers.matched >= plan.sure)
-            # A branch that was to leave the main chain after its end is none, nor is a lookup without a match.
-            if chain and (chain > kept if is_learned else not size):
+            if chain < plan.learned_chains:
+                size = num_learned
+                is_drafted = chain <= num_learned  # else it was to leave the main chain after its end
+                confidence = numbers.confidence[chain][:size]
+                exit_hidden = states[chain, :size]
+            else:
+                size = num_looked_up
+                is_drafted = size > 0 or chain == 0
+                confidence = [math.nan] * size
+                exit_hidden = torch.empty(0, self.stages.hidden_size)
+            if not is_drafted:
                 continue
-            refuse_not_finite(numbers.certainty[chain][: size + 1], start)
-            draft = DraftBlock(
-                torch.tensor(numbers.chains[chain][:size], dtype=torch.long),
-                torch.tensor(numbers.confidence[chain][:size] if is_learned else [float("nan")] * size),
-                states[chain, :size] if is_learned else torch.empty(0, self.stages.hidden_size),
-                chain=chain,
-            )
-            drafts.append(draft)
+            certainty = numbers.certainty[chain][: size + 1]
+            refuse_not_finite(certainty, start)
+            tokens = torch.tensor(numbers.chains[chain][:size], dtype=torch.long)
+            drafts.append(DraftBlock(tokens, torch.tensor(confidence), exit_hidden, chain=chain))
             accepted.append(min(numbers.counts[chain], size))
-            chances.append(numbers.certainty[chain][: size + 1])
+            chances.append(certainty)
         return settled(start, drafts, accepted, chances, numbers.own[max(accepted)])
 
     def unload(self, texts: Sequence[Text]) -> None:
@@ -305,20 +344,23 @@ class _Blocks:
         stages = self.stages
         starts = self.state.start_at[: len(texts)].tolist()
         right = self.state.right[: len(texts)].tolist()
-        over = [not text.room for text in texts]
-        lengths = zip(over, starts, right, strict=True)
-        verified = [0 if done else start + count for done, start, count in lengths]
+        verified = [start + count for start, count in zip(starts, right, strict=True)]
+        read = self.state.read.tolist()
+        counts = [count + 1 for count in right]
+        for row, text in enumerate(texts):
+            if not text.room:  # nothing is kept of a text that is over
+                verified[row] = 0
+                read[row] = 0
+                counts[row] = 0
         for stage in (stages.base, stages.deep):
             stage.cache.lengths = verified
             if self.plan.chains > 1:
                 stage.cache.set_shared(verified)
         if not self.plan.learned:
             return
-        read = [0 if done else length for done, length in zip(over, self.state.read.tolist(), strict=True)]
         for stage in (stages.shallow, stages.drafter):
             stage.cache.lengths = read
-        if stages.feedback is not None:
-            counts = [count + 1 if text.room else 0 for count, text in zip(right, texts, strict=True)]
+        if stages.feedback:
             stages.feedback.verified(self.state.hidden, range(len(texts)), counts)
 
 
@@ -341,12 +383,10 @@ class _Numbers:
         self.counts = whole[len(whole) - plan.chains :]
         self.chains = _parts(whole[width + 1 :], plan.longest, plan.chains)
         self.confidence = _parts(floats, plan.learned, plan.learned_chains)
-        self.certainty = _parts(floats[plan.learned * plan.learned_chains :], width, plan.chains)
+        num_learned = plan.learned * plan.learned_chains
+        self.certainty = _parts(floats[num_learned:], width, plan.chains)
 
 
 def _parts(values: list[Any], size: int, count: int) -> list[list[Any]]:
+    """The first `count` parts of some values, of one size."""
     return [values[part * size : (part + 1) * size] for part in range(count)]
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[NONE] * (width - len(row))] for row in rows])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ TARGETS = ("base", "adapted")
 SOURCES = ("learned", "lookup", "hybrid")
 PASS_ROWS = 16
 """Positions of every pass after the prefill where `deterministic` asks for passes of one size."""
+# What a block without drafts holds.
+NO_TOKENS = torch.empty(0, dtype=torch.long)
+NO_CHANCES = torch.empty(0)
+NO_STATES = torch.empty(0, 0)
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,15 @@ class DecodeConfig:
     """Give the verifier's states with every verification, to learn from; such blocks do not run ahead of the host."""
 
     def __post_init__(self) -> None:
-        if self.draft_len < 0:
-            raise ValueError(f"draft_len is {self.draft_len}; expected 0 or more")
+        for name in ("draft_len", "draft_temperature", "temperature", "top_k", "branches"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}; expected 0 to 1")
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.source not in SOURCES:
             raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}")
-        for name in ("draft_temperature", "temperature", "top_k", "branches"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; expected above 0, to 1")
         if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
@@ -76,9 +78,10 @@ class DecodeConfig:
 
     @property
     def learned_chains(self) -> int:
-        """Chains of learned drafts, at most."""
-        branches = self.forks and self.draft_len and self.source != "lookup" and not self.draft_temperature
-        return 1 + min(self.branches, self.draft_len) if branches else 1
+        """Chains of learned drafts, at most: the main one and, of drafts by argmax, its branches."""
+        if not self.forks or self.source == "lookup" or self.draft_temperature:
+            return 1
+        return 1 + min(self.branches, self.draft_len)
 
     @property
     def chains(self) -> int:
@@ -100,12 +103,12 @@ class DraftBlock:
         chain: its place among the chains of its block; 0 is the main one.
     """
 
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    confidence: Tensor = field(default_factory=lambda: torch.empty(0))
-    exit_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    tokens: Tensor = NO_TOKENS
+    confidence: Tensor = NO_CHANCES
+    exit_hidden: Tensor = NO_STATES
     probabilities: Tensor | None = None
     chain: int = 0
-    drafter_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    drafter_hidden: Tensor = NO_STATES
 
     @property
     def num_learned(self) -> int:
@@ -138,10 +141,10 @@ class Verification:
     committed: tuple[int, ...]
     num_drafted: int
     num_accepted: int
-    draft: DraftBlock = field(default_factory=DraftBlock)
-    verifier_confidence: Tensor = field(default_factory=lambda: torch.empty(0))
+    draft: DraftBlock = DraftBlock()
+    verifier_confidence: Tensor = NO_CHANCES
     beside: tuple[Verification, ...] = ()
-    verifier_hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    verifier_hidden: Tensor = NO_STATES
 
     @property
     def main_chain(self) -> Verification:
@@ -160,16 +163,15 @@ class Verification:
 
     def cut_at_end(self, eos_ids: Sequence[int]) -> Verification:
         """The same block up to its first end-of-sequence token: what follows was never part of the answer."""
-        ends = (count for count, token in enumerate(self.committed, start=1) if token in eos_ids)
-        length = next(ends, None)
-        if length is None:
-            return self
-        return replace(
-            self,
-            committed=self.committed[:length],
-            num_drafted=min(self.num_drafted, length),
-            num_accepted=min(self.num_accepted, length),
-        )
+        for length, token in enumerate(self.committed, start=1):
+            if token in eos_ids:
+                return replace(
+                    self,
+                    committed=self.committed[:length],
+                    num_drafted=min(self.num_drafted, length),
+                    num_accepted=min(self.num_accepted, length),
+                )
+        return self
 
 
 def settled(
@@ -184,18 +186,17 @@ def settled(
     Args:
         start: position of the block's first token.
         drafts: its chains.
-        accepted: the accepted drafts of each.
-        confidence: the verifier's, of each.
+        accepted: number of accepted drafts of each.
+        confidence: the verifier's in its own tokens along each.
         next_token: the verifier's own, after the drafts that are committed.
     """
-    best = accepted.index(max(accepted))
-    outcomes = [
-        Verification(start, (), min(len(draft.tokens), count + 1), count, draft, torch.tensor(chances))
-        for draft, count, chances in zip(drafts, accepted, confidence, strict=True)
-    ]
-    winner = outcomes.pop(best)
-    committed = (*winner.draft.tokens[: winner.num_accepted].tolist(), next_token)
-    return replace(winner, committed=committed, beside=tuple(outcomes))
+    outcomes = []
+    for draft, count, chances in zip(drafts, accepted, confidence, strict=True):
+        num_scored = min(len(draft.tokens), count + 1)
+        outcomes.append(Verification(start, (), num_scored, count, draft, torch.tensor(chances)))
+    winner = outcomes.pop(accepted.index(max(accepted)))
+    drafted = winner.draft.tokens[: winner.num_accepted].tolist()
+    return replace(winner, committed=(*drafted, next_token), beside=tuple(outcomes))
 
 
 def refuse_not_finite(confidence: Sequence[float], start: int) -> None:

@@ -78,16 +78,20 @@ class KVCache:
 
     @functools.cached_property
     def stores(self) -> list[Tensor]:
-        """Keys and values of each device's layers in one tensor, so that slots of all are copied at once.
+        """Keys and values of each device's layers in one tensor, so that slots of all layers are copied at once.
+
+        Shapes `[2, layers, B * chains, G, capacity, E]`.
 
         They are allocated when they are first used: on a GPU most are replaced by those of an earlier decoding before.
         """
-        heads = self._config.num_key_value_heads
-        shape = (self.batch_size * self.chains, heads, self.capacity, head_dim(self._config))
-        return [
-            torch.zeros(2, len(list(layers)), *shape, dtype=self._like.dtype, device=device)
-            for device, layers in groupby(self._devices)
-        ]
+        rows = self.batch_size * self.chains
+        groups = self._config.num_key_value_heads
+        shape = (rows, groups, self.capacity, head_dim(self._config))
+        stores = []
+        for device, layers in groupby(self._devices):
+            num_layers = len(list(layers))
+            stores.append(torch.zeros(2, num_layers, *shape, dtype=self._like.dtype, device=device))
+        return stores
 
     @functools.cached_property
     def keys(self) -> list[Tensor]:
@@ -115,7 +119,7 @@ class KVCache:
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget every slot from `lengths` on, row by row."""
-        self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        self.lengths = _shorter(self.lengths, lengths)
         self._cut_shared()
 
     def keep(self, rows: list[int]) -> None:
@@ -128,7 +132,8 @@ class KVCache:
     def share(self, chains: int) -> None:
         """Copy every text's slots to the rows of its first `chains` chains."""
         texts = len(self.lengths)
-        for chain, shared in enumerate(self.shared[: chains - 1], start=1):
+        for chain in range(1, chains):
+            shared = self.shared[chain - 1]
             for row, length in enumerate(self.lengths):
                 self._copy(row, chain * texts + row, shared[row], length)
             self.shared[chain - 1] = list(self.lengths)
@@ -139,16 +144,22 @@ class KVCache:
         self.lengths = self.lengths * chains
 
     def join(self, lengths: Sequence[int], winners: Sequence[int]) -> None:
-        """Go on with one row a text, rolled back to `lengths`: with what the row of the chain `winners` has read."""
+        """Go on with one row a text: with what the row of its winning chain has read, up to `lengths`.
+
+        Args:
+            lengths: slots to keep, at most, of each text.
+            winners: the place of each text's winning chain.
+        """
         texts = len(lengths)
-        held = self.lengths
-        self.lengths = []
-        for row, (length, chain) in enumerate(zip(lengths, winners, strict=True)):
+        kept = []
+        for row, chain in enumerate(winners):
             winner = chain * texts + row
-            length = min(length, held[winner])
+            length = min(lengths[row], self.lengths[winner])
             if chain:
-                self._copy(winner, row, self.shared[chain - 1][row], length)
-            self.lengths.append(length)
+                shared = self.shared[chain - 1]
+                self._copy(winner, row, shared[row], length)
+            kept.append(length)
+        self.lengths = kept
         self._cut_shared()
 
     def set_shared(self, lengths: Sequence[int]) -> None:
@@ -156,9 +167,8 @@ class KVCache:
         self.shared = [list(lengths)] * (self.chains - 1)
 
     def _cut_shared(self) -> None:
-        self.shared = [
-            [min(pair) for pair in zip(shared, self.lengths, strict=True)] for shared in self.shared
-        ]
+        """No chain shares more slots than the text's own row has."""
+        self.shared = [_shorter(shared, self.lengths) for shared in self.shared]
 
     def _copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy slots of a row to another, in all layers."""
@@ -173,25 +183,33 @@ class KVCache:
     def copy_prefix(self, source: KVCache, row: int | None = None) -> None:
         """Begin a row, or every one, with what the only row of `source` holds."""
         rows = slice(None) if row is None else slice(row, row + 1)
+        length = source.length
         for own, other in zip(self.stores, source.stores, strict=True):
-            own[:, :, rows, :, : source.length] = other[..., : source.length, :]
-        self.lengths[rows] = [source.length] * len(self.lengths[rows])
+            own[:, :, rows, :, :length] = other[..., :length, :]
+        self.lengths[rows] = [length] * len(self.lengths[rows])
 
     def store(self, layer: int, keys: Tensor, values: Tensor, plan: CachedPass) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, G, T, E]` of this pass; return the slots that its queries read."""
+        rows, _, length, _ = keys.shape
         stored_keys = self.keys[layer]
         stored_values = self.values[layer]
-        if len(keys) < len(stored_keys):  # fewer rows are in use
-            stored_keys = stored_keys[: len(keys)]
-            stored_values = stored_values[: len(keys)]
+        if rows < len(stored_keys):  # fewer are in use
+            stored_keys = stored_keys[:rows]
+            stored_values = stored_values[:rows]
         if plan.rows is None:  # all rows write the same slots: one slice
             start = self.lengths[0]
-            stored_keys[:, :, start : start + keys.shape[2]] = keys
-            stored_values[:, :, start : start + keys.shape[2]] = values
+            stop = start + length
+            stored_keys[:, :, start:stop] = keys
+            stored_values[:, :, start:stop] = values
         else:
             stored_keys[plan.rows, :, plan.slots] = keys.transpose(1, 2)
             stored_values[plan.rows, :, plan.slots] = values.transpose(1, 2)
         return stored_keys[:, :, plan.read], stored_values[:, :, plan.read]
+
+
+def _shorter(lengths: Sequence[int], others: Sequence[int]) -> list[int]:
+    """The smaller one of each pair."""
+    return [min(pair) for pair in zip(lengths, others, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -210,7 +228,8 @@ class FixedShape:
 
     def after(self, counts: Tensor, passes: int) -> list[FixedShape]:
         """The next passes on the device, of one token each, once every row has read `counts [B]` tokens."""
-        starts = self.starts + counts + steps(passes, counts.device)[:, None]  # [passes, B]
+        later = steps(passes, counts.device)
+        starts = self.starts + counts + later[:, None]  # [passes, B]
         settled = self.starts if self.settled is None else self.settled
         return [FixedShape(own, self.num_slots, settled) for own in starts]
 
@@ -243,9 +262,10 @@ class CachedPass:
         """The same pass on a device, for layers that are spread over several."""
         if self.cos.device == device:
             return self
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
 
@@ -261,44 +281,51 @@ def plan_cached(
     Raises:
         ValueError: if they do not fit into the cache.
     """
+    device = cache.device
     shortest = min(cache.lengths)
+    last = cache.capacity - 1
     highest = cache.length + length - 1
     same_slots = fixed is None and cache.length == shortest
     # Padding of a row may reach beyond the last slot; it then stays in the last one. Tokens must fit.
-    if (highest if same_slots else cache.length) >= cache.capacity:
+    needed = highest if same_slots else cache.length
+    if needed > last:
         raise ValueError(f"the sequence needs {highest + 1} cache slots, the cache has {cache.capacity}")
-    steps = torch.arange(length, device=cache.device)
+    places = torch.arange(length, device=device)
     rows = None
     if same_slots:
-        slots = (shortest + steps)[None]
+        slots = (shortest + places)[None]
     else:
-        highest = min(highest, cache.capacity - 1)
-        starts = fixed.starts if fixed else torch.tensor(cache.lengths, device=cache.device)
-        slots = (starts[:, None] + steps).clamp(max=cache.capacity - 1)
-        rows = torch.arange(len(starts), device=cache.device)[:, None]
+        highest = min(highest, last)
+        starts = fixed.starts if fixed else torch.tensor(cache.lengths, device=device)
+        slots = (starts[:, None] + places).clamp(max=last)
+        rows = torch.arange(len(starts), device=device)[:, None]
     # Slots before every query's window are not read at all.
-    first = 0 if cache.window is None else max(0, shortest - cache.window + 1)
+    window = cache.window or cache.capacity
+    first = max(0, shortest - window + 1)
+    within_window = highest - first < window
     read = slice(0, fixed.num_slots) if fixed else slice(first, highest + 1)
+    is_prefill = same_slots and shortest == 0
     # No mask is needed where plain causal attention, or everything, is what the queries see.
     mask = None
-    within_window = cache.window is None or highest - first < cache.window
-    if not (same_slots and within_window and (shortest == 0 or length == 1)):
-        slots_read = torch.arange(read.start, read.stop, device=cache.device)
+    if not (same_slots and within_window and (is_prefill or length == 1)):
+        slots_read = torch.arange(read.start, read.stop, device=device)
         mask = _prepare_decoder_attention_mask(slots, slots_read, cache.window)
-    positions = slots  # a chain: every token stands at the position of its slot
-    whole = same_slots and shortest == 0  # the prefill
-    # A text that is over goes on within its row, on the device and beyond what is read.
-    cos, sin = rotary(positions, cache.capacity - 1 if fixed else highest, dtype, whole)
+    # In a chain every token stands at the position of its slot. A text that is over goes on within its row, on the device
+    # and beyond what is read.
+    cos, sin = rotary(slots, last if fixed else highest, dtype, is_prefill)
     bias = _bias(mask, cache, dtype) if fixed and mask is not None else None
     return CachedPass(cos, sin, slots, rows, read, mask, mask is None and length > 1, bias)
 
 
 def _bias(mask: Tensor, cache: KVCache, dtype: torch.dtype) -> Tensor:
+    """The mask `[B, 1, T, S]` as a pass of fixed shape adds it, see `CachedPass`."""
     batch, _, length, slots = mask.shape
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    bias = bias.masked_fill(~mask, float("-inf"))
     heads = cache.heads_per_group
     groups = cache.keys[0].shape[1]
-    return bias[:, :, None].expand(batch, groups, heads, length, slots).reshape(batch * groups, -1, slots)
+    of_heads = bias[:, :, None].expand(batch, groups, heads, length, slots)
+    return of_heads.reshape(batch * groups, -1, slots)
 
 
 def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, plan: CachedPass) -> Tensor:
@@ -312,18 +339,20 @@ def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, plan: CachedPas
     if plan.bias is not None:
         grouped = queries.reshape(batch * groups, -1, size)
         seen = keys.reshape(batch * groups, -1, size)
-        weights = torch.baddbmm(plan.bias, grouped, seen.transpose(1, 2), alpha=size**-0.5).softmax(dim=-1)
-        return torch.bmm(weights, values.reshape(seen.shape)).view(queries.shape)
+        scores = torch.baddbmm(plan.bias, grouped, seen.transpose(1, 2), alpha=size**-0.5)
+        weights = scores.softmax(dim=-1)
+        mixed = torch.bmm(weights, values.reshape(seen.shape))
+        return mixed.view(queries.shape)
     if length > 1:  # the prefill, or a verification of one text
         keys, values = for_masked_attention(queries, keys, values, plan.mask)
+        is_grouped = keys.shape[1] != heads
         return F.scaled_dot_product_attention(
-            queries, keys, values, plan.mask, is_causal=plan.causal, enable_gqa=keys.shape[1] != heads
+            queries, keys, values, plan.mask, is_causal=plan.causal, enable_gqa=is_grouped
         )
     grouped = queries.view(batch, groups, -1, size)
     if not queries.is_cuda:
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask).reshape(
-            queries.shape
-        )
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, plan.mask)
+        return mixed.reshape(queries.shape)
     # cuDNN plans its kernel again for every length that the cache grows to, which takes 30 ms; products do not.
     scores = (grouped * size**-0.5) @ keys.transpose(-1, -2)
     if plan.mask is not None:

@@ -8,8 +8,8 @@ answer; choosing between them only changes the time it takes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts, expected_tokens
@@ -45,8 +45,9 @@ class _Followers:
         self.counts: dict[int, int] = {}
 
     def add(self, token: int) -> None:
-        self.counts[token] = self.counts.get(token, 0) + 1
-        if self.counts[token] >= self.counts.get(self.best, 0):
+        count = self.counts.get(token, 0) + 1
+        self.counts[token] = count
+        if count >= self.counts.get(self.best, 0):
             self.best = token
 
     def drop(self, token: int) -> None:
@@ -120,11 +121,11 @@ class Memory:
         return -1, 0
 
 
-def _ngrams(text: Sequence[int]) -> list[tuple[tuple[int, ...], int]]:
+def _ngrams(text: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
     """Every n-gram of a text that a memory compares, with the token after it."""
-    return [
-        (tuple(text[end - size : end]), text[end]) for size in REMEMBERED for end in range(size, len(text))
-    ]
+    for size in REMEMBERED:
+        for end in range(size, len(text)):
+            yield tuple(text[end - size : end]), text[end]
 
 
 class LookupIndex:
@@ -148,8 +149,10 @@ class LookupIndex:
 
     def _catch_up(self) -> None:
         for end in range(self._indexed, len(self.tokens)):
-            for size in range(1, min(LONGEST_NGRAM, end) + 1):
-                self._next_position[tuple(self.tokens[end - size : end])] = end
+            longest = min(LONGEST_NGRAM, end)
+            for size in range(1, longest + 1):
+                ngram = tuple(self.tokens[end - size : end])
+                self._next_position[ngram] = end
         self._indexed = len(self.tokens)
 
     def propose(self, count: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
@@ -169,16 +172,17 @@ class LookupIndex:
         self._catch_up()
         # The longest ending that occurred before says most about what follows.
         ending = [*self.tokens[-LONGEST_NGRAM:], *drafts][-LONGEST_NGRAM:]
-        start = None
         size = len(ending)
-        while size and start is None:
-            start = self._next_position.get(tuple(ending[-size:]))
-            size -= start is None
+        while size and tuple(ending[-size:]) not in self._next_position:
+            size -= 1
         if self._memory is not None and size < max(REMEMBERED):
             remembered, known = self._memory.propose(ending, count)
             if known > size:
                 return remembered, LONGEST_NGRAM + known
-        return ([] if start is None else self._continue_from(start, count, drafts)), size
+        if not size:
+            return [], 0
+        start = self._next_position[tuple(ending[-size:])]
+        return self._continue_from(start, count, drafts), size
 
     def _continue_from(self, start: int, count: int, drafts: Sequence[int]) -> list[int]:
         """`count` tokens of text and drafts from position `start` on, again from there at the end."""
@@ -187,7 +191,10 @@ class LookupIndex:
         continuation = []
         for step in range(count):
             position = start + step % period
-            continuation.append(self.tokens[position] if position < length else drafts[position - length])
+            if position < length:
+                continuation.append(self.tokens[position])
+            else:
+                continuation.append(drafts[position - length])
         return continuation
 
 
@@ -205,10 +212,14 @@ class BlockPolicy:
 
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
-        self._index = LookupIndex()
-        self._room = 0
-        self._drafts: list[int] = []
-        self._second: list[int] = []
+        self._start(LookupIndex(), 0)
+
+    def _start(self, index: LookupIndex, room: int) -> None:
+        """Nothing is drafted yet in a block after the text of `index`."""
+        self._index = index
+        self._room = min(self.config.draft_len, room)
+        self._drafts: list[int] = []  # learned ones so far
+        self._second: list[int] = []  # a chain beside them
 
     @property
     def extends(self) -> bool:
@@ -227,24 +238,20 @@ class BlockPolicy:
             return Plan(looked_up=count)
         if self.config.source == "learned":
             return Plan(count, self.branches)
-        return Plan(count, self.branches, count, SURE_NGRAM) if self.config.forks else None
+        if not self.config.forks:  # a lookup takes the place of the learned drafts
+            return None
+        return Plan(count, self.branches, count, SURE_NGRAM)
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """Begin a block after the text of `index` with room for `room` drafts; return how many to draft at most."""
         self._start(index, room)
         if self.config.source == "learned":
             return self._room
-        found = self.look_up()
-        if self.config.source == "lookup" or (found and not self.config.forks):
+        looked_up = self.look_up()
+        if self.config.source == "lookup" or (looked_up and not self.config.forks):
             return 0
-        self._second = found
+        self._second = looked_up
         return self._room
-
-    def _start(self, index: LookupIndex, room: int) -> None:
-        self._index = index
-        self._room = min(self.config.draft_len, room)
-        self._drafts = []
-        self._second = []
 
     def beside(self) -> list[int]:
         """Another chain of drafts, to be verified beside the learned one."""
@@ -271,7 +278,9 @@ class BlockPolicy:
             return []
         needed = SURE_NGRAM if self.config.source == "hybrid" else 1
         proposed, matched = self._index.propose(self._room)
-        return proposed if matched >= needed else []
+        if matched < needed:
+            return []
+        return proposed
 
     def observe(self, verification: Verification, index: LookupIndex) -> None:
         """Learn from the outcome of the block."""
@@ -290,35 +299,23 @@ class ScriptedPolicy(BlockPolicy):
     """
 
     def __init__(self, num_learned: int, looked_up: Sequence[int] = (), second: Sequence[int] = ()) -> None:
+        super().__init__(DecodeConfig(num_learned))
         self.num_learned = num_learned
         self._looked_up = list(looked_up)
-        self._second = list(second)
+        self._beside = list(second)
 
     @property
     def extends(self) -> bool:
         """As in `BlockPolicy`."""
         return bool(self._looked_up)
 
-    @property
-    def branches(self) -> int:
-        """As in `BlockPolicy`."""
-        return 0
-
     def ahead(self) -> Plan | None:
         """As in `BlockPolicy`."""
         return None
 
-    def begin(self, index: LookupIndex, room: int) -> int:
+    def beside(self) -> list[int]:
         """As in `BlockPolicy`."""
-        return min(self.num_learned, room)
-
-    def at_once(self) -> int:
-        """As in `BlockPolicy`."""
-        return max(1, self.num_learned)
-
-    def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
-        """As in `BlockPolicy`."""
-        return True
+        return self._beside
 
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`."""
@@ -345,9 +342,9 @@ class _Record:
 
     def decay(self, start: _Record, share: float) -> None:
         """Move towards the start, keeping a share of what differs from it."""
-        for spec in fields(self):
-            first = getattr(start, spec.name)
-            setattr(self, spec.name, first + share * (getattr(self, spec.name) - first))
+        for name, first in vars(start).items():
+            difference = getattr(self, name) - first
+            setattr(self, name, first + share * difference)
 
 
 class AdaptivePolicy(BlockPolicy):
@@ -371,12 +368,15 @@ class AdaptivePolicy(BlockPolicy):
         first = min(3, config.draft_len)  # length of the block that every record starts from
         self._starts: dict[tuple[str, int], _Record] = {}
         # Further chains are no part of a block where their rows cost much, as on a CPU.
-        forks = bool(costs.forked) and config.forks
-        forks = forks and costs.forked[first] - costs.verify[first] < FORK_SHARE * costs.verify[0]
+        forks = False
+        if costs.forked and config.forks:
+            second_chain = costs.forked[first] - costs.verify[first]
+            forks = second_chain < FORK_SHARE * costs.verify[0]
         self._branches = config.learned_chains - 1 if forks else 0
         self._planner = Planner(config, self._branches)
-        for matched in (*range(LONGEST_NGRAM + 1), *(LONGEST_NGRAM + size for size in REMEMBERED)):
-            length = matched if matched <= LONGEST_NGRAM else matched - LONGEST_NGRAM
+        lengths = {length: length for length in range(LONGEST_NGRAM + 1)}
+        lengths |= {LONGEST_NGRAM + length: length for length in REMEMBERED}
+        for matched, length in lengths.items():  # see `LookupIndex.propose`
             self._add_start("learned", matched, 0.7, first, costs.block(first))
             self._add_start("lookup", matched, 0.25 + 0.1 * length, first, costs.block(0, first))
             if forks and config.source == "hybrid":
@@ -384,16 +384,18 @@ class AdaptivePolicy(BlockPolicy):
         self._records = {kind: replace(start) for kind, start in self._starts.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]
-        self._calibration = [
-            [0.0, 0.0] for _ in range(BINS)
-        ]  # accepted and scored drafts by bin of confidence
+        # Accepted and scored drafts by bin of confidence.
+        self._calibration = [[0.0, 0.0] for _ in range(BINS)]
+        # Of the current block: its kind, and the chance that all its drafts so far are accepted.
         self._source = ""
         self._matched = 0
         self._survival = 1.0
         self._lookup_kind = ("lookup", 0)
 
     def _add_start(self, source: str, matched: int, acceptance: float, length: int, cost: float) -> None:
-        self._starts[source, matched] = _Record(acceptance, 1.0, expected_tokens(acceptance, length), cost)
+        """What the record of a kind of block starts from; its drafts are accepted with one chance."""
+        tokens = expected_tokens(acceptance, length)
+        self._starts[source, matched] = _Record(acceptance, 1.0, tokens, cost)
 
     @property
     def extends(self) -> bool:
@@ -422,22 +424,31 @@ class AdaptivePolicy(BlockPolicy):
     def begin(self, index: LookupIndex, room: int) -> int:
         """As in `BlockPolicy`: the kind of block with the largest recent gain."""
         self._start(index, room)
+        source = self.config.source
         # The kind of this block: the length of the ending that the lookup knows here.
-        self._matched = 0 if self.config.source == "learned" else index.propose(1)[1]
-        self._source = ""
+        self._matched = 0
+        if source != "learned":
+            _, self._matched = index.propose(1)
         self._survival = 1.0
-        best = 1.0 - self.rate * self.costs.verify[0]  # gain of a plain step
-        sources = ("learned", "lookup", "both") if self.config.source == "hybrid" else (self.config.source,)
-        for source in sources if self._room else ():
-            if (source, self._matched) not in self._records or (source != "learned" and not self._matched):
+        self._source = ""  # a plain step, unless something gains more
+        if not self._room:
+            return 0
+        best = 1.0 - self.rate * self.costs.verify[0]
+        sources = ("learned", "lookup", "both") if source == "hybrid" else (source,)
+        for source in sources:
+            record = self._records.get((source, self._matched))
+            if record is None or (source != "learned" and not self._matched):
                 continue
-            gain = self._records[source, self._matched].gain(self.rate)
+            gain = record.gain(self.rate)
             if gain > best:
                 best = gain
                 self._source = source
         if self._source == "both":
-            self._second = self._worth(index.propose(self._room)[0], self._matched, 0, self.costs.forked)
-        return self._room if self._source in ("learned", "both") else 0
+            proposed, _ = index.propose(self._room)
+            self._second = self._worth(proposed, self._matched, 0, self.costs.forked)
+        if self._source in ("learned", "both"):
+            return self._room
+        return 0
 
     def _worth(self, proposed: list[int], matched: int, depth: int, costs: Sequence[float]) -> list[int]:
         """As many tokens of a lookup, after `depth` drafts, as are worth their rows."""
@@ -446,26 +457,29 @@ class AdaptivePolicy(BlockPolicy):
         survival = self._survival
         for count in range(len(proposed)):
             survival *= acceptance
-            if survival < self.rate * (costs[depth + count + 1] - costs[depth + count]):
+            length = depth + count
+            row_cost = costs[length + 1] - costs[length]
+            if survival < self.rate * row_cost:
                 return proposed[:count]
         return proposed
 
     def at_once(self) -> int:
         """As in `BlockPolicy`: as many as are worth their time if each is accepted as usual."""
-        depth = len(self._drafts)
         chance = self._records["learned", self._matched].acceptance
         survival = self._survival * chance
-        count = 1
-        while depth + count < self._room and survival * chance > self.rate * self._cost(depth + count, False):
+        length = len(self._drafts) + 1
+        while length < self._room and survival * chance > self.rate * self._cost(length, False):
             survival *= chance
-            count += 1
-        return count
+            length += 1
+        return length - len(self._drafts)
 
     def _cost(self, depth: int, is_made: bool) -> float:
         """Milliseconds that a learned draft after `depth` others adds to its block."""
         beside = self._branches + bool(self._second)
-        row = self.costs.block(0, depth + 1, beside) - self.costs.block(0, depth, beside)
-        return row if is_made else row + self.costs.draft
+        row_cost = self.costs.block(0, depth + 1, beside) - self.costs.block(0, depth, beside)
+        if is_made:
+            return row_cost
+        return row_cost + self.costs.draft
 
     def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
         """As in `BlockPolicy`: while one more learned draft adds more than its time is worth."""
@@ -479,18 +493,20 @@ class AdaptivePolicy(BlockPolicy):
         chance = self._records["learned", self._matched].acceptance
         # Only what the draft adds to a lookup counts, beside it or after it.
         if self._second:
-            chance *= 1.0 - self._records["lookup", self._matched].acceptance ** (depth + 1)
+            lookup_chance = self._records["lookup", self._matched].acceptance
+            chance *= 1.0 - lookup_chance ** (depth + 1)
         elif self.config.source == "hybrid":
-            matched = self._index.propose(1, self._drafts)[1]
-            chance -= self._records["lookup", matched].acceptance if matched else 0.0
+            _, matched = self._index.propose(1, self._drafts)
+            if matched:
+                chance -= self._records["lookup", matched].acceptance
         # Worth it if the expected token is more than the time of draft and row yields elsewhere.
         return self._survival * chance > self.rate * self._cost(depth, made > 0)
 
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`: as many tokens as are worth their rows."""
-        depth = len(self._drafts)
         if self.config.source == "learned" or not self._source or self._second:
             return []
+        depth = len(self._drafts)
         proposed, matched = self._index.propose(self._room - depth, self._drafts)
         return self._worth(proposed, matched, depth, self.costs.verify)
 
@@ -502,13 +518,13 @@ class AdaptivePolicy(BlockPolicy):
         """As in `BlockPolicy`."""
         proposed: list[int] = []
         if self.config.source != "learned":
-            found, matched = index.propose(self._planner.longest)
-            proposed = found if matched <= LONGEST_NGRAM else []  # earlier texts are not on the device
+            proposed, matched = index.propose(self._planner.longest)
+            if matched > LONGEST_NGRAM:  # earlier texts are not on the device
+                proposed = []
         self._planner.observe(verification, proposed)
-        first = verification.main_chain
-        second = verification.lookup_chain
-        learned = first.draft.num_learned
-        looked_up = len(first.draft.tokens) - learned
+        main = verification.main_chain
+        learned = main.draft.num_learned
+        looked_up = len(main.draft.tokens) - learned
         cost = self.costs.block(learned, looked_up, len(verification.beside))
         self._recent_tokens = RATE_DECAY * self._recent_tokens + verification.block_len
         self._recent_cost = RATE_DECAY * self._recent_cost + cost
@@ -522,14 +538,16 @@ class AdaptivePolicy(BlockPolicy):
             record.cost += cost
             record.blocks += 1.0
         if learned:
-            self._count_learned(self._records["learned", self._matched], first)
-        # Looked-up drafts are scored only if all learned ones before them were accepted.
-        if second or (looked_up and first.num_drafted > learned):
-            before = 0 if second else learned
-            chain = second or first
-            record = self._records[self._lookup_kind]
-            record.accepted += chain.num_accepted - before
-            record.scored += chain.num_drafted - before
+            self._count_learned(self._records["learned", self._matched], main)
+        # A lookup stands beside the learned drafts, or after them: then it is scored if they were all accepted.
+        record = self._records[self._lookup_kind]
+        beside = verification.lookup_chain
+        if beside:
+            record.accepted += beside.num_accepted
+            record.scored += beside.num_drafted
+        elif looked_up and main.num_drafted > learned:
+            record.accepted += main.num_accepted - learned
+            record.scored += main.num_drafted - learned
 
     def _count_learned(self, record: _Record, verification: Verification) -> None:
         """Count the scored learned drafts, in the record and by their confidence."""
@@ -537,7 +555,8 @@ class AdaptivePolicy(BlockPolicy):
         scored = min(verification.num_drafted, learned)
         record.accepted += min(verification.num_accepted, learned)
         record.scored += scored
-        for depth, confidence in enumerate(verification.draft.confidence[:scored].tolist()):
+        confidences = verification.draft.confidence[:scored].tolist()
+        for depth, confidence in enumerate(confidences):
             counts = self._calibration[_bin(confidence)]
             counts[0] = CONFIDENCE_DECAY * counts[0] + (depth < verification.num_accepted)
             counts[1] = CONFIDENCE_DECAY * counts[1] + 1

@@ -3,8 +3,6 @@
 Shapes: B texts, T new tokens, n drafts of a block, D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +27,7 @@ class Feedback:
     def clear(self, num_texts: int) -> None:
         """Begin with empty texts; before their first token there is no state."""
         self._unread = [[self._nothing] for _ in range(num_texts)]  # [T, D] each
-        self._own: dict[int, Tensor] = {}  # [1, D] of each row within a block
+        self._stand_in: dict[int, Tensor] = {}  # [1, D] of each row within a block
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all texts but these."""
@@ -47,11 +45,12 @@ class Feedback:
         for row, count in enumerate(counts):
             if not count:
                 continue
-            if row in self._own:
-                states = self._own[row]
+            if row in self._stand_in:
+                states = self._stand_in[row]
             else:
-                states = torch.cat(self._unread[row % texts])
-                rest[row % texts] = [states[count:]]
+                text = row % texts
+                states = torch.cat(self._unread[text])
+                rest[text] = [states[count:]]
             known = min(count, len(states))
             taken[row, count - known : count] = states[:known]
         self._unread = rest
@@ -61,7 +60,7 @@ class Feedback:
         """Let the drafter's own states `[rows, n, D]` stand in after the first `counts` drafts of each row."""
         for row, count in enumerate(counts):
             if count:
-                self._own[row] = own[row, count - 1 : count]
+                self._stand_in[row] = own[row, count - 1 : count]
 
     def verified(self, hidden: Tensor, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Take the verifier's states of a pass.
@@ -71,6 +70,7 @@ class Feedback:
             rows: of each text, that of the chain that it goes on with.
             counts: tokens of each text that it keeps of this pass.
         """
-        for text, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            self._unread[text].append(hidden[row, :count].clone())  # a captured pass writes over its outputs
-        self._own.clear()
+        for unread, row, count in zip(self._unread, rows, counts, strict=True):
+            states = hidden[row, :count]
+            unread.append(states.clone())  # a captured pass writes over its outputs
+        self._stand_in.clear()

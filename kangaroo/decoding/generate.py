@@ -56,8 +56,10 @@ def decode_texts(
     running = dict(enumerate(texts))
     while any(text.room for text in running.values()):
         for results in _next_blocks(stages, list(running.values()), config):
-            step = zip(running, results, strict=True)
-            committed = {place: result.cut_at_end(eos_ids) for place, result in step if result}
+            committed = {}
+            for place, result in zip(running, results, strict=True):
+                if result:
+                    committed[place] = result.cut_at_end(eos_ids)
             yield committed
             for place, verification in committed.items():
                 _commit(running[place], verification, eos_ids)
@@ -74,9 +76,10 @@ def _next_blocks(
 ) -> Iterable[list[Verification | None]]:
     """As many blocks as can run ahead of the host, or one."""
     plan = plan_ahead(stages, texts, config)
-    if plan is not None:
-        return run_ahead(stages, texts, plan, texts[0].policy.config.threshold if plan.learned else 0.0)
-    return [spec_decode_step(stages, texts, config)]
+    if plan is None:
+        return [spec_decode_step(stages, texts, config)]
+    threshold = texts[0].policy.config.threshold if plan.learned else 0.0
+    return run_ahead(stages, texts, plan, threshold)
 
 
 def _commit(text: Text, verification: Verification, eos_ids: Sequence[int]) -> None:
@@ -143,7 +146,8 @@ class PlainBatch:
         """A sampled next token of every row, and its probability in float32; `[B]` each."""
         logits = self._stages[1].logits(self.last).float()
         chosen = sampler(logits)
-        return chosen, logits.softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
+        confidence = logits.softmax(dim=-1).gather(1, chosen[:, None])
+        return chosen, confidence[:, 0]
 
     def append(self, tokens: Tensor) -> None:
         """Read the next token `[B]` of every row."""
@@ -151,7 +155,7 @@ class PlainBatch:
 
         def read(tokens: Tensor) -> tuple[Tensor, ...]:
             last = self._read(tokens)[:, -1]
-            if not (self.captured and deep.weights.fused):
+            if not self.captured or not deep.weights.fused:
                 return (last,)
             best, confidence = deep.best(last)  # by our own kernels, as where there are drafts
             return last, best[0], confidence
@@ -177,8 +181,11 @@ def common_prefix(tokens: Tensor, lengths: Tensor) -> int:
     if len(tokens) == 1:
         return 0
     longest = int(lengths.min()) - 1
-    differs = (tokens[:, :longest] != tokens[:1, :longest]).any(dim=0).nonzero()
-    return int(differs[0]) if len(differs) else longest
+    differs = tokens[:, :longest] != tokens[:1, :longest]
+    places = differs.any(dim=0).nonzero()
+    if not len(places):
+        return longest
+    return int(places[0])
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,8 @@ def decode_plainly(
     count = len(batch.last)
     device = batch.last.device
     tokens = batch.rows.new_zeros(count, max_new_tokens)
-    hidden = batch.last.new_zeros(count, max_new_tokens, batch.last.shape[1] if keep_states else 0)
+    hidden_size = batch.last.shape[1] if keep_states else 0
+    hidden = batch.last.new_zeros(count, max_new_tokens, hidden_size)
     confidence = torch.zeros(count, max_new_tokens, device=device)
     alive = torch.ones(count, dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY

@@ -1,7 +1,5 @@
 """What callers pass to decoding, in the forms in which they have it: prompts and end-of-sequence tokens, checked."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any

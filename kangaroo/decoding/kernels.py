@@ -486,7 +486,9 @@ def _span_bytes(device: torch.device) -> int:
         return SPAN_BYTES
     properties = torch.cuda.get_device_properties(device)
     own: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return SPAN_BYTES if own >= ROOMY else SPAN_BYTES // 2
+    if own < ROOMY:
+        return SPAN_BYTES // 2
+    return SPAN_BYTES
 
 
 def _launch(
@@ -507,11 +509,17 @@ def _tiles(rows: int) -> int:
 
 def _pieces(inner: int, columns: int, exact: bool, weights: int = 1) -> dict[str, int]:
     """In which pieces a program reads its columns of weights `[N, inner]`, and how many it holds before it waits."""
-    size = 4 if exact else 2
-    block = 64 if exact else 128 if inner <= 1024 else 256
+    if exact:
+        size = 4
+        block = 64
+    else:
+        size = 2
+        block = 128 if inner <= 1024 else 256
+    num_blocks = -(-inner // block)
     held = HELD_BYTES // (columns * block * size * weights)
-    most = 2 if exact else held
-    return {"BLOCK_N": columns, "BLOCK_K": block, "HELD": min(most, held, -(-inner // block)), "S": WARPS}
+    if exact:
+        held = min(held, 2)
+    return {"BLOCK_N": columns, "BLOCK_K": block, "HELD": min(held, num_blocks), "S": WARPS}
 
 
 @dataclass(frozen=True)
@@ -592,14 +600,15 @@ def plan_fused(
     cos, sin = table
     size = cos.shape[-1]
     chunks = triton.next_power_of_2(-(-fixed.num_slots // CHUNK))
-    most = _span_bytes(states.device) // (CHUNK * triton.next_power_of_2(size) * states.element_size())
+    chunk_bytes = CHUNK * triton.next_power_of_2(size) * states.element_size()
+    most = _span_bytes(states.device) // chunk_bytes
     span = max(1, min(chunks, most))
     spans = chunks // span
     sums = batch * length * num_heads * spans if spans > 1 else 0
     space = torch.empty(sums * (size + 2), device=states.device)
     partial = space[: sums * size]
-    window = cache.window or EVERYTHING
     statistics = space[len(partial) :]
+    window = cache.window or EVERYTHING
     settled = fixed.starts if fixed.settled is None else fixed.settled
     return FusedPass(cos, sin, fixed.starts, settled, length, window, span, spans, partial, statistics)
 
@@ -680,17 +689,19 @@ def _joined(
     bias = torch.cat(biases) if biases else None
     if norm is None:
         return Projection(weight.to(dtype), bias)
-    return Projection((weight * norm.weight.detach().float()).to(dtype), bias, norm.eps)
+    scaled = weight * norm.weight.detach().float()
+    return Projection(scaled.to(dtype), bias, norm.eps)
 
 
 def _paired(joined: Projection, size: int) -> Projection:
     """Interleave the first half and the second half of every `size` rows."""
 
-    def paired(rows: Tensor) -> Tensor:
-        return rows.view(-1, 2, size // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    def interleave(rows: Tensor) -> Tensor:
+        halves = rows.view(-1, 2, size // 2, *rows.shape[1:])
+        return halves.transpose(1, 2).reshape(rows.shape)
 
-    bias = None if joined.bias is None else paired(joined.bias)
-    return replace(joined, weight=paired(joined.weight), bias=bias)
+    bias = None if joined.bias is None else interleave(joined.bias)
+    return replace(joined, weight=interleave(joined.weight), bias=bias)
 
 
 def best_tokens(
@@ -766,11 +777,11 @@ def supports(layer: DecoderLayer, dtype: torch.dtype, most: int) -> bool:
         dtype: to compute in.
         most: largest number of elements of a weight; a library reads larger ones as fast.
     """
-    sizes = [layer.self_attn.q_proj.weight.numel()]
+    if dtype not in (torch.bfloat16, torch.float32) or layer.self_attn.head_dim < ROWS:
+        return False
+    largest = layer.self_attn.q_proj.weight.numel()
     if layer.feed_forward:
-        sizes.append(layer.mlp.gate_proj.weight.numel())
+        largest = max(largest, layer.mlp.gate_proj.weight.numel())
         if layer.mlp.hidden_act not in ("silu", "swish"):
             return False
-    return (
-        dtype in (torch.bfloat16, torch.float32) and layer.self_attn.head_dim >= ROWS and max(sizes) <= most
-    )
+    return largest <= most

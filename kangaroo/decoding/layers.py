@@ -49,11 +49,15 @@ def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> P
         with suppress(AttributeError, RuntimeError):  # these operators are private to torch, too
             packed = _in_8_bits(weight.float())
             multiply = torch.ops.quantized.linear_dynamic
-            return lambda states: multiply(
-                states.float(), packed, True
-            )  # True: the sums fit on older processors
+            # With its last argument True sums of 8-bit products fit into 16 bits, as older processors need it.
+            return lambda states: multiply(states.float(), packed, True)
     if not can_pack(weight):
         return lambda states: F.linear(states, weight, bias)
+    return _packed_product(weight, bias)
+
+
+def _packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
+    """The same by operators that are private to torch."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
     run = torch.ops.mkldnn._linear_pointwise
     return lambda states: run(states, packed, bias, "none", [], "")
@@ -74,11 +78,12 @@ def packed_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes in which weights can be packed here; none without oneDNN, or where its operators have another form."""
     packable = []
     for dtype in (torch.float32, torch.bfloat16):
-        # These operators are private to torch, so they are tried on numbers before they are believed.
+        identity = torch.eye(16, dtype=dtype)
+        ones = torch.ones(1, 2, 16, dtype=dtype)
+        # They are tried on numbers before they are believed.
         try:
-            weight = torch.ops.mkldnn._reorder_linear_weight(torch.eye(16, dtype=dtype), PACKED_FOR_ROWS)
-            ones = torch.ones(1, 2, 16, dtype=dtype)
-            if torch.equal(torch.ops.mkldnn._linear_pointwise(ones, weight, None, "none", [], ""), ones):
+            result = _packed_product(identity)(ones)
+            if torch.equal(result, ones):
                 packable.append(dtype)
         except (AttributeError, RuntimeError, TypeError):
             continue
@@ -103,11 +108,10 @@ class CachedLayer:
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True) -> None:
         attention = layer.self_attn
         on_cuda = attention.q_proj.weight.is_cuda
-        fused = few_rows or on_cuda  # products of the same input are one, of copied weights
         self.kernels = _kernels_for(layer, dtype) if few_rows and on_cuda else None
         # Where our kernels run, the library's only read prompts, which is not worth a compilation.
-        compile_it = on_cuda and self.kernels is None
-        self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if compile_it else apply_rotary
+        is_compiled = on_cuda and self.kernels is None
+        self._rotate: Callable[..., Tensor] = compiled(apply_rotary) if is_compiled else apply_rotary
         self._heads = attention.num_heads
         self._groups = attention.num_groups
         self._head_dim = attention.head_dim
@@ -115,7 +119,10 @@ class CachedLayer:
         self._input_norm = rms_norm(layer.input_layernorm, dtype)
 
         def join(*projections: nn.Linear) -> Product:
-            return _fused(dtype, *projections) if fused else _side_by_side(projections)
+            """Products of the same input as one, of copied weights, unless the modules are to run."""
+            if few_rows or on_cuda:
+                return _fused(dtype, *projections)
+            return _side_by_side(projections)
 
         self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = join(attention.o_proj)
@@ -125,7 +132,7 @@ class CachedLayer:
             self._gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
             self._down = join(layer.mlp.down_proj)
             gated = _gated_by(layer.mlp.hidden_act)
-            self._gate: Callable[..., Tensor] = compiled(gated) if compile_it else gated
+            self._gate: Callable[..., Tensor] = compiled(gated) if is_compiled else gated
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
@@ -133,16 +140,19 @@ class CachedLayer:
         # Attention: hidden + out(attend(rotate(q), rotate(k), v)).
         qkv = self._qkv(self._input_norm(hidden))
         heads = qkv.view(batch, length, -1, self._head_dim).transpose(1, 2)  # [B, H + 2 G, T, E]
-        unrotated, values = torch.split(heads, [self._heads + self._groups, self._groups], dim=1)
+        num_rotated = self._heads + self._groups
+        unrotated, values = torch.split(heads, [num_rotated, self._groups], dim=1)
         rotated = self._rotate(unrotated, plan.cos, plan.sin)
         queries, keys = torch.split(rotated, [self._heads, self._groups], dim=1)
         keys, values = cache.store(layer, keys, values, plan)
-        mixed = attend_cached(queries, keys, values, plan)
-        hidden = hidden + self._out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = attend_cached(queries, keys, values, plan)  # [B, H, T, E]
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
+        hidden = hidden + self._out(mixed)
         # Feed-forward, which Kangaroo's adapter does not have: hidden + down(activation(gate) * up).
-        if self._gate_up is not None:
-            hidden = hidden + self._down(self._gate(self._gate_up(self._mlp_norm(hidden))))
-        return hidden
+        if self._gate_up is None:
+            return hidden
+        gated = self._gate(self._gate_up(self._mlp_norm(hidden)))
+        return hidden + self._down(gated)
 
 
 def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
@@ -151,7 +161,9 @@ def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
         return None
     from kangaroo.decoding.kernels import FusedLayer, supports
 
-    return FusedLayer(layer, dtype) if supports(layer, dtype, LARGE) else None
+    if not supports(layer, dtype, LARGE):
+        return None
+    return FusedLayer(layer, dtype)
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,10 @@ class Fuse:
 
     def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:
         self.embeddings = embeddings
-        self.maps = weight.view(len(weight), 2, -1).transpose(0, 1).contiguous() if weight.is_cuda else None
+        self.maps: Tensor | None = None
+        if weight.is_cuda:
+            halves = weight.view(len(weight), 2, -1)  # [D, 2, D]
+            self.maps = halves.transpose(0, 1).contiguous()
         self._product = product(weight)
 
     def __call__(self, inputs: Tensor, feedback: Tensor) -> Tensor:
@@ -200,18 +215,22 @@ class Fuse:
 
 def _side_by_side(parts: Sequence[Product]) -> Product:
     """The outputs of some products next to one another."""
-    return parts[0] if len(parts) == 1 else lambda states: torch.cat([part(states) for part in parts], dim=-1)
+    if len(parts) == 1:
+        return parts[0]
+    return lambda states: torch.cat([part(states) for part in parts], dim=-1)
 
 
 def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
     """The same by one product of the joined weights, unless they are large and on an accelerator."""
     weights = [linear.weight.detach().to(dtype) for linear in projections]
     if weights[0].is_cuda and weights[0].numel() > LARGE:
-        return _side_by_side(
-            [product(weight, linear.bias) for weight, linear in zip(weights, projections, strict=True)]
-        )
+        products = []
+        for weight, linear in zip(weights, projections, strict=True):
+            products.append(product(weight, linear.bias))
+        return _side_by_side(products)
     biases = [linear.bias.detach().to(dtype) for linear in projections if linear.bias is not None]
-    return product(torch.cat(weights), torch.cat(biases) if biases else None)
+    bias = torch.cat(biases) if biases else None
+    return product(torch.cat(weights), bias)
 
 
 @cache
@@ -235,16 +254,18 @@ def compiled(function: Callable[..., Made], dynamic: bool = True) -> Callable[..
         function: of tensors alone.
         dynamic: one for all shapes; False is faster, and compiles for each shape.
     """
-    return torch.compile(function, dynamic=dynamic) if has_triton() else function
+    if not has_triton():
+        return function
+    return torch.compile(function, dynamic=dynamic)
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """All parameters of a module; faster than `parameters()`."""
-    found: list[Tensor] = [weight for weight in module._parameters.values() if weight is not None]
+    weights: list[Tensor] = [weight for weight in module._parameters.values() if weight is not None]
     for child in module._modules.values():
         if child is not None:
-            found += weights_of(child)
-    return found
+            weights += weights_of(child)
+    return weights
 
 
 def _version(weight: Tensor) -> int:
@@ -256,6 +277,7 @@ class MadeFromWeights(Generic[Made]):
     """Things by name, each made once for the weights that it was made from."""
 
     def __init__(self) -> None:
+        # By name: the weights, their versions when the thing was made, and the thing.
         self._made: dict[str, tuple[list[Tensor], list[object], Made]] = {}
 
     def get(
@@ -268,7 +290,12 @@ class MadeFromWeights(Generic[Made]):
         # An in-place change of a weight raises its version; a new tensor has another address.
         versions: list[object] = [(weight.data_ptr(), _version(weight)) for weight in weights]
         versions += numbers
-        if name not in self._made or self._made[name][1] != versions:
-            with torch.inference_mode(False), torch.no_grad():
-                self._made[name] = ([weight.detach() for weight in weights], versions, make())
-        return self._made[name][2]
+        if name in self._made:
+            _, made_from, made = self._made[name]
+            if made_from == versions:
+                return made
+        held = [weight.detach() for weight in weights]
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        self._made[name] = (held, versions, made)
+        return made

@@ -97,8 +97,10 @@ class BlockState:
             right: `[B]`, as above.
         """
         texts = len(self.length)
-        for part, value in ((self.own, own), (self.start_at, start_at), (self.right, right)):
-            part.view(-1, *value.shape).copy_(value)
+        # The rows of all learned chains begin alike.
+        self.own.view(-1, *own.shape).copy_(own)
+        self.start_at.view(-1, texts).copy_(start_at)
+        self.right.view(-1, texts).copy_(right)
         torch.clamp(start_at + right + 1, max=self.most, out=self.length)
         self.block[:, :, 0] = own[steps(texts, own.device), right]
         self.starts.view(-1, texts).copy_(self.length - 1)

@@ -38,7 +38,17 @@ OWN_PROMPT = 64
 
 def view(needed: int, capacity: int) -> int:
     """Slots that a pass of fixed shape reads: the power of two that holds what is needed, up to the capacity."""
-    return min(capacity, max(SHORTEST_VIEW, 1 << (needed - 1).bit_length()))
+    power = 1 << (needed - 1).bit_length()
+    return min(capacity, max(SHORTEST_VIEW, power))
+
+
+def padded(rows: Sequence[Sequence[int]], width: int, filler: int = 0) -> Tensor:
+    """Token ids `[rows, width]` on the host, a filler after each row's own."""
+    whole = []
+    for row in rows:
+        padding = [filler] * (width - len(row))
+        whole.append([*row, *padding])
+    return torch.tensor(whole)
 
 
 class Passes:
@@ -77,21 +87,22 @@ class Passes:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids `[B, T]` on the host, zeros after each row's own."""
-        width = self.width(max(1, *map(len, rows)), len(rows))
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+        longest = max(1, *map(len, rows))
+        return padded(rows, self.width(longest, len(rows)))
 
     def width(self, longest: int, rows: int) -> int:
         """Positions T of a pass over some rows, the longest of which has this many tokens."""
-        if not self.begun and not self.takes_prompt(longest):
+        takes_prompt = self.takes_prompt(longest)
+        is_fixed = self.graphs or self.positions
+        if not is_fixed or not (self.begun or takes_prompt):
             return longest
-        if not (self.graphs or self.positions):
-            return longest
-        if longest > 2 * PADDING_STEP and self.takes_prompt(longest):
+        if longest > 2 * PADDING_STEP and takes_prompt:
             step = next(step for most, step in PROMPT_STEPS.items() if longest <= most)
             longest = step * math.ceil(longest / step)
         elif longest > 2:  # one row has room for eight drafts; two of eight tokens are a tile of our kernels
             spare = 1 if rows == 1 else 0
-            longest = PADDING_STEP * math.ceil((longest - spare) / PADDING_STEP) + spare
+            num_steps = math.ceil((longest - spare) / PADDING_STEP)
+            longest = PADDING_STEP * num_steps + spare
         return max(self.positions, longest)
 
     def run(
@@ -120,13 +131,17 @@ class Passes:
         """
         # The prefill by a library reads and writes what it needs; every other pass can have a fixed shape.
         before = caches[0].lengths
-        prompt = not caches[0].length
-        if self.takes_prompt(inputs[0].shape[1]) if prompt else (self.graphs or self.positions):
-            needed = max(before) + inputs[0].shape[1] + ahead
-            slots = caches[0].capacity if self.positions and not prompt else view(needed, caches[0].capacity)
+        capacity = caches[0].capacity
+        width = inputs[0].shape[1]
+        is_prompt = not caches[0].length
+        is_fixed = self.takes_prompt(width) if is_prompt else self.graphs or self.positions
+        if is_fixed:
+            slots = view(max(before) + width + ahead, capacity)
+            if self.positions and not is_prompt:
+                slots = capacity
             if starts is None:
                 starts = torch.tensor(before)
-            by_library = prompt and inputs[0].shape[1] > OWN_PROMPT
+            by_library = is_prompt and width > OWN_PROMPT
             key = ((name, by_library), slots)  # later passes can be as wide as a prompt
             outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
@@ -210,7 +225,8 @@ class CudaGraphs:
         The next replay writes over the outputs.
         """
         # A captured graph reads and writes fixed memory: copy inputs in, replay.
-        key = (key, *(tensor.shape for tensor in inputs))
+        shapes = [tensor.shape for tensor in inputs]
+        key = (key, *shapes)
         if key not in self._captured:
             self._captured[key] = self._capture(run, inputs)
         captured = self._captured[key]
@@ -277,7 +293,8 @@ class CudaGraphs:
 
     def _capture(self, run: Pass, inputs: tuple[Tensor, ...]) -> _Captured:
         began = self._begin()
-        host = torch.empty(sum(map(_room, inputs)), dtype=torch.uint8).pin_memory()
+        total = sum(map(_host_bytes, inputs))
+        host = torch.empty(total, dtype=torch.uint8).pin_memory()
         device = host.cuda()
         static: list[Tensor] = []
         pinned: list[Tensor | None] = []
@@ -285,9 +302,11 @@ class CudaGraphs:
         for tensor in inputs:
             if tensor.device.type == "cpu":
                 stop = offset + tensor.nbytes
-                pinned.append(host[offset:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-                static.append(device[offset:stop].view(tensor.dtype).view(tensor.shape))
-                offset += _room(tensor)
+                on_host = host[offset:stop].view(tensor.dtype).view(tensor.shape)
+                on_device = device[offset:stop].view(tensor.dtype).view(tensor.shape)
+                pinned.append(on_host.copy_(tensor))
+                static.append(on_device)
+                offset += _host_bytes(tensor)
             else:
                 pinned.append(None)
                 static.append(tensor.clone())
@@ -322,6 +341,8 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _room(tensor: Tensor) -> int:
+def _host_bytes(tensor: Tensor) -> int:
     """Bytes that a host tensor takes among others, each of which begins at a multiple of 16; 0 for others."""
-    return -(-tensor.nbytes // 16) * 16 if tensor.device.type == "cpu" else 0
+    if tensor.device.type != "cpu":
+        return 0
+    return 16 * math.ceil(tensor.nbytes / 16)

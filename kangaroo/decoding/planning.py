@@ -1,12 +1,11 @@
 """What all blocks draft where they run ahead of the host, which cannot choose for each block."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.costs import expected_tokens
+from kangaroo.decoding.sampling import count_accepted
 
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
@@ -42,7 +41,9 @@ class Plan:
     @property
     def learned_chains(self) -> int:
         """Chains of learned drafts."""
-        return 1 + self.branches if self.learned else 0
+        if not self.learned:
+            return 0
+        return 1 + self.branches
 
     @property
     def chains(self) -> int:
@@ -94,12 +95,8 @@ class _Continuations:
 
     def right(self, proposed: Sequence[int], committed: Sequence[int]) -> int:
         """Count a lookup beside what was committed in its place; its right tokens as far as that is known."""
-        count = 0
-        for proposal, token in zip(proposed, committed, strict=False):
-            if proposal != token:
-                break
-            count += 1
-        known = count + (count < len(committed))
+        count = count_accepted(proposed, committed)
+        known = min(count + 1, len(committed))  # the first wrong token is known, too
         for depth, chance in enumerate(self._chances[:known]):
             chance.count(True, float(depth < count))
         return count
@@ -145,33 +142,42 @@ class Planner:
                 for forks in {0, min(branches, length)}:
                     self._add(Plan(length, forks))
                     if together:  # as long a lookup as leaves all chains in one tile of our kernels
-                        self._add(Plan(length, forks, min(self.longest, PASS_ROWS // (forks + 2) - 1)))
+                        rows = PASS_ROWS // (forks + 2)
+                        looked_up = min(self.longest, rows - 1)
+                        self._add(Plan(length, forks, looked_up))
         self._continuations = _Continuations(self.longest)
         # Tokens of a block that only a lookup beside learned drafts gave, by the lookup's length.
-        lengths = {plan.looked_up for plan in self._plans if plan.learned}
-        self._beside = {length: _Mean(0.25) for length in sorted(lengths - {0})}
+        self._beside: dict[int, _Mean] = {}
+        for plan in self._plans:
+            if plan.learned and plan.looked_up:
+                self._beside[plan.looked_up] = _Mean(0.25)
 
     def _add(self, plan: Plan) -> None:
         """Consider a plan if its lookup is no shorter than its drafts and its rows fit in a tile of our kernels."""
-        fits = plan.longest <= self.longest and plan.chains * (plan.longest + 1) <= PASS_ROWS
+        rows = plan.chains * (plan.longest + 1)
+        fits = plan.longest <= self.longest and rows <= PASS_ROWS
         if fits and plan.looked_up in (0, plan.longest):
             self._plans.append(plan)
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
-        if self._is_due:
-            self._is_due = False
-            times = self._times[self._slots]
-            # The time of an untried plan, by those of the others.
-            scale = sum(times.values()) / sum(map(hoped, times)) if times else 1.0
+        if not self._is_due:
+            return self._plan
+        self._is_due = False
+        times = self._times[self._slots]
+        # Milliseconds of a plain step, for plans that were not tried.
+        scale = 1.0
+        if times:
+            scale = sum(times.values()) / sum(map(hoped, times))
 
-            def speed(plan: Plan) -> float:
-                """Expected tokens a millisecond."""
-                return self._tokens(plan) / (times.get(plan) or scale * hoped(plan))
+        def speed(plan: Plan) -> float:
+            """Expected tokens a millisecond."""
+            ms = times.get(plan) or scale * hoped(plan)
+            return self._tokens(plan) / ms
 
-            best = max(self._plans, key=speed)
-            if speed(best) > CLEARLY * speed(self._plan):
-                self._plan = best
+        best = max(self._plans, key=speed)
+        if speed(best) > CLEARLY * speed(self._plan):
+            self._plan = best
         return self._plan
 
     def timed(self, plan: Plan, ms: float, slots: int) -> None:
@@ -186,8 +192,11 @@ class Planner:
         if not plan.learned:
             return 1.0 + self._continuations.beyond(0, plan.looked_up)
         tokens = expected_tokens(self._acceptance.value, plan.learned)
-        tokens += self._branched.value if plan.branches else 0.0
-        return tokens + (self._beside[plan.looked_up].value if plan.looked_up else 0.0)
+        if plan.branches:
+            tokens += self._branched.value
+        if plan.looked_up:
+            tokens += self._beside[plan.looked_up].value
+        return tokens
 
     def observe(self, verification: Verification, proposed: Sequence[int]) -> None:
         """Count the outcome of a block.
@@ -199,13 +208,15 @@ class Planner:
         self._is_due = True
         main = verification.main_chain
         learned = main.draft.num_learned
-        drafted = [chain for chain in (verification, *verification.beside) if chain.draft.num_learned]
-        best = max((chain.num_accepted for chain in drafted), default=0)
+        chains = (verification, *verification.beside)
+        accepted = [chain.num_accepted for chain in chains if chain.draft.num_learned]
+        best = max(accepted, default=0)
         self._acceptance.count(learned > 0, main.num_accepted, main.num_drafted)
-        self._branched.count(len(drafted) > 1, best - main.num_accepted)
+        self._branched.count(len(accepted) > 1, best - main.num_accepted)
         right = self._continuations.right(proposed, verification.committed)
         for length, mean in self._beside.items():
-            gain = float(max(0, min(right, length) - best))
+            more = min(right, length) - best
+            gain = float(max(0, more))
             if right == len(verification.committed):  # it may have gone further
                 gain += self._continuations.beyond(right, length)
             mean.count(learned > 0, gain)

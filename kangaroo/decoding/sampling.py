@@ -24,7 +24,8 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
 def inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
     """Tokens `[N]` drawn from weights `[N, V]`, which need not sum to 1, by uniform numbers `[N]` in [0, 1)."""
     cumulative = weights.double().cumsum(dim=-1)
-    threshold = noise.double()[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    threshold = noise.double()[:, None] * total
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
     return tokens.clamp(max=weights.shape[-1] - 1)
 
@@ -81,7 +82,9 @@ def speculative_sampling(
     count = len(drafted)
     positions = torch.arange(count, device=target.device)
     # Accept draft x with probability min(1, p(x) / q(x)): u < p / q, multiplied out.
-    passes = uniform[:count] * proposed[positions, drafted] < target[positions, drafted]
+    p = target[positions, drafted]
+    q = proposed[positions, drafted]
+    passes = uniform[:count] * q < p
     accepted = int(passes.long().cumprod(dim=0).sum())
     weights = target[accepted]  # all accepted: the bonus token is drawn from p
     if accepted < count:
@@ -109,7 +112,7 @@ def speculative_sampling_of_chains(
     """
     noise = iter(uniform)
     counts = [0] * len(drafted)
-    alive = list(range(len(drafted)))
+    alive = list(range(len(drafted)))  # chains that were right so far
     for depth in range(max(map(len, drafted)) + 1):
         weights = targets[alive[0]][depth]
         accepted: int | None = None
@@ -117,16 +120,21 @@ def speculative_sampling_of_chains(
             if depth == len(drafted[chain]):
                 continue
             token = int(drafted[chain][depth])
-            chances = proposed[chain][depth]
-            if next(noise) * float(chances[token] * weights.sum()) < float(weights[token]):
+            q = proposed[chain][depth]
+            total = weights.sum()
+            # The same rule, of weights that do not sum to 1: u < p / q with p = weights / total.
+            if next(noise) * float(q[token] * total) < float(weights[token]):
                 accepted = token
                 break
-            residual = (weights / weights.sum() - chances).clamp(min=0.0)
+            residual = (weights / total - q).clamp(min=0.0)
             if float(residual.sum()) > 0.0:  # else p equals q but for rounding
                 weights = residual
         if accepted is None:
             break
-        alive = [chain for chain in alive if drafted[chain][depth : depth + 1].tolist() == [accepted]]
+        right = []
         for chain in alive:
-            counts[chain] = depth + 1
+            if depth < len(drafted[chain]) and int(drafted[chain][depth]) == accepted:
+                counts[chain] = depth + 1
+                right.append(chain)
+        alive = right
     return counts, int(inverse_cdf(weights[None], weights.new_tensor([next(noise)])))

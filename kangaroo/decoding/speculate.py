@@ -9,7 +9,8 @@ Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -76,53 +77,78 @@ def spec_decode_step(
 
 def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) -> None:
     """Let the shallow layers draft the next token of every chain that wants one, or the next few at once."""
+    texts = len(drafts)
     chains = len(drafts[0].learned)
     depth = max(len(draft.tokens) for draft in drafts)
-    unread = unread_tokens(drafts, stages.drafting_stages(depth)[0], range(chains))
+    first_stage = stages.drafting_stages(depth)[0]
+    unread = unread_tokens(drafts, first_stage, chains)
     for row in range(len(unread)):
-        if not drafts[row % len(drafts)].wants_more:
+        if not drafts[row % texts].wants_more:
             unread[row] = []
-    count = stages.drafts_at_once(max(draft.wanted() for draft in drafts))
-    sampled = config.draft_temperature > 0
-    noise = [draft.noise(count) if sampled and draft.wants_more else [0.0] * count for draft in drafts]
+    wanted = max(draft.wanted() for draft in drafts)
+    count = stages.drafts_at_once(wanted)
+    noise = [[0.0] * count] * texts
+    if config.draft_temperature > 0:
+        for row, draft in enumerate(drafts):
+            if draft.wants_more:
+                noise[row] = draft.noise(count)
     drafted = stages.draft(unread, config, noise, depth)
     # Where nothing follows these drafts, whatever they are, the verifier reads them before the host does.
-    if count > 1 and config.target == "base" and all(draft.ends_after(count) for draft in drafts):
+    whole_block = all(draft.ends_after(count) for draft in drafts)
+    if whole_block and count > 1 and config.target == "base":
         begin_verifying(stages, drafts, config, drafted)
-    taken = [draft.take(drafted, row, len(drafts), len(unread[row])) for row, draft in enumerate(drafts)]
+    taken = []
+    for row, draft in enumerate(drafts):
+        taken.append(draft.take(drafted, row, texts, len(unread[row])))
     stages.count_drafts(taken * chains)
 
 
 def begin_verifying(
     stages: Stages, drafts: Sequence[Draft], config: DecodeConfig, drafted: Drafted | None = None
 ) -> None:
-    """Let the verifier read the last committed token and the drafts of every chain, `drafted` still on the device."""
+    """Let the verifier read the last committed token and the drafts of every chain.
+
+    Args:
+        stages: the model.
+        drafts: the block of each text, as far as the host knows it.
+        config: how drafts are verified.
+        drafted: drafts after these that are still on the device.
+    """
     sampled = config.temperature > 0
     if config.target == "adapted":
         stages.begin_verifying_states(adapted_states(stages, drafts), sampled)
         return
-    chains = len(drafts[0].learned) + any(draft.second for draft in drafts)
-    rows = unread_tokens(drafts, stages.deep, range(chains))
+    chains = len(drafts[0].learned)
+    if any(draft.second for draft in drafts):
+        chains += 1
+    rows = unread_tokens(drafts, stages.deep, chains)
     if drafted is not None:
-        _, learned, ahead = drafted.chosen.shape
-        for row in filter(None, rows[:learned]):
-            row.extend([0] * ahead)
+        _, num_learned_rows, count = drafted.chosen.shape
+        for row in rows[:num_learned_rows]:
+            if row:  # the pass itself puts the drafts in these places
+                row.extend([0] * count)
     stages.begin_verifying(rows, chains, sampled, drafted)
 
 
-def unread_tokens(drafts: Sequence[Draft], stage: Stage, chains: Iterable[int] = (0,)) -> list[list[int]]:
+def unread_tokens(drafts: Sequence[Draft], stage: Stage, chains: int = 1) -> list[list[int]]:
     """The tokens of every text and its drafts that a stage has not read, by chain; none for texts that are over."""
     lengths = stage.cache.lengths
-    return [draft.tokens_after(lengths[row], chain) for chain in chains for row, draft in enumerate(drafts)]
+    unread = []
+    for chain in range(chains):
+        for length, draft in zip(lengths, drafts, strict=False):  # further rows are those of further chains
+            unread.append(draft.tokens_after(length, chain))
+    return unread
 
 
 def adapted_states(stages: Stages, drafts: Sequence[Draft]) -> list[Tensor]:
     """What the deep layers read with target "adapted": the exit states from drafting, and those of the other tokens."""
     unread = unread_tokens(drafts, stages.shallow)
     states = stages.read(unread)  # [B, T, D]
-    return [
-        torch.cat([*draft.read_states, states[row, : len(unread[row])]]) for row, draft in enumerate(drafts)
-    ]
+    whole = []
+    for row, draft in enumerate(drafts):
+        rest = states[row, : len(unread[row])]
+        whole.append(torch.cat([*draft.read_states, rest]))
+    return whole
 
 
 def accept(
@@ -137,26 +163,33 @@ def accept(
         return None
     start = len(draft.text.tokens)
     chains = draft.chains()
-    rows = [row + place * verified.texts for place in chains]
-    confidence = [
-        verified.confidence[at][: len(chain) + 1] for at, chain in zip(rows, chains.values(), strict=True)
-    ]
-    for chances in confidence:
+    chain_rows = [row + place * verified.texts for place in chains]
+    confidence = []
+    for chain_row, chain in zip(chain_rows, chains.values(), strict=True):
+        chances = verified.confidence[chain_row][: len(chain) + 1]
         refuse_not_finite(chances, start)
+        confidence.append(chances)
     if config.temperature == 0:
-        own = [verified.tokens[at] for at in rows]
+        own = [verified.tokens[chain_row] for chain_row in chain_rows]
         counts, next_token = greedily_accepted(list(chains.values()), own)
     else:
-        counts, next_token = sample_accepted(draft, [verified.logits[at] for at in rows], stages, config)
+        logits = [verified.logits[chain_row] for chain_row in chain_rows]
+        counts, next_token = sample_accepted(draft, logits, stages, config)
     blocks = [draft.block(place, stages) for place in chains]
     outcome = settled(start, blocks, counts, confidence, next_token)
+    winning_row = row + outcome.draft.chain * verified.texts
+    states = verified.states[winning_row, : len(outcome.draft.tokens) + 1]
     # A copy: the next pass writes over the states of a captured one.
-    states = verified.states[row + outcome.draft.chain * verified.texts, : len(outcome.draft.tokens) + 1]
     return replace(outcome, verifier_hidden=states.clone())
 
 
 def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[int]]) -> tuple[list[int], int]:
-    """Accepted drafts of each chain, and the token after the longest, by the verifier's own tokens beside each."""
+    """Number of accepted drafts of each chain, and the verifier's token after the chain that goes furthest.
+
+    Args:
+        chains: the drafts of each chain, n tokens.
+        own: the verifier's own tokens along each chain, n + 1 tokens.
+    """
     counts = [count_accepted(chain, tokens) for chain, tokens in zip(chains, own, strict=True)]
     best = counts.index(max(counts))
     return counts, own[best][counts[best]]
@@ -165,20 +198,22 @@ def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[in
 def sample_accepted(
     draft: Draft, logits: Sequence[Tensor], stages: Stages, config: DecodeConfig
 ) -> tuple[list[int], int]:
-    """Accepted drafts of each chain, and the token after them, by logits `[n + 1, V]` of each chain."""
-    targets, proposed, drafted = [], [], []
+    """The same for answers that are sampled, by the verifier's logits `[n + 1, V]` along each chain."""
+    targets = []
+    proposed = []
+    drafted = []
     for (place, chain), scores in zip(draft.chains().items(), logits, strict=True):
-        rows = scores[: len(chain) + 1]
-        targets.append(distribution(rows, config.temperature, config.top_k, config.top_p))  # p, [n + 1, V]
-        proposed.append(draft.proposed(place, targets[-1], stages))  # q, [n, V]
-        drafted.append(torch.tensor(chain, dtype=torch.long, device=rows.device))
+        scores = scores[: len(chain) + 1]
+        target = distribution(scores, config.temperature, config.top_k, config.top_p)  # p, [n + 1, V]
+        targets.append(target)
+        proposed.append(draft.proposed(place, target, stages))  # q, [n, V]
+        drafted.append(torch.tensor(chain, dtype=torch.long, device=target.device))
     count = max(map(len, drafted)) + 1
     if len(drafted) > 1:
         uniform = draft.text.uniform(len(drafted) * count)
         return speculative_sampling_of_chains(targets, proposed, drafted, uniform.tolist())
-    accepted, token = speculative_sampling(
-        targets[0], proposed[0], drafted[0], draft.text.uniform(count).to(targets[0].device)
-    )
+    uniform = draft.text.uniform(count).to(target.device)
+    accepted, token = speculative_sampling(targets[0], proposed[0], drafted[0], uniform)
     return [accepted], token
 
 
@@ -210,8 +245,10 @@ class Text:
         """Let the answer be sampled: draw noise for `num_drafts` sampled drafts, unless given, then the rest."""
         self.generator = torch.Generator().manual_seed(seed)
         if num_drafts:
+            # Drawn in either case, so that the answer does not depend on where the noise is from.
             drawn = torch.rand(num_drafts, generator=self.generator)
-            self.noise = drawn if self.noise is None else self.noise
+            if self.noise is None:
+                self.noise = drawn
 
     @property
     def tokens(self) -> list[int]:
@@ -244,16 +281,15 @@ class Draft:
 
     def __init__(self, text: Text) -> None:
         self.text = text
-        self.learned: list[list[int]] = [[]]
         self.second: list[int] = []
         self.branches = 0
         self.wants_more = False
         self.read_states: list[Tensor] = []
         self._limit = 0
-        self._confidence: list[list[float]] = [[]]  # of each learned chain
         self._exit_hidden: list[Tensor] = []  # [chains, n, D] each
-        self._own: list[Tensor] = []  # likewise, of the drafter
-        self._probabilities: list[Tensor] = []
+        self._drafter_hidden: list[Tensor] = []  # likewise
+        self._probabilities: list[Tensor] = []  # [n, V'] each, of the main chain
+        self.fork(1)
 
     @property
     def tokens(self) -> list[int]:
@@ -262,24 +298,25 @@ class Draft:
 
     def begin(self) -> None:
         """Ask the policy how many tokens to draft; one token of the text's room is left to the verifier."""
+        policy = self.text.policy
         if self.text.room:
-            self._limit = self.text.policy.begin(self.text.index, self.text.room - 1)
-            self.second = self.text.policy.beside()
+            self._limit = policy.begin(self.text.index, self.text.room - 1)
+            self.second = policy.beside()
         self.wants_more = self._limit > 0
-        self.branches = min(self.text.policy.branches, self._limit)
+        self.branches = min(policy.branches, self._limit)
 
     def fork(self, chains: int) -> None:
         """Begin as many learned chains as the texts' blocks have."""
-        self.learned = [[] for _ in range(chains)]
-        self._confidence = [[] for _ in range(chains)]
+        self.learned: list[list[int]] = [[] for _ in range(chains)]
+        self._confidence: list[list[float]] = [[] for _ in range(chains)]
 
     def chains(self) -> dict[int, list[int]]:
         """The chains of drafts that are verified, by their places among the rows of the text.
 
-        A branch that was to leave the main chain after its end is none.
+        Branch b leaves the main chain at its token b; if the main chain is shorter, there is no such branch.
         """
         num_drafted = len(self._confidence[0])
-        chains = {place: chain for place, chain in enumerate(self.learned) if place <= num_drafted}
+        chains = dict(enumerate(self.learned[: num_drafted + 1]))
         if self.second:
             chains[len(self.learned)] = self.second
         return chains
@@ -288,7 +325,8 @@ class Draft:
         """Tokens to draft before the policy looks at them."""
         if not self.wants_more:
             return 0
-        return min(self._limit - len(self.tokens), self.text.policy.at_once())
+        left = self._limit - len(self.tokens)
+        return min(left, self.text.policy.at_once())
 
     def ends_after(self, count: int) -> bool:
         """Whether the first `count` drafts of the block are all of it, whatever they are."""
@@ -321,19 +359,19 @@ class Draft:
         count = 0
         made = len(drafted.by_row[row])
         while self.wants_more and count < made:
-            for chain, (tokens, confidences) in enumerate(zip(self.learned, self._confidence, strict=True)):
+            for chain in range(len(self.learned)):
                 token, confidence = drafted.by_row[row + chain * texts][count]
-                tokens.append(token)
-                confidences.append(confidence)
+                self.learned[chain].append(token)
+                self._confidence[chain].append(confidence)
             count += 1
-            keeps_drafting = self.text.policy.keep_drafting(
-                self.tokens[-1], self._confidence[0][-1], made - count
-            )
-            self.wants_more = keeps_drafting and len(self.tokens) < self._limit
+            main_confidence = self._confidence[0][-1]
+            goes_on = self.text.policy.keep_drafting(self.tokens[-1], main_confidence, made - count)
+            self.wants_more = goes_on and len(self.tokens) < self._limit
         self._exit_hidden.append(drafted.exit_hidden[row::texts, :count])
-        self._own.append(drafted.own[row::texts, :count])
-        for step, states in enumerate(drafted.states[:count]):
-            self.read_states.append(states[row, : num_read if step == 0 else 1])
+        self._drafter_hidden.append(drafted.drafter_hidden[row::texts, :count])
+        for states in drafted.states[:count]:
+            self.read_states.append(states[row, :num_read])
+            num_read = 1  # a later draft is made from the one before it alone
         if drafted.probabilities is not None:
             self._probabilities.append(drafted.probabilities[row, :count])
         return count
@@ -344,13 +382,14 @@ class Draft:
             free = self.text.room - 1 - len(self.tokens)
             self.tokens.extend(self.text.policy.look_up()[:free])
 
-    def tokens_after(self, length: int, chain: int = 0) -> list[int]:
+    def tokens_after(self, length: int, chain: int) -> list[int]:
         """Text and drafts of a chain from position `length` on; nothing if the text is over or has no such chain."""
         is_learned = chain < len(self.learned)
         drafts = self.learned[chain] if is_learned else self.second
         if not self.text.room or not (is_learned or drafts):
             return []
-        return [*self.text.tokens[length:], *drafts[max(0, length - len(self.text.tokens)) :]]
+        num_read = max(0, length - len(self.text.tokens))  # of the drafts
+        return [*self.text.tokens[length:], *drafts[num_read:]]
 
     def proposed(self, place: int, target: Tensor, stages: Stages) -> Tensor:
         """q, `[n, V]`: the distribution that each draft of a chain was drawn from, one-hot where it was not drawn.
@@ -361,28 +400,36 @@ class Draft:
             stages: map rows of the exit head to token ids.
         """
         drafted = torch.tensor(self.chains()[place], dtype=torch.long, device=target.device)
-        proposed = torch.nn.functional.one_hot(drafted, target.shape[-1]).to(target.dtype)
+        vocab_size = target.shape[-1]
+        proposed = torch.nn.functional.one_hot(drafted, vocab_size).to(target.dtype)
         if self._probabilities and place == 0:
             drawn = torch.cat(self._probabilities)  # [m, V']
-            covered = stages.token_ids(torch.arange(drawn.shape[1], device=target.device))
-            proposed[: len(drawn)] = 0.0
-            proposed[: len(drawn), covered] = drawn
+            num_drawn, num_rows = drawn.shape
+            head_rows = torch.arange(num_rows, device=target.device)
+            proposed[:num_drawn] = 0.0
+            proposed[:num_drawn, stages.token_ids(head_rows)] = drawn
         return proposed
 
     def block(self, place: int, stages: Stages) -> DraftBlock:
         """A chain as records and policies see it."""
         tokens = self.chains()[place]
-        confidence = self._confidence[place] if place < len(self.learned) else []
-        exit_hidden = own = torch.empty(0, stages.hidden_size)
-        if confidence:
+        confidence: list[float] = []
+        exit_hidden = torch.empty(0, stages.hidden_size)
+        drafter_hidden = exit_hidden
+        if place < len(self.learned) and self._confidence[place]:
+            confidence = self._confidence[place]
             exit_hidden = torch.cat([states[place] for states in self._exit_hidden])
-            own = torch.cat([states[place] for states in self._own])
+            drafter_hidden = torch.cat([states[place] for states in self._drafter_hidden])
         num_looked_up = len(tokens) - len(confidence)
+        unknown = [math.nan] * num_looked_up
+        probabilities = None
+        if self._probabilities and place == 0:
+            probabilities = torch.cat(self._probabilities)
         return DraftBlock(
             tokens=torch.tensor(tokens, dtype=torch.long),
-            confidence=torch.tensor([*confidence, *[float("nan")] * num_looked_up]),
+            confidence=torch.tensor([*confidence, *unknown]),
             exit_hidden=exit_hidden,
-            probabilities=torch.cat(self._probabilities) if self._probabilities and place == 0 else None,
+            probabilities=probabilities,
             chain=place,
-            drafter_hidden=own,
+            drafter_hidden=drafter_hidden,
         )

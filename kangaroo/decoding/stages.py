@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 
 from kangaroo.adapter import LlamaRotaryEmbedding
-from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.blocks import NO_STATES, DecodeConfig, Verification
 from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Fuse, Norm, Product
@@ -107,7 +108,7 @@ class Stage:
         Args:
             inputs: the tokens or states.
             feedback: `[B, T, D]`, states of the positions before, for a stage that reads them.
-            later: the inputs are drafts, see `fuse_later`.
+            later: whether the inputs are drafts of this block, see `fuse_later`.
 
         Returns:
             States `[B, T, D]`, normed if the stage has a norm.
@@ -141,9 +142,14 @@ class Stage:
             return fuse(inputs, feedback)
         from kangaroo.decoding.kernels import two_maps
 
-        tokens = None if fuse.embeddings is None else inputs.flatten()
-        states = inputs.flatten(0, 1) if fuse.embeddings is None else fuse.embeddings
-        return two_maps(states, tokens, feedback.flatten(0, 1), fuse.maps).view(feedback.shape)
+        tokens = None
+        states = fuse.embeddings
+        if states is None:
+            states = inputs.flatten(0, 1)
+        else:  # the kernel looks the embeddings up
+            tokens = inputs.flatten()
+        mapped = two_maps(states, tokens, feedback.flatten(0, 1), fuse.maps)
+        return mapped.view(feedback.shape)
 
     def _normed(self, states: Tensor) -> Tensor:
         norm = self.weights.norm
@@ -183,15 +189,20 @@ class Stage:
         if self._by_own_kernels and weight is not None:
             from kangaroo.decoding.kernels import best_tokens
 
-            tokens, confidence = best_tokens(states.flatten(0, -2).contiguous(), weight, two, ids)
-            return tokens.view(-1, *states.shape[:-1]), confidence.view(states.shape[:-1])
+            rows = states.flatten(0, -2).contiguous()
+            tokens, confidence = best_tokens(rows, weight, two, ids)
+            shape = states.shape[:-1]
+            return tokens.view(-1, *shape), confidence.view(shape)
         probabilities = self.logits(states).float().softmax(dim=-1)
         confidence, first = probabilities.max(dim=-1)
         tokens = first[None]
         if two:
             rest = probabilities.scatter(-1, first[..., None], -1.0)
-            tokens = torch.stack([first, rest.argmax(dim=-1)])
-        return tokens if ids is None else ids[tokens], confidence
+            second = rest.argmax(dim=-1)
+            tokens = torch.stack([first, second])
+        if ids is not None:
+            tokens = ids[tokens]
+        return tokens, confidence
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits of normed states `[…, D]`, in their dtype: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
@@ -209,76 +220,85 @@ class Drafted:
         chosen: their ids and confidences, `packed`, `[2, rows, n]`.
         probabilities: `[rows, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
         exit_hidden: `[rows, n, D]`, the exit state that each draft was made from.
-        own: `[rows, n, D]`, the drafter's normed state that each draft was chosen from.
+        drafter_hidden: `[rows, n, D]`, the drafter's normed state that each draft was chosen from.
         states: `[rows, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
     """
 
     chosen: Tensor
     probabilities: Tensor | None
     exit_hidden: Tensor
-    own: Tensor
+    drafter_hidden: Tensor
     states: list[Tensor]
 
     @cached_property
     def by_row(self) -> list[list[tuple[int, float]]]:
         """`rows x n` vocabulary ids, each with the policy's largest probability."""
-        tokens, confidence = unpacked(self.chosen)
-        return [list(zip(*pair, strict=True)) for pair in zip(tokens, confidence, strict=True)]
+        rows = []
+        for tokens, confidence in zip(*unpacked(self.chosen), strict=True):
+            rows.append(list(zip(tokens, confidence, strict=True)))
+        return rows
 
 
-Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From states `[rows, D]` and uniform numbers `[rows]` to drafts, their confidence, and the distributions they come
-from."""
+Choose = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+"""From states `[rows, D]` and the place of a draft among those in one go to the draft of each row, its confidence, and
+the distribution that it comes from."""
+
+
+@dataclass(frozen=True)
+class DraftedToken:
+    """The next draft of each row, on the device.
+
+    Attributes:
+        ids: `[rows]`.
+        confidence: `[rows]`, the policy's largest probability.
+        made_from: `[rows, D]`, the exit state; or `[rows]`, the token before, where a recurrent drafter reads that.
+        drafter_hidden: `[rows, D]`, the drafter's normed state.
+        probabilities: `[rows, V']`, what a drawn draft comes from; `[rows, 1]` for an argmax draft.
+        read: `[rows, T, D]`, the exit states of all tokens read for it.
+    """
+
+    ids: Tensor
+    confidence: Tensor
+    made_from: Tensor
+    drafter_hidden: Tensor
+    probabilities: Tensor
+    read: Tensor
 
 
 class Chain:
-    """Drafts of each row on the device.
+    """The next n drafts of each row, on the device.
 
     Args:
         embed: tokens to states.
 
     Attributes:
-        own_states: `[rows, D]` for each draft, of the drafter, that it was made from.
-        probabilities: `[rows, V']` for each draft, what drawn drafts come from; `[rows, 1]` for argmax drafts.
-        read: `[rows, T, D]` for each draft, the exit states of all tokens read for it.
+        drafts: the first, the second and so on, of every row.
     """
 
     def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
         self._embed = embed
-        self._tokens: list[Tensor] = []
-        self._confidence: list[Tensor] = []
-        self._exit_states: list[Tensor] = []
-        self.own_states: list[Tensor] = []
-        self.probabilities: list[Tensor] = []
-        self.read: list[Tensor] = []
-
-    def add(self, *draft: Tensor) -> None:
-        """Add the next draft: its tokens and confidence `[rows]`, the exit states and own states, and the other two.
-
-        For a later draft of a recurrent drafter pass the token, where others pass the exit state.
-        """
-        parts = (self._tokens, self._confidence, self._exit_states, self.own_states, self.probabilities)
-        for part, tensor in zip((*parts, self.read), draft, strict=True):
-            part.append(tensor)
+        self.drafts: list[DraftedToken] = []
 
     @property
     def tokens(self) -> Tensor:
         """Ids `[rows, n]`."""
-        return torch.stack(self._tokens, dim=1)
+        return torch.stack([draft.ids for draft in self.drafts], dim=1)
 
     @property
     def confidence(self) -> Tensor:
-        """The draft's, `[rows, n]`."""
-        return torch.stack(self._confidence, dim=1)
+        """The policy's largest probabilities, `[rows, n]`."""
+        return torch.stack([draft.confidence for draft in self.drafts], dim=1)
 
     @property
     def exit_states(self) -> Tensor:
-        """Of the shallow layers, that each was made from, `[rows, n, D]`."""
-        tokens = [made for made in self._exit_states if made.dim() == 1]
-        found = [made[:, None] for made in self._exit_states if made.dim() > 1]
-        if tokens:  # of all at once, after the first
-            found.append(self._embed(torch.stack(tokens, dim=1)))
-        return torch.cat(found, dim=1)
+        """What the drafts were made from, `[rows, n, D]`; a token stands for its embedding."""
+        inputs = [draft.made_from for draft in self.drafts]
+        states = [each[:, None] for each in inputs if each.dim() > 1]
+        tokens = [each for each in inputs if each.dim() == 1]
+        if tokens:  # all later drafts of the block
+            later = torch.stack(tokens, dim=1)
+            states.append(self._embed(later))
+        return torch.cat(states, dim=1)
 
 
 @dataclass(frozen=True)
@@ -337,14 +357,15 @@ class Stages:
     keep_states: bool = False
     # What blocks that run ahead of the host read and write.
     ahead: dict[Hashable, Any] = field(default_factory=dict)
-    # A verification that the host has not looked at, and what was verified before it.
-    _begun: tuple[Tensor, ...] | None = None
-    _before: list[int] = field(default_factory=list)
+    # The outputs of a verification that the host has not looked at.
+    _under_way: tuple[Tensor, ...] | None = None
+    # Of each text, the tokens that the verifier had read before its last pass.
+    _read_before: list[int] = field(default_factory=list)
     # Of base and deep, for prompts of a batch that are read one by one.
-    _alone: list[KVCache] = field(default_factory=list)
-    # For a drafter with feedback: the verifier's states of the last verification, the drafter's of the last drafts.
-    _hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    _own: Tensor = field(default_factory=lambda: torch.empty(0))
+    _one_row: list[KVCache] = field(default_factory=list)
+    # For a drafter with feedback: the states of the last verification, and the drafter's of the last drafts.
+    _verifier_hidden: Tensor = NO_STATES
+    _drafter_hidden: Tensor = NO_STATES
 
     def caches(self) -> list[KVCache]:
         """Every cache once."""
@@ -360,7 +381,9 @@ class Stages:
 
     def drafting_stages(self, depth: int) -> list[Stage]:
         """What makes a draft after `depth` others of its block, the first stage first."""
-        return [self.drafter] if depth and self.recurrent else [self.shallow, self.drafter]
+        if depth and self.recurrent:
+            return [self.drafter]
+        return [self.shallow, self.drafter]
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget the keys and values of every token from `lengths` on, text by text."""
@@ -369,56 +392,62 @@ class Stages:
 
     def roll_back(self, results: Sequence[Verification | None]) -> None:
         """Forget the keys and values of all rejected drafts, and everything of texts that are over."""
-        committed = [result.start + result.num_accepted if result else 0 for result in results]
-        winners = [result.draft.chain if result else 0 for result in results]
-        for cache in {id(stage.cache): stage.cache for stage in (self.base, self.deep)}.values():
-            cache.join(committed, winners)
+        # What the verifier goes on with: of each text the winning chain, up to its last accepted draft.
+        verified, winners = _lengths_and_chains(results)
+        for stage in (self.base, self.deep):
+            stage.cache.join(verified, winners)
         # What drafts has read the learned chains only; after another one it goes on with the main chain.
-        learned = [
-            result if result is None or result.draft.num_learned else result.main_chain for result in results
-        ]
-        read = [result.start + result.num_accepted if result else 0 for result in learned]
-        if self.feedback is not None:  # it reads once more what it has read without the verifier's states
+        learned: list[Verification | None] = []
+        for result in results:
+            if result and not result.draft.num_learned:
+                result = result.main_chain
+            learned.append(result)
+        read, learned_winners = _lengths_and_chains(learned)
+        if self.feedback:  # it reads once more what it has read without the verifier's states
             read = [result.start if result else 0 for result in results]
             rows = [row + len(results) * chain for row, chain in enumerate(winners)]
-            counts = [max(0, end - before) for end, before in zip(committed, self._before, strict=True)]
-            self.feedback.verified(self._hidden, rows, counts)
+            counts = []
+            for length, before in zip(verified, self._read_before, strict=True):
+                counts.append(max(0, length - before))
+            self.feedback.verified(self._verifier_hidden, rows, counts)
         if self.shallow is self.base:
             self.drafter.cache.truncate(read)
             return
         for stage in (self.shallow, self.drafter):
-            stage.cache.join(read, [result.draft.chain if result else 0 for result in learned])
+            stage.cache.join(read, learned_winners)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all texts but these."""
         for cache in self.caches():
             cache.keep(rows)
-        if self.feedback is not None:
+        if self.feedback:
             self.feedback.keep(rows)
 
     def reset(self) -> None:
         """Forget everything."""
         for cache in self.caches():
             cache.clear()
-        if self.feedback is not None:
+        if self.feedback:
             self.feedback.clear(self.deep.cache.batch_size)
-        self._begun = None
+        self._under_way = None
         self.passes.begun = False
 
     def token_ids(self, rows: Tensor) -> Tensor:
         """Vocabulary ids of rows of the exit head."""
-        return rows if self.draft_ids is None else self.draft_ids[rows]
+        if self.draft_ids is None:
+            return rows
+        return self.draft_ids[rows]
 
     def drafts_at_once(self, wanted: int) -> int:
         """Drafts to make in one go: one, after which the host looks; where passes are captured, all that are wanted."""
-        captured = self.passes.graphs is not None and self.shallow.cache.length > 0
-        return wanted if captured else 1
+        if self.passes.graphs is None or not self.shallow.cache.length:
+            return 1
+        return wanted
 
     def begin_drafting(self, chains: int) -> None:
         """Begin blocks of some learned chains."""
-        if chains > 1:
-            self.shallow.cache.fork(chains)
-            self.drafter.cache.fork(chains)
+        for stage in (self.shallow, self.drafter):
+            stage.cache.fork(chains)
 
     def draft(
         self,
@@ -427,9 +456,9 @@ class Stages:
         noise: Sequence[Sequence[float]],
         depth: int,
     ) -> Drafted:
-        """Read the tokens that what drafts has not read yet, and draft the next n tokens of every chain.
+        """Let shallow layers and drafter read tokens, and draft the next n tokens of every chain.
 
-        Of the drafts they read all but the last, but do not count them: see `count_drafts`.
+        Of the drafts they read all but the last. The caches do not count these drafts before `count_drafts`.
 
         Args:
             unread: tokens of each row; none for a row that drafts nothing.
@@ -439,32 +468,32 @@ class Stages:
         """
         count = len(noise[0])
         texts = len(noise)
-        choose = self._chooser(config)
         adapted = config.target == "adapted"
 
         def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
-            before = fed_back[0] if fed_back else None
-            chain = self.chain(tokens, last, before, count, texts, depth, choose, uniform)
-            results = (packed(chain.tokens, chain.confidence), torch.stack(chain.probabilities, dim=1))
-            own = torch.stack(chain.own_states, dim=1)
-            return *results, chain.exit_states, own, *chain.read[: adapted * count]
+            feedback = fed_back[0] if fed_back else None
+            choose = self._chooser(config, uniform)
+            chain = self.chain(tokens, last, feedback, count, texts, depth, choose)
+            chosen = packed(chain.tokens, chain.confidence)
+            probabilities = torch.stack([draft.probabilities for draft in chain.drafts], dim=1)
+            hidden = torch.stack([draft.drafter_hidden for draft in chain.drafts], dim=1)
+            read = [draft.read for draft in chain.drafts] if adapted else []
+            return chosen, probabilities, chain.exit_states, hidden, *read
 
-        counts = [len(tokens) for tokens in unread]
+        counts = list(map(len, unread))
         tokens = self.passes.pad(unread)
         last = torch.tensor([max(0, count - 1) for count in counts])
         inputs = [tokens, last, torch.tensor(noise, dtype=torch.float64)]
-        if self.feedback is not None:
+        if self.feedback:
             inputs.append(self.feedback.take(counts, tokens.shape[1]))
         caches = [stage.cache for stage in self.drafting_stages(depth)]
         sampled = (config.draft_temperature, config.temperature, config.top_k, config.top_p)
         name = ("draft", sampled, adapted, texts, depth)
-        chosen, probabilities, exits, own, *states = self.passes.run(
-            name, run, caches, counts, *inputs, ahead=count - 1
-        )
+        chosen, probabilities, *states = self.passes.run(name, run, caches, counts, *inputs, ahead=count - 1)
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
-        drawn = probabilities.clone() if config.draft_temperature else None
-        self._own = own.clone()
-        return Drafted(chosen.clone(), drawn, exits.clone(), self._own, [state.clone() for state in states])
+        drawn_from = probabilities.clone() if config.draft_temperature else None
+        exit_hidden, self._drafter_hidden, *read = [each.clone() for each in states]
+        return Drafted(chosen.clone(), drawn_from, exit_hidden, self._drafter_hidden, read)
 
     def chain(
         self,
@@ -475,7 +504,6 @@ class Stages:
         texts: int,
         depth: int = 0,
         choose: Choose | None = None,
-        uniform: Tensor | None = None,
     ) -> Chain:
         """Within a pass: read tokens and draft the next ones, all on the device.
 
@@ -486,64 +514,69 @@ class Stages:
             count: drafts n.
             texts: B.
             depth: drafts of the block before these.
-            choose: from the drafter's states and uniform numbers to drafts; by default their argmax.
-            uniform: `[rows, n]`.
+            choose: from the drafter's states to drafts; by default their argmax.
         """
         assert self.shallow.weights.embed is not None
-        made = Chain(self.shallow.weights.embed)
+        chain = Chain(self.shallow.weights.embed)
         # Computed before the first draft: our kernels read these starts before they wait.
-        following = self.passes.fixed.after(last + 1, count - 1) if self.passes.fixed and count > 1 else []
+        following = []
+        if self.passes.fixed and count > 1:
+            following = self.passes.fixed.after(last + 1, count - 1)
         for step in range(count):
             later = self.recurrent and depth + step > 0
             states = tokens if later else self.shallow(tokens)  # [rows, T, D]
             hidden = self.drafter(states, feedback, later)
             place = (steps(len(tokens), tokens.device), last) if step == 0 else (slice(None), 0)
             own = hidden[place]  # [rows, D]
-            if choose and uniform is not None:
-                drafts, confidence, drawn_from = choose(own, uniform[:, step])
+            if choose:
+                ids, confidence, drawn_from = choose(own, step)
             else:
-                drafts, confidence = self._argmax(own, texts, depth + step)
+                ids, confidence = self._argmax(own, texts, depth + step)
                 drawn_from = confidence[:, None]
-            made.add(drafts, confidence, states[place], own, drawn_from, states)
+            chain.drafts.append(DraftedToken(ids, confidence, states[place], own, drawn_from, states))
             if step + 1 < count:  # the next draft is made after this one
                 self.passes.fixed = following[step] if following else None
-                tokens = drafts[:, None]
+                tokens = ids[:, None]
                 feedback = own[:, None]
-        return made
+        return chain
 
     def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
         start = (depth + 1) * texts  # of the rows of that branch
         leaves = start < len(hidden)
         tokens, confidence = self.drafter.best(hidden, leaves, self.draft_ids)
-        chosen = tokens[0]
-        if leaves:
-            chosen = torch.cat([chosen[:start], tokens[1, start : start + texts], chosen[start + texts :]])
-        return chosen, confidence
+        first = tokens[0]
+        if not leaves:
+            return first, confidence
+        stop = start + texts
+        second = tokens[1, start:stop]
+        return torch.cat([first[:start], second, first[stop:]]), confidence
 
-    def _chooser(self, config: DecodeConfig) -> Choose | None:
-        """What draws drafts by normed states `[B, D]`: their ids, confidence and distributions `[B, V']`."""
+    def _chooser(self, config: DecodeConfig, uniform: Tensor) -> Choose | None:
+        """What draws drafts by uniform numbers `[B, n]`; None for argmax drafts."""
         if not config.draft_temperature:
             return None
         # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
         top_k = config.top_k if config.temperature else 0
         top_p = config.top_p if config.temperature else 1.0
 
-        def draw(hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def draw(hidden: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
             logits = self.drafter.logits(hidden).float()  # [B, V']
             probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
-            chosen = inverse_cdf(probabilities, uniform)
-            return self.token_ids(chosen), probabilities.amax(dim=-1), probabilities
+            ids = self.token_ids(inverse_cdf(probabilities, uniform[:, step]))
+            confidence = probabilities.amax(dim=-1)
+            return ids, confidence, probabilities
 
         return draw
 
     def count_drafts(self, counts: Sequence[int]) -> None:
         """Go on after the first `counts` drafts of each text that were just made; the last of them was not read."""
+        read = [max(0, count - 1) for count in counts]
         for stage in self.drafting_stages(1):
-            lengths = zip(stage.cache.lengths, counts, strict=True)
-            stage.cache.lengths = [length + max(0, count - 1) for length, count in lengths]
-        if self.feedback is not None:
-            self.feedback.go_on(self._own, counts)
+            lengths = zip(stage.cache.lengths, read, strict=True)
+            stage.cache.lengths = [before + more for before, more in lengths]
+        if self.feedback:
+            self.feedback.go_on(self._drafter_hidden, counts)
 
     def begin_verifying(
         self, rows: Sequence[Sequence[int]], chains: int, sampled: bool, drafted: Drafted | None = None
@@ -556,57 +589,62 @@ class Stages:
             sampled: whether the answer is drawn, for which all logits are needed.
             drafted: drafts that follow the first rows and that the host may not have seen yet.
         """
-        if chains > 1:
-            for stage in (self.base, self.deep):
-                stage.cache.fork(chains)
-        if len(rows) > 1 and not self.passes.begun and self.passes.read_alone(max(map(len, rows))):
-            self._begun = self._read_one_by_one(rows, sampled)
-            return
+        for stage in (self.base, self.deep):
+            stage.cache.fork(chains)
         counts = list(map(len, rows))
-        self._before = self.deep.cache.lengths[: len(rows) // chains]
-        self._begun = self._verify(self.passes.pad(rows), counts, True, sampled, drafted)
+        are_prompts = not self.passes.begun
+        if are_prompts and len(rows) > 1 and self.passes.read_alone(max(counts)):
+            self._under_way = self._read_one_by_one(rows, sampled)
+            return
+        self._read_before = self.deep.cache.lengths[: len(rows) // chains]
+        tokens = self.passes.pad(rows)
+        self._under_way = self._verify(tokens, counts, True, sampled, drafted)
 
     def _read_one_by_one(self, rows: Sequence[Sequence[int]], sampled: bool) -> tuple[Tensor, ...]:
         """Let the verifier read each prompt as if alone, over caches of one row, and copy what it has read."""
         caches = (self.base.cache, self.deep.cache)
-        if not self._alone:  # kept, since captured passes write to them
-            self._alone = [cache.like_one_row(cache.capacity) for cache in caches]
-        found = []
-        self.base.cache, self.deep.cache = self._alone
+        if not self._one_row:  # kept, since captured passes write to them
+            self._one_row = [cache.like_one_row(cache.capacity) for cache in caches]
+        outputs = []
+        self.base.cache, self.deep.cache = self._one_row
         for index, row in enumerate(rows):
-            for cache in self._alone:
+            for cache in self._one_row:
                 cache.clear()
-            results = self._verify(self.passes.pad([row]), [len(row)], True, sampled, alone=True)
-            found.append([result.clone() for result in results])
-            for cache, one in zip(caches, self._alone, strict=True):
-                cache.copy_prefix(one, index)
-            self.passes.begun = False
+            tokens = self.passes.pad([row])
+            results = self._verify(tokens, [len(row)], True, sampled, alone=True)
+            outputs.append([result.clone() for result in results])
+            for cache, one_row in zip(caches, self._one_row, strict=True):
+                cache.copy_prefix(one_row, index)
+            self.passes.begun = False  # so that the next one is read as a prompt, too
         self.base.cache, self.deep.cache = caches
         self.passes.begun = True
-        self._before = [0] * len(rows)
-        chosen, logits, kept, hidden = zip(*found, strict=True)
-        padded = torch.nn.utils.rnn.pad_sequence([states[0] for states in hidden], batch_first=True)
+        self._read_before = [0] * len(rows)
+        chosen, logits, kept, hidden = zip(*outputs, strict=True)
+        padded = pad_sequence([states[0] for states in hidden], batch_first=True)
         return torch.cat(chosen, dim=1), torch.cat(logits), torch.cat(kept), padded
 
     def begin_verifying_states(self, states: Sequence[Tensor], sampled: bool) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
-        padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-        missing = self.passes.width(padded.shape[1], len(states)) - padded.shape[1]
-        padded = torch.nn.functional.pad(padded, (0, 0, 0, missing))
-        self._before = self.deep.cache.lengths
-        self._begun = self._verify(padded, [len(row) for row in states], False, sampled)
+        counts = list(map(len, states))
+        longest = max(counts)
+        padding = self.passes.width(longest, len(states)) - longest
+        padded = pad_sequence(list(states), batch_first=True)
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, padding))
+        self._read_before = self.deep.cache.lengths
+        self._under_way = self._verify(padded, counts, False, sampled)
 
     @property
     def is_verifying(self) -> bool:
         """Whether a verification has been started that the host has not looked at."""
-        return self._begun is not None
+        return self._under_way is not None
 
     def verified(self) -> Verified:
         """What the verification that was started says."""
-        assert self._begun is not None
-        chosen, logits, kept, self._hidden = self._begun
-        self._begun = None
-        return Verified(*unpacked(chosen), logits, kept, len(self._before))
+        assert self._under_way is not None
+        chosen, logits, kept, self._verifier_hidden = self._under_way
+        self._under_way = None
+        tokens, confidence = unpacked(chosen)
+        return Verified(tokens, confidence, logits, kept, len(self._read_before))
 
     def _verify(
         self,
@@ -617,33 +655,48 @@ class Stages:
         drafted: Drafted | None = None,
         alone: bool = False,
     ) -> tuple[Tensor, ...]:
-        ahead = 0 if drafted is None else drafted.chosen.shape[2]
+        """Run the deep layers on tokens `[rows, T]` or exit states `[rows, T, D]`; what `verified` unpacks.
+
+        The caches are those of one row if a prompt is read `alone`; other arguments as in `begin_verifying`.
+        """
+        num_drafts = 0 if drafted is None else drafted.chosen.shape[2]
+        are_prompts = not self.passes.begun
 
         def run(inputs: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
-            if ahead:  # after the last committed token
-                inputs[: len(extra[0][0]), 1 : 1 + ahead] = extra[0][0]
+            if num_drafts:  # they stand after the last committed token
+                ids = extra[0][0]  # [learned rows, n]
+                inputs[: len(ids), 1 : 1 + num_drafts] = ids
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
-            fed_back = hidden if self.feedback is not None else hidden[..., :0]
-            if first:  # of the prompts only what follows their last token matters
-                hidden = hidden[torch.arange(len(hidden), device=hidden.device), extra[0]][:, None]
+            fed_back = hidden if self.feedback else hidden[..., :0]
+            if are_prompts:  # only what follows their last token matters
+                rows = torch.arange(len(hidden), device=hidden.device)
+                hidden = hidden[rows, extra[0]][:, None]
             kept = hidden if self.keep_states else hidden[..., :0]
-            if not sampled:
-                tokens, confidence = self.deep.best(hidden)
-                return packed(tokens[0], confidence), hidden[..., :0], kept, fed_back
-            logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
-            confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-            return packed(tokens, confidence), logits, kept, fed_back
+            chosen, logits = self._choose(hidden, sampled)
+            return chosen, logits, kept, fed_back
 
-        first = not self.passes.begun
-        extra = [torch.tensor([count - 1 for count in counts])] if first else []
-        if drafted is not None:
+        extra = []
+        if are_prompts:
+            extra = [torch.tensor(counts) - 1]
+        elif drafted is not None:
             extra = [drafted.chosen]
-        caches = [self.base.cache, self.deep.cache] if from_tokens else [self.deep.cache]
-        name = ("verify", from_tokens, sampled, ahead, first, alone, self.keep_states)
+        caches = [self.deep.cache]
+        if from_tokens:
+            caches.insert(0, self.base.cache)
+        name = ("verify", from_tokens, sampled, num_drafts, are_prompts, alone, self.keep_states)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results
+
+    def _choose(self, hidden: Tensor, sampled: bool) -> tuple[Tensor, Tensor]:
+        """The verifier's tokens with their confidence, `packed`, and the logits, empty if they are not needed."""
+        if not sampled:
+            tokens, confidence = self.deep.best(hidden)
+            return packed(tokens[0], confidence), hidden[..., :0]
+        logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
+        confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
+        return packed(tokens, confidence), logits
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
@@ -653,10 +706,18 @@ class Stages:
             self.drafter(states, fed_back[0] if fed_back else None)
             return (states,)
 
-        counts = [len(row) for row in tokens]
-        inputs = [self.passes.pad(tokens)]
-        if self.feedback is not None:
-            inputs.append(self.feedback.take(counts, inputs[0].shape[1]))
+        counts = list(map(len, tokens))
+        padded = self.passes.pad(tokens)
+        inputs = [padded]
+        if self.feedback:
+            inputs.append(self.feedback.take(counts, padded.shape[1]))
         caches = [self.shallow.cache, self.drafter.cache]
         (states,) = self.passes.run("read", run, caches, counts, *inputs)
         return states
+
+
+def _lengths_and_chains(results: Sequence[Verification | None]) -> tuple[list[int], list[int]]:
+    """Of each text the tokens up to its last accepted draft, and the place of its chain; zeros if it is over."""
+    lengths = [result.start + result.num_accepted if result else 0 for result in results]
+    chains = [result.draft.chain if result else 0 for result in results]
+    return lengths, chains

@@ -1,7 +1,5 @@
 """Measuring what steps cost: blocks of every length, in turn."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
