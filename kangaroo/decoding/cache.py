@@ -310,8 +310,7 @@ def plan_cached(
     if not (same_slots and within_window and (is_prefill or length == 1)):
         slots_read = torch.arange(read.start, read.stop, device=device)
         mask = _prepare_decoder_attention_mask(slots, slots_read, cache.window)
-    # In a chain every token stands at the position of its slot. A text that is over goes on within its row, on the device
-    # and beyond what is read.
+    # A token's slot is its position. A text that is over goes on within its row, on the device, beyond what is read.
     cos, sin = rotary(slots, last if fixed else highest, dtype, is_prefill)
     bias = _bias(mask, cache, dtype) if fixed and mask is not None else None
     return CachedPass(cos, sin, slots, rows, read, mask, mask is None and length > 1, bias)
