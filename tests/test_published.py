@@ -190,6 +190,9 @@ def test_files_that_are_not_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(DvirlError, match="no weights; expected model.safetensors"):
         loaded_from(folder)
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(DvirlError, match="index.json: weight_map is None; expected the file of each tensor"):
+        loaded_from(folder)
     index = {"weight_map": {NORM: "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DvirlError, match="model-00001-of-00001.safetensors is missing"):
@@ -219,6 +222,32 @@ def test_the_same_tensors_are_the_same_model_however_they_are_stored(tmp_path):
     assert load(str(parts), "bfloat16", "cpu").fingerprint == whole.fingerprint
     other = rewritten(tmp_path / "whole", added(NORM, tensors[NORM] + 1))
     assert loaded_from(other).fingerprint != whole.fingerprint
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = write_model(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "a.safetensors")
+    save_file({NORM: tensors[NORM] + 1}, folder / "b.safetensors")
+    index = {"weight_map": {**dict.fromkeys(tensors, "a.safetensors"), "more": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DvirlError, match=f"tensor {NORM} is in b.safetensors and in a file before it"):
+        loaded_from(folder)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(float("nan"), "float32"), (1e6, "float16")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, number, dtype):
+    folder = rewritten(write_model(tmp_path / "m"), added(NORM, torch.full((32,), number)))
+    with pytest.raises(DvirlError, match=f"tensor {NORM} has numbers that are not finite in {dtype}"):
+        load(str(folder), dtype, "cpu")
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    folder = write_model(tmp_path / "m")
+    (folder / "config.json").write_text('{"model_type": "llama",')
+    with pytest.raises(DvirlError, match="config.json: not valid JSON"):
+        loaded_from(folder)
 
 
 def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):

@@ -63,7 +63,10 @@ def read_json(file: str | None) -> dict[str, Any]:
     """The content of one of a model's JSON files; nothing if the model does not have it."""
     if file is None:
         return {}
-    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DvirlError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DvirlError(f"{file}: expected an object")
     return content
