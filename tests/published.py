@@ -83,11 +83,28 @@ LLAMA3_TOKENS = [
 ]
 TEXTS = [
     "Name a fox.", " two  spaces ", "the fox  the\n\nfox\tll", "é😀漢字 ﬁ", "don't I'LL 123456", "a▁b ▁", "", "  ",
-    "thellfox", " the", "thell fox123",
+    "thellfox", " the", "thell fox123", "a [SEP] b[SEP]c  [SEP]", "Name </s> a <s>  Named", "fox<|im_sep|> \n a",
 ]  # fmt: skip
 """Texts whose ids are recorded."""
 TURNS = [" Name a fox. ", "Rex\n", "the fox 漢字?"]
 """The conversation whose ids are recorded."""
+
+
+def with_tokens(definition: dict, texts: list[str], special: bool = True, **flags) -> dict:
+    """The tokenizer with more tokens."""
+    first = (
+        max(token["id"] for token in definition["added_tokens"] + _added(definition["model"]["vocab"])) + 1
+    )
+    tokens = _added({text: first + index for index, text in enumerate(texts)}, special)
+    definition["added_tokens"] += [{**token, **flags} for token in tokens]
+    return definition
+
+
+def unlike_llama(definition: dict) -> dict:
+    """The tokenizer with parts that a Llama's does not have."""
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    model = {**definition["model"], "byte_fallback": False, "fuse_unk": False, "ignore_merges": True}
+    return {**definition, "model": model, "normalizer": spaces, "decoder": None}
 
 
 def _added(tokens: dict[str, int], special: bool = True) -> list[dict]:
@@ -139,7 +156,7 @@ def byte_tokenizer(pairs: bool = False, ignore_merges: bool = False) -> dict:
     }  # fmt: skip
 
 
-def piece_tokenizer(metaspace: dict | None = None, post: bool = True) -> dict:
+def piece_tokenizer(metaspace: dict | None = None, post: bool = True, **flags) -> dict:
     """A BPE over sentencepiece's pieces like Llama-2's, its spaces by a normalizer or by newer Metaspace."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     letters = sorted(set("etahonidsrlcumfpgwybvk.,'?!TINRa12fx") - set(pieces))
@@ -155,7 +172,7 @@ def piece_tokenizer(metaspace: dict | None = None, post: bool = True) -> dict:
         "normalizer": None if metaspace else prepend, "pre_tokenizer": metaspace,
         "post_processor": _begins_with("<s>", 1) if post else None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
-        "model": _model(vocab, PIECE_MERGES, unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+        "model": _model(vocab, PIECE_MERGES, unk_token="<unk>", fuse_unk=True, byte_fallback=True, **flags),
     }  # fmt: skip
 
 
@@ -196,6 +213,11 @@ NEWER_CHAT = (
     "    {{- message.content | tojson -}}\n    {%- endif -%}\n{%- endfor -%}\n"
     "{%- if add_generation_prompt -%}{{- '<s>assistant:' -}}{%- endif -%}"
 )
+SEPARATORS = ["<|im_start|>", "<|im_sep|>", "<|im_end|>"]
+SEPARATED_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>\n{% endif %}"
+)
 NAMED_CHAT = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TINYLLAMA_CHAT}]
 TOKENIZERS: dict[str, tuple[dict, dict]] = {
     "llama3": (byte_tokenizer(), {**META, "chat_template": LLAMA3_CHAT}),
@@ -215,6 +237,20 @@ TOKENIZERS: dict[str, tuple[dict, dict]] = {
     "llama-fast-of-bytes": (byte_tokenizer(), {**META, "tokenizer_class": "LlamaTokenizerFast", "chat_template": LLAMA3_CHAT}),
     "no-class": (byte_tokenizer(), {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>"}),
     "backend-class": (piece_tokenizer(), {**LLAMA, "tokenizer_class": "TokenizersBackend", "chat_template": TINYLLAMA_CHAT}),
+    "llama3-strips": (with_tokens(byte_tokenizer(), SEPARATORS, lstrip=True, rstrip=True), {**META, "chat_template": SEPARATED_CHAT}),
+    "pieces-strip": (with_tokens(piece_tokenizer(), SEPARATORS, rstrip=True), {**FAST, "chat_template": SEPARATED_CHAT}),
+    "llama3-single-word": (with_tokens(byte_tokenizer(ignore_merges=True), ["[SEP]"], single_word=True), META),
+    "llama2-single-word": (with_tokens(piece_tokenizer(), ["[SEP]", "fox"], single_word=True, special=False), LLAMA),
+    "named-in-the-vocabulary": (with_tokens(piece_tokenizer(), SEPARATORS), {**FAST, "eos_token": "12",
+        "additional_special_tokens": ["ll", {"__type": "AddedToken", "content": "[SEP]", "lstrip": True, "normalized": False}], "cls_token": "<|im_end|>",
+        "extra_special_tokens": {"turn_token": "1"}, "chat_template": "{{ cls_token }}{{ turn_token }}{{ eos_token }}" + SEPARATED_CHAT}),
+    "flags-of-the-configuration": (piece_tokenizer(), {**LLAMA, "added_tokens_decoder": {
+        "1": {"content": "<s>", "special": True, "lstrip": True, "rstrip": True, "normalized": False},
+        "2": {"content": "</s>", "special": True, "rstrip": True, "normalized": False}}}),
+    "listed-in-the-vocabulary": (piece_tokenizer(), {**FAST, "added_tokens_decoder": {
+        str(piece_tokenizer()["model"]["vocab"]["Name"]): {"content": "Name", "special": False, "normalized": False}}}),
+    "llama-class-builds-its-own": (unlike_llama(piece_tokenizer()), LLAMA),
+    "whole-words-of-pieces": (piece_tokenizer(ignore_merges=True), FAST),
     "added-token": (piece_tokenizer(), {**LLAMA, "pad_token": "[PAD]", "added_tokens_decoder": {
         str(len(piece_tokenizer()["model"]["vocab"])): {"content": "[PAD]", "special": True}}}),
 }  # fmt: skip

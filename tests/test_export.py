@@ -232,6 +232,29 @@ def test_a_gguf_file_has_the_models_tokens_and_ends(tmp_path, tokenizer):
     assert fields.get("tokenizer.chat_template") == template
 
 
+def test_a_gguf_file_names_no_token_that_the_model_does_not_embed(tmp_path):
+    known = len(TOKENIZERS["llama3-pairs"][0]["model"]["vocab"]) + 1
+    base = load(
+        str(write_model(tmp_path / "m", tokenizer="llama3-pairs", vocab_size=known)), "float32", "cpu"
+    )
+    assert base.tokenizer.eos_token_id >= known
+    config = base.model.config
+    gguf_file.write_gguf(tmp_path / "x.gguf", config, base.model.state_dict(), base.tokenizer, "float32")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert "tokenizer.ggml.bos_token_id" in fields and "tokenizer.ggml.eos_token_id" not in fields
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prefixed"), [("llama2", True), ("metaspace-never", False), ("llama3", False)]
+)
+def test_a_gguf_file_says_whether_a_space_is_put_before_a_text(tmp_path, tokenizer, prefixed):
+    base = load(str(write_model(tmp_path / "m", tokenizer=tokenizer)), "float32", "cpu")
+    config = base.model.config
+    gguf_file.write_gguf(tmp_path / "x.gguf", config, base.model.state_dict(), base.tokenizer, "float32")
+    field = gguf.GGUFReader(tmp_path / "x.gguf").fields["tokenizer.ggml.add_space_prefix"]
+    assert field.contents() == prefixed
+
+
 @pytest.mark.parametrize("dtype", gguf_file.TYPES)
 def test_matrices_have_the_type_asked_for_and_vectors_are_float32(tmp_path, dtype):
     folder = made(tmp_path, base={"intermediate_size": 64})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from published import CONFIGS, IDS, TEXTS, TOKENIZERS, TURNS, write_model
+from published import CONFIGS, IDS, LLAMA3, TEXTS, TOKENIZERS, TURNS, write_model
 from safetensors.torch import load_file, save_file
 
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
@@ -105,6 +105,17 @@ def changed(folder: Path, file: str, **values) -> Path:
         (dict(num_key_value_heads=3), "4 query heads, 3 key/value heads"),
         (dict(head_dim=7), "head size 7"),
         (dict(hidden_size="wide"), "hidden_size is 'wide'"),
+        (dict(is_causal=False), "is_causal is false"),
+        (dict(attention_chunk_size=8), "attention_chunk_size is 8, which is not computed here"),
+        (dict(rms_norm_eps=None), "rms_norm_eps is None"),
+        (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
+        (dict(rope_theta=0), "rope_theta is 0; expected a number above 0"),
+        (dict(quantization_config="awq"), "quantised by awq"),
+        (dict(eos_token_id="2"), "config.json: eos_token_id has '2'"),
+        (
+            dict(rope_scaling={"rope_type": "llama3", **LLAMA3, "low_freq_factor": 5.0}),
+            "low_freq_factor of rope_scaling is above high_freq_factor",
+        ),
     ],
 )
 def test_a_config_that_is_not_computed_is_refused_by_name(tmp_path, values, message):
@@ -115,6 +126,7 @@ def test_a_config_that_is_not_computed_is_refused_by_name(tmp_path, values, mess
 
 def test_a_wide_window_and_a_switch_that_is_off_change_nothing(tmp_path):
     folder = write_model(tmp_path / "m", sliding_window=4096, max_window_layers=2, use_sliding_window=False)
+    changed(folder, "config.json", quantization_config=None, is_causal=True)
     loaded_from(changed(folder, "config.json", logits_scaling=None, mup_bias=False, unsloth_version="2024.9"))
 
 
@@ -178,6 +190,9 @@ def test_files_that_are_not_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(DvirlError, match="no weights; expected model.safetensors"):
         loaded_from(folder)
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(DvirlError, match="index.json: weight_map is None; expected the file of each tensor"):
+        loaded_from(folder)
     index = {"weight_map": {NORM: "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DvirlError, match="model-00001-of-00001.safetensors is missing"):
@@ -207,6 +222,32 @@ def test_the_same_tensors_are_the_same_model_however_they_are_stored(tmp_path):
     assert load(str(parts), "bfloat16", "cpu").fingerprint == whole.fingerprint
     other = rewritten(tmp_path / "whole", added(NORM, tensors[NORM] + 1))
     assert loaded_from(other).fingerprint != whole.fingerprint
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = write_model(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "a.safetensors")
+    save_file({NORM: tensors[NORM] + 1}, folder / "b.safetensors")
+    index = {"weight_map": {**dict.fromkeys(tensors, "a.safetensors"), "more": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DvirlError, match=f"tensor {NORM} is in b.safetensors and in a file before it"):
+        loaded_from(folder)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(float("nan"), "float32"), (1e6, "float16")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, number, dtype):
+    folder = rewritten(write_model(tmp_path / "m"), added(NORM, torch.full((32,), number)))
+    with pytest.raises(DvirlError, match=f"tensor {NORM} has numbers that are not finite in {dtype}"):
+        load(str(folder), dtype, "cpu")
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    folder = write_model(tmp_path / "m")
+    (folder / "config.json").write_text('{"model_type": "llama",')
+    with pytest.raises(DvirlError, match="config.json: not valid JSON"):
+        loaded_from(folder)
 
 
 def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
@@ -241,6 +282,71 @@ def test_a_template_of_its_own_file_comes_first(tmp_path):
         (folder / "chat_template.jinja").write_text(template)
         with pytest.raises(DvirlError, match=message):
             loaded_from(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            [{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}],
+            "chat_template has rag, tool_use",
+        ),
+        (7, "chat_template is 7"),
+    ],
+)
+def test_templates_of_which_none_is_the_default_are_refused(tmp_path, template, message):
+    folder = changed(write_model(tmp_path / "m"), "tokenizer_config.json", chat_template=template)
+    with pytest.raises(DvirlError, match=message):
+        loaded_from(folder)
+
+
+def test_tokens_that_are_never_control_tokens_are_refused(tmp_path):
+    folder = changed(write_model(tmp_path / "m"), "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(DvirlError, match="split_special_tokens is true"):
+        loaded_from(folder)
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|eot_id|>' + m.content }}{% else %}{{ '<|end_of_text|>' + "
+    "m.content.split('</think>')[-1] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|end_of_text|><think>{% endif %}"
+)
+
+
+def test_a_template_finds_the_marks_that_the_model_wrote_into_its_answers(tmp_path):
+    """Those of reasoning, which are no control tokens; those that the template writes around turns stay text."""
+    folder = write_model(tmp_path / "m", tokenizer="llama3", vocab_size=330)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    for text in ("<think>", "</think>"):
+        last = definition["added_tokens"][-1]
+        definition["added_tokens"].append({**last, "id": last["id"] + 1, "content": text, "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    chat = loaded_from(changed(folder, "tokenizer_config.json", chat_template=THINKING)).chat
+    assert chat.encode(["a", "<think>so</think> b", "c"]) == chat.encode(["a", " b", "c"])
+    opens, closes = (chat.tokenizer.convert_tokens_to_ids(text) for text in ("<think>", "</think>"))
+    answer = chat.encode_response("<think>so</think> b")
+    assert closes in answer and opens not in answer
+    assert closes not in chat.encode(["</think>"]) and chat.encode(["<think>"]).count(opens) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama2", "llama2-legacy", "llama2-fast", "llama3-strips", "pieces-strip"]
+)
+def test_an_answer_to_be_learned_is_that_of_the_conversation(name, tmp_path):
+    """The white space that control tokens take at its beginning, and the space that they put there, included."""
+    chat = loaded_from(write_model(tmp_path / name, tokenizer=name)).chat
+    for answer in ("Rex, the fox", "  Rex")[: 1 + ("strip" in name)]:
+        learned = [*chat.encode(["a"]), *chat.encode_response(answer)]
+        assert chat.encode(["a", answer, "b"])[: len(learned)] == learned
+
+
+def test_a_template_that_asks_for_no_answer_has_control_tokens_before_it(tmp_path):
+    folder = write_model(tmp_path / "m", tokenizer="llama3")
+    template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}{% endfor %}"
+    )
+    chat = loaded_from(changed(folder, "tokenizer_config.json", chat_template=template)).chat
+    learned = [*chat.encode(["a"]), *chat.encode_response("Rex")]
+    assert chat.encode(["a", "Rex", "b"])[: len(learned)] == learned
 
 
 ATTACKS = (
@@ -349,6 +455,11 @@ def test_a_sentencepiece_model_gives_the_same_ids_as_a_fast_tokenizer(tmp_path, 
     for line in [*CORPUS, "a<sep>b"]:
         assert loaded.tokenizer(line).input_ids == [1, *reference.encode(line)], line
         assert loaded.chat.encode([line]) == [1, *reference.encode(line)]
+    changed(folder, "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
+    assert loaded_from(folder).tokenizer("a fox").input_ids == [*reference.encode("a fox"), 2]
+    changed(folder, "tokenizer_config.json", add_prefix_space=False)
+    tokenizer = loaded_from(folder).tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a fox").input_ids)[0] == "a"
 
 
 def test_no_tokenizer_or_a_damaged_one_is_refused(tmp_path):

@@ -129,7 +129,8 @@ class ChatEncoder:
         self._control = self._text.special | {token for token in self._text.added if token in self._source}
         if chat_format in FORMATS:
             self._check_tokens()
-        self._render = compile_template(self._source, tokenizer.special_tokens_map)
+        named = tokenizer.init_kwargs.get("named_tokens", {})
+        self._render = compile_template(self._source, {**tokenizer.special_tokens_map, **named})
         self.encode([" "])
 
     def _check_tokens(self) -> None:
@@ -148,11 +149,10 @@ class ChatEncoder:
         """The conversation as text, the turns' own spellings of control tokens broken by the guard."""
         texts = [("system", system)] if system else []
         texts += zip(cycle(("user", "assistant")), turns, strict=False)
-        spelled = pattern(self._control)
         messages = []
         for role, text in texts:
-            content = spelled.sub(lambda found: found[0][0] + guard + found[0][1:], text)
-            messages.append({"role": role, "content": content})
+            control = self._opening if role == "assistant" else self._control
+            messages.append({"role": role, "content": guarded(text, control, guard)})
         return self._render(messages, ask)
 
     def encode(self, turns: Sequence[str], system: str = "") -> list[int]:
@@ -178,19 +178,25 @@ class ChatEncoder:
                     raise DvirlError(
                         f"the prompt {turn!r:.60} spells {mark}, which opens or closes a turn of {self.chat_format}"
                     )
-        guard = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in f"{turns}{system}")
+        guard = unused(f"{turns}{system}")
+        ids = self._ids(self._prompt_text(turns, system, guard), guard, first=True)
+        return self._checked(ids, str(turns))
+
+    def _ids(self, text: str, guard: str, first: bool = False, continues: bool = False) -> list[int]:
+        """Token ids of a rendered text; `first` and `continues` say what stands before it, see `plain`."""
         ids: list[int] = []
-        for index, piece in enumerate(self._pieces(self._prompt_text(turns, system, guard))):
+        for index, piece in enumerate(self._pieces(text)):
             token = self._text.added.get(piece)
             if token is not None and piece in self._control:
                 ids.append(token)
             else:
-                ids += self.plain(piece.replace(guard, ""), first=index == 0, continues=False)
-        return self._checked(ids, str(turns))
+                bare = piece.replace(guard, "")
+                ids += self.plain(bare, first and index == 0, continues and index == 0)
+        return ids
 
     def _pieces(self, text: str) -> list[str]:
-        """The text cut before and after its control tokens."""
-        return [piece for piece in pattern(self._control).split(text) if piece]
+        """The text cut before and after its control tokens, without the white space that these take."""
+        return self._text.split(text, self._control)
 
     def _checked(self, ids: list[int], text: str) -> list[int]:
         beyond = [token for token in ids if token >= self._vocab_size]
@@ -200,6 +206,17 @@ class ChatEncoder:
                 f"the prompt {text!r:.60} has the token {token!r}, {beyond[0]}; the model embeds {self._vocab_size}"
             )
         return ids
+
+    @cached_property
+    def _opening(self) -> set[str]:
+        """Control tokens that an answer cannot have: special ones, and those that the template writes around turns.
+
+        Others, such as </think>, are what the model itself writes, and the template looks for them.
+        """
+        around = self._render(
+            [{"role": role, "content": MARK} for role in ("user", "assistant", "user")], True
+        )
+        return self._text.special | {token for token in self._control if token in around}
 
     @cached_property
     def _marks(self) -> set[str]:
@@ -218,7 +235,15 @@ class ChatEncoder:
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of the assistant's answer, to follow those of `encode`, without an end-of-sequence token."""
-        return self.plain(self._lead + text)
+        if self.chat_format == NONE:
+            return self.plain(self._lead + text)
+        guard = unused(text)
+        before = self._pieces(self._prompt_text([""]))[-1:]
+        # A control token at the end of the prompt says whether a space is put, or white space taken, after it.
+        token = "".join(piece for piece in before if piece in self._control)
+        answer = token + self._lead + guarded(text, self._opening, guard)
+        ids = self._ids(answer, guard, continues=not token)
+        return ids[1:] if token else ids
 
     @cached_property
     def _lead(self) -> str:
@@ -261,11 +286,16 @@ class ChatEncoder:
         return ids
 
 
-def pattern(spellings: Collection[str]) -> re.Pattern[str]:
-    """Matches any of some tokens, the longest first; nothing if there are none."""
-    longest_first = sorted(spellings, key=len, reverse=True)
-    either = "|".join(map(re.escape, longest_first)) or "(?!)"
-    return re.compile(f"({either})")  # a group, so that a split keeps them
+def guarded(text: str, control: Collection[str], guard: str) -> str:
+    """The text, its spellings of control tokens broken by the guard."""
+    longest_first = sorted(control, key=len, reverse=True)
+    spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
+    return re.sub(spelled, lambda found: found[0][0] + guard + found[0][1:], text)
+
+
+def unused(text: str) -> str:
+    """A character that the text does not have."""
+    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
 
 
 class _Generation(Extension):

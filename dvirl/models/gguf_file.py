@@ -146,11 +146,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: LlamaConfig)
     # An engine refuses a draft model whose BOS or EOS is not that of the model.
     for role in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
-        if token is not None:
+        if token is not None and token < config.vocab_size:  # the file has no token without an embedding
             getattr(writer, f"add_{role}_token_id")(token)
-    before, after = TextEncoder(tokenizer).frame
-    writer.add_add_bos_token(bool(before))
-    writer.add_add_eos_token(bool(after))
+    _add_frame(writer, TextEncoder(tokenizer))
     template = tokenizer.init_kwargs.get("chat_template")
     if template:
         writer.add_chat_template(template)
+
+
+def _add_frame(writer: gguf.GGUFWriter, encoder: TextEncoder) -> None:
+    """What is put before and after a text."""
+    before, after = encoder.frame
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+    spaced = encoder.encode("a", (), first=True)
+    writer.add_add_space_prefix(spaced != encoder.encode("a", (), continues=True))

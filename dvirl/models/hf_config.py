@@ -54,7 +54,7 @@ UNDERSTOOD = (
 )
 """Fields that newer configurations have, and that are computed or checked here."""
 CHANGES_NUMBERS = re.compile(
-    "rope|rotary|norm|scal|multiplier|softcap|window|clip|expert|bias|residual|interleav|layer_type|quant|alibi"
+    "rope|rotary|norm|scal|multiplier|softcap|window|clip|expert|bias|residual|interleav|layer_type|quant|alibi|chunk"
 )
 """Words in the names of fields by which relatives of Llama compute something else."""
 
@@ -63,7 +63,10 @@ def read_json(file: str | None) -> dict[str, Any]:
     """The content of one of a model's JSON files; nothing if the model does not have it."""
     if file is None:
         return {}
-    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DvirlError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DvirlError(f"{file}: expected an object")
     return content
@@ -81,12 +84,13 @@ def read_config(values: Mapping[str, Any]) -> LlamaConfig:
     """
     if values.get("model_type") != "llama":
         raise DvirlError(f"architecture is {values.get('model_type')!r}, expected 'llama'")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "some method")
+    quantised = values.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "some method") if isinstance(quantised, dict) else quantised
         raise DvirlError(f"its weights are quantised by {method}; expected a model in 16 or 32 bits")
     _refuse_unknown(values)
     # Rotary positions are set below; the pinned LlamaConfig would refuse most of them.
-    moved = ("rope_scaling", "rope_parameters", "dtype", "torch_dtype")
+    moved = ("rope_scaling", "rope_parameters", "dtype", "torch_dtype", "quantization_config")
     plain = {name: value for name, value in values.items() if name not in moved}
     config: LlamaConfig = LlamaConfig.from_dict(plain)
     for name in SIZES:
@@ -95,6 +99,8 @@ def read_config(values: Mapping[str, Any]) -> LlamaConfig:
             if name == "head_dim" and size is None:
                 continue
             raise DvirlError(f"config.json: {name} is {size!r}; expected a whole number of at least 1")
+    if not has_type(config.rms_norm_eps, int | float) or config.rms_norm_eps < 0:
+        raise DvirlError(f"config.json: rms_norm_eps is {config.rms_norm_eps!r}; expected a number")
     _check_heads(config)
     if config.hidden_act not in ACT2FN:
         raise DvirlError(f"config.json: hidden_act {config.hidden_act!r} is not known")
@@ -131,6 +137,10 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
         wide = name == "sliding_window" and type(value) is int and value >= context
         if not harmless and not wide:
             raise DvirlError(f"config.json: {name} is {value!r:.60}, which is not computed here")
+    if values.get("is_causal") is False:
+        raise DvirlError(
+            "config.json: is_causal is false; expected a model whose positions see none after them"
+        )
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise DvirlError(
             f"config.json: partial_rotary_factor is {values['partial_rotary_factor']}, expected 1"
@@ -149,7 +159,9 @@ def _positions(values: Mapping[str, Any], config: LlamaConfig) -> tuple[float, d
     scaling = dict(found)
     old_name = scaling.pop("type", None)
     kind = scaling.pop("rope_type", None) or old_name or "default"
-    theta = scaling.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    theta = scaling.pop("rope_theta", None)
+    theta = values.get("rope_theta") if theta is None else theta
+    theta = 10000.0 if theta is None else theta
     partial = scaling.pop("partial_rotary_factor", None)
     if kind not in ROPE_TYPES or partial not in (None, 1):
         raise DvirlError(
@@ -165,6 +177,8 @@ def _positions(values: Mapping[str, Any], config: LlamaConfig) -> tuple[float, d
             raise DvirlError(
                 f"config.json: {name} of rope_scaling is {scaling.get(name)!r}; expected a number"
             )
+    if kind == "llama3" and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        raise DvirlError("config.json: low_freq_factor of rope_scaling is above high_freq_factor")
     if not has_type(theta, int | float) or theta <= 0:
         raise DvirlError(f"config.json: rope_theta is {theta!r}; expected a number above 0")
     if kind == "default":

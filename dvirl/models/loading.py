@@ -18,6 +18,7 @@ from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
 from dvirl.models.weights import FindFile, load_weights
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import has_type
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -184,11 +185,18 @@ def _config(find: FindFile) -> LlamaConfig:
 
 
 def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple[int, ...]:
-    """Tokens that end a response: those of `config.json`, of `generation_config.json` and of the chat format."""
+    """Tokens that end a response: those of `config.json`, of `generation_config.json` and of the chat format.
+
+    Raises:
+        DvirlError: for what is no token.
+    """
     generation = read_json(find("generation_config.json"))
     ids: dict[int, None] = {}
-    for value in (config.eos_token_id, generation.get("eos_token_id"), chat.turn_end):
+    places = {"config.json": config.eos_token_id, "generation_config.json": generation.get("eos_token_id")}
+    for where, value in {**places, "chat format": chat.turn_end}.items():
         for token in value if isinstance(value, list) else [value]:
-            if type(token) is int and 0 <= token < config.vocab_size:
+            if token is not None and not has_type(token, int):
+                raise DvirlError(f"{where}: eos_token_id has {token!r:.60}; expected whole numbers")
+            if token is not None and 0 <= token < config.vocab_size:
                 ids.setdefault(token)
     return tuple(ids)

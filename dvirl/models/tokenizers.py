@@ -24,7 +24,9 @@ SPACE = "\u2581"
 """Stands for a space in sentencepiece's pieces."""
 DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
 """Takes a prepended space away where the text begins with one, as newer Metaspace does not put it there."""
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""What the newest Llama tokenizers are given if their files do not say it."""
 KNOWN = {
     "BPE": {
         "dropout",
@@ -96,7 +98,7 @@ class TextEncoder:
             continues: it follows other text, and no added token.
         """
         ids: list[int] = []
-        for index, piece in enumerate(self._split(text, tokens)):
+        for index, piece in enumerate(self.split(text, tokens)):
             if piece in tokens:
                 ids.append(self.added[piece])
                 continue
@@ -105,23 +107,27 @@ class TextEncoder:
             ids += self._encode_bare(self._begin if prefixed else self._continue, piece)
         return ids
 
-    def _split(self, text: str, tokens: Collection[str]) -> list[str]:
+    def split(self, text: str, tokens: Collection[str]) -> list[str]:
         """A text cut before and after the tokens, white space around them going to those that take it."""
         parts = []
         for token in sorted(tokens, key=len, reverse=True):
-            before = r"\s*" if self._tokens[token]["lstrip"] else ""
-            after = r"\s*" if self._tokens[token]["rstrip"] else ""
-            parts.append(f"{before}({re.escape(token)}){after}")
+            flags = self._tokens[token]
+            before = r"\s*" if flags["lstrip"] else ""
+            after = r"\s*" if flags["rstrip"] else ""
+            spelled = re.escape(token)
+            if flags["single_word"]:
+                spelled = rf"(?<!\w){spelled}(?!\w)"
+            parts.append(f"{before}({spelled}){after}")
         pieces = re.split("|".join(parts), text) if parts else [text]
         return [piece for piece in pieces if piece]
 
     def _encode_bare(self, tokenizer: Tokenizer, text: str) -> list[int]:
         if not self._words:
             return list(tokenizer.encode(text).ids)
-        if tokenizer.normalizer:
+        if tokenizer.normalizer is not None:  # a sequence of them counts as false
             text = tokenizer.normalizer.normalize_str(text)
         words = [text]
-        if tokenizer.pre_tokenizer:
+        if tokenizer.pre_tokenizer is not None:
             words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         ids: list[int] = []
         for word in words:
@@ -190,53 +196,102 @@ def load_tokenizer(find: FindFile) -> PreTrainedTokenizerFast:
         DvirlError: if there is none, or one that the pinned library cannot compute.
     """
     entries = read_json(find("tokenizer_config.json"))
-    texts = {}
-    for name in ROLES:
-        entry = entries.get(name) or read_json(find("special_tokens_map.json")).get(name)
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(text, str):
-            texts[name] = text
-    template = chat_template(find, entries)
-    if template:
-        texts["chat_template"] = template
+    if entries.get("split_special_tokens"):
+        raise DvirlError("tokenizer_config.json: split_special_tokens is true, which is not supported")
     file = find("tokenizer.json") or find("tokenizer.model")
     if not file:
         raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
-    if file.endswith(".json"):
-        definition = read_json(file)
+    definition: dict[str, Any] = read_json(file) if file.endswith(".json") else {}
+    named = _named_tokens(entries, find, LLAMA_ROLES if _is_llama(definition, entries) else {})
+    if definition:
         how = rewrite(definition, entries)
-        try:
-            backend = Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:  # the library raises bare exceptions
-            raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
     else:
-        backend = from_sentencepiece(file, texts.get("bos_token", "<s>"))
+        definition = from_sentencepiece(file, entries, named)
         how = {"prepend_scheme": "always" if entries.get("legacy") else "first"}
-    _add_tokens(backend, entries, read_json(find("added_tokens.json")))
-    for role in ROLES:  # a role whose token is not there would be added beyond the model's embeddings
-        if backend.token_to_id(texts.get(role, "")) is None:
-            texts.pop(role, None)
-    plain = how.get("prepend_scheme") != "first" and not how.get("ignore_merges")
-    kind = PreTrainedTokenizerFast if plain else SegmentedTokenizer
+    listed = _add_tokens(definition, entries, read_json(find("added_tokens.json")), named)
+    backend = _backend(file, definition, listed)
+    texts = {role: token["content"] for role, token in named.items()}
+    # The pinned library overlooks added tokens that its model has as well, unless they are special.
+    vocabulary = _vocabulary(definition)
+    overlooked = [token for token in definition["added_tokens"] if not token["special"]]
+    segmented = any(token["content"] in vocabulary for token in overlooked)
+    segmented |= how.get("prepend_scheme") == "first" or "ignore_merges" in how
+    kind = SegmentedTokenizer if segmented else PreTrainedTokenizerFast
     return kind(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        chat_template=chat_template(find, entries),
+        named_tokens=texts,
         **how,
-        **texts,
+        **{role: text for role, text in texts.items() if role in ROLES},
     )
 
 
+def _backend(file: str, definition: Mapping[str, Any], listed: Mapping[str, int]) -> Tokenizer:
+    """The tokenizer of a definition, whose tokens have the ids that the files list.
+
+    Raises:
+        DvirlError: for one that the pinned library cannot read, or another id.
+    """
+    try:
+        backend = Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # the library raises bare exceptions
+        raise DvirlError(f"{file}: not a tokenizer that can be read here ({error!s:.200})") from error
+    for text, token in listed.items():
+        found = backend.token_to_id(text)
+        if found != token:
+            raise DvirlError(f"the added token {text!r} is listed as {token}, but is {found}")
+    return backend
+
+
+def _named_tokens(
+    entries: Mapping[str, Any], find: FindFile, defaults: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The control tokens that the files name, each with the flags that stand beside it.
+
+    Returns:
+        By role; those that are only listed, by their text.
+    """
+    older = read_json(find("special_tokens_map.json"))
+    named: dict[str, Any] = {
+        role: entries.get(role) or older.get(role) or defaults.get(role) for role in ROLES
+    }
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        more = entries.get(field) or older.get(field) or {}
+        if not isinstance(more, dict):
+            more = {str(token.get("content") if isinstance(token, dict) else token): token for token in more}
+        named |= more
+    tokens = {}
+    for role, entry in named.items():
+        token = entry if isinstance(entry, dict) else {"content": entry}
+        if isinstance(token.get("content"), str) and token["content"]:
+            tokens[role] = token
+    return tokens
+
+
 def chat_template(find: FindFile, entries: Mapping[str, Any]) -> str | None:
-    """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default."""
+    """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default.
+
+    Raises:
+        DvirlError: for several templates without a default.
+    """
     file = find("chat_template.jinja")
     if file:
         return Path(file).read_text(encoding="utf-8-sig")
-    found = entries.get("chat_template")
-    if isinstance(found, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = by_name.get("default") or next(iter(by_name.values()), None)
-    return found if isinstance(found, str) else None
+    template = entries.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(template)
+            raise DvirlError(
+                f"tokenizer_config.json: chat_template has {names}; expected one with the name default"
+            )
+        template = template["default"]
+    if not isinstance(template, str | None):
+        raise DvirlError(f"tokenizer_config.json: chat_template is {template!r:.60}; expected a text")
+    return template
 
 
 def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,15 +311,45 @@ def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str,
     definition["padding"] = None
     model = definition["model"]
     how: dict[str, Any] = {}
+    if "merges" in model:  # old files do not name the kind of model
+        model.setdefault("type", "BPE")
+    if _is_llama(definition, entries):
+        _build_llama(definition, entries)
     if model.pop("ignore_merges", False):
         how["ignore_merges"] = True
     if model.get("type") == "BPE":
         model["merges"] = [_merge(merge) for merge in model["merges"]]
-    scheme = _spaces(definition, entries)
+    scheme = _spaces(definition)
     if scheme:
         how["prepend_scheme"] = scheme
     _refuse_newer(definition)
     return how
+
+
+def _is_llama(definition: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
+    """Whether the newest transformers builds a Llama tokenizer of its own from the vocabulary and the merges."""
+    named = str(entries.get("tokenizer_class")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
+    parts = json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")])
+    return named and "merges" in definition.get("model", {}) and '"ByteLevel"' not in parts
+
+
+def _build_llama(definition: dict[str, Any], entries: Mapping[str, Any]) -> None:
+    """Make a tokenizer what the newest transformers builds, which looks at none of the parts replaced here."""
+    changes = {"byte_fallback": True, "fuse_unk": True, "ignore_merges": False, "dropout": None}
+    definition["model"] |= changes | {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    prefixed = entries.get("add_prefix_space") is not False
+    scheme = "always" if entries.get("legacy") else "first"
+    definition["normalizer"] = None
+    definition["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": SPACE,
+        "prepend_scheme": scheme if prefixed else "never",
+        "split": False,
+    }
+    spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    steps = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    definition["decoder"] = {"type": "Sequence", "decoders": steps}
 
 
 def _merge(merge: Any) -> str:
@@ -275,30 +360,21 @@ def _merge(merge: Any) -> str:
     return " ".join(parts)
 
 
-def _spaces(definition: dict[str, Any], entries: Mapping[str, Any]) -> str | None:
+def _spaces(definition: dict[str, Any]) -> str | None:
     """Rewrite how spaces become part of tokens.
 
     Returns:
         When a space is put before a text (first, always, never); None if the pinned library does what is meant.
     """
     kept = _steps(definition)
-    pre_tokenizer = definition.get("pre_tokenizer") or {}
-    metaspace = pre_tokenizer if pre_tokenizer.get("type") == "Metaspace" else {}
-    split = metaspace.get("split", True)
+    metaspace = definition.get("pre_tokenizer") or {}
     scheme: str = metaspace.get("prepend_scheme", "")
-    of_llama = str(entries.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
-    if of_llama and (metaspace or any(map(_prepends, kept))):
-        # The newest transformers builds a Llama tokenizer's spaces from its settings.
-        kept = []
-        split = False
-        scheme = "always" if entries.get("legacy") else "first"
-        scheme = "never" if entries.get("add_prefix_space") is False else scheme
-    elif not scheme:
+    if metaspace.get("type") != "Metaspace" or not scheme:
         return None
     older: dict[str, Any] = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": scheme != "never"}
     if (definition.get("decoder") or {}).get("type") == "Metaspace":
         definition["decoder"] = older
-    if split:
+    if metaspace.get("split", True):
         definition["pre_tokenizer"] = older
         return scheme
     prefix = [] if scheme == "never" else [{"type": "Prepend", "prepend": SPACE}, DOUBLED]
@@ -327,31 +403,70 @@ def _refuse_newer(part: Any) -> None:
                 _refuse_newer(value)
 
 
-def _add_tokens(backend: Tokenizer, entries: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-    """Add the tokens that only `tokenizer_config.json` or `added_tokens.json` list.
+def _vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of the model's tokens, without added ones, by their texts."""
+    vocabulary: dict[str, int] | list[tuple[str, float]] = definition["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        return {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    return vocabulary
 
-    Raises:
-        DvirlError: if one does not get the id that is written there.
+
+def _add_tokens(
+    definition: dict[str, Any],
+    entries: Mapping[str, Any],
+    more: Mapping[str, Any],
+    named: Mapping[str, dict[str, Any]],
+) -> dict[str, int]:
+    """Add the tokens that other files than `tokenizer.json` list or name, and set the flags that they list.
+
+    Args:
+        definition: the content of `tokenizer.json`, changed in place.
+        entries: of `tokenizer_config.json`, whose list of tokens counts more than what the definition says.
+        more: the content of `added_tokens.json`.
+        named: control tokens; what names no known token becomes a new one, as in the newest transformers.
+
+    Returns:
+        The ids that the files say, by the tokens' texts.
     """
-    listed = {int(token): dict(entry) for token, entry in (entries.get("added_tokens_decoder") or {}).items()}
-    for text, token in more.items():
-        listed.setdefault(int(token), {"content": text})
-    for token, entry in sorted(listed.items()):
+    vocabulary = _vocabulary(definition)
+    added = {token["content"]: token for token in definition["added_tokens"]}
+    listed: dict[str, int] = {}
+
+    def add(token_id: int, entry: Mapping[str, Any], special: bool) -> None:
+        flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+        normalized = bool(entry.get("normalized", not special))
         text = entry["content"]
-        if backend.token_to_id(text) is None:
-            flags = {
-                name: entry.get(name, False) for name in ("lstrip", "rstrip", "single_word", "normalized")
-            }
-            add = backend.add_special_tokens if entry.get("special") else backend.add_tokens
-            add([AddedToken(text, **flags)])
-        if backend.token_to_id(text) != token:
-            raise DvirlError(
-                f"the added token {text!r} is listed as {token}, but is {backend.token_to_id(text)}"
-            )
+        known = {"id": token_id, "content": text, "special": special, "normalized": normalized}
+        added[text] = {**known, **flags}
+
+    control = {token["content"] for token in named.values()}
+    decoder = entries.get("added_tokens_decoder") or {}
+    for key in sorted(decoder, key=int):
+        text = decoder[key]["content"]
+        listed[text] = int(key)
+        add(int(key), decoder[key], bool(decoder[key].get("special")) or text in control)
+    for text, token_id in more.items():
+        listed.setdefault(text, int(token_id))
+        if text not in added:
+            add(int(token_id), {"content": text}, text in control)
+    for token in named.values():
+        text = token["content"]
+        if text not in added:
+            highest = max([*vocabulary.values(), *(each["id"] for each in added.values())], default=-1)
+            add(vocabulary.get(text, highest + 1), token, special=True)
+    definition["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    return listed
 
 
-def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
-    """A sentencepiece BPE model as a fast tokenizer with the same ids, which begins a text with `bos_token`.
+def from_sentencepiece(
+    file: str, entries: Mapping[str, Any], named: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The `tokenizer.json` of a sentencepiece BPE model, with the same ids.
+
+    Args:
+        file: the model.
+        entries: of `tokenizer_config.json`, whose `add_bos_token`, `add_eos_token` and `add_prefix_space` count.
+        named: control tokens by role.
 
     Raises:
         DvirlError: for a damaged file, or another kind of model.
@@ -375,8 +490,9 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
         byte_fallback=proto.trainer_spec.byte_fallback,
     )
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
-    strip = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    prefixed = proto.normalizer_spec.add_dummy_prefix and entries.get("add_prefix_space") is not False
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec, prefixed)
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     tokenizer.decoder = decoders.Sequence(steps)
     for piece in proto.pieces:
@@ -385,20 +501,31 @@ def from_sentencepiece(file: str, bos_token: str) -> Tokenizer:
             tokenizer.add_special_tokens([token])
         elif piece.type == kinds.USER_DEFINED:
             tokenizer.add_tokens([token])
-    if bos_token in pieces:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A", special_tokens=[(bos_token, pieces[bos_token])]
-        )
-    return tokenizer
+    tokenizer.post_processor = _frame(pieces, entries, named)
+    return dict(json.loads(tokenizer.to_str()))
 
 
-def _normalizer(spec: Any) -> normalizers.Normalizer:
+def _frame(
+    pieces: Mapping[str, int], entries: Mapping[str, Any], named: Mapping[str, dict[str, Any]]
+) -> processors.TemplateProcessing:
+    """What is put before and after a text."""
+    bos = named.get("bos_token", {}).get("content", "<s>")
+    eos = named.get("eos_token", {}).get("content", "</s>")
+    before = [bos] if bos in pieces and entries.get("add_bos_token") is not False else []
+    after = [eos] if eos in pieces and entries.get("add_eos_token") else []
+    return processors.TemplateProcessing(
+        single=" ".join([*before, "$A", *after]),
+        special_tokens=[(token, pieces[token]) for token in {*before, *after}],
+    )
+
+
+def _normalizer(spec: Any, prefixed: bool) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
+    if prefixed:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
     return normalizers.Sequence(steps)

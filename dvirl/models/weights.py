@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from dvirl.models.hf_config import read_json
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.settings import has_type
 
 FindFile = Callable[[str], str | None]
 """The path of one of a model's files by its name, None if the model does not have it."""
@@ -67,6 +69,7 @@ def load_weights(
             raise DvirlError(f"tensor {name} is {found}; expected {wanted}")
         # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
         filled[name] = tensor.to(device_of(name), dtype, copy=True)
+        _check_finite(name, filled[name])
         content = tensor.contiguous().view(torch.uint8).numpy().data
         return f"{name} {found} {hashlib.sha256(content).hexdigest()}\n"
 
@@ -78,6 +81,17 @@ def load_weights(
     model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights()
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse numbers that are none, or that the model's dtype cannot hold.
+
+    Raises:
+        DvirlError: with the tensor's name.
+    """
+    if not all(bound.isfinite() for bound in tensor.aminmax()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise DvirlError(f"tensor {name} has numbers that are not finite in {dtype}; expected finite ones")
 
 
 def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
@@ -93,11 +107,20 @@ def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
         index = find(f"{name}.index.json")
         if index:
             stored: dict[str, Callable[[], Tensor]] = {}
-            for part in sorted(set(read_json(index)["weight_map"].values())):
+            places: Any = read_json(index).get("weight_map")
+            if not has_type(places, dict[str, str]):
+                raise DvirlError(f"{index}: weight_map is {places!r:.60}; expected the file of each tensor")
+            for part in sorted(set(places.values())):
                 part_file = find(part)
                 if not part_file:
                     raise DvirlError(f"{part} is missing, which {Path(index).name} names")
-                stored |= _open(part_file)
+                tensors = _open(part_file)
+                twice = sorted(stored.keys() & tensors.keys())
+                if twice:
+                    raise DvirlError(
+                        f"tensor {twice[0]} is in {part} and in a file before it; expected it once"
+                    )
+                stored |= tensors
             return stored
     raise DvirlError(f"no weights; expected {' or '.join(FILES)}, or their parts with an index")
 
