@@ -171,6 +171,17 @@ def recurrent() -> str:
     return table(["speed over plain decoding (mat)", *SETS.values(), "packaged, two CPU cores"], rows)
 
 
+def head_in_8_bits() -> str:
+    """Both ways of choosing drafts on a CPU, one run after the other."""
+    rows = []
+    for text, name in (("exact head", "short-exact-head"), ("head in 8 bits", "short-int8-head")):
+        found = overall(name, "cpu")
+        cells = [f"{found[method]['speedup']:.2f} ({found[method]['mat']:.2f})" for method in ("dvi", "hybrid")]
+        rows.append([text, *cells, f"{found['hybrid']['tok_per_s']:.1f}", f"{found['plain']['tok_per_s']:.1f}"])
+    head = ["speed over plain decoding (mat)", "learned", "learned and looked up"]
+    return table([*head, "its tokens a second", "plain decoding's"], rows)
+
+
 def block_reward() -> str:
     """A drafter that goes on by each objective, the longest blocks first; and its blocks on public sets."""
     found = read("study-block-reward")["summary"]
@@ -489,6 +500,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "recurrent": recurrent,
     "block_reward": block_reward,
+    "head_in_8_bits": head_in_8_bits,
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
     "early": lambda: by_set("recurrent", "early"),
     "steps_blocks": lambda: fixed_blocks("blocks-steps-h200"),
