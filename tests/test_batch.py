@@ -44,6 +44,7 @@ def row_by_row(model, prompts, how, length=24):
     return [model.generate(prompt, length, how, (EOS,), seed=3) for prompt in prompts]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("args", DRAFTERS, ids=lambda args: args.get("drafter", "none"))
 def test_a_batch_gives_what_each_row_gives_alone(how, args):
@@ -61,6 +62,7 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
         assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "how", [how for how in SETTINGS if not (how.temperature and how.branches)], ids=NAME
 )  # passes of one size have one chain a text, and other chains take other numbers for the same samples
@@ -111,6 +113,7 @@ def served_without_capture(how):
     return row_by_row(*served(), how)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("rows", "own_kernels"), [(1, False), (3, True)])
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, monkeypatch):
