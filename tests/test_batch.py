@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from functools import cache
 from types import SimpleNamespace
 
 import conftest
@@ -43,6 +44,7 @@ def row_by_row(model, prompts, how, length=24):
     return [model.generate(prompt, length, how, (EOS,), seed=3) for prompt in prompts]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("args", DRAFTERS, ids=lambda args: args.get("drafter", "none"))
 def test_a_batch_gives_what_each_row_gives_alone(how, args):
@@ -60,6 +62,7 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
         assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "how", [how for how in SETTINGS if not (how.temperature and how.branches)], ids=NAME
 )  # passes of one size have one chain a text, and other chains take other numbers for the same samples
@@ -100,14 +103,22 @@ def blocks_of(decoded):
     return found
 
 
-@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
+def served():
+    """A model and the texts that it is asked for."""
+    return tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(), random_prompts(6, 2)
+
+
+@cache
+def served_without_capture(how):
+    return row_by_row(*served(), how)
+
+
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("rows", "own_kernels"), [(1, False), (3, True)])
+@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, monkeypatch):
-    model, prompts = (
-        tiny_kangaroo(2, drafter="layer", deep_scale=0.1, lora=False).double(),
-        random_prompts(6, 2),
-    )
-    expected = row_by_row(model, prompts, how)
+    model, prompts = served()
+    expected = served_without_capture(how)
     alone = [one.tokens for one in expected]
     fresh, held = model.base_model.new_stages, {}
 

@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_kangaroo, write_published
+from conftest import copied, tiny_kangaroo, write_published
 from published import CONFIGS, TOKENIZERS, write_model
 from safetensors.torch import load_file
 from test_drafters import trained
@@ -359,8 +359,8 @@ def test_a_wide_window_is_the_context_of_an_export(window, context):
 
 
 @pytest.mark.real
-def test_the_shipped_drafter_is_a_small_llama():
-    model = load_drafter("smollm2-135m-k2", None, "float32", "cpu").model
+def test_the_shipped_drafter_is_a_small_llama(real):
+    model = load_drafter("smollm2-135m-k2", copied(real)).model
     config, tensors = plain_llama(model)
     assert (config.num_hidden_layers, config.max_position_embeddings) == (4, 4096)
     changed = (tensors["lm_head.weight"] != model.head_model.weight).any(dim=1)

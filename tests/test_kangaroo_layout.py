@@ -116,11 +116,17 @@ def prompts_of(seed: int) -> list[list[int]]:
     return [short, list(chain(*others))[:80]]
 
 
+@pytest.fixture(scope="module", params=range(3))
+def seeded(request, tmp_path_factory):
+    """A seed and its pair, for all thresholds: the reference need not look at the same texts again."""
+    theta = (100.0, 10000.0, 1e6)[request.param]
+    return request.param, *pair(tmp_path_factory.mktemp("published"), request.param, rope_theta=theta)
+
+
 @pytest.mark.no_cover
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.6, 1.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_accept_lengths_are_the_published_ones(tmp_path, seed, threshold):
-    model, published = pair(tmp_path, seed, rope_theta=(100.0, 10000.0, 1e6)[seed])
+def test_accept_lengths_are_the_published_ones(seeded, threshold):
+    seed, model, published = seeded
     for steps in range(1, 9):
         for index, prompt in enumerate(prompts_of(seed)):
             expected, lengths = published.decode(prompt, LIMIT, steps, threshold)

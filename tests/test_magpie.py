@@ -45,13 +45,13 @@ def test_the_sampler_draws_from_the_nucleus_in_proportion():
 @pytest.mark.no_cover
 @pytest.mark.real
 def test_the_model_writes_its_own_prompts(real):
-    prompts = write_prompts(real, 3, seed=1, batch=8)
+    prompts = write_prompts(real, 3, seed=3, batch=4)  # one of the four does not end
     start, answer, _ = real.chat.frame()
     assert len({tuple(prompt) for prompt in prompts}) == 3
     for prompt in prompts:
         assert prompt[: len(start)] == start and prompt[-len(answer) :] == answer
         assert not set(prompt[len(start) : -len(answer)]) & set(real.tokenizer.all_special_ids)
-    assert write_prompts(real, 3, seed=1, batch=8) == prompts
+    assert write_prompts(real, 3, seed=3, batch=4) == prompts
 
 
 @pytest.mark.real

@@ -10,9 +10,11 @@ import json
 import re
 from pathlib import Path
 
+import forked
 import nbformat
 import papermill
 import pytest
+from jupyter_client.provisioning import local_provisioner
 from test_models import save_tiny
 
 from dvirl import config as training
@@ -46,9 +48,12 @@ QUICK = dict(
 
 
 def execute(tmp_path, notebook="03_train", **parameters):
-    """Run a notebook; what it printed."""
+    """Run a notebook, in a kernel that has imported torch already; what it printed."""
     path, out = NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb"
-    papermill.execute_notebook(path, out, parameters, kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    how = dict(kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_provisioner, "launch_kernel", forked.launch_kernel)
+        papermill.execute_notebook(path, out, parameters, **how)
     outputs = [output for cell in json.loads(out.read_text())["cells"] for output in cell.get("outputs", [])]
     return "".join(line for output in outputs for line in output.get("text", []))
 

@@ -476,6 +476,21 @@ def test_a_checkpoint_that_is_not_what_was_written_is_named(whole, tmp_path, fil
     assert str(folder) in str(error.value)
 
 
+def test_all_of_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    asked, replace = [], os.replace
+
+    def fsync(descriptor):
+        asked.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda one, other: asked.append("named") or replace(one, other))
+    with files.atomic_directory(tmp_path / "new") as folder:
+        (folder / "lora_S").mkdir()
+        (folder / "lora_S/weights").write_text("x")
+    named = asked.index("named")
+    assert {"new", "lora_S", "weights"} <= set(asked[:named]) and asked[named + 1 :] == [tmp_path.name]
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, score in enumerate((0.1, 0.5, 0.2, 0.3, 0.4), start=1):
         folder = tmp_path / f"checkpoints/step-{step:06d}"

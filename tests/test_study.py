@@ -168,7 +168,8 @@ def test_a_grid_trains_every_variant_from_every_start_on_the_same_responses():
         "sgp": {"sgp": {"epochs": 1, "lr": 1e-2}},
     }
     variants = {"kl": {"schedule": "kl"}, "rl": {"schedule": "reinforce"}}
-    rows = run(a_study(starts=starts, variants=variants, seeds=[0, 1]))
+    base = {**BASE, "num_prompts": 24}
+    rows = run(a_study(starts=starts, variants=variants, seeds=[0, 1], base=base))
     assert [(r["start"], r["variant"], r["seed"]) for r in rows] == [
         (s, v, seed) for seed in (0, 1) for s in starts for v in variants
     ]
@@ -460,7 +461,7 @@ class Pool:
 
 def test_workers_spread_seeds_and_starts(monkeypatch):
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
-    study = a_study(seeds=[0, 1])
+    study = a_study(seeds=[0, 1], base=SHORT)
     assert timeless(run(study, 1)) == timeless(run(study, 3))
 
 
