@@ -77,9 +77,8 @@ def default_run() -> str:
         if one["num_drafted"]
     ]
     plain = f"plain decoding: {found['plain']['tok_per_s']:.1f} tokens a second"
-    return (
-        table(["draft", "acceptance rate", "mat", "tokens a second", "scored drafts"], rows) + f"\n\n{plain}."
-    )
+    head = ["draft", "acceptance rate", "block efficiency (`mat`)", "tokens a second", "scored drafts"]
+    return table(head, rows) + f"\n\n{plain}."
 
 
 def objectives() -> str:
@@ -114,7 +113,8 @@ def exit_layers() -> str:
         cells = [found.get(f"{k}, {kind}") for kind in kinds]
         costs = [f"{cell['draft_cost']['mean']:.2f}" for cell in cells if cell]
         rows.append([k, *(spread(cell["accept_rate"]) if cell else "" for cell in cells), ", ".join(costs)])
-    return table(["k", *kinds, "cost of a draft, in this order"], rows)
+    texts = [{"none": "no drafter", "layer": "one layer"}.get(kind, kind) for kind in kinds]
+    return table(["k", *texts, f"cost of a draft: {', '.join(texts)}"], rows)
 
 
 def evaluation(machine: str) -> str:
@@ -131,7 +131,7 @@ def evaluation(machine: str) -> str:
         mats = ", ".join(f"{one['mat']:.2f}" for one in cells if one)
         rows.append([text, *speeds, mats])
     counts = [f"{text}, {found[name]['plain']['questions']}" for name, text in SETS.items()]
-    return table(["method", *counts, "mat, in this order"], rows)
+    return table(["method", *counts, "block efficiency (`mat`), in this order"], rows)
 
 
 def tasks(machine: str) -> str:
@@ -307,7 +307,8 @@ def bench(machine: str) -> str:
         mats = f"{fmean(one['mat'] for one in ones):.2f}" if ones[0]["mat"] else ""
         same = sum(one["equal"] for one in ones), sum(one["questions"] for one in ones)
         rows.append([text, *(f"{one['over_plain']:.2f}" for one in ones), mats, "{} of {}".format(*same)])
-    return table(["", *sets, "mean mat", "answers equal to plain decoding's"], rows)
+    head = ["", *sets, "mean block efficiency (`mat`)", "answers equal to plain decoding's"]
+    return table(head, rows)
 
 
 def default_seeds() -> str:
@@ -316,9 +317,8 @@ def default_seeds() -> str:
     keys = {"accept_rate_before": 3, "accept_rate": 3, "mat": 2, "agreement": 3}
     rows = [[name, f"{one['tokens']['mean']:,.0f}", *(spread(one[key], digits) for key, digits in keys.items())]
             for name, one in found.items()]  # fmt: skip
-    return table(
-        ["", "response tokens", "acceptance rate before", "after", "mat after", "agreement after"], rows
-    )
+    head = ["", "response tokens", "acceptance rate before", "after", "block efficiency (`mat`) after"]
+    return table([*head, "agreement after"], rows)
 
 
 def traps() -> str:
@@ -417,9 +417,8 @@ def robustness() -> str:
             ]
         )
     grown = f"{soak['memory_mib_a_hundred_updates']:.2f} MiB more a hundred updates"
-    return table(
-        ["", "how often", "found"], [*rows, ["updates in one process", f"{soak['updates']:,}", grown]]
-    )
+    rows.append(["updates in one process", f"{soak['updates']:,}", grown])
+    return table(["", "number of trials", "result"], rows)
 
 
 def agreed(drafter: str) -> float:
