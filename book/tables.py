@@ -176,8 +176,12 @@ def head_in_8_bits() -> str:
     rows = []
     for text, name in (("exact head", "short-exact-head"), ("head in 8 bits", "short-int8-head")):
         found = overall(name, "cpu")
-        cells = [f"{found[method]['speedup']:.2f} ({found[method]['mat']:.2f})" for method in ("dvi", "hybrid")]
-        rows.append([text, *cells, f"{found['hybrid']['tok_per_s']:.1f}", f"{found['plain']['tok_per_s']:.1f}"])
+        cells = [
+            f"{found[method]['speedup']:.2f} ({found[method]['mat']:.2f})" for method in ("dvi", "hybrid")
+        ]
+        rows.append(
+            [text, *cells, f"{found['hybrid']['tok_per_s']:.1f}", f"{found['plain']['tok_per_s']:.1f}"]
+        )
     head = ["speed over plain decoding (mat)", "learned", "learned and looked up"]
     return table([*head, "its tokens a second", "plain decoding's"], rows)
 
@@ -455,7 +459,9 @@ def headline() -> str:
     found = [recorded_by(f"{machine}, second drafter")["mini"] for machine in ("cpu", "h200")]
     for method, text in names.items():
         ones = [one.get(method) for one in found]
-        cells = [f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "" for one in ones]
+        cells = [
+            f"{one['speedup']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "" for one in ones
+        ]
         rows.append([f"speed over our own plain loop: {text}", *cells])
     return table(["", "2 cores of an AMD EPYC", "one H200"], rows)
 
@@ -543,7 +549,9 @@ def gains(variant: str, over: str) -> list[float]:
 
 def answers(machine: str, key: str) -> int:
     """Answers of our own ways of decoding, or how many of them are plain decoding's."""
-    rows = [row for rows in recorded_by(machine).values() for method, row in rows.items() if method != "generate"]
+    rows = [
+        row for rows in recorded_by(machine).values() for method, row in rows.items() if method != "generate"
+    ]
     return sum(row[key] for row in rows)
 
 
