@@ -268,7 +268,9 @@ def test_a_callers_inference_mode_changes_nothing(captured, merged, how, monkeyp
         with mode(), merge():
             assert model.generate([5, 6, 7], 12, how).tokens == expected
             assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
-            streamed = [token for block in model.decode_blocks([5, 6, 7], 12, how) for token in block.committed]
+            streamed = [
+                token for block in model.decode_blocks([5, 6, 7], 12, how) for token in block.committed
+            ]
             assert streamed == expected
 
 
