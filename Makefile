@@ -60,7 +60,7 @@ $(STUDIES): $(READY)
 bench: $(READY)  ## time every way of decoding side by side (QUESTIONS="a.jsonl b.jsonl" for others than the drafter's own)
 	$(BIN)/dvirl bench $(if $(QUESTIONS),--questions $(QUESTIONS)) --out runs/bench-$(STAMP).json
 
-evaluate: $(READY)  ## judge the drafter in the box by Spec-Bench's measures, on the packaged questions, all methods in turn
+evaluate: $(READY)  ## judge the default drafter by Spec-Bench's measures, on the packaged questions, all methods in turn
 	$(BIN)/dvirl evaluate --answer_tokens 32 --run_dir runs/evaluate-$(STAMP)
 
 test-quick: $(READY)  ## the tests that need no real model

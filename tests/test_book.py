@@ -188,7 +188,7 @@ def test_a_changed_result_changes_its_table():
         ("+0.0", "acceptance-default-cpu:figures:trained:mat minus 1", "+0.4"),
         ("0.0", "1 minus acceptance-default-cpu:figures:trained:mat", "\u22120.4"),
         ("0.00", "cost-h200:checked:0:measured over cost-h200:checked:0:predicted", "0.90"),
-        ("0", "answers-h200", "480"),
+        ("0", "answers-h200", "384"),
     ],
 )
 def test_a_number_is_written_as_its_source_has_it(shown, source, written):

@@ -209,7 +209,7 @@ class BenchConfig(MeasureSettings):
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
     int8_head: bool = True
-    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
+    """On a CPU, choose drafts by the exit head in 8 bits, which is faster; greedy float32 answers stay the same."""
     threads: int = number(2, 1, 1024)
     """CPU threads of torch."""
     rows: int = number(0, 0)

@@ -72,7 +72,7 @@ class EvalSettings(Settings):
     kangaroo_threshold: float = number(0.6, 0, 1)
     """Confidence below which a draft ends its block, for kangaroo."""
     int8_head: bool = True
-    """On a CPU, choose learned drafts by the exit head in 8 bits, which is faster; no answer depends on it."""
+    """On a CPU, choose drafts by the exit head in 8 bits, which is faster; greedy float32 answers stay the same."""
     repeats: int = number(1, 1, 1000)
     """How often every method answers every question."""
     temperature: float = number(0.0, 0, 100)

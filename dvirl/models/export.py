@@ -147,7 +147,7 @@ class ExportConfig(DrafterOptions):
     """What to export, and as what."""
 
     drafter: str = positional()
-    """Name of a shipped drafter, a drafter's folder, or a run."""
+    """smollm2-135m-k2, the shipped drafter that can be exported, a drafter's folder, or a run."""
     out: str = positional()
     """What to make: a folder for hf, a file for gguf."""
     to: str = choice("hf", ("hf", "gguf"))
