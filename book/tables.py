@@ -448,7 +448,7 @@ def headline() -> str:
             learned,
         ],
         [
-            "agreement of the default drafter: share of the model's tokens that are the first choice of a block's first draft",
+            "agreement of the default drafter: share of the model's tokens that a block's first draft is",
             "",
             f"**{agreed('smollm2-135m-k2-recurrent'):.3f}** on three public sets",
         ],

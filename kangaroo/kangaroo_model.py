@@ -61,7 +61,7 @@ class KangarooModel(nn.Module):
     """
 
     int8_head = False
-    """Whether on a CPU drafts are chosen by the exit head in 8 bits, which is faster."""
+    """Whether on a CPU drafts are chosen by the exit head in 8 bits, which is faster; see `with_int8_head`."""
 
     def __init__(
         self,
@@ -265,13 +265,17 @@ class KangarooModel(nn.Module):
 
     @contextmanager
     def with_int8_head(self, wanted: bool) -> Iterator[None]:
-        """Decode with `int8_head` as wanted."""
-        before = self.int8_head
-        self.int8_head = wanted
+        """Decode with `int8_head` as wanted, with step costs and policies of its own.
+
+        Rows of a batch share a scale, so that what is drafted for one text may depend on the others.
+        """
+        before = (self.int8_head, self._costs, self._policies)
+        if wanted != self.int8_head:
+            self.int8_head, self._costs, self._policies = wanted, {}, {}
         try:
             yield
         finally:
-            self.int8_head = before
+            self.int8_head, self._costs, self._policies = before
 
     def _embeddings(self) -> Tensor:
         """`[V, D]`."""

@@ -44,6 +44,12 @@ class Kernel:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
 
 @cache
 def server() -> subprocess.Popen:
@@ -60,7 +66,7 @@ def server() -> subprocess.Popen:
 
 def launch_kernel(command: list[str], env: dict[str, str], cwd: str | None = None, **_) -> Kernel:
     """Stands in for Jupyter's, which starts a process of its own."""
-    asked = {"arguments": command[3:], "env": env, "cwd": str(Path(cwd or ".").absolute())}
+    asked = {"arguments": command[command.index("-f") :], "env": env, "cwd": str(Path(cwd or ".").absolute())}
     forking = server()
     forking.stdin.write(json.dumps(asked) + "\n")
     forking.stdin.flush()

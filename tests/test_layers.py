@@ -61,7 +61,9 @@ def test_a_rounded_head_chooses_drafts_and_no_token():
     plain = model.generate(prompt, 40, DecodeConfig(0)).tokens
     exact = model.drafter_parts().weights.head
     states = torch.randn(1, 1, 32)
+    costs = model.step_costs()
     with model.with_int8_head(True):
+        assert model.step_costs() is not costs
         rounded = model.drafter_parts().weights.head
         assert not torch.equal(exact(states), rounded(states))
         assert [model.generate(prompt, 40, how).tokens for how in ways] == [plain, plain]
@@ -69,6 +71,7 @@ def test_a_rounded_head_chooses_drafts_and_no_token():
             model.exit_proj.weight.neg_()  # an update is seen here, too
         assert model.drafter_parts().weights.head(states).allclose(-rounded(states), atol=0.05)
     assert torch.equal(model.drafter_parts().weights.head(states), -exact(states))
+    assert model.step_costs() is costs
 
 
 @pytest.mark.parametrize("length", [1, 4])

@@ -300,6 +300,23 @@ def test_templates_of_which_none_is_the_default_are_refused(tmp_path, template, 
         loaded_from(folder)
 
 
+def test_templates_that_are_not_asked_for_are_no_fault(tmp_path):
+    named = [{"name": "rag", "template": "x"}]
+    folder = changed(write_model(tmp_path / "m"), "tokenizer_config.json", chat_template=named)
+    assert load(str(folder), "float32", "cpu", "none").chat.encode(["hello"])
+
+
+def test_a_tokenizer_without_a_list_of_added_tokens_is_read(tmp_path):
+    folder = write_model(tmp_path / "m")
+    path = Path(folder) / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    added = {token["content"]: token["id"] for token in definition.pop("added_tokens")}
+    definition["model"]["vocab"] |= added  # so that all ids still have a text
+    definition["post_processor"] = None
+    path.write_text(json.dumps(definition))
+    assert loaded_from(folder).tokenizer("hello").input_ids
+
+
 def test_tokens_that_are_never_control_tokens_are_refused(tmp_path):
     folder = changed(write_model(tmp_path / "m"), "tokenizer_config.json", split_special_tokens=True)
     with pytest.raises(DvirlError, match="split_special_tokens is true"):

@@ -125,7 +125,7 @@ def load(
     find = partial(find_file, source(name_or_path))
     try:
         config = _config(find)
-        tokenizer = load_tokenizer(find)
+        tokenizer = load_tokenizer(find, chat_format in ("auto", "template"))
         with torch.device("meta"):  # no memory, and no random numbers, for what the files fill
             model = EarlyExitLlamaForCausalLM(config)
         device_of = placement(model, torch_dtype, where) if device == BALANCED else lambda name: where

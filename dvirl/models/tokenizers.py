@@ -186,11 +186,12 @@ class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # tran
         )
 
 
-def load_tokenizer(find: FindFile) -> PreTrainedTokenizerFast:
+def load_tokenizer(find: FindFile, templated: bool = True) -> PreTrainedTokenizerFast:
     """The tokenizer of `tokenizer.json`, else of `tokenizer.model`; no class that the files name is run.
 
     Args:
         find: the path of one of the model's files by its name, None if the model does not have it.
+        templated: whether its own chat template may be needed.
 
     Raises:
         DvirlError: if there is none, or one that the pinned library cannot compute.
@@ -221,7 +222,7 @@ def load_tokenizer(find: FindFile) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=chat_template(find, entries),
+        chat_template=chat_template(find, entries, templated),
         named_tokens=texts,
         **how,
         **{role: text for role, text in texts.items() if role in ROLES},
@@ -270,11 +271,11 @@ def _named_tokens(
     return tokens
 
 
-def chat_template(find: FindFile, entries: Mapping[str, Any]) -> str | None:
+def chat_template(find: FindFile, entries: Mapping[str, Any], needed: bool) -> str | None:
     """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default.
 
     Raises:
-        DvirlError: for several templates without a default.
+        DvirlError: for several templates without a default, if one is needed.
     """
     file = find("chat_template.jinja")
     if file:
@@ -283,12 +284,12 @@ def chat_template(find: FindFile, entries: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
-        if "default" not in template:
+        if "default" not in template and needed:
             names = ", ".join(template)
             raise DvirlError(
                 f"tokenizer_config.json: chat_template has {names}; expected one with the name default"
             )
-        template = template["default"]
+        template = template.get("default")
     if not isinstance(template, str | None):
         raise DvirlError(f"tokenizer_config.json: chat_template is {template!r:.60}; expected a text")
     return template
@@ -309,6 +310,7 @@ def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str,
     """
     definition["truncation"] = None
     definition["padding"] = None
+    definition.setdefault("added_tokens", [])
     model = definition["model"]
     how: dict[str, Any] = {}
     if "merges" in model:  # old files do not name the kind of model

@@ -268,9 +268,9 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     return weights
 
 
-def _version(weight: Tensor) -> int:
-    """Which in-place change of a weight this is; one that was loaded in inference mode counts none."""
-    return 0 if weight.is_inference() else weight._version
+def _version(weight: Tensor) -> object:
+    """Which in-place change of a weight this is; one that was loaded in inference mode may always have changed."""
+    return object() if weight.is_inference() else weight._version
 
 
 class MadeFromWeights(Generic[Made]):
