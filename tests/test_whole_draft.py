@@ -300,7 +300,7 @@ def broken(folder):
         (lambda here: (here / "adapter/model.safetensors").unlink(), "adapter: no weights; expected"),
         (lambda here: smaller(here, model_type="mistral"), "architecture is 'mistral', expected 'llama'"),
         (lambda here: (here / "adapter/config.json").unlink(), "no drafter 'adapter'; expected a folder"),
-        (lambda here: (here / "adapter/config.json").write_text("{"), "could not load the model 'adapter'"),
+        (lambda here: (here / "adapter/config.json").write_text("{"), "adapter/config.json: not valid JSON"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_draft_is_refused_in_one_sentence(here, spoil, message, capsys):
