@@ -263,8 +263,7 @@ def test_adapters_that_peft_has_disabled_are_not_merged():
 def test_a_callers_inference_mode_changes_nothing(captured, merged, how, monkeypatch):
     """Not even later: what is kept in it, weights and caches, is written to afterwards."""
     model = tiny_kangaroo(2, deep_scale=0.1)
-    if captured:
-        capture_passes(model, monkeypatch)
+    held = capture_passes(model, monkeypatch) if captured else []
     merge = model.base_model.merged if merged else nullcontext
     expected = tiny_kangaroo(2, deep_scale=0.1).generate([5, 6, 7], 12, DecodeConfig(0)).tokens
     for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
@@ -275,6 +274,8 @@ def test_a_callers_inference_mode_changes_nothing(captured, merged, how, monkeyp
                 token for block in model.decode_blocks([5, 6, 7], 12, how) for token in block.committed
             ]
             assert streamed == expected
+    kept = [keys for stages in held for cache in stages.caches() for keys in cache.keys]
+    assert bool(kept) == captured and not any(keys.is_inference() for keys in kept)
 
 
 def test_a_model_that_was_loaded_in_inference_mode_decodes():
