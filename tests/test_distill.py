@@ -578,9 +578,9 @@ def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
         for text in ("Hello!", "Name three colours.", "What is rain?", "Count to ten.")
     ]
     write_shard(tmp_path / "shard-00000.safetensors", answer(real, prompts, 20, 4))
-    config = settings(
-        tmp_path / "run", tmp_path, passes=12, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99
-    )
+    # Without Muon, whose bfloat16 takes 20 s a step here on a CPU that has none; the tiny model's runs have it.
+    how = dict(passes=12, muon=0.0, draft_vocab=1024, lora_rank=8, log_every=1, checkpoint_every=99)
+    config = settings(tmp_path / "run", tmp_path, **how)
     mine = Distiller(config, copied(real))
     before = measure_agreement(mine.model, mine.responses).rate
     result = mine.train()
