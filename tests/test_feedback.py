@@ -66,7 +66,9 @@ def check_blocks(model, prompt, blocks):
 def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, monkeypatch):
     model = model_with_feedback(adapter_window=7 if how.threshold else 64, recurrent=recurrent)
     prompts = [part * 2 for part in random_prompts(3, 2)]
-    plain = [model.generate(prompt, 30, DecodeConfig(0), (EOS,)).tokens for prompt in prompts]
+    # Triton's interpreter takes half a second a block; a plan that adapts needs its blocks to do so.
+    length = 16 if captured and not how.adaptive else 30
+    plain = [model.generate(prompt, length, DecodeConfig(0), (EOS,)).tokens for prompt in prompts]
     own = {tuple(prompt): [*prompt, *tokens] for prompt, tokens in zip(prompts, plain, strict=True)}
 
     def beside(policy):
@@ -82,10 +84,10 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, monkeyp
         capture_passes(model, monkeypatch)
     checked = 0
     for prompt, expected in zip(prompts, plain, strict=True):
-        found = model.generate(prompt, 30, how, (EOS,))
+        found = model.generate(prompt, length, how, (EOS,))
         assert found.tokens == expected
         checked += check_blocks(model, prompt, found.blocks)
-    together = model.generate_batch(prompts, 30, how, (EOS,))
+    together = model.generate_batch(prompts, length, how, (EOS,))
     assert [one.tokens for one in together] == plain
     checked += sum(
         check_blocks(model, prompt, one.blocks) for prompt, one in zip(prompts, together, strict=True)
