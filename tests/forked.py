@@ -20,8 +20,9 @@ IMPORTED = [
     "ipykernel.kernelapp",
     "matplotlib_inline",
     "pandas",
+    "torch._dynamo",
 ]
-"""What most of the time goes into; the rest a notebook imports itself."""
+"""What most of the time goes into; the rest a notebook imports itself. Loading a model imports the last."""
 
 
 class Kernel:
