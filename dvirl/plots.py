@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
 from dvirl.metrics import FACETS, accept_rates
@@ -26,6 +27,12 @@ LABEL_PIXELS = 16
 """Least distance between labels at the ends of lines."""
 FEW_POINTS = 40
 """A run of no more steps than this has its points drawn more strongly."""
+LABEL: Any = {
+    "textcoords": "offset points",
+    "va": "center",
+    "path_effects": [withStroke(linewidth=2, foreground="white")],
+}
+"""How a name stands beside its point: with a white edge, so that it can be read where it lies on a line."""
 ABOVE_LEGEND = 26
 """Points between the axes and a title that stands above a legend."""
 OVERALL = "overall"
@@ -78,8 +85,7 @@ def _label_ends(axes: Any) -> None:
         lowest = max(y, lowest + LABEL_PIXELS)
         # The text stands where these pixels are in data units.
         place = to_pixels.inverted().transform((x, lowest))
-        name = line.get_label()
-        axes.annotate(name, place, (6, 0), "data", "offset points", color=line.get_color(), va="center")
+        axes.annotate(line.get_label(), place, (8, 0), color=line.get_color(), **LABEL)
 
 
 def _trend(axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str) -> None:
@@ -250,7 +256,7 @@ def _draw_overall(axes: Axes, figures: pd.DataFrame, overall: pd.DataFrame) -> N
     for method in overall.itertuples():
         text = f"{method.speedup:.2f}"
         place = (method.speedup, method.row)
-        axes.annotate(text, place, (0, 8), "data", "offset points", color=BLUE, ha="center", weight="bold")
+        axes.annotate(text, place, (0, 12), ha="center", color=BLUE, weight="bold", **LABEL)
 
 
 def _draw_tasks(axes: Axes, figures: pd.DataFrame, tasks: Sequence[str]) -> None:
@@ -411,7 +417,7 @@ def scatter(
                 axes.vlines(points.x, points.low, points.high, color=colour, alpha=0.35)
             if "left" in points:
                 axes.hlines(points.y, points.left, points.right, color=colour, alpha=0.35)
-            axes.scatter(points.x, points.y, color=colour, label=group, zorder=3)
+            axes.scatter(points.x, points.y, color=colour, label=group, zorder=4)  # over edges of names
             found.loc[points.index, "colour"] = colour
         if axes.get_xscale() == "log":
             # Powers of ten alone would leave most axes with one or two numbers.
@@ -448,9 +454,7 @@ def _name_point(axes: Axes, point: Any, points: Any) -> None:
     """
     frame = axes.get_window_extent()
     earlier = [text.get_window_extent() for text in axes.texts]
-    label = axes.annotate(
-        point.label, (point.x, point.y), (0, 0), "data", "offset points", color=point.colour, va="center"
-    )
+    label = axes.annotate(point.label, (point.x, point.y), (0, 0), color=point.colour, **LABEL)
 
     def is_free() -> bool:
         box = label.get_window_extent()

@@ -224,9 +224,7 @@ class DVITrainer(TrainingLoop):
             if config.schedule in REPLAYING:
                 for _ in range(config.replay):
                     self.replay_update(self.buffer.sample_responses(len(fresh.tokens), self.generator))
-        with self._timed("slow_s"):
-            slow = self._slow_update_if_due()
-        return self._metrics(fast, slow)
+        return self._metrics(fast, self._slow_update_if_due())
 
     def _slow_update_if_due(self) -> SlowResult:
         """A slow update, or, where lora_S changes the verifier, a measurement of drift; empty if none is due."""
@@ -238,7 +236,9 @@ class DVITrainer(TrainingLoop):
             look = self.measure_drift
         if not every or self.counters.step % every:
             return SlowResult()
-        return look(self.buffer.recent(config.slow_batch * self.processes.count))
+        # Only a step that does something is timed, so a run without slow updates has spent exactly no time on them.
+        with self._timed("slow_s"):
+            return look(self.buffer.recent(config.slow_batch * self.processes.count))
 
     def _generate(self, prompts: list[list[int]]) -> Rollout:
         """The responses of the verifier as it is now."""

@@ -66,6 +66,16 @@ def test_every_schedule_runs_and_logs_every_step(tmp_path, schedule):
     assert 0 < shares <= metrics.iloc[-1].wall_s + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("changes", "takes_time"),
+    [({"slow_every": 3}, True), ({"slow_every": 0}, False), ({"slow_every": 0, "target": "adapted"}, True)],
+)
+def test_what_was_not_run_took_no_time(tmp_path, monkeypatch, changes, takes_time):
+    monkeypatch.setattr("dvirl.trainer.DRIFT_EVERY", 3)
+    trainer, _ = run(tmp_path, num_prompts=16, fast_batch=1, **changes)
+    assert (trainer.counters.slow_s > 0) == takes_time and trainer.counters.step >= 3
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_replay_unless_they_need_fresh_drafts(tmp_path, schedule):
     ends = [
