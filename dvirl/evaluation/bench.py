@@ -241,7 +241,9 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     model.int8_head = config.int8_head
     if config.hostile:
         make_wrong(drafter)
-    sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
+    sets = question_sets(
+        drafter.loaded, asked_for(config, drafter), config.own, config.seed, config.max_new_tokens
+    )
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
     with model.base_model.merged():
         costs = model.step_costs(max(4, config.draft_len))
