@@ -90,6 +90,15 @@ def test_a_question_beyond_the_context_is_named_before_any_is_answered(tmp_path,
     assert not said.out
 
 
+def test_more_texts_at_once_than_questions_are_refused_before_the_clock_runs(tmp_path, capsys):
+    exported(tmp_path / "d", loading.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
+    asked = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"]])
+    flags = ["--questions", asked, "--threads", "1", "--rows", "3"]
+    assert cli.main(["bench", str(tmp_path / "d"), *flags]) == 2
+    said = capsys.readouterr()
+    assert "rows is 3; expected at most the 2 questions" in said.err and not said.out
+
+
 def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, capsys):
     source = save_tiny(tmp_path / "model")
     exported(tmp_path / "d", loading.load(str(source), dtype="float32", device="cpu"))

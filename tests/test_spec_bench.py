@@ -32,6 +32,7 @@ from dvirl.evaluation.spec_bench import answer_row, answer_table, measures, resu
 from dvirl.models import loading
 from dvirl.models.drafters import open_draft
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import run_lock
 from dvirl.runs.log import log_line
 
 ASKED = [
@@ -241,6 +242,37 @@ def test_an_evaluation_does_not_go_on_with_other_questions_or_another_draft(draf
     assert "config.yaml: the content of draft has changed since" in capsys.readouterr().err
     after = sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*.*") if path.is_file())
     assert after == before
+
+
+def test_an_evaluation_of_the_reference_alone_has_a_report(draft, tmp_path):
+    flags = [
+        "--draft",
+        draft,
+        "--questions",
+        write_questions(tmp_path / "q.jsonl"),
+        *TINY,
+        "--methods",
+        "plain",
+    ]
+    assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/speedup.png").exists() and "plain" in (tmp_path / "run/report.md").read_text()
+
+
+def test_a_folder_belongs_to_one_evaluation_at_a_time(draft, tmp_path, capsys):
+    """Two would answer the same questions, and none could read the answers afterwards."""
+    flags = [
+        "--draft",
+        draft,
+        "--questions",
+        write_questions(tmp_path / "q.jsonl"),
+        *TINY,
+        "--methods",
+        "plain,pld",
+    ]
+    with run_lock(tmp_path / "run"):
+        assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 2
+    assert "run is in use by process" in capsys.readouterr().err
+    assert not (tmp_path / "run/answers").exists()
 
 
 # Measures

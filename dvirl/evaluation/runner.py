@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, DrafterOptions, open_d
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import claim, fingerprint, provenance
+from dvirl.runs.folder import claim, fingerprint, provenance, run_lock
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import Settings, choice, from_namespace, number
@@ -322,23 +323,23 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         questions; the first one writes and measures, and the others return an empty table.
 
     Raises:
-        DvirlError: for bad questions, an unreadable answer file, or a folder of another evaluation.
+        DvirlError: for bad questions, an unreadable answer file, or a folder of another evaluation or in use.
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
-    limit = config.answer_tokens
-    questions, longer = questions_that_fit(questions, draft.loaded, limit, config.too_long)
+    questions, longer = questions_that_fit(questions, draft.loaded, config.answer_tokens, config.too_long)
     first = Processes(config.device).first
-    if first:
-        # The same names may mean other questions, or a draft that has been trained since.
-        inputs = {"questions": fingerprint(questions), "draft": draft.fingerprint()}
-        claim(folder, config, draft.loaded, **inputs)
-    answers, overhead = answer_all(draft, questions, config)
+    with run_lock(folder) if first else nullcontext():
+        if first:
+            # The same names may mean other questions, or a draft that has been trained since.
+            claim(folder, config, draft.loaded, draft=draft.fingerprint(), questions=fingerprint(questions))
+        answers, overhead = answer_all(draft, questions, config)
     if not first:
         return pd.DataFrame()
     figures = measures(answer_table(answers), config.reference, config.seed)
     # All methods share one verifier: its drift is measured once, on the reference's answers.
-    figures = figures.merge(drifted(draft, questions, answers[config.reference, 0], limit))
+    reference = answers[config.reference, 0]
+    figures = figures.merge(drifted(draft, questions, reference, config.answer_tokens))
     content = {
         "arguments": asdict(config),
         **provenance(draft.loaded),
