@@ -79,7 +79,10 @@ def main(config: ChatConfig) -> None:
     with open_session(config) as session:
         chat = Chat(session, config)
         if config.replay:
-            for prompt in prompts:
+            for where, prompt in prompts:  # one that cannot be answered is said before any is
+                with placed(where):
+                    chat.encode(prompt.turns, prompt.system or config.system)
+            for _, prompt in prompts:
                 print(f"> {prompt.turns[-1]}")
                 chat.answer(prompt.turns, prompt.system or config.system)
         else:
@@ -110,8 +113,8 @@ def wants_to_learn(learn: str, folder: str) -> bool:
     return wanted
 
 
-def read_replay(path: str) -> list[Prompt]:
-    """The prompts of a file: one a line, or one JSON object a line as `dvirl train` reads them.
+def read_replay(path: str) -> list[tuple[str, Prompt]]:
+    """The prompts of a file after their places: one a line, or one JSON object a line as `dvirl train` reads them.
 
     Raises:
         DvirlError: for a line that is neither, or a file without prompts.
@@ -120,7 +123,8 @@ def read_replay(path: str) -> list[Prompt]:
     for where, line in numbered(path, read_text(path)):
         is_json = line.lstrip().startswith("{")
         with placed(where):
-            prompts.append(parse_jsonl(parse_line(where, line)) if is_json else Prompt((line.strip(),)))
+            prompt = parse_jsonl(parse_line(where, line)) if is_json else Prompt((line.strip(),))
+        prompts.append((where, prompt))
     if not prompts:
         raise DvirlError(f"{path}: no prompts there; expected one a line")
     return prompts
@@ -170,6 +174,15 @@ class Chat:
             print(f"dvirl: {error} (/reset starts a new conversation)", file=sys.stderr)
             return turns[:-1]
 
+    def encode(self, turns: Sequence[str], system: str = "") -> list[int]:
+        """The token ids of a conversation; arguments and errors as in `answer`."""
+        session = self.session
+        prompt = session.loaded.chat.encode(turns, system)
+        try:
+            return check_prompt(prompt, session.loaded.model, session.config.max_new_tokens)
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+
     def answer(self, turns: Sequence[str], system: str = "") -> str:
         """Print the answer to a conversation as it comes, and a line of figures; Ctrl-C ends the answer.
 
@@ -185,11 +198,7 @@ class Chat:
         """
         session = self.session
         began = session.counters.answer_s
-        prompt = session.loaded.chat.encode(turns, system)
-        try:
-            stream = session.stream(check_prompt(prompt, session.loaded.model, session.config.max_new_tokens))
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
+        stream = session.stream(self.encode(turns, system))
         blocks: list[Verification] = []
         colours: list[str] = []
         text = ""

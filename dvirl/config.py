@@ -224,7 +224,7 @@ class Resumable(Settings):
     resume: str = ""
     """Folder of a run to go on with, from its newest checkpoint and with its settings."""
     accept_changes: bool = False
-    """Let a run go on with settings that other flags change."""
+    """Let a run go on with settings that other flags change, or with other prompts under the same name."""
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def speedups(found: pd.DataFrame, reference: str, title: str = "", save: SavePat
             yticks=range(len(names)),
             yticklabels=names,
             ylim=(len(names) - 0.5, -0.6),
-            xlim=(-0.04 * figures.high.max(), None),
+            xlim=(-0.04 * figures.high.max() if names else 0.0, None),
             xlabel=f"times as fast as {reference}",
         )
         axes.set_title(title, pad=ABOVE_LEGEND)

@@ -21,6 +21,7 @@ from dvirl.data.stream import PromptStream, encode_prompts
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import checkpoint, optim
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import fingerprint
 from dvirl.runs.loop import Counters, TrainingLoop
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -153,6 +154,11 @@ class SGPTrainer(TrainingLoop):
         self.stream = PromptStream([[index] for index in range(len(self.train_set))], config.seed)
         self.counters = Counters()
         self.before: dict[str, float] = {}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """As in `TrainingLoop`."""
+        return {"records": fingerprint([record.tolist() for record in (*self.train_set, *self.held_out)])}
 
     def _split(self, records: Sequence[Prompt]) -> tuple[list[Tensor], list[Tensor]]:
         """Records encoded, cut to `max_tokens`, shuffled; those for training and those held out."""

@@ -58,6 +58,7 @@ from dvirl.rollout import (
 )
 from dvirl.runs import checkpoint, optim
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import fingerprint
 from dvirl.runs.loop import TrainingLoop
 
 VOCAB_SAMPLE = 16
@@ -167,6 +168,11 @@ class DVITrainer(TrainingLoop):
     def position(self) -> int:
         """Prompts that are done."""
         return self.counters.prompts
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """As in `TrainingLoop`."""
+        return {"prompts": fingerprint([self.split.stream.prompts, self.split.held_out])}
 
     def advance(self) -> None:
         """One batch of prompts: collect, judge, and update whenever enough drafts have been accepted."""

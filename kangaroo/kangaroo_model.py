@@ -398,7 +398,7 @@ class KangarooModel(nn.Module):
 
         Several texts share each pass, so that a long block of one text is paid for by all: their blocks are fixed.
         """
-        if not config.adaptive:
+        if not config.adaptive or not config.draft_len:  # nothing to choose from
             return BlockPolicy(config)
         if batch_size > 1:
             return BlockPolicy(replace(config, branches=0))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_prompts, tiny_kangaroo
+from conftest import random_prompts, tiny_kangaroo, tiny_loaded
 from test_distill import question_file
 from test_drafters import exported
 from test_models import save_tiny
@@ -16,9 +16,10 @@ from dvirl.evaluation import bench
 from dvirl.evaluation.bench import _speed, ways
 from dvirl.evaluation.measure import Answer, in_turn, timed
 from dvirl.evaluation.methods import BRANCHES, GENERATE, PLAIN
-from dvirl.evaluation.questions import spread
+from dvirl.evaluation.questions import question_sets, spread
 from dvirl.models import loading
 from dvirl.models.drafters import load_drafter
+from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.costs import StepCosts
 
@@ -67,6 +68,35 @@ def test_questions_are_spread_over_a_file():
         and spread([1, 2], 5) == [1, 2]
         and spread([1, 2], 0) == [1, 2]
     )
+
+
+def test_every_question_counts_though_it_differs_in_a_sign_alone(tmp_path):
+    """To training these are repeats."""
+    asked = [["What is 12 + 30?"], ["What is 12 - 30?", "And now?"], ["what is 12 - 30"]]
+    loaded = tiny_loaded()
+    ((_, prompts),) = question_sets(loaded, [question_file(tmp_path / "q.jsonl", asked)], 0, 0, 8).items()
+    assert prompts == [loaded.chat.encode(turns[:1]) for turns in asked]
+    with pytest.raises(DvirlError, match="no questions found"):
+        question_sets(loaded, [question_file(tmp_path / "none.jsonl", [])], 0, 0, 8)
+
+
+@pytest.mark.parametrize("command", [["agreement"], ["bench", "--threads", "1"], ["check"]])
+def test_a_question_beyond_the_context_is_named_before_any_is_answered(tmp_path, capsys, command):
+    exported(tmp_path / "d", loading.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
+    asked = question_file(tmp_path / "q.jsonl", [["What is it?"], ["word " * 100]])
+    assert cli.main([*command, str(tmp_path / "d"), "--questions", asked]) == 2
+    said = capsys.readouterr()
+    assert "q.jsonl:2: the prompt has " in said.err and "the model's context, 256" in said.err
+    assert not said.out
+
+
+def test_more_texts_at_once_than_questions_are_refused_before_the_clock_runs(tmp_path, capsys):
+    exported(tmp_path / "d", loading.load(str(save_tiny(tmp_path / "m")), dtype="float32", device="cpu"))
+    asked = question_file(tmp_path / "q.jsonl", [["What is it?"], ["Count"]])
+    flags = ["--questions", asked, "--threads", "1", "--rows", "3"]
+    assert cli.main(["bench", str(tmp_path / "d"), *flags]) == 2
+    said = capsys.readouterr()
+    assert "rows is 3; expected at most the 2 questions" in said.err and not said.out
 
 
 def test_the_command_times_every_way_and_all_say_the_same_in_float32(tmp_path, capsys):

@@ -145,10 +145,11 @@ def test_a_turn_that_is_too_long_is_dropped_with_one_sentence(parts, tmp_path, c
     with chat.open_session(chat.parse_args([*parts, "--learn", "false"])) as session:
         assert chat.Chat(session, chat.ChatConfig())._turn(["a", "b", "z" * 400]) == ["a", "b"]
     assert "expected at most the model's context" in capsys.readouterr().err
-    (tmp_path / "log.txt").write_text("z" * 400)
+    (tmp_path / "log.txt").write_text("hello\n" + "z" * 400)
     assert cli.main(["chat", *parts, "--replay", str(tmp_path / "log.txt")]) == 2
-    captured = capsys.readouterr().err
-    assert "the model's context" in captured and len(captured.strip().splitlines()) == 1
+    captured = capsys.readouterr()
+    assert "log.txt:2: the prompt has" in captured.err and "the model's context" in captured.err
+    assert len(captured.err.strip().splitlines()) == 1 and not captured.out  # not even the first is answered
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import EOS, tiny_kangaroo, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.blocks import SOURCES, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
 from kangaroo.decoding.sampling import choose_tokens, count_accepted
 from kangaroo.decoding.speculate import Text
@@ -96,6 +96,14 @@ def test_confidence_stops_a_block_behind_the_doubtful_draft():
 def test_plain_decoding_is_draft_len_zero():
     blocks = tiny_kangaroo(0).generate(PROMPT, 8, DecodeConfig(0), (EOS,)).blocks
     assert all(block.block_len == 1 and block.num_drafted == 0 for block in blocks)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_plain_decoding_needs_no_costs_to_choose_by(source):
+    model = tiny_kangaroo()
+    answer = model.generate(PROMPT, 6, DecodeConfig(0, source=source, adaptive=True))
+    assert answer.tokens == model.generate(PROMPT, 6, DecodeConfig(0)).tokens
+    assert [block.num_drafted for block in answer.blocks] == [0] * 6
 
 
 def test_blocks_come_as_they_are_committed():

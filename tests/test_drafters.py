@@ -431,7 +431,7 @@ def test_the_card_says_the_recorded_figures(name):
 def test_the_measured_agreement_comes_out_again(real, name):
     """A prompt of each kind, answered and drafted on anew, against the record of these very prompts."""
     drafter = load_drafter(name, dtype="float32", device="cpu")
-    prompts = question_sets(drafter.loaded, [str(SHIPPED[name] / HELD_OUT)], 0, 0).popitem()[1][:6]
+    prompts = question_sets(drafter.loaded, [str(SHIPPED[name] / HELD_OUT)], 0, 0, 8).popitem()[1][:6]
     found = measure_agreement(drafter.model, answer(drafter.loaded, prompts, 128, 6))
     recorded = held_out_record(name)["answers"][:6]
     assert len(found.answers) == 6 and found.positions > 350
@@ -442,7 +442,7 @@ def test_the_measured_agreement_comes_out_again(real, name):
 @pytest.mark.real
 def test_both_drafters_draft_losslessly_and_much_of_it_is_right(real):
     """Greedy answers in float32 are plain ones; tokens a verification of four drafts."""
-    prompts = question_sets(real, [str(SHIPPED["smollm2-135m-k2"] / HELD_OUT)], 0, 0).popitem()[1][:6]
+    prompts = question_sets(real, [str(SHIPPED["smollm2-135m-k2"] / HELD_OUT)], 0, 0, 8).popitem()[1][:6]
     plain = [KangarooModel(real.model, EARLY_STOP_LAYER=1).generate(prompt, 40, DecodeConfig(0), real.eos_ids)
              for prompt in prompts]  # fmt: skip
     for name in SHIPPED:

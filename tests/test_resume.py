@@ -328,6 +328,17 @@ def test_other_settings_are_refused_unless_accepted(whole):
         resume(folder, None, type(loaded)(**{**vars(loaded), "fingerprint": "sha256:other"}), tiny_split())
 
 
+def test_other_prompts_under_the_same_name_are_refused_unless_accepted(whole):
+    """A run with other prompts is not the one that was never stopped, and held-out prompts may be trained on."""
+    folder, _ = whole
+    other = tiny_split(seed=1)
+    with pytest.raises(
+        DvirlError, match=r"config.yaml: the content of prompts has changed .*--accept_changes"
+    ):
+        resume(folder, None, tiny_loaded(), other)
+    assert resume(folder, None, tiny_loaded(), other, accept_changes=True).split is other
+
+
 def test_a_setting_that_came_after_the_run_had_its_default(whole, tmp_path):
     """Of a run that goes on, and of an evaluation."""
     folder = tmp_path / "run"
@@ -383,6 +394,11 @@ def test_the_command_line_resumes_fine_tuning_too(tmp_path, capsys):
     assert "epochs (1, now 2); give --accept_changes true" in capsys.readouterr().err
     assert cli.main(["sgp", "--resume", str(moved), "--epochs", "2", "--accept_changes"]) == 0
     assert "2 of 3 steps are done" in capsys.readouterr().out and newest(moved).name == "step-000003"
+    write_rows(Path(records), [{"instruction": f"Sing {n}", "response": "x" * n} for n in range(1, 13)])
+    assert cli.main(["sgp", "--resume", str(moved)]) == 2
+    assert (
+        "the content of records has changed since then; give --accept_changes true" in capsys.readouterr().err
+    )
 
 
 # Signals

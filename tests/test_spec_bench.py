@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import EOS, tiny_loaded
+from safetensors.torch import load_file, save_file
 from test_bench import answer
 from test_drafters import exported
 from test_models import save_tiny
@@ -30,6 +32,7 @@ from dvirl.evaluation.spec_bench import answer_row, answer_table, measures, resu
 from dvirl.models import loading
 from dvirl.models.drafters import open_draft
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import run_lock
 from dvirl.runs.log import log_line
 
 ASKED = [
@@ -101,6 +104,12 @@ def test_other_categories_are_tasks_of_their_own_where_asked_for(tmp_path):
         tmp_path / "q.jsonl", [{**ASKED[1], "category": "poetry"}, {**ASKED[0], "category": ""}]
     )
     assert [one.task for one in read_questions(path, any_category=True)] == ["poetry", "other"]
+
+
+def test_no_category_has_the_name_of_all_tasks_together(tmp_path):
+    path = write_questions(tmp_path / "q.jsonl", [{**ASKED[1], "category": "overall"}, ASKED[0]])
+    with pytest.raises(DvirlError, match="q.jsonl:1: category is 'overall'; expected another"):
+        read_questions(path, any_category=True)
 
 
 def test_a_file_that_is_no_question_file_is_said(tmp_path):
@@ -195,6 +204,75 @@ def test_sampled_answers_follow_settings_and_seed(draft, tmp_path):
     assert all(first[name] != other[name] for name in first)
     assert "sampled at temperature 1.5, top_p 0.95, seed 1" in (tmp_path / "a/report.md").read_text()
     assert cli.main(["evaluate", *flags, "--temperature", "0", "--run_dir", str(tmp_path / "d")]) == 2
+
+
+def test_sampled_answers_are_draws_of_their_own_and_the_same_for_every_method(draft, tmp_path):
+    """The same question again, in another turn and in another repeat; methods without drafts show the draws."""
+    rows = [{"question_id": number, "category": "qa", "turns": ["What is it?"]} for number in (1, 2)]
+    flags = ["--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl", rows), *TINY]
+    flags += ["--temperature", "1.5", "--methods", "plain,pld", "--repeats", "2"]
+    assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 0
+
+    def answers(name):
+        rows = resume_answers(tmp_path / "run/answers" / name).values()
+        return [tuple(row["choices"][0]["tokens"][0]) for row in rows]
+
+    plain = answers("plain-1.jsonl") + answers("plain-2.jsonl")
+    assert len(set(plain)) == 4
+    assert plain[0][0] == answers("pld-1.jsonl")[0][0]
+
+
+def test_an_evaluation_does_not_go_on_with_other_questions_or_another_draft(draft, tmp_path, capsys):
+    """The settings name files, and those may have changed: answers to what was there before are no answers now."""
+    own = tmp_path / "d"
+    shutil.copytree(draft, own)
+    file = tmp_path / "q.jsonl"
+    flags = ["--draft", str(own), "--questions", write_questions(file), *TINY, "--methods", "plain,fixed"]
+    flags = ["evaluate", *flags, "--run_dir", str(tmp_path / "run")]
+    assert cli.main(flags) == 0 == cli.main(flags)
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*.*") if path.is_file())
+    write_questions(file, [{**ASKED[0], "turns": ["Write others"]}, *ASKED[1:]])
+    assert cli.main(flags) == 2
+    assert "config.yaml: the content of questions has changed since" in capsys.readouterr().err
+    write_questions(file)
+    weights = load_file(own / "drafter.safetensors")
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    save_file({**weights, name: 2 * weights[name]}, own / "drafter.safetensors")
+    assert cli.main(flags) == 2
+    assert "config.yaml: the content of draft has changed since" in capsys.readouterr().err
+    after = sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*.*") if path.is_file())
+    assert after == before
+
+
+def test_an_evaluation_of_the_reference_alone_has_a_report(draft, tmp_path):
+    flags = [
+        "--draft",
+        draft,
+        "--questions",
+        write_questions(tmp_path / "q.jsonl"),
+        *TINY,
+        "--methods",
+        "plain",
+    ]
+    assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/speedup.png").exists() and "plain" in (tmp_path / "run/report.md").read_text()
+
+
+def test_a_folder_belongs_to_one_evaluation_at_a_time(draft, tmp_path, capsys):
+    """Two would answer the same questions, and none could read the answers afterwards."""
+    flags = [
+        "--draft",
+        draft,
+        "--questions",
+        write_questions(tmp_path / "q.jsonl"),
+        *TINY,
+        "--methods",
+        "plain,pld",
+    ]
+    with run_lock(tmp_path / "run"):
+        assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 2
+    assert "run is in use by process" in capsys.readouterr().err
+    assert not (tmp_path / "run/answers").exists()
 
 
 # Measures

@@ -234,7 +234,7 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
     )
     loaded = drafter.loaded
     config = replace(config, questions=asked_for(config, drafter))
-    sets = question_sets(loaded, config.questions, config.own, config.seed)
+    sets = question_sets(loaded, config.questions, config.own, config.seed, config.max_new_tokens)
     found: dict[str, Agreement] = {}
     figures = {}
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):

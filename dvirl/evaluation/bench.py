@@ -155,14 +155,9 @@ def batched(
         drafter: with its model.
         prompts: token ids; those that do not fill a group are left out.
         limit: most tokens of an answer.
-        rows: number of texts at once.
+        rows: number of texts at once, at most as many as there are prompts.
         longest: most drafts of a block.
-
-    Raises:
-        DvirlError: if there are fewer prompts than `rows`.
     """
-    if rows > len(prompts):
-        raise DvirlError(f"rows is {rows}; expected at most the {len(prompts)} questions")
     groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
 
     names = (f"batch {rows} tok_per_s", "batch 1 tok_per_s", "over batch 1")
@@ -227,6 +222,17 @@ parse_args = partial(
 """Settings from flags; see `settings.parse_args`."""
 
 
+def _chosen(config: BenchConfig, drafter: LoadedDrafter) -> dict[str, list[list[int]]]:
+    """The prompts to time, by the name of their set; as many as are asked for at once, or more."""
+    files = asked_for(config, drafter)
+    sets = question_sets(drafter.loaded, files, config.own, config.seed, config.max_new_tokens)
+    sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
+    total = sum(map(len, sets.values()))
+    if config.rows > total:
+        raise DvirlError(f"rows is {config.rows}; expected at most the {total} questions")
+    return sets
+
+
 def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     """Time plain decoding, Hugging Face's, prompt lookup, the learned draft and both together; print and write it.
 
@@ -241,8 +247,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
     model.int8_head = config.int8_head
     if config.hostile:
         make_wrong(drafter)
-    sets = question_sets(drafter.loaded, asked_for(config, drafter), config.own, config.seed)
-    sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
+    sets = _chosen(config, drafter)
     with model.base_model.merged():
         costs = model.step_costs(max(4, config.draft_len))
     times = " ".join(f"{ms:.1f}" for ms in costs.verify)

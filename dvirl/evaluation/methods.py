@@ -18,8 +18,8 @@ PLAIN = "plain"
 BRANCHES = 1
 """Chains beside the learned one, where their rows cost little."""
 
-Method = Callable[[Sequence[int]], Answer]
-"""From a prompt's token ids to a timed answer."""
+Method = Callable[..., Answer]
+"""From a prompt's token ids, and a `seed` if it is not to be the one asked for, to a timed answer."""
 
 
 def decode_configs(

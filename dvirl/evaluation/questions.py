@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dvirl.data.selfwritten import Openers, write_prompts
-from dvirl.data.sources import parse_spec_bench, parsed_rows, read_prompts
+from dvirl.data.sources import parse_spec_bench, parsed_rows
 from dvirl.models.drafters import DrafterOptions, LoadedDrafter
 from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import has_type, number, several
-from kangaroo.decoding.inputs import context_length
+from kangaroo.decoding.inputs import check_prompt, context_length
 
 HELD_OUT = "held-out.jsonl"
 """Questions that come with a shipped drafter; the default of commands that measure one."""
@@ -21,6 +21,8 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 OTHER_TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")
 TASKS = dict.fromkeys(MT_BENCH, "mt_bench") | {name: name for name in OTHER_TASKS}
 """Spec-Bench's task of each category."""
+OVERALL = "overall"
+"""The name of all tasks together."""
 
 Item = TypeVar("Item")
 
@@ -71,7 +73,7 @@ def from_here(path: Path) -> str:
 
 
 def question_sets(
-    loaded: LoadedModel, files: Sequence[str], own: int, seed: int
+    loaded: LoadedModel, files: Sequence[str], own: int, seed: int, limit: int
 ) -> dict[str, list[list[int]]]:
     """Prompts by the name of their set: each file's first turns, and self-written prompts of each kind.
 
@@ -80,16 +82,28 @@ def question_sets(
         files: in Spec-Bench's schema.
         own: number of self-written prompts of each kind; 0 for none.
         seed: of the self-written prompts.
+        limit: most tokens of an answer, for which there must be room.
 
     Raises:
-        DvirlError: for a malformed file, or if there is nothing to measure on.
+        DvirlError: for a malformed file, a question that is too long for the model, or if there is nothing to measure
+            on.
     """
     if not files and not own:
         raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
     sets: dict[str, list[list[int]]] = {}
+
+    def encode(row: Any) -> list[int]:
+        prompt = parse_spec_bench(row)[0]
+        try:
+            return check_prompt(loaded.chat.encode(prompt.turns), loaded.model, limit)
+        except ValueError as error:
+            raise DvirlError(str(error)) from error
+
     for path in files:
-        prompts = read_prompts("spec_bench", path)
-        sets[path] = [loaded.chat.encode(prompt.turns) for prompt in prompts]
+        # Every question counts: "12 + 30" and "12 - 30" are repeats only to `read_prompts`, which training uses.
+        sets[path] = [ids for _, ids in parsed_rows(path, encode)]
+        if not sets[path]:
+            raise DvirlError(f"{path}: no questions found")
     # Kinds are measured apart: a draft that was distilled on one need not know another.
     for kind in Openers().table if own else ():
         openers = Openers([kind])
@@ -155,6 +169,10 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
             )
         if question_id in questions:
             raise DvirlError(f"question_id {question_id!r} is there twice")
+        if question.task == OVERALL:
+            raise DvirlError(
+                f"category is {category!r}; expected another, since that means all of them together"
+            )
         if category not in TASKS and not any_category:
             raise DvirlError(
                 f"category is {category!r}; expected one of {', '.join(TASKS)}, or --any_category"

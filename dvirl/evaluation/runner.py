@@ -5,8 +5,10 @@ run that was cut off goes on where it stopped.
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,16 +23,16 @@ from dvirl import plots
 from dvirl.data.examples import make_example
 from dvirl.evaluation.measure import Answer, in_turn
 from dvirl.evaluation.methods import GENERATE, METHODS, PLAIN, Method, decode_configs, decoders
-from dvirl.evaluation.questions import Question, prompts_of, read_questions, spread
+from dvirl.evaluation.questions import OVERALL, Question, prompts_of, read_questions, spread
 from dvirl.evaluation.rejections import accept_events, token_texts
 from dvirl.evaluation.report import describe, markdown_table, write_report
-from dvirl.evaluation.spec_bench import OVERALL, Row, answer_row, answer_table, measures, resume_answers
+from dvirl.evaluation.spec_bench import Row, answer_row, answer_table, measures, resume_answers
 from dvirl.metrics import verifier_figures, verifier_sums
 from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, DrafterOptions, open_draft
 from dvirl.models.loading import LoadedModel
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.folder import claim, provenance
+from dvirl.runs.folder import claim, fingerprint, provenance, run_lock
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import Settings, choice, from_namespace, number
@@ -228,7 +230,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], config: EvalConfig) 
             lines: list[Line] = []
             if index < len(left):
                 decode = run[left[index][0]]
-                lines, seconds = _answer_lines(left[index], decode, loaded, limit, words)
+                lines, seconds = _answer_lines(left[index], decode, loaded, config, words)
                 decoded_s += seconds
             for file, line in processes.gathered(lines):
                 if processes.first:
@@ -256,12 +258,16 @@ def _answer_lines(
     asked: Asked,
     decode: Method,
     loaded: LoadedModel,
-    limit: int,
+    config: EvalConfig,
     words: Callable[[int], str],
 ) -> tuple[list[Line], float]:
     """Answer a question; return what to write of it, the answer after its trace, and the seconds of decoding."""
     method, repeat, question = asked
-    texts, answers = answer_question(question, decode, loaded, limit)
+    # Sampled answers are independent draws: of every question, turn and repeat, the same ones for all methods.
+    draws = random.Random(f"{config.seed} {repeat} {question.question_id!r}")
+    texts, answers = answer_question(
+        question, lambda prompt: decode(prompt, seed=draws.getrandbits(62)), loaded, config.answer_tokens
+    )
     lines = []
     for turn, answer in enumerate(answers):
         events = accept_events(
@@ -317,21 +323,23 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
         questions; the first one writes and measures, and the others return an empty table.
 
     Raises:
-        DvirlError: for bad questions, an unreadable answer file, or a folder of another evaluation.
+        DvirlError: for bad questions, an unreadable answer file, or a folder of another evaluation or in use.
     """
     folder = Path(config.run_dir)
     questions = spread(read_questions(config.questions, config.any_category), config.num_questions)
-    limit = config.answer_tokens
-    questions, longer = questions_that_fit(questions, draft.loaded, limit, config.too_long)
+    questions, longer = questions_that_fit(questions, draft.loaded, config.answer_tokens, config.too_long)
     first = Processes(config.device).first
-    if first:
-        claim(folder, config, draft.loaded)
-    answers, overhead = answer_all(draft, questions, config)
+    with run_lock(folder) if first else nullcontext():
+        if first:
+            # The same names may mean other questions, or a draft that has been trained since.
+            claim(folder, config, draft.loaded, draft=draft.fingerprint(), questions=fingerprint(questions))
+        answers, overhead = answer_all(draft, questions, config)
     if not first:
         return pd.DataFrame()
     figures = measures(answer_table(answers), config.reference, config.seed)
     # All methods share one verifier: its drift is measured once, on the reference's answers.
-    figures = figures.merge(drifted(draft, questions, answers[config.reference, 0], limit))
+    reference = answers[config.reference, 0]
+    figures = figures.merge(drifted(draft, questions, reference, config.answer_tokens))
     content = {
         "arguments": asdict(config),
         **provenance(draft.loaded),

@@ -16,14 +16,12 @@ import pandas as pd
 
 from dvirl.data.sources import parsed_rows
 from dvirl.evaluation.measure import Answer, tally
-from dvirl.evaluation.questions import Question
+from dvirl.evaluation.questions import OVERALL, Question
 from dvirl.metrics import Tally
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text, write_text
 from dvirl.runs.settings import has_type
 
-OVERALL = "overall"
-"""The name of all tasks together."""
 COUNTS = ("num_drafted", "num_accepted", "committed", "blocks")
 """The columns of an answer table that make a `Tally`, in its order."""
 SUMMED = ("new_tokens", "wall_time", "num_drafted", "num_accepted")

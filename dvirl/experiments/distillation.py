@@ -71,7 +71,8 @@ def _workbench(
     """
     drafter_folder(config.start_from)  # a missing one is said now, and not when the text is written
     loaded = load_model(config)
-    asked = question_sets(loaded, config.questions.split(","), 0, 0) if config.questions else {}
+    files = [path for path in config.questions.split(",") if path]
+    asked = question_sets(loaded, files, 0, 0, config.max_new_tokens) if files else {}
     text = Path(config.text or shared / "text")
     learned = conversations(
         loaded, config, text / "learned/shard-00000.safetensors", config.num_prompts, TEXT_SEED

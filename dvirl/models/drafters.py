@@ -1,9 +1,11 @@
 """What drafts, by name: drafters that ship, in folders and of runs, whole models; and how one is written to ship."""
 
+import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +20,7 @@ from dvirl.runs.files import atomic_directory
 from dvirl.runs.settings import Settings, from_mapping, number, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published, is_whole_model
+from kangaroo.sgp_lora import lora_parameters
 
 DEFAULT_DRAFTER = "smollm2-135m-k2-recurrent"
 """Name of the shipped drafter that is faster, on CPUs and on GPUs."""
@@ -56,6 +59,14 @@ class Draft:
     model: KangarooModel
     loaded: LoadedModel
     target: str = "base"
+
+    def fingerprint(self) -> str:
+        """The sha256 of all weights that are not the model's: the drafter's and the adapters'."""
+        digest = hashlib.sha256()
+        adapters = lora_parameters(self.model.base_model, ["lora_S", "lora_D"])
+        for tensor in (*self.model.drafter_state().values(), *adapters):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

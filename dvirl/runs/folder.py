@@ -1,5 +1,6 @@
 """The folder of a run: its settings, what they depend on, and its lock."""
 
+import hashlib
 import os
 import platform
 import shutil
@@ -74,16 +75,46 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def claim(run_dir: Path, config: Settings, loaded: Describable) -> None:
-    """Write `config.yaml` into a run folder; if a run is there already, it must have the same settings.
+def claim(run_dir: Path, config: Settings, loaded: Describable, **inputs: str) -> None:
+    """Write `config.yaml` into a run folder; if a run is there already, it must have the same settings and inputs.
+
+    Args:
+        run_dir: the folder.
+        config: the settings.
+        loaded: the model.
+        inputs: fingerprints of what files hold that the settings only name; a run that kept none takes any.
 
     Raises:
-        DvirlError: if the settings of the run there differ; the message names them.
+        DvirlError: if the settings or inputs of the run there differ; the message names them.
     """
     path = run_dir / "config.yaml"
     if path.exists():
         refuse_other_settings(path, defaults(config) | run_settings(run_dir), asdict(config))
-    write_config(run_dir, config, loaded)
+        refuse_other_inputs(path, {"model": loaded.description()["fingerprint"], **inputs})
+    write_config(run_dir, config, loaded, inputs=inputs)
+
+
+def refuse_other_inputs(path: Path, now: Mapping[str, str], instead: str = "choose another folder") -> None:
+    """Refuse to go on if what the settings only name has other content than when the run in `path` began.
+
+    Args:
+        path: the run's `config.yaml`; what it has no fingerprint of may be anything.
+        now: fingerprints by name.
+        instead: what the user can do about it, for the message.
+
+    Raises:
+        DvirlError: if it has; the message names what.
+    """
+    content = read_yaml(path)
+    before = {"model": content.get("model", {}).get("fingerprint"), **content.get("inputs", {})}
+    changed = [name for name in now if before.get(name) not in (None, now[name])]
+    if changed:
+        raise DvirlError(f"{path}: the content of {' and '.join(changed)} has changed since then; {instead}")
+
+
+def fingerprint(value: object) -> str:
+    """The sha256 of how plain values are written: numbers, texts, and lists and dataclasses of these."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def run_settings(run_dir: str | Path) -> dict[str, Any]:

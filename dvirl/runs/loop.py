@@ -135,6 +135,11 @@ class TrainingLoop(ABC):
         return f"step {line['step']}"
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the settings only name, such as the prompts of a file; a run goes on with the same."""
+        return {}
+
+    @property
     def finished(self) -> bool:
         """Whether the run is done."""
         return self.position >= self.length
@@ -165,7 +170,7 @@ class TrainingLoop(ABC):
         """Begin the log of a new run, or cut it to the step that this one goes on from."""
         if self.log.exists() and self.counters.step == 0 and not self.resumed:
             raise DvirlError(f"run_dir {self.run_dir} already holds a run; choose another name, or remove it")
-        run_folder.write_config(self.run_dir, self.config, self.loaded)
+        run_folder.write_config(self.run_dir, self.config, self.loaded, inputs=self.inputs)
         self.log.touch()
         cut_log(self.log, self.counters.step)
 
@@ -281,23 +286,25 @@ def resume(
         kind: the class of the settings.
         run_dir: the run's folder, which may have been moved.
         config: the settings to go on with; by default the run's own.
-        accept_changes: go on with other settings than the run's.
+        accept_changes: go on with other settings than the run's, or with other inputs.
 
     Raises:
-        DvirlError: if the folder holds no run, or one of other settings or another model, or a broken checkpoint.
+        DvirlError: if the folder holds no run, or one of other settings, inputs or another model, or a broken
+            checkpoint.
     """
     path = Path(run_dir) / "config.yaml"
+    accept = "give --accept_changes true to go on with these"
     before = {**defaults(kind), **run_folder.run_settings(run_dir), "run_dir": str(run_dir)}
     config = replace(config or from_mapping(kind, before, str(path)), run_dir=str(run_dir))
     if not accept_changes:
-        run_folder.refuse_other_settings(
-            path, before, asdict(config), "give --accept_changes true to go on with these"
-        )
+        run_folder.refuse_other_settings(path, before, asdict(config), accept)
     trainer = make(config)
     fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
     if fingerprint != trainer.loaded.fingerprint:
         raise DvirlError(
             f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}"
         )
+    if not accept_changes:
+        run_folder.refuse_other_inputs(path, trainer.inputs, accept)
     trainer.load_newest()
     return trainer
