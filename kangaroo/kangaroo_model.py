@@ -477,7 +477,7 @@ class KangarooModel(nn.Module):
             policy = self.block_policy(settings, len(rows))
             text = Text(LookupIndex(prompt, memory), len(prompt) + max_new_tokens, policy, noise)
             if settings.temperature:
-                text.seed(text_seed, max_new_tokens if settings.draft_temperature else 0)
+                text.seed(text_seed, max_new_tokens)
             texts.append(text)
         capacity = max(text.stop for text in texts)
         with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:

@@ -1,4 +1,7 @@
-"""Sampling with drafts follows the verifier's own distribution: against every sequence that a tiny model can say."""
+"""Sampled answers: the same whatever drafts, and by the verifier's own distribution.
+
+Against plain sampling token for token, and against every sequence that a tiny model can say.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import random_prompts, tiny_config, tiny_kangaroo
+from conftest import capture_passes, random_prompts, tiny_config, tiny_kangaroo
 
-from kangaroo.decoding import speculate
+from kangaroo.decoding import ahead, sampling
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import Memory
-from kangaroo.decoding.sampling import (
-    distribution,
-    inverse_cdf,
-    speculative_sampling,
-    speculative_sampling_of_chains,
-)
+from kangaroo.decoding.sampling import Sampling, distribution, gumbel_noise
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -126,32 +124,92 @@ def test_speculative_samples_follow_the_exact_distribution(how, args, kind):
 
 
 def test_a_planted_error_is_found(monkeypatch):
-    """The control: a reject replaced by a draw from p, rather than from what p has left over q, changes the odds."""
+    """The control: noise that is the same for two tokens changes the odds."""
+    honest = sampling.gumbel_noise
 
-    def wrong(target, proposed, drafted, uniform):
-        accepted, token = speculative_sampling(target, proposed, drafted, uniform)
-        return accepted, int(inverse_cdf(target[accepted][None], uniform[len(drafted) :])) if len(
-            drafted
-        ) else token
+    def wrong(keys, ids):
+        return honest(keys, ids.clamp(min=1))
 
-    monkeypatch.setattr(speculate, "speculative_sampling", wrong)
+    monkeypatch.setattr(sampling, "gumbel_noise", wrong)
     how = DecodeConfig(3, temperature=0.9, draft_temperature=1.4)
     assert p_value(five_tokens(draft_vocab=[0, 3]), how, 10_000)[0] < 1e-6
 
 
-def test_a_planted_error_among_two_chains_is_found(monkeypatch):
-    """The control: a second chain that is held against p again, rather than against what the first has left over."""
+DRAFTING = [
+    DecodeConfig(3, temperature=0.9),
+    DecodeConfig(4, temperature=0.9, draft_temperature=1.4),
+    DecodeConfig(4, temperature=1.3, draft_temperature=1.3, top_k=20, top_p=0.9, branches=2),
+    DecodeConfig(3, temperature=1.0, draft_temperature=0.5, source="hybrid", branches=1, threshold=0.1),
+    DecodeConfig(6, temperature=0.8, source="lookup"),
+    DecodeConfig(4, temperature=1.0, draft_temperature=1.0, adaptive=True, source="hybrid", branches=1),
+]
 
-    def wrong(targets, proposed, drafted, uniform):
-        counts, token = speculative_sampling_of_chains(targets, proposed, drafted, uniform)
-        first, second = (int(one[0]) for one in drafted)
-        if not any(counts) and second != first and uniform[-1] < float(targets[1][0][second]):
-            return [0, 0], second
-        return counts, token
 
-    monkeypatch.setattr(speculate, "speculative_sampling_of_chains", wrong)
-    how = DecodeConfig(3, temperature=3.0, source="hybrid", draft_temperature=0.7)
-    assert p_value(five_tokens(), how, 10_000)[0] < 1e-6
+@pytest.mark.parametrize("captured", [False, True], ids=["step by step", "ahead of the host"])
+@pytest.mark.parametrize("how", DRAFTING, ids=lambda how: f"{how.source}-{how.draft_temperature}-{how.branches}")
+def test_a_seed_gives_the_same_answer_whatever_drafts(how, captured, monkeypatch):
+    """Also in a batch, by blocks that run ahead of the host, and by a drafter that reads the verifier's states."""
+    prompts = random_prompts(3)
+    started = []
+    honest = ahead._Blocks.start
+    monkeypatch.setattr(ahead._Blocks, "start", lambda *a: started.append(1) or honest(*a))
+    for settings in ({}, {"feedback": True, "recurrent": True, "drafter": "layer"}):
+        model = tiny_kangaroo(1, **settings)
+        plainly = replace(how, draft_len=0, draft_temperature=0.0, source="learned", branches=0, adaptive=False)
+        plain = [model.generate(prompt, 24, plainly, seed=7).tokens for prompt in prompts]
+        if captured:
+            capture_passes(model, monkeypatch)
+        alone = [model.generate(prompt, 24, how, seed=7) for prompt in prompts]
+        together = model.generate_batch(prompts, 24, how, seed=7)
+        assert [each.tokens for each in alone] == plain
+        assert [each.tokens for each in together] == plain
+        drafted = sum(block.num_drafted for each in alone for block in each.blocks)
+        accepted = sum(block.num_accepted for each in alone for block in each.blocks)
+        assert drafted >= 5 and (accepted > 0 or how.source == "lookup" or how.adaptive)
+    assert bool(started) == captured
+
+
+def test_drafts_that_share_the_noise_agree_more_often_than_ones_that_do_not():
+    """(1 - TV) / (1 + TV) is the least of arXiv 2408.07978, 1 - TV the most that any rule could accept."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+    keys = torch.randint(2**63 - 1, (20_000,), generator=generator)
+    drawn = Sampling(1.0).perturbed(p.expand(len(keys), -1), keys).argmax(dim=-1)
+    drafted = Sampling(0.8).perturbed(q.expand(len(keys), -1), keys).argmax(dim=-1)
+    chances, proposed = distribution(p[None])[0], distribution(q[None], 0.8)[0]
+    shared = torch.minimum(chances, proposed).sum()
+    agree = (drawn == drafted).double().mean()
+    assert shared / (2 - shared) - 0.01 < agree < shared + 0.01
+    assert agree > (chances * proposed).sum() + 0.05
+    found = torch.bincount(drawn, minlength=40) / len(keys)
+    assert (found - chances).abs().max() < 0.012
+
+
+def test_noise_is_standard_gumbel_and_the_hash_that_is_named():
+    keys = torch.randint(2**63 - 1, (500,), generator=torch.Generator().manual_seed(1))
+    noise = gumbel_noise(keys, torch.arange(1_000))
+    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.01)
+    assert noise.std() == pytest.approx(np.pi / 6**0.5, abs=0.01)
+    uniform = (-(-noise).exp()).exp()
+    ordered = uniform.flatten().sort().values
+    gap = (ordered - torch.linspace(0, 1, len(ordered), dtype=torch.float64)).abs().max()
+    assert gap < 1.95 / len(ordered) ** 0.5  # Kolmogorov and Smirnov, one in a thousand
+    # Neighbouring tokens and places have nothing to do with each other.
+    for one, other in ((uniform[:, :-1], uniform[:, 1:]), (uniform[:-1], uniform[1:])):
+        pair = torch.stack([one.flatten(), other.flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.01
+    # SplitMix64 from seed 1234567 as published, by Python's integers.
+    mask, state, found = 2**64 - 1, 1234567, []
+    for _ in range(3):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        found.append(z ^ (z >> 31))
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    expected = [-np.log(-np.log(((z >> 12) + 0.5) / 2**52)) for z in found]
+    ours = gumbel_noise(torch.tensor([1234567]), torch.tensor([1, 2, 3]))[0]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
 
 
 def test_samples_are_seeded_and_cold_ones_are_greedy():
@@ -170,14 +228,6 @@ def test_the_distribution_is_cut_as_asked():
                 DecodeConfig(temperature=2.0, top_k=4, top_p=0.8)):  # fmt: skip
         found = distribution(logits, how.temperature, how.top_k, how.top_p)[0].numpy()
         np.testing.assert_allclose(found, by_hand(logits[0].double().numpy(), how), atol=1e-12)
-
-
-def test_drafts_of_the_verifiers_own_distribution_are_all_accepted():
-    target = torch.rand(4, 9, dtype=torch.float64)
-    target /= target.sum(dim=1, keepdim=True)
-    for _ in range(200):
-        drafted = inverse_cdf(target[:3], torch.rand(3))
-        assert speculative_sampling(target, target[:3], drafted, torch.rand(4, dtype=torch.float64))[0] == 3
 
 
 @pytest.mark.parametrize(

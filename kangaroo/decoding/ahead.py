@@ -2,9 +2,9 @@
 
 What a block needs of the one before (the text, how many drafts were right, the verifier's states) stays on the device,
 where drafts, lookup, verification and acceptance are one captured pass. The host reads each block's outcome while the
-next is under way. It can be so where a block does not depend on what the host alone knows: greedy answers, all of whose
-blocks draft by one `Plan`. A confidence stop masks the drafts beyond it, and what is committed beyond a text's limit is
-cut off.
+next is under way. It can be so where a block does not depend on what the host alone knows: answers all of whose blocks
+draft by one `Plan`, greedy ones or sampled ones, for which the noise of every place is on the device. A confidence stop
+masks the drafts beyond it, and what is committed beyond a text's limit is cut off.
 
 Shapes: B texts, C chains of a text, n drafts of a chain, D hidden. Rows are chain by chain, as in `KVCache`.
 """
@@ -35,7 +35,7 @@ from kangaroo.decoding.outcome import NONE, BlockState
 from kangaroo.decoding.passes import padded, view
 from kangaroo.decoding.planning import Plan
 from kangaroo.decoding.speculate import Text
-from kangaroo.decoding.stages import Chain, Stage, Stages
+from kangaroo.decoding.stages import Chain, Drawn, Stage, Stages
 
 UNDER_WAY = 2
 """Blocks that are started before the host waits for the first of them."""
@@ -51,7 +51,9 @@ def plan_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> P
         return None
     if passes.device.type == "cuda" and not has_triton():
         return None
-    if config.temperature or config.draft_temperature or config.deterministic or config.keep_states:
+    if config.deterministic or config.keep_states:
+        return None
+    if config.draft_temperature and not config.temperature:  # drafts by noise that the host has
         return None
     plans = {text.policy.ahead() for text in texts if text.room}
     if len(plans) > 1:
@@ -62,14 +64,17 @@ def plan_ahead(stages: Stages, texts: Sequence[Text], config: DecodeConfig) -> P
     return plan
 
 
-def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: float) -> Iterator[Results]:
+def run_ahead(
+    stages: Stages, texts: Sequence[Text], plan: Plan, config: DecodeConfig, threshold: float
+) -> Iterator[Results]:
     """Decode blocks of one plan until the texts want other blocks, or half of them are over.
 
     Args:
         stages: the model, see `plan_ahead`.
         texts: at least one of them is not over.
         plan: what the blocks draft.
-        threshold: as in `DecodeConfig`.
+        config: how tokens are drawn.
+        threshold: confidence below which a learned draft ends its chain; 0 for none.
 
     Yields:
         After each block what the texts commit, one entry a text; the caller appends it.
@@ -77,7 +82,7 @@ def run_ahead(stages: Stages, texts: Sequence[Text], plan: Plan, threshold: floa
     Raises:
         ValueError: if a logit of the verifier is not finite.
     """
-    blocks = _Blocks(stages, len(texts), plan, threshold)
+    blocks = _Blocks(stages, len(texts), plan, config, threshold)
     blocks.load(texts)
     under_way: deque[_Sent] = deque()
     goes_on = True
@@ -139,24 +144,28 @@ class _Blocks:
         stages: the model; it keeps the state of the blocks.
         num_texts: B.
         plan: what they draft.
-        threshold: as in `DecodeConfig`.
+        config, threshold: see `run_ahead`.
 
     Attributes:
         timed: milliseconds that the block started last takes the device, and slots that it reads; None where that was
             not measured.
     """
 
-    def __init__(self, stages: Stages, num_texts: int, plan: Plan, threshold: float) -> None:
+    def __init__(
+        self, stages: Stages, num_texts: int, plan: Plan, config: DecodeConfig, threshold: float
+    ) -> None:
         self.stages = stages
         self.plan = plan
+        self.config = config
         self.threshold = threshold
-        key = (num_texts, plan, threshold)
-        if key not in stages.ahead:  # kept, since captured blocks read and write it
+        self.key = (num_texts, plan, config.sampling, config.draft_sampling, threshold)
+        if self.key not in stages.ahead:  # kept, since captured blocks read and write it
             cache = stages.deep.cache
             feedback_size = stages.hidden_size if stages.feedback else 0
-            state = BlockState.of(cache.keys[0], num_texts, plan, cache.capacity, feedback_size)
-            stages.ahead[key] = state
-        self.state: BlockState = stages.ahead[key]
+            is_sampled = config.sampling is not None
+            state = BlockState.of(cache.keys[0], num_texts, plan, cache.capacity, feedback_size, is_sampled)
+            stages.ahead[self.key] = state
+        self.state: BlockState = stages.ahead[self.key]
         self.timed: tuple[float, int] | None = None
 
     @property
@@ -185,6 +194,11 @@ class _Blocks:
             before = [NONE] * LONGEST_NGRAM
             rows = [before + text.tokens for text in texts]
             state.text.copy_(padded(rows, state.text.shape[1], NONE))
+        if self.config.sampling:
+            for row, text in enumerate(texts):
+                assert text.noise is not None
+                places = slice(text.prompt_len, text.prompt_len + len(text.noise))
+                state.noise[row, places] = text.noise.to(device)
         forking: list[Stage] = []
         if self.plan.chains > 1:
             forking += [stages.base, stages.deep]
@@ -207,7 +221,7 @@ class _Blocks:
         graphs = self.stages.passes.graphs
         assert graphs is not None
         slots = view(longest + self.plan.longest + 1, self.stages.deep.cache.capacity)
-        key = ("block", len(state.length), self.plan, self.threshold, slots)
+        key = ("block", self.key, slots)
         numbers, states = graphs.in_place(key, lambda: self._block(slots), state.tensors())
         ms = graphs.ms.get(key)
         self.timed = None if ms is None else (ms, slots)
@@ -259,7 +273,11 @@ class _Blocks:
         stages.passes.fixed = FixedShape(state.starts, slots)
         tokens = state.block.clamp(min=0) if plan.looked_up else state.block
         hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
-        own, certainty = stages.deep.best(hidden)
+        drawn = None
+        if self.config.sampling:
+            keys = state.noise_after(state.starts, hidden.shape[1])
+            drawn = Drawn(self.config.sampling, keys)
+        own, certainty = stages.deep.best(hidden, drawn=drawn)
 
         # 3. Accept: the chain that goes furthest.
         drafts = (confidence, matched)
@@ -278,7 +296,11 @@ class _Blocks:
         stages, state = self.stages, self.state
         feedback = state.hidden if stages.feedback else None
         stages.passes.fixed = FixedShape(state.start_at, slots)
-        return stages.chain(state.own, state.right, feedback, self.plan.learned, len(state.length))
+        choose = None
+        if self.config.draft_sampling:
+            choose = stages.chooser(self.config, state.noise_after(state.length - 1, self.plan.learned))
+        texts = len(state.length)
+        return stages.chain(state.own, state.right, feedback, self.plan.learned, texts, choose=choose)
 
     def receive(self, sent: _Sent, texts: Sequence[Text]) -> Results:
         """What a block commits to the texts as they are now."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kangaroo.decoding.sampling import Sampling
+
 TARGETS = ("base", "adapted")
 SOURCES = ("learned", "lookup", "hybrid")
 PASS_ROWS = 16
@@ -31,7 +33,8 @@ class DecodeConfig:
     target: str = "base"
     """What the deep layers read: "base", the exit state with lora_S off, or "adapted", with it on."""
     draft_temperature: float = 0.0
-    """0 drafts by argmax; above 0 drafts are sampled from the policy at this temperature, given noise."""
+    """0 drafts by argmax; above 0 drafts are sampled from the policy at this temperature. For a sampled answer they are
+    drawn with the verifier's noise, cut as it is; for a greedy one by noise that is given."""
     source: str = "learned"
     """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
     "hybrid", both, in one verification where that pays."""
@@ -42,8 +45,8 @@ class DecodeConfig:
     """Choose source and length of each block by acceptance and step costs, up to `draft_len`; False drafts always.
     Several texts at once share each pass; their blocks are not adapted."""
     temperature: float = 0.0
-    """Of the verifier: 0 answers greedily, above 0 the answer is sampled, and its distribution is that of sampling
-    from the verifier alone."""
+    """Of the verifier: 0 answers greedily, above 0 the answer is sampled from it. The same seed gives the same answer
+    whatever drafts."""
     top_k: int = 0
     """Sample only among this many likeliest tokens; 0 for all."""
     top_p: float = 1.0
@@ -72,14 +75,27 @@ class DecodeConfig:
             raise ValueError(f"draft_len is {self.draft_len}; expected below {PASS_ROWS} with deterministic")
 
     @property
+    def sampling(self) -> Sampling | None:
+        """How the verifier's tokens are drawn; None for greedy answers."""
+        return Sampling(self.temperature, self.top_k, self.top_p) if self.temperature else None
+
+    @property
+    def draft_sampling(self) -> Sampling | None:
+        """How the drafts of a sampled answer are drawn; None for argmax."""
+        if not (self.temperature and self.draft_temperature):
+            return None
+        return Sampling(self.draft_temperature, self.top_k, self.top_p)
+
+    @property
     def forks(self) -> bool:
         """Whether a block may have several chains of drafts; passes of one size have one row a text."""
         return self.target == "base" and not self.deterministic
 
     @property
     def learned_chains(self) -> int:
-        """Chains of learned drafts, at most: the main one and, of drafts by argmax, its branches."""
-        if not self.forks or self.source == "lookup" or self.draft_temperature:
+        """Chains of learned drafts, at most: the main one and its branches, which need a second choice."""
+        drawn_by_noise = self.draft_temperature > 0 and not self.temperature
+        if not self.forks or self.source == "lookup" or drawn_by_noise:
             return 1
         return 1 + min(self.branches, self.draft_len)
 
@@ -99,14 +115,12 @@ class DraftBlock:
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
         drafter_hidden: `[m, D]`, the drafter's normed states, from which the exit head chose them; empty where blocks
             run ahead of the host.
-        probabilities: `[m, V']`, the distributions that sampled drafts were drawn from; None for argmax drafts.
         chain: its place among the chains of its block; 0 is the main one.
     """
 
     tokens: Tensor = NO_TOKENS
     confidence: Tensor = NO_CHANCES
     exit_hidden: Tensor = NO_STATES
-    probabilities: Tensor | None = None
     chain: int = 0
     drafter_hidden: Tensor = NO_STATES
 

@@ -79,7 +79,7 @@ def _next_blocks(
     if plan is None:
         return [spec_decode_step(stages, texts, config)]
     threshold = texts[0].policy.config.threshold if plan.learned else 0.0
-    return run_ahead(stages, texts, plan, threshold)
+    return run_ahead(stages, texts, plan, config, threshold)
 
 
 def _commit(text: Text, verification: Verification, eos_ids: Sequence[int]) -> None:

@@ -32,6 +32,7 @@ class BlockState:
         own: `[R, T]`.
         read: `[B]`, tokens of the text that stand in the caches of what drafts.
         hidden: `[R, T, D]`, the verifier's states of the positions before, for a drafter with feedback.
+        noise: `[B, S]`, for sampled answers what tokens at each place of a text are drawn by, see `gumbel_noise`.
         text: `[B, LONGEST_NGRAM + S]`, `LONGEST_NGRAM` times `NONE`, then the tokens of each text; only with a lookup.
         block: `[C, B, T]`, what is verified: the last committed token, then each chain, `NONE` after its end.
         starts: `[C B]`, the slot of the last committed token, for the rows of all chains.
@@ -46,6 +47,7 @@ class BlockState:
     own: Tensor
     read: Tensor
     hidden: Tensor
+    noise: Tensor
     text: Tensor
     block: Tensor
     starts: Tensor
@@ -54,7 +56,15 @@ class BlockState:
     turn: int = 0
 
     @classmethod
-    def of(cls, like: Tensor, num_texts: int, plan: Plan, capacity: int, feedback_size: int) -> BlockState:
+    def of(
+        cls,
+        like: Tensor,
+        num_texts: int,
+        plan: Plan,
+        capacity: int,
+        feedback_size: int,
+        is_sampled: bool = False,
+    ) -> BlockState:
         """Nothing yet.
 
         Args:
@@ -63,6 +73,7 @@ class BlockState:
             plan: what the blocks draft.
             capacity: slots of a text.
             feedback_size: D of the states that the drafter reads, or 0.
+            is_sampled: whether tokens are drawn.
         """
         width = plan.longest + 1
         rows = max(1, plan.learned_chains) * num_texts
@@ -78,11 +89,19 @@ class BlockState:
             own=tokens(rows, width),
             read=tokens(num_texts),
             hidden=like.new_zeros(rows, width, feedback_size),
+            noise=tokens(num_texts, capacity if is_sampled else 0),
             text=tokens(num_texts, LONGEST_NGRAM + slots),
             block=tokens(plan.chains, num_texts, width),
             starts=tokens(plan.chains * num_texts),
             most=capacity - width,
         )
+
+    def noise_after(self, places: Tensor, count: int) -> Tensor:
+        """What the `count` tokens after each place `[C B]` of the texts are drawn by, `[C B, count]`."""
+        wanted = places[:, None] + 1 + steps(count, places.device)
+        # What has no room is cut off later.
+        wanted = wanted.clamp(max=self.noise.shape[1] - 1).view(-1, len(self.noise), count)
+        return self.noise.expand(len(wanted), -1, -1).gather(2, wanted).flatten(0, 1)
 
     def tensors(self) -> list[Tensor]:
         """All that a block reads and writes."""

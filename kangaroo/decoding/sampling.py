@@ -1,24 +1,81 @@
-"""Picking tokens from logits, and which drafts a verifier accepts: by argmax, or by speculative sampling."""
+"""Picking tokens from logits, by argmax or by sampling, and which drafts a verifier accepts.
+
+A sampled token is the argmax of perturbed scores (Gumbel-max; Maddison et al. 2014, arXiv 1411.0030). The noise belongs
+to the place in the text and to the token, and drafts are drawn with the noise of the verifier. So the same seed gives
+the same answer whatever drafts: drafter-invariant speculative decoding (Daliri et al. 2024, arXiv 2408.07978).
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
-def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Float64 probabilities `[N, V]` of logits `[N, V]` at a temperature above 0, cut to top_k (0: all) and top_p.
+GOLDEN = -0x61C8864680B583EB
+"""2**64 over the golden ratio, as a signed number: the step of SplitMix64 (Steele et al. 2014)."""
+MIXING = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+"""Shifts and factors by which SplitMix64 mixes bits, in Stafford's variant 13."""
+LAST_SHIFT = 31
+NOISE_BITS = 52
 
-    Temperature, then top-k, then top-p, by Hugging Face's own warpers, so that they mean the same here as there.
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: at a temperature above 0, cut to top_k (0: all) and top_p."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Log-probabilities up to a constant, float64, of logits `[N, V]`; minus infinity for what is cut.
+
+        Temperature, then top-k, then top-p, by Hugging Face's own warpers, so that they mean the same here as there.
+        """
+        scores: Tensor = TemperatureLogitsWarper(float(self.temperature))(None, logits.double())
+        if self.top_k:
+            scores = TopKLogitsWarper(self.top_k)(None, scores)
+        if self.top_p < 1.0:
+            scores = TopPLogitsWarper(self.top_p)(None, scores)
+        return scores
+
+    def perturbed(self, logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Scores `[…, V]` whose argmax is a sample, from logits `[…, V]`.
+
+        Args:
+            logits: one row a place.
+            keys: `[…]`, of the places.
+            ids: `[V]`, the tokens; 0, 1, … by default.
+        """
+        if ids is None:
+            ids = torch.arange(logits.shape[-1], device=logits.device)
+        scores = self.scores(logits.flatten(0, -2)).view(logits.shape)
+        return scores + gumbel_noise(keys, ids)
+
+
+def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise `[…, V]`, float64, for tokens `[V]` at places with these keys `[…]`, both int64.
+
+    It is a hash (SplitMix64) of place and token, so that whoever draws there finds the same.
     """
-    scores = TemperatureLogitsWarper(float(temperature))(None, logits.double())
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1.0:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    probabilities: Tensor = scores.softmax(dim=-1)
-    return probabilities
+    bits = keys[..., None] + ids * GOLDEN
+    for shift, factor in MIXING:
+        bits = (bits ^ _shifted(bits, shift)) * factor
+    bits = bits ^ _shifted(bits, LAST_SHIFT)
+    uniform = (_shifted(bits, 64 - NOISE_BITS).double() + 0.5) / 2**NOISE_BITS  # above 0, below 1
+    return -(-uniform.log()).log()
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Bits moved to the right, with zeros from the left."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Float64 probabilities `[N, V]` of logits `[N, V]`; other arguments as in `Sampling`."""
+    return Sampling(temperature, top_k, top_p).scores(logits).softmax(dim=-1)
 
 
 def inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
@@ -61,80 +118,3 @@ def count_accepted(draft_tokens: Sequence[int], verifier_tokens: Sequence[int]) 
         if drafted != own:
             return count
     return min(len(draft_tokens), len(verifier_tokens))
-
-
-def speculative_sampling(
-    target: Tensor, proposed: Tensor, drafted: Tensor, uniform: Tensor
-) -> tuple[int, int]:
-    """Accept drafts so that what is committed follows the target, whatever proposed them.
-
-    Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318).
-
-    Args:
-        target: `[n + 1, V]`, p at each position.
-        proposed: `[n, V]`, q that each draft was drawn from; one-hot for a draft that was not drawn.
-        drafted: `[n]`, the drafts.
-        uniform: `[n + 1]`, uniform in [0, 1), the last one for the verifier's own token.
-
-    Returns:
-        The number of accepted drafts, and the verifier's own token that follows them.
-    """
-    count = len(drafted)
-    positions = torch.arange(count, device=target.device)
-    # Accept draft x with probability min(1, p(x) / q(x)): u < p / q, multiplied out.
-    p = target[positions, drafted]
-    q = proposed[positions, drafted]
-    passes = uniform[:count] * q < p
-    accepted = int(passes.long().cumprod(dim=0).sum())
-    weights = target[accepted]  # all accepted: the bonus token is drawn from p
-    if accepted < count:
-        # The first reject is replaced by a draw from what p has left over q, max(p - q, 0).
-        residual = (weights - proposed[accepted]).clamp(min=0.0)
-        if float(residual.sum()) > 0.0:  # p equals q but for rounding: nothing is left over, so draw from p
-            weights = residual
-    return accepted, int(inverse_cdf(weights[None], uniform[count:]))
-
-
-def speculative_sampling_of_chains(
-    targets: Sequence[Tensor], proposed: Sequence[Tensor], drafted: Sequence[Tensor], uniform: Sequence[float]
-) -> tuple[list[int], int]:
-    """The same for several chains of drafts after one text, by recursive rejection over siblings.
-
-    SpecInfer (Miao et al. 2024, arXiv 2305.09781). At each position the chains that were right so far propose in turn;
-    after a reject the next one is held against what the target has left over.
-
-    Args:
-        targets, proposed, drafted: as in `speculative_sampling`, of each chain.
-        uniform: numbers in [0, 1), one for each draft and one more.
-
-    Returns:
-        The number of accepted drafts of each chain, and the verifier's own token that follows the longest.
-    """
-    noise = iter(uniform)
-    counts = [0] * len(drafted)
-    alive = list(range(len(drafted)))  # chains that were right so far
-    for depth in range(max(map(len, drafted)) + 1):
-        weights = targets[alive[0]][depth]
-        accepted: int | None = None
-        for chain in alive:
-            if depth == len(drafted[chain]):
-                continue
-            token = int(drafted[chain][depth])
-            q = proposed[chain][depth]
-            total = weights.sum()
-            # The same rule, of weights that do not sum to 1: u < p / q with p = weights / total.
-            if next(noise) * float(q[token] * total) < float(weights[token]):
-                accepted = token
-                break
-            residual = (weights / total - q).clamp(min=0.0)
-            if float(residual.sum()) > 0.0:  # else p equals q but for rounding
-                weights = residual
-        if accepted is None:
-            break
-        right = []
-        for chain in alive:
-            if depth < len(drafted[chain]) and int(drafted[chain][depth]) == accepted:
-                counts[chain] = depth + 1
-                right.append(chain)
-        alive = right
-    return counts, int(inverse_cdf(weights[None], weights.new_tensor([next(noise)])))

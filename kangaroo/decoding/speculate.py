@@ -1,8 +1,9 @@
 """Speculative decoding with one model: the shallow layers draft, the deep layers verify. The algorithm.
 
-Greedy output never depends on what drafts, since every committed token is the verifier's own. When sampling, the
-distribution of the output never depends on it (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv
-2302.01318). Early exit as in Kangaroo (arXiv 2404.18911).
+The output never depends on what drafts, since every committed token is the verifier's own: its argmax or, when sampling,
+what it draws by the noise of that place (Daliri et al. 2024, arXiv 2408.07978). So acceptance is one rule, where
+speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) accepts a draft x with probability min(1, p(x) / q(x)).
+Early exit as in Kangaroo (arXiv 2404.18911).
 
 Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocabulary, D hidden.
 """
@@ -18,13 +19,8 @@ from torch import Tensor
 
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite, settled
 from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
-from kangaroo.decoding.sampling import (
-    count_accepted,
-    distribution,
-    speculative_sampling,
-    speculative_sampling_of_chains,
-)
-from kangaroo.decoding.stages import Drafted, Stage, Stages, Verified
+from kangaroo.decoding.sampling import count_accepted
+from kangaroo.decoding.stages import Drafted, Drawn, Stage, Stages, Verified
 
 
 @torch.no_grad()
@@ -68,7 +64,7 @@ def spec_decode_step(
     verified = stages.verified()
 
     # 3. Accept: of each text the longest chain that the verifier agrees with, then one token of its own.
-    verifications = [accept(draft, verified, row, stages, config) for row, draft in enumerate(drafts)]
+    verifications = [accept(draft, verified, row, stages) for row, draft in enumerate(drafts)]
 
     # 4. Roll back: forget the keys and values of what was rejected.
     stages.roll_back(verifications)
@@ -114,9 +110,10 @@ def begin_verifying(
         config: how drafts are verified.
         drafted: drafts after these that are still on the device.
     """
-    sampled = config.temperature > 0
     if config.target == "adapted":
-        stages.begin_verifying_states(adapted_states(stages, drafts), sampled)
+        states = adapted_states(stages, drafts)
+        drawn = how_drawn(stages, drafts, list(map(len, states)), config)
+        stages.begin_verifying_states(states, drawn)
         return
     chains = len(drafts[0].learned)
     if any(draft.second for draft in drafts):
@@ -127,7 +124,31 @@ def begin_verifying(
         for row in rows[:num_learned_rows]:
             if row:  # the pass itself puts the drafts in these places
                 row.extend([0] * count)
-    stages.begin_verifying(rows, chains, sampled, drafted)
+    drawn = how_drawn(stages, drafts, list(map(len, rows)), config)
+    stages.begin_verifying(rows, chains, drawn, drafted)
+
+
+def how_drawn(
+    stages: Stages, drafts: Sequence[Draft], counts: Sequence[int], config: DecodeConfig
+) -> Drawn | None:
+    """How the verifier draws its token after each of the last `counts` tokens of every row; None for greedy answers.
+
+    Of a prompt only the token after it is drawn.
+    """
+    if config.sampling is None:
+        return None
+    lengths = stages.deep.cache.lengths
+    keys = []
+    for row, count in enumerate(counts):
+        place = row % len(drafts)
+        text = drafts[place].text
+        if stages.passes.begun:
+            keys.append(text.noise_after(lengths[place], count))
+        else:
+            keys.append(text.noise_after(text.prompt_len - 1, 1))
+    longest = max(map(len, keys))
+    padded = [row + [0] * (longest - len(row)) for row in keys]
+    return Drawn(config.sampling, torch.tensor(padded, dtype=torch.int64))
 
 
 def unread_tokens(drafts: Sequence[Draft], stage: Stage, chains: int = 1) -> list[list[int]]:
@@ -151,13 +172,10 @@ def adapted_states(stages: Stages, drafts: Sequence[Draft]) -> list[Tensor]:
     return whole
 
 
-def accept(
-    draft: Draft, verified: Verified, row: int, stages: Stages, config: DecodeConfig
-) -> Verification | None:
+def accept(draft: Draft, verified: Verified, row: int, stages: Stages) -> Verification | None:
     """What one text commits: of its chains of drafts the one that goes furthest, and a token of the verifier's own.
 
-    Greedy: accept drafts while they are the verifier's argmax. Sampling: accept draft x with probability
-    min(1, p(x) / q(x)), see `speculative_sampling`.
+    Drafts are accepted while they are the verifier's own tokens.
     """
     if not draft.text.room:
         return None
@@ -169,12 +187,8 @@ def accept(
         chances = verified.confidence[chain_row][: len(chain) + 1]
         refuse_not_finite(chances, start)
         confidence.append(chances)
-    if config.temperature == 0:
-        own = [verified.tokens[chain_row] for chain_row in chain_rows]
-        counts, next_token = greedily_accepted(list(chains.values()), own)
-    else:
-        logits = [verified.logits[chain_row] for chain_row in chain_rows]
-        counts, next_token = sample_accepted(draft, logits, stages, config)
+    own = [verified.tokens[chain_row] for chain_row in chain_rows]
+    counts, next_token = accepted(list(chains.values()), own)
     blocks = [draft.block(place, stages) for place in chains]
     outcome = settled(start, blocks, counts, confidence, next_token)
     winning_row = row + outcome.draft.chain * verified.texts
@@ -183,7 +197,7 @@ def accept(
     return replace(outcome, verifier_hidden=states.clone())
 
 
-def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+def accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[int]]) -> tuple[list[int], int]:
     """Number of accepted drafts of each chain, and the verifier's token after the chain that goes furthest.
 
     Args:
@@ -195,28 +209,6 @@ def greedily_accepted(chains: Sequence[Sequence[int]], own: Sequence[Sequence[in
     return counts, own[best][counts[best]]
 
 
-def sample_accepted(
-    draft: Draft, logits: Sequence[Tensor], stages: Stages, config: DecodeConfig
-) -> tuple[list[int], int]:
-    """The same for answers that are sampled, by the verifier's logits `[n + 1, V]` along each chain."""
-    targets = []
-    proposed = []
-    drafted = []
-    for (place, chain), scores in zip(draft.chains().items(), logits, strict=True):
-        scores = scores[: len(chain) + 1]
-        target = distribution(scores, config.temperature, config.top_k, config.top_p)  # p, [n + 1, V]
-        targets.append(target)
-        proposed.append(draft.proposed(place, target, stages))  # q, [n, V]
-        drafted.append(torch.tensor(chain, dtype=torch.long, device=target.device))
-    count = max(map(len, drafted)) + 1
-    if len(drafted) > 1:
-        uniform = draft.text.uniform(len(drafted) * count)
-        return speculative_sampling_of_chains(targets, proposed, drafted, uniform.tolist())
-    uniform = draft.text.uniform(count).to(target.device)
-    accepted, token = speculative_sampling(targets[0], proposed[0], drafted[0], uniform)
-    return [accepted], token
-
-
 @dataclass
 class Text:
     """One text while it is decoded.
@@ -225,9 +217,8 @@ class Text:
         index: prompt and response so far.
         stop: the length at which the text ends, whatever it says.
         policy: says what its blocks draft.
-        noise: uniform in [0, 1), one number for each position of the response, for sampled drafts; None for argmax
-            drafts. A position that is drafted again takes the same number again: nothing committed depended on it.
-        generator: what the verifier's samples are drawn from; None if it is greedy.
+        noise: one number for each position of the response, by which a token is drawn there: of a sampled answer a key,
+            see `gumbel_noise`; else uniform in [0, 1), for sampled drafts, or None.
         prompt_len: the prompt's length.
     """
 
@@ -235,20 +226,15 @@ class Text:
     stop: int
     policy: BlockPolicy
     noise: Tensor | None = None
-    generator: torch.Generator | None = None
     prompt_len: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
 
-    def seed(self, seed: int, num_drafts: int) -> None:
-        """Let the answer be sampled: draw noise for `num_drafts` sampled drafts, unless given, then the rest."""
-        self.generator = torch.Generator().manual_seed(seed)
-        if num_drafts:
-            # Drawn in either case, so that the answer does not depend on where the noise is from.
-            drawn = torch.rand(num_drafts, generator=self.generator)
-            if self.noise is None:
-                self.noise = drawn
+    def seed(self, seed: int, max_new_tokens: int) -> None:
+        """Let the answer be sampled: the same seed gives the same answer."""
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = torch.randint(2**63 - 1, (max_new_tokens,), generator=generator)
 
     @property
     def tokens(self) -> list[int]:
@@ -260,9 +246,21 @@ class Text:
         """The number of tokens that may still be committed; 0 for a text that is over."""
         return max(0, self.stop - len(self.tokens))
 
-    def uniform(self, count: int) -> Tensor:
-        """New numbers in [0, 1), `[count]`."""
-        return torch.rand(count, generator=self.generator, dtype=torch.float64)
+    def noise_after(self, position: int, count: int) -> list[float]:
+        """The numbers by which the `count` tokens after a position of the text are drawn.
+
+        A position that is drafted again takes the same number again.
+
+        Raises:
+            ValueError: if the text has none.
+        """
+        if self.noise is None:
+            raise ValueError("sampled drafts need noise")
+        first = position + 1 - self.prompt_len
+        numbers = self.noise[first : first + count].tolist()
+        # What is drafted beyond the text's limit has no room.
+        beyond = [0] * (count - len(numbers))
+        return [*numbers, *beyond]
 
 
 class Draft:
@@ -288,7 +286,6 @@ class Draft:
         self._limit = 0
         self._exit_hidden: list[Tensor] = []  # [chains, n, D] each
         self._drafter_hidden: list[Tensor] = []  # likewise
-        self._probabilities: list[Tensor] = []  # [n, V'] each, of the main chain
         self.fork(1)
 
     @property
@@ -333,16 +330,8 @@ class Draft:
         return not self.tokens and count >= self._limit and not self.text.policy.extends
 
     def noise(self, count: int) -> list[float]:
-        """The numbers in [0, 1) by which the next `count` tokens are sampled.
-
-        Raises:
-            ValueError: if the text has none.
-        """
-        if self.text.noise is None:
-            raise ValueError("sampled drafts need noise")
-        position = len(self.text.tokens) - self.text.prompt_len + len(self.tokens)
-        last = len(self.text.noise) - 1
-        return [float(self.text.noise[min(position + step, last)]) for step in range(count)]
+        """The numbers by which the next `count` tokens are drawn."""
+        return self.text.noise_after(len(self.text.tokens) + len(self.tokens) - 1, count)
 
     def take(self, drafted: Drafted, row: int, texts: int, num_read: int) -> int:
         """Take the tokens drafted for this text up to where its policy stops.
@@ -372,8 +361,6 @@ class Draft:
         for states in drafted.states[:count]:
             self.read_states.append(states[row, :num_read])
             num_read = 1  # a later draft is made from the one before it alone
-        if drafted.probabilities is not None:
-            self._probabilities.append(drafted.probabilities[row, :count])
         return count
 
     def look_up(self) -> None:
@@ -391,25 +378,6 @@ class Draft:
         num_read = max(0, length - len(self.text.tokens))  # of the drafts
         return [*self.text.tokens[length:], *drafts[num_read:]]
 
-    def proposed(self, place: int, target: Tensor, stages: Stages) -> Tensor:
-        """q, `[n, V]`: the distribution that each draft of a chain was drawn from, one-hot where it was not drawn.
-
-        Args:
-            place: of the chain.
-            target: p, `[n + 1, V]`, for shape, dtype and device.
-            stages: map rows of the exit head to token ids.
-        """
-        drafted = torch.tensor(self.chains()[place], dtype=torch.long, device=target.device)
-        vocab_size = target.shape[-1]
-        proposed = torch.nn.functional.one_hot(drafted, vocab_size).to(target.dtype)
-        if self._probabilities and place == 0:
-            drawn = torch.cat(self._probabilities)  # [m, V']
-            num_drawn, num_rows = drawn.shape
-            head_rows = torch.arange(num_rows, device=target.device)
-            proposed[:num_drawn] = 0.0
-            proposed[:num_drawn, stages.token_ids(head_rows)] = drawn
-        return proposed
-
     def block(self, place: int, stages: Stages) -> DraftBlock:
         """A chain as records and policies see it."""
         tokens = self.chains()[place]
@@ -422,14 +390,10 @@ class Draft:
             drafter_hidden = torch.cat([states[place] for states in self._drafter_hidden])
         num_looked_up = len(tokens) - len(confidence)
         unknown = [math.nan] * num_looked_up
-        probabilities = None
-        if self._probabilities and place == 0:
-            probabilities = torch.cat(self._probabilities)
         return DraftBlock(
             tokens=torch.tensor(tokens, dtype=torch.long),
             confidence=torch.tensor([*confidence, *unknown]),
             exit_hidden=exit_hidden,
-            probabilities=probabilities,
             chain=place,
             drafter_hidden=drafter_hidden,
         )

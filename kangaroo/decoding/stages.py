@@ -12,6 +12,7 @@ Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,20 @@ from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Fuse, Norm, Product
 from kangaroo.decoding.passes import Passes
-from kangaroo.decoding.sampling import distribution, inverse_cdf
+from kangaroo.decoding.sampling import Sampling, choose_tokens
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How tokens at some places are drawn.
+
+    Attributes:
+        how: temperature and cuts.
+        keys: of the places, see `gumbel_noise`, in the shape of the tokens.
+    """
+
+    how: Sampling
+    keys: Tensor
 
 
 @dataclass
@@ -174,30 +188,36 @@ class Stage:
             hidden = layer(hidden, plan, keys, values)
         return hidden.view(states.shape)
 
-    def best(self, states: Tensor, two: bool = False, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The likeliest token of each normed state `[…, D]`, and its probability in float32.
+    def best(
+        self, states: Tensor, two: bool = False, ids: Tensor | None = None, drawn: Drawn | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The token that is chosen after each normed state `[…, D]`, and its probability in float32.
 
         Args:
             states: normed states.
             two: find the runners-up, too.
             ids: `[V']`, what the head's rows stand for; None for 0, 1, …
+            drawn: how tokens are sampled; None for the likeliest.
 
         Returns:
-            Tokens `[1, …]`, or `[2, …]` with the runners-up; probabilities `[…]` of the likeliest.
+            Tokens `[1, …]`, or `[2, …]` with the runners-up; probabilities `[…]` of the first, at temperature 1.
         """
         weight = self.weights.head_weight
-        if self._by_own_kernels and weight is not None:
+        if self._by_own_kernels and weight is not None and drawn is None:
             from kangaroo.decoding.kernels import best_tokens
 
             rows = states.flatten(0, -2).contiguous()
             tokens, confidence = best_tokens(rows, weight, two, ids)
             shape = states.shape[:-1]
             return tokens.view(-1, *shape), confidence.view(shape)
-        probabilities = self.logits(states).float().softmax(dim=-1)
-        confidence, first = probabilities.max(dim=-1)
+        logits = self.logits(states).float()
+        probabilities = logits.softmax(dim=-1)
+        scores = probabilities if drawn is None else drawn.how.perturbed(logits, drawn.keys, ids)
+        first = scores.argmax(dim=-1)
+        confidence = probabilities.gather(-1, first[..., None]).squeeze(-1)
         tokens = first[None]
         if two:
-            rest = probabilities.scatter(-1, first[..., None], -1.0)
+            rest = scores.scatter(-1, first[..., None], -math.inf)
             second = rest.argmax(dim=-1)
             tokens = torch.stack([first, second])
         if ids is not None:
@@ -218,30 +238,27 @@ class Drafted:
 
     Attributes:
         chosen: their ids and confidences, `packed`, `[2, rows, n]`.
-        probabilities: `[rows, n, V']`, what sampled drafts were drawn from; None for argmax drafts.
         exit_hidden: `[rows, n, D]`, the exit state that each draft was made from.
         drafter_hidden: `[rows, n, D]`, the drafter's normed state that each draft was chosen from.
         states: `[rows, T, D]` for each draft, the exit states of every token read for it; only for target "adapted".
     """
 
     chosen: Tensor
-    probabilities: Tensor | None
     exit_hidden: Tensor
     drafter_hidden: Tensor
     states: list[Tensor]
 
     @cached_property
     def by_row(self) -> list[list[tuple[int, float]]]:
-        """`rows x n` vocabulary ids, each with the policy's largest probability."""
+        """`rows x n` vocabulary ids, each with its confidence."""
         rows = []
         for tokens, confidence in zip(*unpacked(self.chosen), strict=True):
             rows.append(list(zip(tokens, confidence, strict=True)))
         return rows
 
 
-Choose = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-"""From states `[rows, D]` and the place of a draft among those in one go to the draft of each row, its confidence, and
-the distribution that it comes from."""
+Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""From states `[rows, D]` and the place of a draft among those in one go to the draft of each row and its confidence."""
 
 
 @dataclass(frozen=True)
@@ -250,10 +267,9 @@ class DraftedToken:
 
     Attributes:
         ids: `[rows]`.
-        confidence: `[rows]`, the policy's largest probability.
+        confidence: `[rows]`, see `DraftBlock`.
         made_from: `[rows, D]`, the exit state; or `[rows]`, the token before, where a recurrent drafter reads that.
         drafter_hidden: `[rows, D]`, the drafter's normed state.
-        probabilities: `[rows, V']`, what a drawn draft comes from; `[rows, 1]` for an argmax draft.
         read: `[rows, T, D]`, the exit states of all tokens read for it.
     """
 
@@ -261,7 +277,6 @@ class DraftedToken:
     confidence: Tensor
     made_from: Tensor
     drafter_hidden: Tensor
-    probabilities: Tensor
     read: Tensor
 
 
@@ -286,7 +301,7 @@ class Chain:
 
     @property
     def confidence(self) -> Tensor:
-        """The policy's largest probabilities, `[rows, n]`."""
+        """The drafts' confidence, `[rows, n]`."""
         return torch.stack([draft.confidence for draft in self.drafts], dim=1)
 
     @property
@@ -308,16 +323,14 @@ class Verified:
     The rows are those of the caches: the B texts' main chains, then the next chain of each, and so on.
 
     Attributes:
-        tokens: `rows x (n + 1)` vocabulary ids, its argmax.
-        confidence: `rows x (n + 1)`, its probability of them.
-        logits: `[rows, n + 1, V]` float32; empty for greedy answers.
+        tokens: `rows x (n + 1)` vocabulary ids, its own.
+        confidence: `rows x (n + 1)`, its probability of them, at temperature 1.
         states: `[rows, n + 1, D]`, the normed states; `[rows, n + 1, 0]` if they are not kept.
         texts: B.
     """
 
     tokens: list[list[int]]
     confidence: list[list[float]]
-    logits: Tensor
     states: Tensor
     texts: int
 
@@ -463,37 +476,37 @@ class Stages:
         Args:
             unread: tokens of each row; none for a row that drafts nothing.
             config: how drafts are drawn.
-            noise: `B x n`, for sampled drafts, numbers in [0, 1).
+            noise: `B x n`, for sampled drafts: of a sampled answer keys of their places, else numbers in [0, 1).
             depth: drafts of the block before these.
         """
         count = len(noise[0])
         texts = len(noise)
         adapted = config.target == "adapted"
 
-        def run(tokens: Tensor, last: Tensor, uniform: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
+        def run(tokens: Tensor, last: Tensor, noise: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             feedback = fed_back[0] if fed_back else None
-            choose = self._chooser(config, uniform)
+            choose = self.chooser(config, noise, depth)
             chain = self.chain(tokens, last, feedback, count, texts, depth, choose)
             chosen = packed(chain.tokens, chain.confidence)
-            probabilities = torch.stack([draft.probabilities for draft in chain.drafts], dim=1)
             hidden = torch.stack([draft.drafter_hidden for draft in chain.drafts], dim=1)
             read = [draft.read for draft in chain.drafts] if adapted else []
-            return chosen, probabilities, chain.exit_states, hidden, *read
+            return chosen, chain.exit_states, hidden, *read
 
         counts = list(map(len, unread))
         tokens = self.passes.pad(unread)
         last = torch.tensor([max(0, count - 1) for count in counts])
-        inputs = [tokens, last, torch.tensor(noise, dtype=torch.float64)]
+        is_key = config.draft_sampling is not None
+        numbers = torch.tensor(noise, dtype=torch.int64 if is_key else torch.float64)
+        inputs = [tokens, last, numbers]
         if self.feedback:
             inputs.append(self.feedback.take(counts, tokens.shape[1]))
         caches = [stage.cache for stage in self.drafting_stages(depth)]
         sampled = (config.draft_temperature, config.temperature, config.top_k, config.top_p)
         name = ("draft", sampled, adapted, texts, depth)
-        chosen, probabilities, *states = self.passes.run(name, run, caches, counts, *inputs, ahead=count - 1)
+        outputs = self.passes.run(name, run, caches, counts, *inputs, ahead=count - 1)
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
-        drawn_from = probabilities.clone() if config.draft_temperature else None
-        exit_hidden, self._drafter_hidden, *read = [each.clone() for each in states]
-        return Drafted(chosen.clone(), drawn_from, exit_hidden, self._drafter_hidden, read)
+        chosen, exit_hidden, self._drafter_hidden, *read = [each.clone() for each in outputs]
+        return Drafted(chosen, exit_hidden, self._drafter_hidden, read)
 
     def chain(
         self,
@@ -529,22 +542,23 @@ class Stages:
             place = (steps(len(tokens), tokens.device), last) if step == 0 else (slice(None), 0)
             own = hidden[place]  # [rows, D]
             if choose:
-                ids, confidence, drawn_from = choose(own, step)
+                ids, confidence = choose(own, step)
             else:
-                ids, confidence = self._argmax(own, texts, depth + step)
-                drawn_from = confidence[:, None]
-            chain.drafts.append(DraftedToken(ids, confidence, states[place], own, drawn_from, states))
+                ids, confidence = self._best(own, texts, depth + step)
+            chain.drafts.append(DraftedToken(ids, confidence, states[place], own, states))
             if step + 1 < count:  # the next draft is made after this one
                 self.passes.fixed = following[step] if following else None
                 tokens = ids[:, None]
                 feedback = own[:, None]
         return chain
 
-    def _argmax(self, hidden: Tensor, texts: int, depth: int) -> tuple[Tensor, Tensor]:
-        """The likeliest token of each row; at this depth one branch leaves the main chain with the runner-up."""
+    def _best(
+        self, hidden: Tensor, texts: int, depth: int, drawn: Drawn | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen token of each row; at this depth one branch leaves the main chain with the runner-up."""
         start = (depth + 1) * texts  # of the rows of that branch
         leaves = start < len(hidden)
-        tokens, confidence = self.drafter.best(hidden, leaves, self.draft_ids)
+        tokens, confidence = self.drafter.best(hidden, leaves, self.draft_ids, drawn)
         first = tokens[0]
         if not leaves:
             return first, confidence
@@ -552,20 +566,21 @@ class Stages:
         second = tokens[1, start:stop]
         return torch.cat([first[:start], second, first[stop:]]), confidence
 
-    def _chooser(self, config: DecodeConfig, uniform: Tensor) -> Choose | None:
-        """What draws drafts by uniform numbers `[B, n]`; None for argmax drafts."""
+    def chooser(self, config: DecodeConfig, noise: Tensor, depth: int = 0) -> Choose | None:
+        """What draws drafts by `noise [B, n]`, see `draft`; None for argmax drafts."""
         if not config.draft_temperature:
             return None
-        # Sampled answers are cut by top_k and top_p, and so are the drafts for them.
-        top_k = config.top_k if config.temperature else 0
-        top_p = config.top_p if config.temperature else 1.0
+        how = config.draft_sampling
+        texts = len(noise)
 
-        def draw(hidden: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-            logits = self.drafter.logits(hidden).float()  # [B, V']
-            probabilities = distribution(logits, config.draft_temperature, top_k, top_p)
-            ids = self.token_ids(inverse_cdf(probabilities, uniform[:, step]))
-            confidence = probabilities.amax(dim=-1)
-            return ids, confidence, probabilities
+        def draw(hidden: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            if how is None:
+                logits = self.drafter.logits(hidden).float()  # [B, V']
+                rows, confidence = choose_tokens(logits, config.draft_temperature, noise[:, step])
+                return self.token_ids(rows), confidence
+            # All chains of a text draw with the same noise.
+            keys = noise[:, step].repeat(len(hidden) // texts)
+            return self._best(hidden, texts, depth + step, Drawn(how, keys))
 
         return draw
 
@@ -579,14 +594,18 @@ class Stages:
             self.feedback.go_on(self._drafter_hidden, counts)
 
     def begin_verifying(
-        self, rows: Sequence[Sequence[int]], chains: int, sampled: bool, drafted: Drafted | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        chains: int,
+        drawn: Drawn | None = None,
+        drafted: Drafted | None = None,
     ) -> None:
         """Start a pass over the tokens that the verifier has not read; `verified` waits for it (target "base").
 
         Args:
             rows: the tokens of each row; none for a text without this chain.
             chains: of each text.
-            sampled: whether the answer is drawn, for which all logits are needed.
+            drawn: how the tokens of a sampled answer are drawn, keys `[rows, n + 1]`, of prompts `[rows, 1]`.
             drafted: drafts that follow the first rows and that the host may not have seen yet.
         """
         for stage in (self.base, self.deep):
@@ -594,13 +613,13 @@ class Stages:
         counts = list(map(len, rows))
         are_prompts = not self.passes.begun
         if are_prompts and len(rows) > 1 and self.passes.read_alone(max(counts)):
-            self._under_way = self._read_one_by_one(rows, sampled)
+            self._under_way = self._read_one_by_one(rows, drawn)
             return
         self._read_before = self.deep.cache.lengths[: len(rows) // chains]
         tokens = self.passes.pad(rows)
-        self._under_way = self._verify(tokens, counts, True, sampled, drafted)
+        self._under_way = self._verify(tokens, counts, True, drawn, drafted)
 
-    def _read_one_by_one(self, rows: Sequence[Sequence[int]], sampled: bool) -> tuple[Tensor, ...]:
+    def _read_one_by_one(self, rows: Sequence[Sequence[int]], drawn: Drawn | None) -> tuple[Tensor, ...]:
         """Let the verifier read each prompt as if alone, over caches of one row, and copy what it has read."""
         caches = (self.base.cache, self.deep.cache)
         if not self._one_row:  # kept, since captured passes write to them
@@ -611,7 +630,8 @@ class Stages:
             for cache in self._one_row:
                 cache.clear()
             tokens = self.passes.pad([row])
-            results = self._verify(tokens, [len(row)], True, sampled, alone=True)
+            own = drawn and Drawn(drawn.how, drawn.keys[index : index + 1])
+            results = self._verify(tokens, [len(row)], True, own, alone=True)
             outputs.append([result.clone() for result in results])
             for cache, one_row in zip(caches, self._one_row, strict=True):
                 cache.copy_prefix(one_row, index)
@@ -619,11 +639,11 @@ class Stages:
         self.base.cache, self.deep.cache = caches
         self.passes.begun = True
         self._read_before = [0] * len(rows)
-        chosen, logits, kept, hidden = zip(*outputs, strict=True)
+        chosen, kept, hidden = zip(*outputs, strict=True)
         padded = pad_sequence([states[0] for states in hidden], batch_first=True)
-        return torch.cat(chosen, dim=1), torch.cat(logits), torch.cat(kept), padded
+        return torch.cat(chosen, dim=1), torch.cat(kept), padded
 
-    def begin_verifying_states(self, states: Sequence[Tensor], sampled: bool) -> None:
+    def begin_verifying_states(self, states: Sequence[Tensor], drawn: Drawn | None = None) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
         counts = list(map(len, states))
         longest = max(counts)
@@ -631,7 +651,7 @@ class Stages:
         padded = pad_sequence(list(states), batch_first=True)
         padded = torch.nn.functional.pad(padded, (0, 0, 0, padding))
         self._read_before = self.deep.cache.lengths
-        self._under_way = self._verify(padded, counts, False, sampled)
+        self._under_way = self._verify(padded, counts, False, drawn)
 
     @property
     def is_verifying(self) -> bool:
@@ -641,17 +661,17 @@ class Stages:
     def verified(self) -> Verified:
         """What the verification that was started says."""
         assert self._under_way is not None
-        chosen, logits, kept, self._verifier_hidden = self._under_way
+        chosen, kept, self._verifier_hidden = self._under_way
         self._under_way = None
         tokens, confidence = unpacked(chosen)
-        return Verified(tokens, confidence, logits, kept, len(self._read_before))
+        return Verified(tokens, confidence, kept, len(self._read_before))
 
     def _verify(
         self,
         inputs: Tensor,
         counts: list[int],
         from_tokens: bool,
-        sampled: bool,
+        drawn: Drawn | None,
         drafted: Drafted | None = None,
         alone: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -673,30 +693,25 @@ class Stages:
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden = hidden[rows, extra[0]][:, None]
             kept = hidden if self.keep_states else hidden[..., :0]
-            chosen, logits = self._choose(hidden, sampled)
-            return chosen, logits, kept, fed_back
+            own, confidence = self.deep.best(hidden, drawn=drawn and Drawn(drawn.how, extra[-1]))
+            return packed(own[0], confidence), kept, fed_back
 
         extra = []
         if are_prompts:
             extra = [torch.tensor(counts) - 1]
         elif drafted is not None:
             extra = [drafted.chosen]
+        if drawn:
+            width = 1 if are_prompts else inputs.shape[1]
+            extra.append(torch.nn.functional.pad(drawn.keys, (0, width - drawn.keys.shape[1])))
         caches = [self.deep.cache]
         if from_tokens:
             caches.insert(0, self.base.cache)
-        name = ("verify", from_tokens, sampled, num_drafts, are_prompts, alone, self.keep_states)
+        how = drawn.how if drawn else None
+        name = ("verify", from_tokens, how, num_drafts, are_prompts, alone, self.keep_states)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results
-
-    def _choose(self, hidden: Tensor, sampled: bool) -> tuple[Tensor, Tensor]:
-        """The verifier's tokens with their confidence, `packed`, and the logits, empty if they are not needed."""
-        if not sampled:
-            tokens, confidence = self.deep.best(hidden)
-            return packed(tokens[0], confidence), hidden[..., :0]
-        logits = self.deep.logits(hidden).float()  # [rows, n + 1, V]
-        confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
-        return packed(tokens, confidence), logits
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
