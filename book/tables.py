@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-second", "h200": "-steps"}
+SECOND = {"cpu": "-text", "h200": "-text"}
 """What the names of the newest evaluations with the second drafter end in, by machine."""
 METHODS = {
     "generate": "`generate` of transformers 4.33.3",
@@ -187,6 +187,49 @@ def head_in_8_bits() -> str:
         )
     head = ["speed over plain decoding (mat)", "learned", "learned and looked up"]
     return table([*head, "its tokens a second", "plain decoding's"], rows)
+
+
+def more_text() -> str:
+    """The second drafter before its third training, and after it by KL alone and with a reward at the end."""
+    drafter = "agreement-smollm2-135m-k2-recurrent"
+    files = {
+        "before": (f"{drafter}-second-cpu", "steps"),
+        "KL": ("agreement-text-kl-cpu", "text-kl"),
+        "KL, then the reward": (f"{drafter}-cpu", "text"),
+    }
+    rows = []
+    for text, (held_out, name) in files.items():
+        (found,) = read(held_out)["figures"].values()
+        cells = [f"{found['rate']:.3f}"]
+        for key in ("tokens_a_block", "expected_tokens"):  # earlier records lack them
+            cells.append(f"{found[key]:.2f}" if key in found else "")
+        for one in SETS:
+            row = overall(f"{one}-{name}", "h200")["dvi"]
+            cells.append(f"{row['speedup']:.2f} ({row['mat']:.2f})")
+        rows.append([text, *cells])
+    head = ["training", "first draft right", "tokens a block of four", "at temperature 1"]
+    return table([*head, *SETS.values()], rows)
+
+
+def sampled() -> str:
+    """Sampling at temperature 1: by rejection, and with one noise for drafts and verifier."""
+    files = {
+        "one H200, rejection": "evaluate-mini-rejection-h200",
+        "one H200, one noise": "evaluate-mini-sampled-h200",
+        "two CPU cores, one noise": "evaluate-mini-sampled-cpu",
+    }
+    names = {"pld": "prompt lookup", "fixed": "always four", "dvi": "learned", "hybrid": "together"}
+    rows = []
+    for text, file in files.items():
+        found = {row["method"]: row for row in read(file)["figures"] if row["task"] == "overall"}
+        speeds = [f"{found[name]['speedup']:.2f} ({found[name]['mat']:.2f})" for name in names]
+        equal = sum(found[name]["identical"] for name in names)
+        asked = sum(found[name]["questions"] for name in names)
+        cells = [f"{found[name]['tok_per_s']:,.0f}" for name in ("plain", "dvi")]
+        rows.append([text, *cells, *speeds, f"{equal} of {asked}"])
+    head = ["", "tokens a second, plain", "learned"]
+    over = [f"{name}, over plain (mat)" for name in names.values()]
+    return table([*head, *over, "equal answers"], rows)
 
 
 def block_reward() -> str:
@@ -508,6 +551,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "agreement": agreement,
     "recurrent": recurrent,
     "block_reward": block_reward,
+    "more_text": more_text,
+    "sampled": sampled,
     "head_in_8_bits": head_in_8_bits,
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
     "early": lambda: by_set("recurrent", "early"),

@@ -454,7 +454,7 @@ class KangarooModel(nn.Module):
             max_new_tokens: length limit of a response, at least 1.
             settings: how to draft and verify.
             eos_ids: tokens that end a response, or one such token, or None.
-            noise: uniform `[max_new_tokens]`, one number a position, for sampled drafts; by default drawn where needed.
+            noise: uniform `[max_new_tokens]`, one number a position, for sampled drafts of greedy answers.
             seed: of what sampling draws, for all prompts or one each; a response does not depend on other prompts.
             memory: earlier texts to look up drafts in, for blocks that do not run ahead of the host.
 

@@ -63,9 +63,7 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
 
 
 @pytest.mark.no_cover
-@pytest.mark.parametrize(
-    "how", [how for how in SETTINGS if not (how.temperature and how.branches)], ids=NAME
-)  # passes of one size have one chain a text, and other chains take other numbers for the same samples
+@pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
     sizes, rows = [], set()
     run = Stage.__call__

@@ -186,7 +186,7 @@ def test_the_report_names_what_was_too_long(draft, tmp_path, too_long):
 
 
 def test_sampled_answers_follow_settings_and_seed(draft, tmp_path):
-    """The same seed gives the same answers, another one others; every method samples."""
+    """The same seed gives the same answers, whatever drafts; another one others; every method samples."""
     flags = ["--draft", draft, "--questions", write_questions(tmp_path / "q.jsonl", ASKED), *TINY]
     flags += ["--temperature", "1.5", "--top_p", "0.95", "--methods", "generate,plain,kangaroo,fixed"]
 
@@ -202,6 +202,7 @@ def test_sampled_answers_follow_settings_and_seed(draft, tmp_path):
     other = answers("b", 2)
     assert first == answers("c", 1)
     assert all(first[name] != other[name] for name in first)
+    assert first["plain-1.jsonl"] == first["kangaroo-1.jsonl"] == first["fixed-1.jsonl"]
     assert "sampled at temperature 1.5, top_p 0.95, seed 1" in (tmp_path / "a/report.md").read_text()
     assert cli.main(["evaluate", *flags, "--temperature", "0", "--run_dir", str(tmp_path / "d")]) == 2
 
@@ -219,7 +220,7 @@ def test_sampled_answers_are_draws_of_their_own_and_the_same_for_every_method(dr
 
     plain = answers("plain-1.jsonl") + answers("plain-2.jsonl")
     assert len(set(plain)) == 4
-    assert plain[0][0] == answers("pld-1.jsonl")[0][0]
+    assert plain[:2] == answers("pld-1.jsonl")
 
 
 def test_an_evaluation_does_not_go_on_with_other_questions_or_another_draft(draft, tmp_path, capsys):

@@ -78,8 +78,7 @@ class EvalSettings(Settings):
     repeats: int = number(1, 1, 1000)
     """How often every method answers every question."""
     temperature: float = number(0.0, 0, 100)
-    """Above 0 answers are sampled, by every method from the same distribution; 0 is greedy. Where blocks adapt to the
-    clock, the same seed need not give the same answer."""
+    """Above 0 answers are sampled, by all our own methods with the same random numbers; 0 is greedy."""
     top_p: float = number(1.0, 1e-6, 1)
     """Sample only among the fewest tokens that hold this probability."""
     too_long: str = choice("refuse", ("refuse", "skip", "cut"))
@@ -240,7 +239,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], config: EvalConfig) 
 
 
 def _methods(draft: Draft, config: EvalConfig) -> dict[str, Method]:
-    """The methods asked for; where answers are sampled, so are learned drafts."""
+    """The methods asked for."""
     configs = decode_configs(
         config.longest,
         config.fixed_len,
@@ -248,7 +247,6 @@ def _methods(draft: Draft, config: EvalConfig) -> dict[str, Method]:
         config.kangaroo_threshold,
         target=draft.target,
         temperature=config.temperature,
-        draft_temperature=config.temperature,
         top_p=config.top_p,
     )
     return decoders(config.methods.split(","), configs, draft, config.answer_tokens, config.seed)

@@ -70,14 +70,12 @@ def run_ahead(
     """Decode blocks of one plan until the texts want other blocks, or half of them are over.
 
     Args:
-        stages: the model, see `plan_ahead`.
+        stages, plan: see `plan_ahead`.
         texts: at least one of them is not over.
-        plan: what the blocks draft.
-        config: how tokens are drawn.
-        threshold: confidence below which a learned draft ends its chain; 0 for none.
+        config, threshold: how tokens are drawn; confidence below which a draft ends its chain, 0 for none.
 
     Yields:
-        After each block what the texts commit, one entry a text; the caller appends it.
+        After each block what the texts commit; the caller appends it.
 
     Raises:
         ValueError: if a logit of the verifier is not finite.

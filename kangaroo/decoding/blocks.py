@@ -33,8 +33,8 @@ class DecodeConfig:
     target: str = "base"
     """What the deep layers read: "base", the exit state with lora_S off, or "adapted", with it on."""
     draft_temperature: float = 0.0
-    """0 drafts by argmax; above 0 drafts are sampled from the policy at this temperature. For a sampled answer they are
-    drawn with the verifier's noise, cut as it is; for a greedy one by noise that is given."""
+    """Of drafts of a greedy answer: 0 takes the argmax, above 0 they are sampled by noise that is given. Drafts of a
+    sampled answer are drawn with the verifier's noise, cut as its tokens, at its temperature unless this is above 0."""
     source: str = "learned"
     """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
     "hybrid", both, in one verification where that pays."""
@@ -81,10 +81,10 @@ class DecodeConfig:
 
     @property
     def draft_sampling(self) -> Sampling | None:
-        """How the drafts of a sampled answer are drawn; None for argmax."""
-        if not (self.temperature and self.draft_temperature):
+        """How the drafts of a sampled answer are drawn; None for greedy answers."""
+        if not self.temperature:
             return None
-        return Sampling(self.draft_temperature, self.top_k, self.top_p)
+        return Sampling(self.draft_temperature or self.temperature, self.top_k, self.top_p)
 
     @property
     def forks(self) -> bool:
@@ -111,7 +111,8 @@ class DraftBlock:
 
     Attributes:
         tokens: `[n]` int64, vocabulary ids.
-        confidence: `[n]`, the policy's largest probability at each position; NaN for tokens that were looked up.
+        confidence: `[n]`, the policy's largest probability at each position, of drafts of a sampled answer their own; NaN
+            for tokens that were looked up.
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
         drafter_hidden: `[m, D]`, the drafter's normed states, from which the exit head chose them; empty where blocks
             run ahead of the host.

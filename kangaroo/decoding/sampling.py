@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-
 GOLDEN = -0x61C8864680B583EB
 """2**64 over the golden ratio, as a signed number: the step of SplitMix64 (Steele et al. 2014)."""
 MIXING = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))

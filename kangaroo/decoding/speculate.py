@@ -1,9 +1,9 @@
 """Speculative decoding with one model: the shallow layers draft, the deep layers verify. The algorithm.
 
-The output never depends on what drafts, since every committed token is the verifier's own: its argmax or, when sampling,
-what it draws by the noise of that place (Daliri et al. 2024, arXiv 2408.07978). So acceptance is one rule, where
-speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) accepts a draft x with probability min(1, p(x) / q(x)).
-Early exit as in Kangaroo (arXiv 2404.18911).
+The output never depends on what drafts, since every committed token is the verifier's own: its argmax or, in sampling,
+what it draws by the noise of that place. Drafts are drawn by the same noise (Daliri et al. 2024, arXiv 2408.07978), in
+place of the rejection rule of speculative sampling (Leviathan et al. 2023, arXiv 2211.17192). Early exit as in Kangaroo
+(arXiv 2404.18911).
 
 Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocabulary, D hidden.
 """
@@ -84,7 +84,7 @@ def draft_tokens(stages: Stages, drafts: Sequence[Draft], config: DecodeConfig) 
     wanted = max(draft.wanted() for draft in drafts)
     count = stages.drafts_at_once(wanted)
     noise = [[0.0] * count] * texts
-    if config.draft_temperature > 0:
+    if config.temperature or config.draft_temperature:
         for row, draft in enumerate(drafts):
             if draft.wants_more:
                 noise[row] = draft.noise(count)
@@ -232,7 +232,13 @@ class Text:
         self.prompt_len = len(self.tokens)
 
     def seed(self, seed: int, max_new_tokens: int) -> None:
-        """Let the answer be sampled: the same seed gives the same answer."""
+        """Let the answer be sampled: the same seed gives the same answer.
+
+        Raises:
+            ValueError: if the text has noise already.
+        """
+        if self.noise is not None:
+            raise ValueError("noise is for drafts of greedy answers; expected a seed for a sampled one")
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randint(2**63 - 1, (max_new_tokens,), generator=generator)
 

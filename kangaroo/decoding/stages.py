@@ -258,7 +258,7 @@ class Drafted:
 
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""From states `[rows, D]` and the place of a draft among those in one go to the draft of each row and its confidence."""
+"""From states `[rows, D]` and the place of a draft among those in one go to each row's draft and its confidence."""
 
 
 @dataclass(frozen=True)
@@ -568,10 +568,10 @@ class Stages:
 
     def chooser(self, config: DecodeConfig, noise: Tensor, depth: int = 0) -> Choose | None:
         """What draws drafts by `noise [B, n]`, see `draft`; None for argmax drafts."""
-        if not config.draft_temperature:
-            return None
         how = config.draft_sampling
         texts = len(noise)
+        if how is None and not config.draft_temperature:
+            return None
 
         def draw(hidden: Tensor, step: int) -> tuple[Tensor, Tensor]:
             if how is None:
@@ -692,8 +692,8 @@ class Stages:
             if are_prompts:  # only what follows their last token matters
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden = hidden[rows, extra[0]][:, None]
-            kept = hidden if self.keep_states else hidden[..., :0]
             own, confidence = self.deep.best(hidden, drawn=drawn and Drawn(drawn.how, extra[-1]))
+            kept = hidden if self.keep_states else hidden[..., :0]
             return packed(own[0], confidence), kept, fed_back
 
         extra = []
@@ -707,8 +707,7 @@ class Stages:
         caches = [self.deep.cache]
         if from_tokens:
             caches.insert(0, self.base.cache)
-        how = drawn.how if drawn else None
-        name = ("verify", from_tokens, how, num_drafts, are_prompts, alone, self.keep_states)
+        name = ("verify", from_tokens, drawn and drawn.how, num_drafts, are_prompts, alone, self.keep_states)
         results = self.passes.run(name, run, caches, counts, inputs, *extra)
         self.passes.begun = True
         return results
