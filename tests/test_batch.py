@@ -58,7 +58,7 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
     if how.adaptive:  # alone its blocks are chosen, together they are fixed
         return
     assert lengths == [[block.block_len for block in one.blocks] for one in alone]
-    if how.draft_len > 3 and how.source == "learned":
+    if how.draft_len > 3 and how.source == "learned" and not how.temperature:
         assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
 
 

@@ -64,7 +64,8 @@ def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
         bits = (bits ^ _shifted(bits, shift)) * factor
     bits = bits ^ _shifted(bits, LAST_SHIFT)
     uniform = (_shifted(bits, 64 - NOISE_BITS).double() + 0.5) / 2**NOISE_BITS  # above 0, below 1
-    return -(-uniform.log()).log()
+    noise: Tensor = -(-uniform.log()).log()
+    return noise
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
