@@ -86,8 +86,8 @@ class LiveConfig(Settings):
     lr: float = number(3e-4, 0, 1)
     """AdamW's rate. A few times as much forgets what the draft knew."""
     schedule: str = choice("kl", ("kl", "tv", "ce", "exact_pg"))
-    """Objective of an update, as in `dvirl train`: one that asks the verifier alone. Served drafts are mostly argmax
-    drafts, from which a reward has a biased gradient."""
+    """Objective of an update, as in `dvirl train`: one that asks the verifier alone. Drafts of greedy answers are
+    argmax drafts, from which a reward has a biased gradient."""
     fast_batch: int = number(16, 1)
     """Number of accepted drafts after which an update on the newest answer is due."""
     replay_every: int = number(8, 0)

@@ -217,6 +217,27 @@ def test_noise_is_standard_gumbel_and_the_hash_that_is_named():
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
 
 
+def test_a_branch_of_a_sampled_answer_takes_the_likeliest_other_token_where_one_is_left(monkeypatch):
+    """With top_k=1 drafts are argmax drafts, and so are branches."""
+    for prompt in random_prompts(2):
+        model = tiny_kangaroo(2, deep_scale=0.3)
+        greedy = model.generate(prompt, 16, DecodeConfig(3, branches=2))
+        cold = model.generate(prompt, 16, DecodeConfig(3, temperature=1.0, top_k=1, branches=2), seed=3)
+        for one, other in zip(greedy.blocks, cold.blocks, strict=True):
+            drafts = [
+                [chain.draft.tokens.tolist() for chain in (block, *block.beside)] for block in (one, other)
+            ]
+            assert drafts[0] == drafts[1]
+            torch.testing.assert_close(one.draft.confidence, other.draft.confidence)
+
+
+def test_all_bits_of_a_seed_count():
+    model, prompt = tiny_kangaroo(1), random_prompts(1)[0]
+    how = DecodeConfig(2, temperature=3.0)
+    answers = [model.generate(prompt, 20, how, seed=seed).tokens for seed in (1, -1, 1 + 2**32, 1 + 2**61, 0)]
+    assert len(set(map(tuple, answers))) == 5
+
+
 def test_samples_are_seeded_and_cold_ones_are_greedy():
     model, prompt = tiny_kangaroo(1), random_prompts(1)[0]
     how = DecodeConfig(3, temperature=1.0, draft_temperature=1.0)

@@ -111,8 +111,7 @@ class DraftBlock:
 
     Attributes:
         tokens: `[n]` int64, vocabulary ids.
-        confidence: `[n]`, the policy's largest probability at each position, of drafts of a sampled answer their own;
-            NaN for tokens that were looked up.
+        confidence: `[n]`, the policy's largest probability at each position; NaN for tokens that were looked up.
         exit_hidden: `[m, D]`, the exit states that the first m were drafted from, lora_S on.
         drafter_hidden: `[m, D]`, the drafter's normed states, from which the exit head chose them; empty where blocks
             run ahead of the host.

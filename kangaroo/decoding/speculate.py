@@ -11,6 +11,7 @@ Shapes: B texts, T new tokens, n drafts of a block, V vocabulary, V' draft vocab
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -239,8 +240,8 @@ class Text:
         """
         if self.noise is not None:
             raise ValueError("noise is for drafts of greedy answers; expected a seed for a sampled one")
-        generator = torch.Generator().manual_seed(seed)
-        self.noise = torch.randint(2**63 - 1, (max_new_tokens,), generator=generator)
+        rng = random.Random(str(seed))  # of all its bits; a number would lose its sign
+        self.noise = torch.tensor([rng.getrandbits(63) for _ in range(max_new_tokens)])
 
     @property
     def tokens(self) -> list[int]:

@@ -39,10 +39,12 @@ class Drawn:
     Attributes:
         how: temperature and cuts.
         keys: of the places, see `gumbel_noise`, in the shape of the tokens.
+        is_draft: whether these are drafts.
     """
 
     how: Sampling
     keys: Tensor
+    is_draft: bool = False
 
 
 @dataclass
@@ -191,7 +193,7 @@ class Stage:
     def best(
         self, states: Tensor, two: bool = False, ids: Tensor | None = None, drawn: Drawn | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The token that is chosen after each normed state `[…, D]`, and its probability in float32.
+        """The token that is chosen after each normed state `[…, D]`, and a probability in float32.
 
         Args:
             states: normed states.
@@ -200,7 +202,8 @@ class Stage:
             drawn: how tokens are sampled; None for the likeliest.
 
         Returns:
-            Tokens `[1, …]`, or `[2, …]` with the runners-up; probabilities `[…]` of the first, at temperature 1.
+            Tokens `[1, …]`, or `[2, …]` with the runners-up; probabilities `[…]` at temperature 1: a drafter's largest,
+            the verifier's of its token.
         """
         weight = self.weights.head_weight
         if self._by_own_kernels and weight is not None and drawn is None:
@@ -215,10 +218,14 @@ class Stage:
         scores = probabilities if drawn is None else drawn.how.perturbed(logits, drawn.keys, ids)
         first = scores.argmax(dim=-1)
         confidence = probabilities.gather(-1, first[..., None]).squeeze(-1)
+        if drawn and drawn.is_draft:
+            confidence = probabilities.amax(dim=-1)
         tokens = first[None]
         if two:
-            rest = scores.scatter(-1, first[..., None], -math.inf)
-            second = rest.argmax(dim=-1)
+            others = [each.scatter(-1, first[..., None], -math.inf) for each in (scores, probabilities)]
+            # Where a cut leaves one token, the runner-up is the likeliest of the others.
+            is_left = others[0].amax(dim=-1) > -math.inf
+            second = torch.where(is_left, *(each.argmax(dim=-1) for each in others))
             tokens = torch.stack([first, second])
         if ids is not None:
             tokens = ids[tokens]
@@ -580,7 +587,7 @@ class Stages:
                 return self.token_ids(rows), confidence
             # All chains of a text draw with the same noise.
             keys = noise[:, step].repeat(len(hidden) // texts)
-            return self._best(hidden, texts, depth + step, Drawn(how, keys))
+            return self._best(hidden, texts, depth + step, Drawn(how, keys, is_draft=True))
 
         return draw
 
