@@ -170,7 +170,8 @@ def test_a_seed_gives_the_same_answer_whatever_drafts(how, captured, monkeypatch
         assert [each.tokens for each in together] == plain
         drafted = sum(block.num_drafted for each in alone for block in each.blocks)
         accepted = sum(block.num_accepted for each in alone for block in each.blocks)
-        assert drafted >= 3 and (accepted > 0 or how.source == "lookup" or how.adaptive)
+        # What pays by the clock may be no drafts at all.
+        assert how.adaptive or (drafted >= 3 and (accepted > 0 or how.source == "lookup"))
     assert bool(started) == captured
 
 

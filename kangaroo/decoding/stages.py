@@ -222,10 +222,10 @@ class Stage:
             confidence = probabilities.amax(dim=-1)
         tokens = first[None]
         if two:
-            others = [each.scatter(-1, first[..., None], -math.inf) for each in (scores, probabilities)]
+            left, others = (each.scatter(-1, first[..., None], -math.inf) for each in (scores, probabilities))
             # Where a cut leaves one token, the runner-up is the likeliest of the others.
-            is_left = others[0].amax(dim=-1) > -math.inf
-            second = torch.where(is_left, *(each.argmax(dim=-1) for each in others))
+            is_left = left.amax(dim=-1) > -math.inf
+            second = torch.where(is_left, left.argmax(dim=-1), others.argmax(dim=-1))
             tokens = torch.stack([first, second])
         if ids is not None:
             tokens = ids[tokens]
