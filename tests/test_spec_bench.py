@@ -245,33 +245,21 @@ def test_an_evaluation_does_not_go_on_with_other_questions_or_another_draft(draf
     assert after == before
 
 
+def evaluate_by(methods, draft, folder):
+    """Answer the usual questions in `folder / "run"`; the exit code."""
+    flags = ["--draft", draft, "--questions", write_questions(folder / "q.jsonl"), *TINY]
+    return cli.main(["evaluate", *flags, "--methods", methods, "--run_dir", str(folder / "run")])
+
+
 def test_an_evaluation_of_the_reference_alone_has_a_report(draft, tmp_path):
-    flags = [
-        "--draft",
-        draft,
-        "--questions",
-        write_questions(tmp_path / "q.jsonl"),
-        *TINY,
-        "--methods",
-        "plain",
-    ]
-    assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 0
+    assert evaluate_by("plain", draft, tmp_path) == 0
     assert (tmp_path / "run/speedup.png").exists() and "plain" in (tmp_path / "run/report.md").read_text()
 
 
 def test_a_folder_belongs_to_one_evaluation_at_a_time(draft, tmp_path, capsys):
     """Two would answer the same questions, and none could read the answers afterwards."""
-    flags = [
-        "--draft",
-        draft,
-        "--questions",
-        write_questions(tmp_path / "q.jsonl"),
-        *TINY,
-        "--methods",
-        "plain,pld",
-    ]
     with run_lock(tmp_path / "run"):
-        assert cli.main(["evaluate", *flags, "--run_dir", str(tmp_path / "run")]) == 2
+        assert evaluate_by("plain,pld", draft, tmp_path) == 2
     assert "run is in use by process" in capsys.readouterr().err
     assert not (tmp_path / "run/answers").exists()
 
