@@ -34,7 +34,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kangaroo.adapter import DecoderLayer
 from kangaroo.decoding.cache import FixedShape, KVCache
-from kangaroo.decoding.sampling import GOLDEN, LAST_SHIFT, MIXING, NOISE_BITS, Drawn
+from kangaroo.decoding.sampling import Drawn
 
 ROWS = 16
 """Rows of a tile: the least that tensor cores multiply."""
@@ -52,16 +52,6 @@ HELD_BYTES = 48 * 1024
 """Weights that a program reads before it waits for the kernel before, at most; they stay in its registers."""
 EVERYTHING = 1 << 30
 """A window that no text fills."""
-
-# What kernels may read of `gumbel_noise`: constants, of which the factors are unsigned here.
-_GOLDEN = tl.constexpr(GOLDEN % 2**64)
-_SHIFT_1 = tl.constexpr(MIXING[0][0])
-_FACTOR_1 = tl.constexpr(MIXING[0][1] % 2**64)
-_SHIFT_2 = tl.constexpr(MIXING[1][0])
-_FACTOR_2 = tl.constexpr(MIXING[1][1] % 2**64)
-_SHIFT_3 = tl.constexpr(LAST_SHIFT)
-_UNUSED_BITS = tl.constexpr(64 - NOISE_BITS)
-_SMALLEST = tl.constexpr(2.0**-NOISE_BITS)
 
 
 @triton.jit
@@ -408,14 +398,20 @@ def _merge(
 
 
 @triton.jit
-def _noise(key, token):
-    """The noise of `gumbel_noise` for places and tokens, int64: `[rows, columns]`, float64."""
-    # Unsigned, so that zeros are shifted in from the left.
-    bits = key.to(tl.uint64)[:, None] + (token.to(tl.uint64) * _GOLDEN)[None, :]
-    bits = (bits ^ (bits >> _SHIFT_1)) * _FACTOR_1
-    bits = (bits ^ (bits >> _SHIFT_2)) * _FACTOR_2
-    bits = bits ^ (bits >> _SHIFT_3)
-    uniform = ((bits >> _UNUSED_BITS).to(tl.float64) + 0.5) * _SMALLEST
+def _noise(keys, ids, row, column, rows, N: tl.constexpr, NAMED: tl.constexpr):
+    """The noise of `gumbel_noise` for some rows and columns, float64; with `NAMED` of the tokens `ids`.
+
+    Numbers are unsigned here, so that zeros are shifted in from the left.
+    """
+    key = tl.load(keys + row, mask=row < rows, other=0).to(tl.uint64)
+    token = column
+    if NAMED:
+        token = tl.load(ids + column, mask=column < N, other=0)
+    bits = key[:, None] + (token.to(tl.uint64) * 0x9E3779B97F4A7C15)[None, :]
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+    bits = bits ^ (bits >> 31)
+    uniform = ((bits >> 12).to(tl.float64) + 0.5) * 2.0**-52
     return -tl.log(-tl.log(uniform))
 
 
@@ -448,11 +444,7 @@ def _choose(
     top = tl.max(logits, axis=1)
     scores = logits
     if DRAWN:
-        key = tl.load(keys + row, mask=row < rows, other=0)
-        token = column.to(tl.int64)
-        if NAMED:
-            token = tl.load(ids + column, mask=column < N, other=0)
-        scores = logits.to(tl.float64) / temperature + _noise(key, token)
+        scores = logits.to(tl.float64) / temperature + _noise(keys, ids, row, column, rows, N, NAMED)
     best = tl.minimum(block * BLOCK_N + tl.argmax(scores, axis=1), N - 1)
     place = row * tl.num_programs(0) + block
     tl.store(highest + place, tl.max(scores, axis=1), mask=row < rows)
