@@ -32,8 +32,7 @@ Made = TypeVar("Made")
 PACKED_FOR_ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
 ROUNDED_FOR_ROWS = 4
-"""Rows up to which a product by 8-bit weights is faster than one by packed weights; for more, computing takes the time.
-"""
+"""Rows up to which a product by 8-bit weights is no slower than by packed ones; for more, computing takes the time."""
 LARGE = 2**22
 """Weights of more numbers than this are left apart on an accelerator: there reading them takes the time, not starting
 products, and a second copy of them would take the memory."""
@@ -51,7 +50,7 @@ def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> P
     exact: Product = partial(F.linear, weight=weight, bias=bias)
     if can_pack(weight):
         exact = _packed_product(weight, bias)
-    # The operator for 8 bits reads past the end of rows of other lengths.
+    # The operator for 8 bits has ended the process where rows were 23 numbers long.
     if not int8 or weight.device.type != "cpu" or weight.shape[1] % 32:
         return exact
     # It is private to torch, too, and is tried on numbers before it is believed.
@@ -90,7 +89,8 @@ def _packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
 
 def _rounded_product(weight: Tensor, bias: Tensor | None, exact: Product) -> Product:
     """Of few rows nearly the same, by weights in 8 bits, each row with a scale, and states in bfloat16."""
-    scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+    # A row of zeros has the scale 0, whatever it is rounded to.
+    scales = (weight.float().abs().amax(dim=1) / 127).bfloat16()
     rounded = (weight / scales.float()[:, None]).round().to(torch.int8)
 
     def multiply(states: Tensor) -> Tensor:
