@@ -17,7 +17,7 @@ from dvirl.models.embedded import cache_root
 from dvirl.models.loading import DEFAULT_MODEL, load
 from dvirl.models.streaming import stream_text
 from dvirl.runs import settings
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import DvirlError, bad_input
 from dvirl.runs.log import numbered, parse_line, read_text, write_json
 from dvirl.runs.settings import ModelSettings, choice, narrowed
 from kangaroo.decoding.blocks import Verification
@@ -178,10 +178,8 @@ class Chat:
         """The token ids of a conversation; arguments and errors as in `answer`."""
         session = self.session
         prompt = session.loaded.chat.encode(turns, system)
-        try:
+        with bad_input():
             return check_prompt(prompt, session.loaded.model, session.config.max_new_tokens)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
 
     def answer(self, turns: Sequence[str], system: str = "") -> str:
         """Print the answer to a conversation as it comes, and a line of figures; Ctrl-C ends the answer.

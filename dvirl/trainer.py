@@ -57,7 +57,7 @@ from dvirl.rollout import (
     score_drafts,
 )
 from dvirl.runs import checkpoint, optim
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from dvirl.runs.folder import fingerprint
 from dvirl.runs.loop import TrainingLoop
 
@@ -129,10 +129,9 @@ class DVITrainer(TrainingLoop):
         """Put on the model what the settings describe: lora_S, lora_D and a draft, fresh or from a folder."""
         config = self.config
         base = self.loaded.model
-        try:
+        with bad_input():
             base.set_exit_layer(config.exit_layer)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
+
         self.peft_model, self.model = lora.attach_draft(base, config, self._count_tokens(), deep=True)
         if config.start_from:
             checkpoint.load_weights(Path(config.start_from), self.peft_model, self.model, ["lora_S"])

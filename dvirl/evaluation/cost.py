@@ -25,7 +25,7 @@ from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
 from dvirl.runs import settings
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from dvirl.runs.folder import provenance
 from dvirl.runs.settings import MANY, number, several
 from kangaroo.decoding.blocks import DecodeConfig
@@ -218,10 +218,8 @@ def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
     draft = Namespace(drafter=config.drafter, drafter_layers=config.drafter_layers, draft_vocab=covered)
     costs = []
     for exit_layer in tqdm(config.exit_layers, desc="measuring", unit="exit layer", leave=False):
-        try:
+        with bad_input():
             model = KangarooModel(base, None, draft, exit_layer)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
         for context in config.contexts:
             steps = model.measure_costs(config.draft_len, context=context, rows=config.rows)
             even = {count: steps.break_even(count) for count in LENGTHS if count <= config.draft_len}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dvirl.metrics import Tally
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt
 from kangaroo.kangaroo_model import KangarooModel
@@ -89,15 +89,13 @@ def timed(
         DvirlError: for a prompt that cannot be read or leaves no room for the answer, or logits that are not finite.
     """
     captured_s = model.base_model.capture_s
-    try:
+    with bad_input():
         ids = check_prompt(prompt, model.base_model, limit)
         start = model.now()
         stream = model.decode_blocks(ids, limit, settings, eos_ids, seed=seed)
         blocks = [next(stream)]
         prefill_s = model.now() - start
         blocks += stream
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
     # Capturing CUDA graphs is paid once a process, not once an answer.
     wall_s = model.now() - start - (model.base_model.capture_s - captured_s)
     tokens = [token for block in blocks for token in block.committed]

@@ -9,7 +9,7 @@ from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import parse_spec_bench, parsed_rows
 from dvirl.models.drafters import DrafterOptions, LoadedDrafter
 from dvirl.models.loading import LoadedModel
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import DvirlError, bad_input
 from dvirl.runs.settings import has_type, number, several
 from kangaroo.decoding.inputs import check_prompt, context_length
 
@@ -94,10 +94,8 @@ def question_sets(
 
     def encode(row: Any) -> list[int]:
         prompt = parse_spec_bench(row)[0]
-        try:
+        with bad_input():
             return check_prompt(loaded.chat.encode(prompt.turns), loaded.model, limit)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
 
     for path in files:
         # Every question counts: "12 + 30" and "12 - 30" are repeats only to `read_prompts`, which training uses.
