@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from dvirl.data.sources import Prompt, parse_jsonl, placed
@@ -65,7 +64,7 @@ class ChatConfig(LiveConfig, ModelSettings):
     """System text before the conversation; by default the model's own."""
 
 
-parse_args = partial(settings.parse_args, ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")
+parse_args = settings.command_line(ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")
 """Settings from flags; see `settings.parse_args`."""
 
 

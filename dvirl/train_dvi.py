@@ -24,7 +24,7 @@ class TrainConfig(Resumable, DVIConfig):
     """Settings of a run, and whether it is one that goes on."""
 
 
-parse_args = partial(settings.parse_args, TrainConfig, "dvirl train", "Train a draft while it generates.")
+parse_args = settings.command_line(TrainConfig, "dvirl train", "Train a draft while it generates.")
 """Settings from flags; see `settings.parse_args`."""
 
 

@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -21,9 +20,7 @@ class SGPRun(Resumable, SGPConfig):
     """Settings of a run, and whether it is one that goes on."""
 
 
-parse_args = partial(
-    settings.parse_args, SGPRun, "dvirl sgp", "Fine-tune the shallow layers on supervised records."
-)
+parse_args = settings.command_line(SGPRun, "dvirl sgp", "Fine-tune the shallow layers on supervised records.")
 """Settings from flags; see `settings.parse_args`."""
 
 

@@ -7,7 +7,6 @@ counts; the time in which CUDA graphs are captured is reported apart.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import chain
 from statistics import fmean, median
 from typing import Any
@@ -21,10 +20,9 @@ from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_con
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, LoadedDrafter, load_drafter
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
-from dvirl.runs.settings import number, positional
+from dvirl.runs.settings import command_line, number, positional
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 
@@ -213,8 +211,7 @@ class BenchConfig(MeasureSettings):
     """Make learned drafts wrong, to see what drafting costs then."""
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     BenchConfig,
     "dvirl bench",
     "Time every method of decoding side by side, by the clock.",

@@ -7,7 +7,6 @@ and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, as m
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -24,10 +23,9 @@ from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
-from dvirl.runs import settings
 from dvirl.runs.errors import bad_input
 from dvirl.runs.folder import provenance
-from dvirl.runs.settings import MANY, number, several
+from dvirl.runs.settings import MANY, command_line, number, several
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -194,8 +192,7 @@ def check(config: CostConfig) -> list[Checked]:
     return checked
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     CostConfig,
     "dvirl cost",
     "Measure what drafting costs, and say which acceptance makes it pay.",

@@ -16,11 +16,11 @@ from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.evaluation.report import write_out
 from dvirl.metrics import verifier_figures, verifier_sums
 from dvirl.models.drafters import DrafterOptions, load_drafter
-from dvirl.runs import errors, settings
+from dvirl.runs import errors
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance, run_settings
-from dvirl.runs.settings import from_mapping, number, required
+from dvirl.runs.settings import command_line, from_mapping, number, required
 from dvirl.train_dvi import make_trainer
 from kangaroo.decoding.blocks import DecodeConfig
 
@@ -51,8 +51,7 @@ class SGPEvalConfig(DrafterOptions):
     """Also write the figures to this JSON file."""
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     SGPEvalConfig,
     "dvirl sgp-eval",
     "Measure acceptance rate, throughput and perplexity.",

@@ -6,7 +6,7 @@ import functools
 import inspect
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -240,6 +240,11 @@ def parse_args(
         needed = {name: arguments[name] for name in required}
         from_mapping(kind, {**needed, **in_file}, path)
     return from_mapping(kind, {**in_file, **arguments}, "arguments")
+
+
+def command_line(kind: type[Config], prog: str, description: str) -> Callable[[Sequence[str]], Config]:
+    """What reads the settings of one command from its arguments, see `parse_args`."""
+    return functools.partial(parse_args, kind, prog, description)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -697,8 +696,8 @@ class Distiller(TrainingLoop):
         self.counters = DistillCounters(**state["numbers"])
 
 
-parse_args = partial(
-    settings.parse_args, DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text."
+parse_args = settings.command_line(
+    DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text."
 )
 """Settings from flags; see `settings.parse_args`."""
 
