@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from dvirl.models.loading import DEFAULT_MODEL, load
 from dvirl.models.streaming import stream_text
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError, bad_input
+from dvirl.runs.interrupt import handled
 from dvirl.runs.log import numbered, parse_line, read_text, write_json
 from dvirl.runs.settings import ModelSettings, choice, narrowed
 from kangaroo.decoding.blocks import Verification
@@ -200,7 +201,8 @@ class Chat:
         colours: list[str] = []
         text = ""
         # A signal is noted and waits: it must not fall into an update.
-        with stoppable() as stop:
+        stop = threading.Event()
+        with handled(lambda *_: stop.set(), signal.SIGINT):
             tokens = self._tokens(stream, blocks, colours, stop)
             for place, piece in enumerate(stream_text(session.loaded.tokenizer, tokens)):
                 text += piece
@@ -249,17 +251,3 @@ class Chat:
             share = self.session.counters.learning_share
             line += f"; {DONE[learned]}, {100 * share:.0f} % of the time so far"
         return line + "]"
-
-
-@contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """Note Ctrl-C in the event rather than raise it, in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
