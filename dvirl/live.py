@@ -146,7 +146,7 @@ class HeadTrainer(DVITrainer):
 
     def __init__(self, config: DVIConfig, draft: LoadedDrafter) -> None:
         no_prompts = PromptSplit(PromptStream([[0]], None), [])  # they come from people
-        super().__init__(config, draft.loaded, no_prompts, seeded=True, draft=draft)
+        super().__init__(config, draft.loaded, no_prompts, draft)
         # The trainer steps all of the draft; here the rest stays, and so do the states in the records.
         self.shallow = lora.head_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)

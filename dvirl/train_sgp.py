@@ -10,7 +10,6 @@ from dvirl.config import Resumable, SGPConfig
 from dvirl.data.sources import Prompt, read_prompts
 from dvirl.models.loading import LoadedModel, load
 from dvirl.runs import loop, settings
-from dvirl.runs.checkpoint import seed_all
 from dvirl.runs.errors import DvirlError
 from dvirl.sgp import SGPResult, SGPTrainer
 
@@ -38,14 +37,13 @@ def make_trainer(
         DvirlError: for settings that do not fit the model or the records, or a bad source.
     """
     torch.set_num_threads(config.threads)
-    seed_all(config.seed)  # as in `train_dvi.make_trainer`
     if records is None:
         if not config.records_path:
             expected = "expected a JSON or JSONL file or a hub id of supervised records"
             raise DvirlError(f"records_path is empty; {expected}")
         records = read_prompts("supervised", config.records_path, config.on_bad_row)
     loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
-    return SGPTrainer(config, loaded, records, seeded=True)
+    return SGPTrainer(config, loaded, records)
 
 
 def main(args: Namespace | SGPConfig) -> SGPResult:
