@@ -4,7 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dvirl.metrics import Tally
+import torch
+
+from dvirl.data.examples import make_example
+from dvirl.data.sources import Prompt
+from dvirl.metrics import Tally, verifier_figures, verifier_sums
+from dvirl.models.loading import LoadedModel
 from dvirl.runs.errors import bad_input
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt
@@ -73,6 +78,31 @@ def tally(answers: Sequence[Answer]) -> Tally:
     for answer in answers:
         counts.count(answer.blocks[1:])
     return counts
+
+
+def judge_replies(
+    loaded: LoadedModel, replies: Sequence[Prompt], target: str, batch: int = 1
+) -> dict[str, float]:
+    """Perplexity of replies under the verifier, and its drift from the untouched model on them.
+
+    Args:
+        loaded: the model, with its adapters.
+        replies: prompts with their responses.
+        target: what the verifier's deep layers read, base or adapted.
+        batch: replies in one pass.
+
+    Returns:
+        See `metrics.verifier_figures`.
+    """
+    chat = loaded.chat
+    examples = [
+        make_example(chat.encode(reply.turns), chat.encode_response(reply.response)) for reply in replies
+    ]
+    # Sums add up over batches, and means are taken once, at the end.
+    sums = torch.zeros(5, dtype=torch.float64)
+    for start in range(0, len(examples), batch):
+        sums += verifier_sums(loaded.model, examples[start : start + batch], target)
+    return verifier_figures(sums)
 
 
 def timed(
