@@ -13,7 +13,7 @@ from dvirl.live import LiveConfig, LiveSession
 from dvirl.metrics import Tally
 from dvirl.models.drafters import DEFAULT_DRAFTER
 from dvirl.models.embedded import cache_root
-from dvirl.models.loading import DEFAULT_MODEL, load
+from dvirl.models.loading import DEFAULT_MODEL, load_for
 from dvirl.models.streaming import stream_text
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError, bad_input
@@ -95,7 +95,7 @@ def open_session(config: ChatConfig) -> LiveSession:
     live = replace(narrowed(LiveConfig, config), run_dir=folder)
     if not wants_to_learn(config.learn, folder):
         live = replace(live, budget=0.0)
-    model = load(config.model_name, config.dtype, config.device, config.chat_format)
+    model = load_for(config)
     return LiveSession(model, config.draft, live)
 
 

@@ -11,7 +11,7 @@ import torch
 from dvirl import cli
 from dvirl.config import DVIConfig, Resumable
 from dvirl.data.stream import PromptSplit, load_prompts
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.runs import loop, settings
 from dvirl.runs.checkpoint import step_folder
 from dvirl.runs.log import read_metrics
@@ -43,7 +43,7 @@ def make_trainer(
     """
     torch.set_num_threads(config.threads)
     processes = Processes(config.device)  # before the model, since they say which accelerator is whose
-    loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+    loaded = loaded or load_for(config)
     split = split or processes.once(lambda: load_prompts(config, loaded))
     return DVITrainer(config, loaded, split)
 

@@ -8,7 +8,7 @@ import torch
 
 from dvirl.config import Resumable, SGPConfig
 from dvirl.data.sources import Prompt, read_prompts
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.runs import loop, settings
 from dvirl.runs.errors import DvirlError
 from dvirl.sgp import SGPResult, SGPTrainer
@@ -42,7 +42,7 @@ def make_trainer(
             expected = "expected a JSON or JSONL file or a hub id of supervised records"
             raise DvirlError(f"records_path is empty; {expected}")
         records = read_prompts("supervised", config.records_path, config.on_bad_row)
-    loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+    loaded = loaded or load_for(config)
     return SGPTrainer(config, loaded, records)
 
 

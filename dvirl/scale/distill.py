@@ -38,7 +38,7 @@ from dvirl.losses import (
     within_text,
 )
 from dvirl.models.drafters import drafter_folder, export
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.models.placement import fitting, free_memory
 from dvirl.rollout import Responses, join, verifier_states
 from dvirl.runs import checkpoint, settings
@@ -709,7 +709,7 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
         DvirlError: as `Distiller` does.
     """
     config = settings.from_namespace(DistillConfig, args)
-    loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
+    loaded = load_for(config)
     result = Distiller(config, loaded).train()
     work = [("written", result.written, result.write_s), ("learned from", result.learned, result.train_s)]
     for verb, tokens, seconds in work:
