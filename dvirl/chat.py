@@ -43,6 +43,8 @@ HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an 
 QUESTION = """May the draft learn from your conversations? It then gets faster at what you ask; answers stay the same.
 What you write is not stored, but the weights of the draft that are learned from it are, in {folder}.
 Learn (yes or no; Enter is yes)? """
+YES = ("", "yes", "y", "true", "t", "1")
+"""Answers to it that mean yes."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def wants_to_learn(learn: str, folder: str) -> bool:
         return bool(parse_line(str(path), read_text(path), dict).get("learn"))
     if not sys.stdin.isatty():
         return False
-    wanted = input(QUESTION.format(folder=folder)).strip().lower() in ("", *settings.TRUE)
+    wanted = input(QUESTION.format(folder=folder)).strip().lower() in YES
     write_json(path, {"learn": wanted})
     return wanted
 
