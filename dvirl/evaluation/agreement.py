@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -231,8 +231,8 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
         config.drafter, None, "float32", config.device, config.model_name, config.exit_layer
     )
     loaded = drafter.loaded
-    config = replace(config, questions=asked_for(config, drafter))
-    sets = question_sets(loaded, config.questions, config.own, config.seed, config.max_new_tokens)
+    config = asked_for(config, drafter)
+    sets = question_sets(loaded, config)
     found: dict[str, Agreement] = {}
     figures = {}
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):

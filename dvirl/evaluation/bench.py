@@ -221,8 +221,7 @@ parse_args = command_line(
 
 def _chosen(config: BenchConfig, drafter: LoadedDrafter) -> dict[str, list[list[int]]]:
     """The prompts to time, by the name of their set; as many as are asked for at once, or more."""
-    files = asked_for(config, drafter)
-    sets = question_sets(drafter.loaded, files, config.own, config.seed, config.max_new_tokens)
+    sets = question_sets(drafter.loaded, asked_for(config, drafter))
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
     total = sum(map(len, sets.values()))
     if config.rows > total:

@@ -170,9 +170,7 @@ def check(config: CostConfig) -> list[Checked]:
     model_name = "" if config.model_name in SHAPES else config.model_name
     drafter = load_drafter(config.check, None, config.dtype, config.device, model_name, config.exit_layer)
     model = drafter.model
-    sets = question_sets(
-        drafter.loaded, asked_for(config, drafter), config.own, config.seed, config.max_new_tokens
-    )
+    sets = question_sets(drafter.loaded, asked_for(config, drafter))
     prompts = spread([*chain(*sets.values())], config.num_questions)
     configs = {str(count): DecodeConfig(count) for count in (0, *CHECKED)}
     run = decoders([*configs], configs, drafter, config.max_new_tokens)

@@ -352,7 +352,7 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
     draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
     loaded = draft.loaded
     circumstances = provenance(loaded)  # in the dtype of the decoders; the judge is in float32
-    prompts = question_sets(loaded, config.questions, config.own, config.seed, config.max_new_tokens)
+    prompts = question_sets(loaded, config)
     return compare_decoders(draft.model, prompts, config.max_new_tokens, how, loaded.eos_ids), circumstances
 
 
