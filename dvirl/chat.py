@@ -4,9 +4,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from dvirl.data.sources import Prompt, parse_jsonl, placed
@@ -14,10 +13,11 @@ from dvirl.live import LiveConfig, LiveSession
 from dvirl.metrics import Tally
 from dvirl.models.drafters import DEFAULT_DRAFTER
 from dvirl.models.embedded import cache_root
-from dvirl.models.loading import DEFAULT_MODEL, load
+from dvirl.models.loading import DEFAULT_MODEL, load_for
 from dvirl.models.streaming import stream_text
 from dvirl.runs import settings
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import DvirlError, bad_input
+from dvirl.runs.interrupt import handled
 from dvirl.runs.log import numbered, parse_line, read_text, write_json
 from dvirl.runs.settings import ModelSettings, choice, narrowed
 from kangaroo.decoding.blocks import Verification
@@ -43,6 +43,8 @@ HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an 
 QUESTION = """May the draft learn from your conversations? It then gets faster at what you ask; answers stay the same.
 What you write is not stored, but the weights of the draft that are learned from it are, in {folder}.
 Learn (yes or no; Enter is yes)? """
+YES = ("", "yes", "y", "true", "t", "1")
+"""Answers to it that mean yes."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ChatConfig(LiveConfig, ModelSettings):
     """System text before the conversation; by default the model's own."""
 
 
-parse_args = partial(settings.parse_args, ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")
+parse_args = settings.command_line(ChatConfig, "dvirl chat", f"Talk to a model. {HELP}")
 """Settings from flags; see `settings.parse_args`."""
 
 
@@ -95,7 +97,7 @@ def open_session(config: ChatConfig) -> LiveSession:
     live = replace(narrowed(LiveConfig, config), run_dir=folder)
     if not wants_to_learn(config.learn, folder):
         live = replace(live, budget=0.0)
-    model = load(config.model_name, config.dtype, config.device, config.chat_format)
+    model = load_for(config)
     return LiveSession(model, config.draft, live)
 
 
@@ -108,7 +110,7 @@ def wants_to_learn(learn: str, folder: str) -> bool:
         return bool(parse_line(str(path), read_text(path), dict).get("learn"))
     if not sys.stdin.isatty():
         return False
-    wanted = input(QUESTION.format(folder=folder)).strip().lower() in ("", *settings.TRUE)
+    wanted = input(QUESTION.format(folder=folder)).strip().lower() in YES
     write_json(path, {"learn": wanted})
     return wanted
 
@@ -178,10 +180,8 @@ class Chat:
         """The token ids of a conversation; arguments and errors as in `answer`."""
         session = self.session
         prompt = session.loaded.chat.encode(turns, system)
-        try:
+        with bad_input():
             return check_prompt(prompt, session.loaded.model, session.config.max_new_tokens)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
 
     def answer(self, turns: Sequence[str], system: str = "") -> str:
         """Print the answer to a conversation as it comes, and a line of figures; Ctrl-C ends the answer.
@@ -203,7 +203,8 @@ class Chat:
         colours: list[str] = []
         text = ""
         # A signal is noted and waits: it must not fall into an update.
-        with stoppable() as stop:
+        stop = threading.Event()
+        with handled(lambda *_: stop.set(), signal.SIGINT):
             tokens = self._tokens(stream, blocks, colours, stop)
             for place, piece in enumerate(stream_text(session.loaded.tokenizer, tokens)):
                 text += piece
@@ -252,17 +253,3 @@ class Chat:
             share = self.session.counters.learning_share
             line += f"; {DONE[learned]}, {100 * share:.0f} % of the time so far"
         return line + "]"
-
-
-@contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """Note Ctrl-C in the event rather than raise it, in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -18,7 +18,7 @@ The user's text stays in memory unless `keep_text` is set.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dvirl import lora
 from dvirl.buffer import ReplayBuffer, TrainingBatch
-from dvirl.config import DraftSettings, DVIConfig
+from dvirl.config import DVIConfig
 from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.metrics import Tally
 from dvirl.models.drafters import LoadedDrafter, load_drafter
@@ -116,7 +116,7 @@ class LiveConfig(Settings):
 
 def training_settings(config: LiveConfig, drafter: LoadedDrafter, name: str) -> DVIConfig:
     """The trainer's settings for a session; `name` is the drafter's, as it was given."""
-    draft = {spec.name: getattr(drafter.settings, spec.name) for spec in fields(DraftSettings)}
+    draft = dict(vars(drafter.settings))
     draft["model_name"] = drafter.loaded.name
     draft["device"] = str(drafter.loaded.model.device)
     draft["run_dir"] = config.run_dir or "memory"
@@ -146,7 +146,7 @@ class HeadTrainer(DVITrainer):
 
     def __init__(self, config: DVIConfig, draft: LoadedDrafter) -> None:
         no_prompts = PromptSplit(PromptStream([[0]], None), [])  # they come from people
-        super().__init__(config, draft.loaded, no_prompts, seeded=True, draft=draft)
+        super().__init__(config, draft.loaded, no_prompts, draft)
         # The trainer steps all of the draft; here the rest stays, and so do the states in the records.
         self.shallow = lora.head_parameters(self.model)
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)

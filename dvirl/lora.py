@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dvirl.config import DraftSettings
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_lora, lora_parameters
@@ -36,11 +36,9 @@ def attach_draft(
     draft_vocab = draft_vocabulary(tokens, base.config.vocab_size, config.draft_vocab)
     # Adapters note this, in place of where this machine keeps the model.
     base.name_or_path = config.model_name
-    try:
+    with bad_input():
         peft_model = inject_lora(base, config.exit_layer, config.lora_rank, config.lora_alpha, targets, deep)
         model = KangarooModel(base, None, config.drafter_args(draft_vocab), config.exit_layer)
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
     return peft_model, model
 
 

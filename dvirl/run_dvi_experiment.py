@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from dvirl.models.drafters import Draft
 from dvirl.runs import settings
 from dvirl.train_dvi import make_trainer
 
-parse_args = partial(
-    settings.parse_args, DVIExperiment, "dvirl experiment", "Train a draft, and evaluate it on both ends."
+parse_args = settings.command_line(
+    DVIExperiment, "dvirl experiment", "Train a draft, and evaluate it on both ends."
 )
 """Settings from flags; see `settings.parse_args`."""
 

@@ -3,7 +3,6 @@
 import sys
 from argparse import Namespace
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from dvirl.models.drafters import Draft
 from dvirl.runs import settings
 from dvirl.train_sgp import make_trainer
 
-parse_args = partial(
-    settings.parse_args, SGPExperiment, "dvirl sgp-experiment", "Fine-tune, and evaluate on both ends."
+parse_args = settings.command_line(
+    SGPExperiment, "dvirl sgp-experiment", "Fine-tune, and evaluate on both ends."
 )
 """Settings from flags; see `settings.parse_args`."""
 

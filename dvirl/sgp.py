@@ -123,7 +123,6 @@ class SGPTrainer(TrainingLoop):
         config: all settings.
         loaded: a freshly loaded model, which is changed in place.
         records: prompts with responses.
-        seeded: whether the random generators have been seeded already, by who loaded the model.
 
     Attributes:
         train_set, held_out: encoded records, see `make_example`.
@@ -136,12 +135,9 @@ class SGPTrainer(TrainingLoop):
 
     config: SGPConfig
 
-    def __init__(
-        self, config: SGPConfig, loaded: LoadedModel, records: Sequence[Prompt], seeded: bool = False
-    ) -> None:
+    def __init__(self, config: SGPConfig, loaded: LoadedModel, records: Sequence[Prompt]) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints)
-        if not seeded:
-            checkpoint.seed_all(config.seed)
+        checkpoint.seed_all(config.seed)
         self.train_set, self.held_out = self._split(records)
         planned = math.ceil(config.epochs * len(self.train_set) / config.batch_size)
         self.num_steps = min(planned, config.max_steps or planned)

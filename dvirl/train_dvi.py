@@ -11,9 +11,9 @@ import torch
 from dvirl import cli
 from dvirl.config import DVIConfig, Resumable
 from dvirl.data.stream import PromptSplit, load_prompts
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.runs import loop, settings
-from dvirl.runs.checkpoint import seed_all, step_folder
+from dvirl.runs.checkpoint import step_folder
 from dvirl.runs.log import read_metrics
 from dvirl.runs.processes import Processes
 from dvirl.trainer import DVITrainer
@@ -24,7 +24,7 @@ class TrainConfig(Resumable, DVIConfig):
     """Settings of a run, and whether it is one that goes on."""
 
 
-parse_args = partial(settings.parse_args, TrainConfig, "dvirl train", "Train a draft while it generates.")
+parse_args = settings.command_line(TrainConfig, "dvirl train", "Train a draft while it generates.")
 """Settings from flags; see `settings.parse_args`."""
 
 
@@ -42,12 +42,10 @@ def make_trainer(
         DvirlError: for settings that do not fit the model or the prompts, or a bad source.
     """
     torch.set_num_threads(config.threads)
-    # Loading a model draws random numbers, and the draft's first weights come after them.
-    seed_all(config.seed)
     processes = Processes(config.device)  # before the model, since they say which accelerator is whose
-    loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
+    loaded = loaded or load_for(config)
     split = split or processes.once(lambda: load_prompts(config, loaded))
-    return DVITrainer(config, loaded, split, seeded=True)
+    return DVITrainer(config, loaded, split)
 
 
 def resume(

@@ -3,15 +3,13 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from dvirl.config import Resumable, SGPConfig
 from dvirl.data.sources import Prompt, read_prompts
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.runs import loop, settings
-from dvirl.runs.checkpoint import seed_all
 from dvirl.runs.errors import DvirlError
 from dvirl.sgp import SGPResult, SGPTrainer
 
@@ -21,9 +19,7 @@ class SGPRun(Resumable, SGPConfig):
     """Settings of a run, and whether it is one that goes on."""
 
 
-parse_args = partial(
-    settings.parse_args, SGPRun, "dvirl sgp", "Fine-tune the shallow layers on supervised records."
-)
+parse_args = settings.command_line(SGPRun, "dvirl sgp", "Fine-tune the shallow layers on supervised records.")
 """Settings from flags; see `settings.parse_args`."""
 
 
@@ -41,14 +37,13 @@ def make_trainer(
         DvirlError: for settings that do not fit the model or the records, or a bad source.
     """
     torch.set_num_threads(config.threads)
-    seed_all(config.seed)  # as in `train_dvi.make_trainer`
     if records is None:
         if not config.records_path:
             expected = "expected a JSON or JSONL file or a hub id of supervised records"
             raise DvirlError(f"records_path is empty; {expected}")
         records = read_prompts("supervised", config.records_path, config.on_bad_row)
-    loaded = loaded or load(config.model_name, config.dtype, config.device, config.chat_format)
-    return SGPTrainer(config, loaded, records, seeded=True)
+    loaded = loaded or load_for(config)
+    return SGPTrainer(config, loaded, records)
 
 
 def main(args: Namespace | SGPConfig) -> SGPResult:

@@ -57,7 +57,7 @@ from dvirl.rollout import (
     score_drafts,
 )
 from dvirl.runs import checkpoint, optim
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from dvirl.runs.folder import fingerprint
 from dvirl.runs.loop import TrainingLoop
 
@@ -76,7 +76,6 @@ class DVITrainer(TrainingLoop):
         config: all settings.
         loaded: a freshly loaded model, which is changed in place.
         split: prompts.
-        seeded: whether the random generators have been seeded already, by who loaded the model.
         draft: a trained draft on this model, to go on with; by default the one that the settings describe.
 
     Attributes:
@@ -98,12 +97,9 @@ class DVITrainer(TrainingLoop):
         config: DVIConfig,
         loaded: LoadedModel,
         split: PromptSplit,
-        seeded: bool = False,
         draft: LoadedDrafter | None = None,
     ) -> None:
         super().__init__(config, loaded, config.checkpoint_every, config.keep_checkpoints, config.tracker)
-        if not seeded:
-            checkpoint.seed_all(config.seed)
         self.split = split
         self.length = config.num_prompts
         if draft is None:
@@ -129,10 +125,10 @@ class DVITrainer(TrainingLoop):
         """Put on the model what the settings describe: lora_S, lora_D and a draft, fresh or from a folder."""
         config = self.config
         base = self.loaded.model
-        try:
+        checkpoint.seed_all(config.seed)  # the draft's first weights are drawn next
+        with bad_input():
             base.set_exit_layer(config.exit_layer)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
+
         self.peft_model, self.model = lora.attach_draft(base, config, self._count_tokens(), deep=True)
         if config.start_from:
             checkpoint.load_weights(Path(config.start_from), self.peft_model, self.model, ["lora_S"])

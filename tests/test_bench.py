@@ -16,7 +16,7 @@ from dvirl.evaluation import bench
 from dvirl.evaluation.bench import _speed, ways
 from dvirl.evaluation.measure import Answer, in_turn, timed
 from dvirl.evaluation.methods import BRANCHES, GENERATE, PLAIN
-from dvirl.evaluation.questions import question_sets, spread
+from dvirl.evaluation.questions import MeasureSettings, question_sets, spread
 from dvirl.models import loading
 from dvirl.models.drafters import load_drafter
 from dvirl.runs.errors import DvirlError
@@ -74,10 +74,11 @@ def test_every_question_counts_though_it_differs_in_a_sign_alone(tmp_path):
     """To training these are repeats."""
     asked = [["What is 12 + 30?"], ["What is 12 - 30?", "And now?"], ["what is 12 - 30"]]
     loaded = tiny_loaded()
-    ((_, prompts),) = question_sets(loaded, [question_file(tmp_path / "q.jsonl", asked)], 0, 0, 8).items()
+    own = MeasureSettings(questions=[question_file(tmp_path / "q.jsonl", asked)], max_new_tokens=8)
+    ((_, prompts),) = question_sets(loaded, own).items()
     assert prompts == [loaded.chat.encode(turns[:1]) for turns in asked]
     with pytest.raises(DvirlError, match="no questions found"):
-        question_sets(loaded, [question_file(tmp_path / "none.jsonl", [])], 0, 0, 8)
+        question_sets(loaded, MeasureSettings(questions=[question_file(tmp_path / "none.jsonl", [])]))
 
 
 @pytest.mark.parametrize("command", [["agreement"], ["bench", "--threads", "1"], ["check"]])

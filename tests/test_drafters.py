@@ -22,7 +22,7 @@ from test_trainer import tiny_settings
 
 from dvirl import cli
 from dvirl.evaluation.agreement import calibration_error, measure_agreement
-from dvirl.evaluation.questions import HELD_OUT, question_sets
+from dvirl.evaluation.questions import HELD_OUT, MeasureSettings, question_sets
 from dvirl.models import drafters, loading
 from dvirl.models.drafters import drafter_folder, export, load_drafter, open_draft
 from dvirl.rollout import Responses
@@ -425,13 +425,19 @@ def test_the_card_says_the_recorded_figures(name):
         assert rates["magpie"] >= 0.75
 
 
+def held_out_prompts(name, loaded):
+    """A prompt of each kind, of a shipped drafter's own questions."""
+    settings = MeasureSettings(questions=[str(SHIPPED[name] / HELD_OUT)], max_new_tokens=8)
+    return question_sets(loaded, settings).popitem()[1][:6]
+
+
 @pytest.mark.no_cover
 @pytest.mark.real
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_measured_agreement_comes_out_again(real, name):
     """A prompt of each kind, answered and drafted on anew, against the record of these very prompts."""
     drafter = load_drafter(name, dtype="float32", device="cpu")
-    prompts = question_sets(drafter.loaded, [str(SHIPPED[name] / HELD_OUT)], 0, 0, 8).popitem()[1][:6]
+    prompts = held_out_prompts(name, drafter.loaded)
     found = measure_agreement(drafter.model, answer(drafter.loaded, prompts, 128, 6))
     recorded = held_out_record(name)["answers"][:6]
     assert len(found.answers) == 6 and found.positions > 350
@@ -442,7 +448,7 @@ def test_the_measured_agreement_comes_out_again(real, name):
 @pytest.mark.real
 def test_both_drafters_draft_losslessly_and_much_of_it_is_right(real):
     """Greedy answers in float32 are plain ones; tokens a verification of four drafts."""
-    prompts = question_sets(real, [str(SHIPPED["smollm2-135m-k2"] / HELD_OUT)], 0, 0, 8).popitem()[1][:6]
+    prompts = held_out_prompts("smollm2-135m-k2", real)
     plain = [KangarooModel(real.model, EARLY_STOP_LAYER=1).generate(prompt, 40, DecodeConfig(0), real.eos_ids)
              for prompt in prompts]  # fmt: skip
     for name in SHIPPED:

@@ -64,7 +64,7 @@ def tiny(monkeypatch):
 
     replies = [Prompt((f"question {n}",), "x", f"reply {n}") for n in range(9)]
     for module in (study_module, train_dvi):
-        monkeypatch.setattr(module, "load", lambda *_: tiny_loaded(deep_scale=0.6))
+        monkeypatch.setattr(module, "load_for", lambda *_: tiny_loaded(deep_scale=0.6))
     for module in (train_dvi, grid, streams):
         monkeypatch.setattr(module, "load_prompts", prompts)
     for module in (figures_module, grid):
@@ -668,7 +668,7 @@ def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
 @pytest.mark.parametrize("kind", RESUMED)
 def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeypatch, tmp_path):
     events, models = [], []
-    load, load_prompts, keep = study_module.load, grid.load_prompts, runner.keep
+    load, load_prompts, keep = study_module.load_for, grid.load_prompts, runner.keep
 
     def loading(*_):
         loaded = load()
@@ -680,7 +680,7 @@ def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeyp
 
     monkeypatch.setattr(torch.cuda, "empty_cache", freed)
     for module in (study_module, train_dvi):
-        monkeypatch.setattr(module, "load", loading)
+        monkeypatch.setattr(module, "load_for", loading)
     for module in (grid, streams):
         monkeypatch.setattr(module, "load_prompts", lambda *a: events.append("prompts") or load_prompts(*a))
     monkeypatch.setattr(runner, "keep", lambda *a: events.append("row") or keep(*a))

@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from tqdm import tqdm
 
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import write_text
-from dvirl.runs.settings import Settings, number, positional, several
+from dvirl.runs.settings import Settings, command_line, number, positional, several
 from kangaroo.decoding.sampling import inverse_cdf
 
 TEMPERATURE = 1.0
@@ -175,8 +173,7 @@ class PromptsConfig(Settings):
     """auto, cpu, cuda or cuda:N."""
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     PromptsConfig,
     "dvirl prompts",
     "Let a model write prompts of every kind into a question file in Spec-Bench's schema, kinds in turn.",

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +17,9 @@ from dvirl.evaluation.report import write_out
 from dvirl.losses import DraftsAtDepth, Teacher, along_blocks, within_text
 from dvirl.models.drafters import load_drafter
 from dvirl.rollout import Responses, draft_rollout, verifier_states
-from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.folder import provenance
-from dvirl.runs.settings import number, positional
+from dvirl.runs.settings import command_line, number, positional
 from dvirl.scale.corpus import answer
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
@@ -214,8 +213,7 @@ class AgreementConfig(MeasureSettings):
     """Drafts of a block."""
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     AgreementConfig,
     "dvirl agreement",
     "Measure how often a draft's argmax is the verifier's token.",
@@ -233,8 +231,8 @@ def main(config: AgreementConfig) -> dict[str, Agreement]:
         config.drafter, None, "float32", config.device, config.model_name, config.exit_layer
     )
     loaded = drafter.loaded
-    config = replace(config, questions=asked_for(config, drafter))
-    sets = question_sets(loaded, config.questions, config.own, config.seed, config.max_new_tokens)
+    config = asked_for(config, drafter)
+    sets = question_sets(loaded, config)
     found: dict[str, Agreement] = {}
     figures = {}
     for name, prompts in tqdm(sets.items(), desc="answering", unit="set", leave=False):

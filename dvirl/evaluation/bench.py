@@ -7,7 +7,6 @@ counts; the time in which CUDA graphs are captured is reported apart.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import chain
 from statistics import fmean, median
 from typing import Any
@@ -28,10 +27,9 @@ from dvirl.evaluation.methods import (
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, LoadedDrafter, load_drafter
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
-from dvirl.runs.settings import number, positional
+from dvirl.runs.settings import command_line, number, positional
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 
@@ -218,8 +216,7 @@ class BenchConfig(MeasureSettings, DraftingSettings):
     """Make learned drafts wrong, to see what drafting costs then."""
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     BenchConfig,
     "dvirl bench",
     "Time every method of decoding side by side, by the clock.",
@@ -229,8 +226,7 @@ parse_args = partial(
 
 def _chosen(config: BenchConfig, drafter: LoadedDrafter) -> dict[str, list[list[int]]]:
     """The prompts to time, by the name of their set; as many as are asked for at once, or more."""
-    files = asked_for(config, drafter)
-    sets = question_sets(drafter.loaded, files, config.own, config.seed, config.max_new_tokens)
+    sets = question_sets(drafter.loaded, asked_for(config, drafter))
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}
     total = sum(map(len, sets.values()))
     if config.rows > total:

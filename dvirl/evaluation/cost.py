@@ -7,7 +7,6 @@ and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, as m
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -24,10 +23,9 @@ from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import load_drafter
 from dvirl.models.loading import DEFAULT_MODEL, load, resolve_device, resolve_dtype
-from dvirl.runs import settings
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from dvirl.runs.folder import provenance
-from dvirl.runs.settings import MANY, number, several
+from dvirl.runs.settings import MANY, command_line, number, several
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -172,9 +170,7 @@ def check(config: CostConfig) -> list[Checked]:
     model_name = "" if config.model_name in SHAPES else config.model_name
     drafter = load_drafter(config.check, None, config.dtype, config.device, model_name, config.exit_layer)
     model = drafter.model
-    sets = question_sets(
-        drafter.loaded, asked_for(config, drafter), config.own, config.seed, config.max_new_tokens
-    )
+    sets = question_sets(drafter.loaded, asked_for(config, drafter))
     prompts = spread([*chain(*sets.values())], config.num_questions)
     configs = {str(count): DecodeConfig(count) for count in (0, *CHECKED)}
     run = decoders([*configs], configs, drafter, config.max_new_tokens)
@@ -194,8 +190,7 @@ def check(config: CostConfig) -> list[Checked]:
     return checked
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     CostConfig,
     "dvirl cost",
     "Measure what drafting costs, and say which acceptance makes it pay.",
@@ -218,10 +213,8 @@ def _measure(config: CostConfig) -> tuple[list[Cost], dict[str, Any]]:
     draft = Namespace(drafter=config.drafter, drafter_layers=config.drafter_layers, draft_vocab=covered)
     costs = []
     for exit_layer in tqdm(config.exit_layers, desc="measuring", unit="exit layer", leave=False):
-        try:
+        with bad_input():
             model = KangarooModel(base, None, draft, exit_layer)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
         for context in config.contexts:
             steps = model.measure_costs(config.draft_len, context=context, rows=config.rows)
             even = {count: steps.break_even(count) for count in LENGTHS if count <= config.draft_len}

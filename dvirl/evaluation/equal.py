@@ -22,7 +22,7 @@ from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.runs import settings
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import DvirlError, bad_input
 from dvirl.runs.folder import provenance
 from dvirl.runs.settings import choice, number, positional, several
 from kangaroo.decoding.blocks import SOURCES, DecodeConfig
@@ -341,7 +341,7 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
         reference, candidate = config.answers
         report = compare_files(reference, candidate, config.questions, loaded, dtype, config.max_new_tokens)
         return report, provenance(loaded)
-    try:
+    with bad_input():
         how = DecodeConfig(
             config.draft_len,
             config.threshold,
@@ -349,12 +349,10 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
             adaptive=config.adaptive,
             deterministic=config.deterministic,
         )
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
     draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
     loaded = draft.loaded
     circumstances = provenance(loaded)  # in the dtype of the decoders; the judge is in float32
-    prompts = question_sets(loaded, config.questions, config.own, config.seed, config.max_new_tokens)
+    prompts = question_sets(loaded, config)
     return compare_decoders(draft.model, prompts, config.max_new_tokens, how, loaded.eos_ids), circumstances
 
 

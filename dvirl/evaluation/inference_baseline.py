@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from dvirl.evaluation.measure import Answer
 from dvirl.models.loading import LoadedModel, load
 from dvirl.models.placement import BALANCED
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import bad_input
 from kangaroo.adapter import LlamaRotaryEmbedding, head_dim
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
@@ -104,11 +104,9 @@ def generate_forward(
     if settings.temperature:
         torch.manual_seed(seed)
         how |= {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
-    try:
+    with bad_input():
         prompt_ids = torch.tensor([check_prompt(prompt, model, limit)], device=model.device)
         ends = end_ids(eos_ids)
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
     start = time.perf_counter()
     output = model.generate(
         prompt_ids,

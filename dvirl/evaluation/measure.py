@@ -4,8 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dvirl.metrics import Tally
-from dvirl.runs.errors import DvirlError
+import torch
+
+from dvirl.data.examples import make_example
+from dvirl.data.sources import Prompt
+from dvirl.metrics import Tally, verifier_figures, verifier_sums
+from dvirl.models.loading import LoadedModel
+from dvirl.runs.errors import bad_input
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt
 from kangaroo.kangaroo_model import KangarooModel
@@ -75,6 +80,31 @@ def tally(answers: Sequence[Answer]) -> Tally:
     return counts
 
 
+def judge_replies(
+    loaded: LoadedModel, replies: Sequence[Prompt], target: str, batch: int = 1
+) -> dict[str, float]:
+    """Perplexity of replies under the verifier, and its drift from the untouched model on them.
+
+    Args:
+        loaded: the model, with its adapters.
+        replies: prompts with their responses.
+        target: what the verifier's deep layers read, base or adapted.
+        batch: replies in one pass.
+
+    Returns:
+        See `metrics.verifier_figures`.
+    """
+    chat = loaded.chat
+    examples = [
+        make_example(chat.encode(reply.turns), chat.encode_response(reply.response)) for reply in replies
+    ]
+    # Sums add up over batches, and means are taken once, at the end.
+    sums = torch.zeros(5, dtype=torch.float64)
+    for start in range(0, len(examples), batch):
+        sums += verifier_sums(loaded.model, examples[start : start + batch], target)
+    return verifier_figures(sums)
+
+
 def timed(
     model: KangarooModel,
     prompt: Ids,
@@ -89,15 +119,13 @@ def timed(
         DvirlError: for a prompt that cannot be read or leaves no room for the answer, or logits that are not finite.
     """
     captured_s = model.base_model.capture_s
-    try:
+    with bad_input():
         ids = check_prompt(prompt, model.base_model, limit)
         start = model.now()
         stream = model.decode_blocks(ids, limit, settings, eos_ids, seed=seed)
         blocks = [next(stream)]
         prefill_s = model.now() - start
         blocks += stream
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
     # Capturing CUDA graphs is paid once a process, not once an answer.
     wall_s = model.now() - start - (model.base_model.capture_s - captured_s)
     tokens = [token for block in blocks for token in block.committed]

@@ -1,7 +1,7 @@
 """Question sets: files in Spec-Bench's layout, self-written prompts, and the settings of commands that read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import parse_spec_bench, parsed_rows
 from dvirl.models.drafters import DrafterOptions, LoadedDrafter
 from dvirl.models.loading import LoadedModel
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import DvirlError, bad_input
 from dvirl.runs.settings import has_type, number, several
 from kangaroo.decoding.inputs import check_prompt, context_length
 
@@ -45,6 +45,9 @@ class MeasureSettings(DrafterOptions):
     """Also write the figures to this JSON file."""
 
 
+Measured = TypeVar("Measured", bound=MeasureSettings)
+
+
 # Prompts to measure on
 
 
@@ -56,12 +59,12 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[round(step * total / count)] for step in range(count)]
 
 
-def asked_for(config: MeasureSettings, drafter: LoadedDrafter) -> list[str]:
-    """The question files asked for; without any, and without --own, the file that comes with the drafter."""
+def asked_for(config: Measured, drafter: LoadedDrafter) -> Measured:
+    """The settings; without question files and own prompts, with the file that comes with the drafter."""
     shipped = drafter.folder / HELD_OUT
     if config.questions or config.own or not shipped.exists():
-        return list(config.questions)
-    return [from_here(shipped)]
+        return config
+    return replace(config, questions=[from_here(shipped)])
 
 
 def from_here(path: Path) -> str:
@@ -72,34 +75,28 @@ def from_here(path: Path) -> str:
     return str(path)
 
 
-def question_sets(
-    loaded: LoadedModel, files: Sequence[str], own: int, seed: int, limit: int
-) -> dict[str, list[list[int]]]:
+def question_sets(loaded: LoadedModel, config: MeasureSettings) -> dict[str, list[list[int]]]:
     """Prompts by the name of their set: each file's first turns, and self-written prompts of each kind.
 
     Args:
         loaded: encodes the questions, and writes its own prompts.
-        files: in Spec-Bench's schema.
-        own: number of self-written prompts of each kind; 0 for none.
-        seed: of the self-written prompts.
-        limit: most tokens of an answer, for which there must be room.
+        config: which questions; there must be room for their answers.
 
     Raises:
         DvirlError: for a malformed file, a question that is too long for the model, or if there is nothing to measure
             on.
     """
-    if not files and not own:
+    own = config.own
+    if not config.questions and not own:
         raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
     sets: dict[str, list[list[int]]] = {}
 
     def encode(row: Any) -> list[int]:
         prompt = parse_spec_bench(row)[0]
-        try:
-            return check_prompt(loaded.chat.encode(prompt.turns), loaded.model, limit)
-        except ValueError as error:
-            raise DvirlError(str(error)) from error
+        with bad_input():
+            return check_prompt(loaded.chat.encode(prompt.turns), loaded.model, config.max_new_tokens)
 
-    for path in files:
+    for path in config.questions:
         # Every question counts: "12 + 30" and "12 - 30" are repeats only to `read_prompts`, which training uses.
         sets[path] = [ids for _, ids in parsed_rows(path, encode)]
         if not sets[path]:
@@ -107,7 +104,7 @@ def question_sets(
     # Kinds are measured apart: a draft that was distilled on one need not know another.
     for kind in Openers().table if own else ():
         openers = Openers([kind])
-        sets[f"own {kind}"] = write_prompts(loaded, own, seed, openers, batch=min(64, 4 * own))
+        sets[f"own {kind}"] = write_prompts(loaded, own, config.seed, openers, batch=min(64, 4 * own))
     return sets
 
 

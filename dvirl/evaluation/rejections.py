@@ -17,10 +17,9 @@ from dvirl.evaluation.report import write_out
 from dvirl.metrics import FACETS, accept_rates
 from dvirl.models.streaming import UNDECODED
 from dvirl.rollout import Rollout, draft_rollout, score_drafts
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import numbered, parse_line, read_text, to_plain
-from dvirl.runs.settings import Settings, has_type, positional, several
+from dvirl.runs.settings import Settings, command_line, has_type, positional, several
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.kangaroo_model import KangarooModel
@@ -224,7 +223,7 @@ class TraceConfig(Settings):
     """Also write the rates to this JSON file."""
 
 
-parse_args = partial(settings.parse_args, TraceConfig, "dvirl trace", "Count where drafts are rejected.")
+parse_args = command_line(TraceConfig, "dvirl trace", "Count where drafts are rejected.")
 """Settings from flags; see `settings.parse_args`."""
 
 

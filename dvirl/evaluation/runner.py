@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,11 @@ from dvirl.evaluation.spec_bench import Row, answer_row, answer_table, measures,
 from dvirl.metrics import verifier_figures, verifier_sums
 from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, DrafterOptions, open_draft
 from dvirl.models.loading import LoadedModel
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import claim, fingerprint, provenance, run_lock
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
-from dvirl.runs.settings import choice, from_namespace, number
+from dvirl.runs.settings import choice, command_line, from_namespace, number
 from kangaroo.decoding.inputs import context_length
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
@@ -387,9 +386,7 @@ def _circumstances(config: EvalConfig, longer: Sequence[int | str]) -> str:
     return text
 
 
-parse_args = partial(
-    settings.parse_args, EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures."
-)
+parse_args = command_line(EvalConfig, "dvirl evaluate", "Evaluate a draft by Spec-Bench's measures.")
 """Settings from flags; see `settings.parse_args`."""
 
 

@@ -10,17 +10,16 @@ import pandas as pd
 import torch
 
 from dvirl.config import DVIConfig
-from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.inference_kangaroo import measure_acceptance
+from dvirl.evaluation.measure import judge_replies
 from dvirl.evaluation.report import write_out
-from dvirl.metrics import verifier_figures, verifier_sums
 from dvirl.models.drafters import DrafterOptions, load_drafter
-from dvirl.runs import errors, settings
+from dvirl.runs import errors
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance, run_settings
-from dvirl.runs.settings import from_mapping, number, required
+from dvirl.runs.settings import command_line, from_mapping, number, required
 from dvirl.train_dvi import make_trainer
 from kangaroo.decoding.blocks import DecodeConfig
 
@@ -51,8 +50,7 @@ class SGPEvalConfig(DrafterOptions):
     """Also write the figures to this JSON file."""
 
 
-parse_args = partial(
-    settings.parse_args,
+parse_args = command_line(
     SGPEvalConfig,
     "dvirl sgp-eval",
     "Measure acceptance rate, throughput and perplexity.",
@@ -110,15 +108,11 @@ def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:
     samples = chatterbot_prompts()[: config.n_samples]
     prompts = [loaded.chat.encode(sample.turns) for sample in samples]
     speed = measure_acceptance(drafter.model, prompts, config.max_new_tokens, how, loaded.eos_ids)
-    sums = torch.zeros(5, dtype=torch.float64)
-    for prompt, sample in zip(prompts, samples, strict=True):
-        example = make_example(prompt, loaded.chat.encode_response(sample.response))
-        sums += verifier_sums(loaded.model, [example], "adapted")
     figures = {
         "accept_rate": speed.accept_rate,
         "mat": speed.mat,
         "tok_per_s": speed.tok_per_s,
-        **verifier_figures(sums),
+        **judge_replies(loaded, samples, "adapted"),
     }
     for name, value in figures.items():
         print(f"{name:14} {value:.4g}")

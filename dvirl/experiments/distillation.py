@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dvirl.evaluation.agreement import measure_agreement, measure_blocks
-from dvirl.evaluation.questions import question_sets
+from dvirl.evaluation.questions import MeasureSettings, question_sets
 from dvirl.experiments.study import Study, Task, Values, VariantRows, load_model
 from dvirl.models.drafters import drafter_folder
 from dvirl.rollout import Responses, join
@@ -72,7 +72,8 @@ def _workbench(
     drafter_folder(config.start_from)  # a missing one is said now, and not when the text is written
     loaded = load_model(config)
     files = [path for path in config.questions.split(",") if path]
-    asked = question_sets(loaded, files, 0, 0, config.max_new_tokens) if files else {}
+    how = MeasureSettings(questions=files, max_new_tokens=config.max_new_tokens)
+    asked = question_sets(loaded, how) if files else {}
     text = Path(config.text or shared / "text")
     learned = conversations(
         loaded, config, text / "learned/shard-00000.safetensors", config.num_prompts, TEXT_SEED

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from dvirl.data.examples import make_example
 from dvirl.data.sources import chatterbot_prompts
 from dvirl.evaluation.agreement import measure_agreement
-from dvirl.metrics import STEP_COLUMNS, Served, verifier_figures, verifier_sums
+from dvirl.evaluation.measure import judge_replies
+from dvirl.metrics import STEP_COLUMNS, Served
 from dvirl.rollout import Rollout, judge
 from dvirl.runs.log import read_metrics, to_plain
 from dvirl.trainer import DVITrainer
@@ -57,17 +57,7 @@ def judge_verifier(trainer: DVITrainer, batch: int = 16, replies: int = REPLIES)
     Returns:
         `metrics.verifier_figures` of the first `replies` conversations of chatterbot-corpus, in the chat format.
     """
-    chat = trainer.loaded.chat
-    examples = []
-    for prompt in chatterbot_prompts()[:replies]:
-        tokens = chat.encode(prompt.turns)
-        examples.append(make_example(tokens, chat.encode_response(prompt.response)))
-    # Sums add up over groups, and means are taken once, at the end.
-    sums = torch.zeros(5, dtype=torch.float64)
-    for start in range(0, len(examples), batch):
-        group = examples[start : start + batch]
-        sums += verifier_sums(trainer.loaded.model, group, trainer.config.target)
-    return verifier_figures(sums)
+    return judge_replies(trainer.loaded, chatterbot_prompts()[:replies], trainer.config.target, batch)
 
 
 TRAINED_EXITS = {"none": "trained head (H200)", "layer": "trained head and layer (H200)"}

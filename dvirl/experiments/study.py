@@ -13,7 +13,7 @@ import torch
 from dvirl.config import DVIConfig
 from dvirl.data.stream import PromptSplit, PromptStream
 from dvirl.experiments.summary import Row, row_name
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.settings import ModelSettings, Settings, from_mapping
 from dvirl.train_dvi import make_trainer
@@ -146,7 +146,7 @@ class Task:
 def load_model(config: ModelSettings) -> LoadedModel:
     """The model of a run, on the study's threads: whichever task comes first, its prompts are written alike."""
     torch.set_num_threads(config.threads)
-    return load(config.model_name, config.dtype, config.device, config.chat_format)
+    return load_for(config)
 
 
 def trainer_on(config: DVIConfig, prompts: Prompts) -> DVITrainer:

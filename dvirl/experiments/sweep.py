@@ -29,6 +29,7 @@ from dvirl.experiments.summary import command_record, summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings, run_lock
+from dvirl.runs.interrupt import handled
 from dvirl.runs.log import read_metrics, to_plain, write_json
 from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml
 
@@ -164,14 +165,13 @@ def run_cells(sweep: Sweep, cells: Sequence[Cell], at_once: int) -> None:
     stop = Event()
     pool = ThreadPoolExecutor(at_once)
     # By default SIGTERM would end this process at once, and leave the cells' processes running.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        results = pool.map(lambda cell: run_cell(sweep, cell, stop), missing)
-        list(tqdm(results, sweep.name, len(missing), unit="cell"))
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, before)
+    with handled(lambda number, frame: sys.exit(128 + number), signal.SIGTERM):
+        try:
+            results = pool.map(lambda cell: run_cell(sweep, cell, stop), missing)
+            list(tqdm(results, sweep.name, len(missing), unit="cell"))
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import Settings, positional
+from dvirl.runs.settings import Settings, command_line, positional
 
 
 @dataclass(frozen=True)
@@ -255,9 +253,7 @@ class FetchConfig(Settings):
     """Name of an embedded model."""
 
 
-parse_args = partial(
-    settings.parse_args, FetchConfig, "dvirl fetch", f"Fetch an embedded model ({', '.join(EMBEDDED)})."
-)
+parse_args = command_line(FetchConfig, "dvirl fetch", f"Fetch an embedded model ({', '.join(EMBEDDED)}).")
 """Settings from the command line; see `settings.parse_args`."""
 
 

@@ -17,11 +17,10 @@ from dvirl.models.gguf_file import QUANTISED, write_gguf
 from dvirl.models.hf_config import read_json
 from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
-from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import atomic_directory
 from dvirl.runs.log import write_json
-from dvirl.runs.settings import choice, number, positional
+from dvirl.runs.settings import choice, command_line, number, positional
 from kangaroo.kangaroo_model import KangarooModel
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
@@ -159,9 +158,7 @@ class ExportConfig(DrafterOptions):
     least 1,024."""
 
 
-parse_args = partial(
-    settings.parse_args, ExportConfig, "dvirl export", "Write a draft as a plain Llama for other engines."
-)
+parse_args = command_line(ExportConfig, "dvirl export", "Write a draft as a plain Llama for other engines.")
 """Settings from the command line; see `settings.parse_args`."""
 
 

@@ -18,7 +18,7 @@ from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
 from dvirl.models.weights import FindFile, load_weights
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.settings import has_type
+from dvirl.runs.settings import ModelSettings, has_type
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -147,6 +147,11 @@ def load(
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape
     return LoadedModel(model.requires_grad_(False).eval(), tokenizer, chat, ends, name_or_path, fingerprint)
+
+
+def load_for(config: ModelSettings) -> LoadedModel:
+    """The model that the settings of a run name; errors as in `load`."""
+    return load(config.model_name, config.dtype, config.device, config.chat_format)
 
 
 @cache

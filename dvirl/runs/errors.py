@@ -1,7 +1,8 @@
 """The one error that a user can cause: bad input, said in one sentence."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
@@ -22,3 +23,16 @@ class DvirlError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Say that a ValueError inside, such as the model's for an argument that does not fit, is the user's to mend.
+
+    Raises:
+        DvirlError: with its message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise DvirlError(str(error)) from error

@@ -3,12 +3,25 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 from tqdm import tqdm
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], object], *numbers: int) -> Iterator[None]:
+    """Let a handler take these signals inside. Only the main thread gets signals; in others nothing changes."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @dataclass
@@ -20,9 +33,7 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Note a first SIGINT or SIGTERM, and act on it at the end; a second one stops at once.
-
-    Only the main thread gets signals; in others nothing changes.
+    """Note a first SIGINT or SIGTERM, and act on it at the end; a second one stops at once; see `handled`.
 
     Raises:
         KeyboardInterrupt: at the end, if SIGINT asked.
@@ -38,14 +49,8 @@ def stoppable() -> Iterator[Stop]:
             "stopping after these prompts, with a checkpoint; ask again to stop at once", file=sys.stderr
         )
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(ask, signal.SIGINT, signal.SIGTERM):
         yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
     if stop.signal:

@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Mapping, Sequence
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text
@@ -22,9 +23,6 @@ MANY = 1e9
 """Upper limit of counts that have no natural one."""
 MOST_BITS = 999
 """Longer integers are refused first: Python may refuse to print them, and no float can hold them."""
-TRUE = ("true", "yes", "t", "y", "1")
-FALSE = ("false", "no", "f", "n", "0")
-"""How the command line spells a value that is on or off."""
 CONFIGS = tuple(Path(__file__).parents[2] / name for name in ("configs", "dvirl_configs"))
 """Where the settings files that ship lie: in the repository, and beside the packages of a wheel."""
 Config = TypeVar("Config")
@@ -242,6 +240,11 @@ def parse_args(
     return from_mapping(kind, {**in_file, **arguments}, "arguments")
 
 
+def command_line(kind: type[Config], prog: str, description: str) -> Callable[[Sequence[str]], Config]:
+    """What reads the settings of one command from its arguments, see `parse_args`."""
+    return functools.partial(parse_args, kind, prog, description)
+
+
 @functools.cache
 def _parser(kind: type[Any], prog: str, description: str) -> ArgumentParser:
     """A parser that returns only the given arguments; the settings class knows the defaults."""
@@ -264,7 +267,7 @@ def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: 
         (member_type,) = get_args(spec.type)
         options = {"type": member_type, "nargs": spec.metadata["count"]}
     elif spec.type is bool:
-        options = {"type": _boolean, "nargs": "?", "const": True}
+        options = {"type": string_to_bool, "nargs": "?", "const": True}
     if spec.metadata.get("positional"):
         if default is not MISSING:
             options.setdefault("nargs", "?")
@@ -275,13 +278,6 @@ def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: 
         parser.add_argument(
             f"--no_{spec.name}", dest=spec.name, action="store_false", help=f"the same as --{spec.name} false"
         )
-
-
-def _boolean(text: str) -> bool:
-    """The value of a flag that is true or false."""
-    if text.lower() not in TRUE + FALSE:
-        raise ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in TRUE
 
 
 def has_type(value: Any, kind: Any) -> bool:

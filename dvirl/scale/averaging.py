@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvirl.runs import settings
 from dvirl.runs.checkpoint import DRAFTER
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import atomic_directory
 from dvirl.runs.log import parse_line, read_text
-from dvirl.runs.settings import MANY, Settings, positional, several
+from dvirl.runs.settings import MANY, Settings, command_line, positional, several
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -154,9 +152,7 @@ class AverageConfig(Settings):
     """Tokens that each was trained on, which are its weight; all are equal by default."""
 
 
-parse_args = partial(
-    settings.parse_args, AverageConfig, "dvirl average-adapters", "Average the adapters of clients."
-)
+parse_args = command_line(AverageConfig, "dvirl average-adapters", "Average the adapters of clients.")
 """Settings from the command line; see `settings.parse_args`."""
 
 

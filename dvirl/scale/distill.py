@@ -11,7 +11,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from dvirl.losses import (
     within_text,
 )
 from dvirl.models.drafters import drafter_folder, export
-from dvirl.models.loading import LoadedModel, load
+from dvirl.models.loading import LoadedModel, load_for
 from dvirl.models.placement import fitting, free_memory
 from dvirl.rollout import Responses, join, verifier_states
 from dvirl.runs import checkpoint, settings
@@ -697,8 +696,8 @@ class Distiller(TrainingLoop):
         self.counters = DistillCounters(**state["numbers"])
 
 
-parse_args = partial(
-    settings.parse_args, DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text."
+parse_args = settings.command_line(
+    DistillConfig, "dvirl distill", "Train a draft at scale, on self-written text."
 )
 """Settings from flags; see `settings.parse_args`."""
 
@@ -710,7 +709,7 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
         DvirlError: as `Distiller` does.
     """
     config = settings.from_namespace(DistillConfig, args)
-    loaded = load(config.model_name, config.dtype, config.device, config.chat_format)
+    loaded = load_for(config)
     result = Distiller(config, loaded).train()
     work = [("written", result.written, result.write_s), ("learned from", result.learned, result.train_s)]
     for verb, tokens, seconds in work:
