@@ -436,6 +436,7 @@ class AdapterModel(nn.Module):
         num_layers: int = 1,
         feedback: bool = False,
         recurrent: bool = False,
+        middle_layer: int = 0,
     ) -> None:
         super().__init__()
         if kind not in DRAFTERS:
@@ -458,6 +459,11 @@ class AdapterModel(nn.Module):
         self.embed_tokens: nn.Embedding | None = None
         self.fuse = self._new_map() if feedback else None
         self.fuse_later = self._new_map() if recurrent else None
+        self.middle_layer = middle_layer
+        self.fuse_middle: nn.Linear | None = None
+        if middle_layer:
+            self.fuse_middle = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.fuse_middle.weight.data.zero_()
 
     def _new_map(self) -> nn.Linear:
         """From two states, side by side, to one; a fresh one gives the first of them."""
@@ -511,6 +517,14 @@ class AdapterModel(nn.Module):
                 if later is not None:
                     inputs, feedback = at_positions(inputs, later), at_positions(feedback, later)
         return found
+
+    def fed_back(self, verifier_hidden: Tensor) -> Tensor:
+        """What the first draft reads of the verifier, `[…, D]`: its last states `[…, D]`, or with a middle layer both
+        `[…, 2 D]`."""
+        if self.fuse_middle is None:
+            return verifier_hidden
+        last, middle = verifier_hidden.chunk(2, dim=-1)
+        return last + self.fuse_middle(middle)
 
     def fused(self, inputs: Tensor, feedback: Tensor, later: bool = False) -> Tensor:
         """What the first layer reads, `[…, D]`.

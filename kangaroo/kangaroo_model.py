@@ -85,7 +85,8 @@ class KangarooModel(nn.Module):
         layers = getattr(args, "drafter_layers", 1)
         feedback = getattr(args, "feedback", False)
         recurrent = getattr(args, "recurrent", False)
-        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback, recurrent)
+        middle = getattr(args, "middle_layer", 0)
+        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback, recurrent, middle)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -187,6 +188,8 @@ class KangarooModel(nn.Module):
             return
         state = load_file(path)
         own = self.drafter_state()
+        state.setdefault("adapter_model.fuse_middle.weight", own.get("adapter_model.fuse_middle.weight"))
+        if "adapter_model.fuse_middle.weight" not in own: del state["adapter_model.fuse_middle.weight"]
         if set(state) != set(own):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
         for key, value in own.items():
@@ -318,7 +321,7 @@ class KangarooModel(nn.Module):
         dtype = exit_hidden.dtype
         with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             weight = self.exit_norm.weight
-            feedback = before(verifier_hidden).to(weight.dtype)
+            feedback = before(self.adapter_model.fed_back(verifier_hidden.to(weight.dtype)))
             exits = exit_hidden.to(weight.dtype)
             embeddings = None
             if self.recurrent:
