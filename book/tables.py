@@ -214,14 +214,18 @@ def more_text() -> str:
 def sampled() -> str:
     """Sampling at temperature 1: by rejection, and with one noise for drafts and verifier."""
     files = {
-        "one H200, rejection": "evaluate-mini-rejection-h200",
-        "one H200, one noise": "evaluate-mini-sampled-h200",
-        "two CPU cores, one noise": "evaluate-mini-sampled-cpu",
+        "packaged, H200, rejection": ("mini-rejection", "h200"),
+        "packaged, H200, one noise by torch": ("mini-sampled-torch", "h200"),
+        "packaged, H200, in the kernel": ("mini-sampled", "h200"),
+        "alpaca": ("alpaca-sampled", "h200"),
+        "gsm8k": ("gsm8k-sampled", "h200"),
+        "humaneval": ("humaneval-sampled", "h200"),
+        "packaged, two CPU cores": ("mini-sampled", "cpu"),
     }
     names = {"pld": "prompt lookup", "fixed": "always four", "dvi": "learned", "hybrid": "together"}
     rows = []
     for text, file in files.items():
-        found = {row["method"]: row for row in read(file)["figures"] if row["task"] == "overall"}
+        found = overall(*file)
         speeds = [f"{found[name]['speedup']:.2f} ({found[name]['mat']:.2f})" for name in names]
         equal = sum(found[name]["identical"] for name in names)
         asked = sum(found[name]["questions"] for name in names)

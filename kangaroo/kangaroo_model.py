@@ -17,7 +17,7 @@ from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
-from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, product, rms_norm, weights_of
+from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, head_product, rms_norm, weights_of
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
 from kangaroo.decoding.timing import measure_costs, now
@@ -60,8 +60,8 @@ class KangarooModel(nn.Module):
         EARLY_STOP_LAYER: k.
     """
 
-    int8_head = False
-    """Whether on a CPU drafts are chosen by the exit head in 8 bits, which is faster; see `with_int8_head`."""
+    int8_draft = False
+    """Whether on a CPU drafts are computed with weights in 8 bits, which is faster; see `with_int8_draft`."""
 
     def __init__(
         self,
@@ -239,11 +239,11 @@ class KangarooModel(nn.Module):
             head += [self.head_down, self.head_up]
         adapter = self.adapter_model
         layers = [*weights_of(adapter), self._embeddings()]
-        how = [float(self.int8_head)]
+        how = [float(self.int8_draft)]
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.
-            drafter = self._weights.get("drafter layers", layers, self._fused_drafter)
+            drafter = self._weights.get("drafter layers", layers, self._fused_drafter, how)
             exit_head = self._weights.get("exit head", head, self._merged_head, how)
             return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
 
@@ -252,33 +252,36 @@ class KangarooModel(nn.Module):
         if adapter.embed_tokens is not None:
             embed = adapter.embed_tokens
             shallow = self._weights.get("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
-        return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow)
+        return DrafterParts(
+            weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow, self.int8_draft
+        )
 
     def _fused_drafter(self) -> StageWeights:
         """Drafter and exit norm for decoding."""
         dtype = self.head_rows.dtype
-        layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
+        int8 = self.int8_draft
+        layers = [CachedLayer(layer, dtype, True, int8) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
         norm = rms_norm(self.exit_norm, dtype)
         fuse, fuse_later = self.adapter_model.fuse, self.adapter_model.fuse_later
-        first = None if fuse is None else Fuse(fuse.weight.detach().to(dtype))
+        first = None if fuse is None else Fuse(fuse.weight.detach().to(dtype), int8=int8)
         later = None
         if fuse_later is not None:
-            later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings())
+            later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings(), int8)
         return StageWeights(layers, norm=norm, fuse=first, fuse_later=later)
 
     @contextmanager
-    def with_int8_head(self, wanted: bool) -> Iterator[None]:
-        """Decode with `int8_head` as wanted, with step costs and policies of its own.
+    def with_int8_draft(self, wanted: bool) -> Iterator[None]:
+        """Decode with `int8_draft` as wanted, with step costs and policies of its own.
 
-        Rows of a batch share a scale, so that what is drafted for one text may depend on the others.
+        Rows of a batch share a scale in the exit head, so that what is drafted for one text may depend on the others.
         """
-        before = (self.int8_head, self._costs, self._policies)
-        if wanted != self.int8_head:
-            self.int8_head, self._costs, self._policies = wanted, {}, {}
+        before = (self.int8_draft, self._costs, self._policies)
+        if wanted != self.int8_draft:
+            self.int8_draft, self._costs, self._policies = wanted, {}, {}
         try:
             yield
         finally:
-            self.int8_head, self._costs, self._policies = before
+            self.int8_draft, self._costs, self._policies = before
 
     def _embeddings(self) -> Tensor:
         """`[V, D]`."""
@@ -291,7 +294,7 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head = torch.addmm(head, self.head_up, self.head_down)
         head = head.to(self.head_rows.dtype)
-        return StageWeights([], head=product(head, int8=self.int8_head), head_weight=head)
+        return StageWeights([], head=head_product(head, self.int8_draft), head_weight=head)
 
     def drafter_depths(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from conftest import tiny_config
 
 from kangaroo.adapter import DecoderLayer, rotary_for
@@ -16,6 +18,7 @@ from kangaroo.decoding.cache import FixedShape, KVCache
 from kangaroo.decoding.kernels import FusedLayer, best_tokens, normed, plan_fused, supports, two_maps
 from kangaroo.decoding.layers import CachedLayer
 from kangaroo.decoding.passes import Passes
+from kangaroo.decoding.sampling import Drawn, Sampling, gumbel_noise
 from kangaroo.decoding.stages import Stage, StageWeights
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -169,6 +172,121 @@ def test_the_likeliest_token_and_its_probability(rows):
     assert torch.equal(both, (states @ head.T).topk(2).indices.T) and torch.equal(same, confidence)
     ids = torch.randperm(1000, device=DEVICE)[:300]
     assert torch.equal(best_tokens(states, head, two=True, ids=ids)[0], ids[both])
+
+
+def exact_logits(rows: int, vocab: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States, a head and its logits, whose sums have no rounding: in any order and precision they are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randint(-3, 4, (rows, 40), generator=generator).float()
+    head = torch.randint(-4, 5, (vocab, 40), generator=generator).float() / 16
+    return states.to(DEVICE), head.to(DEVICE), (states @ head.T).to(DEVICE)
+
+
+def random_keys(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator).to(DEVICE)
+
+
+@triton.jit
+def noise_of(keys, ids, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: N803
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    noise = kernels._noise(keys, ids, row, column, ROWS, COLUMNS, True)
+    tl.store(out + row[:, None] * COLUMNS + column[None, :], noise)
+
+
+def test_noise_is_that_of_the_library():
+    keys = random_keys(16, seed=5)
+    ids = torch.randint(0, 200_000, (64,), device=DEVICE)
+    out = torch.empty(16, 64, dtype=torch.float64, device=DEVICE)
+    noise_of[(1,)](keys, ids, out, ROWS=16, COLUMNS=64)
+    torch.testing.assert_close(out, gumbel_noise(keys, ids), atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "temperature", "named"),
+    [(1, 256, 1, True), (18, 300, 0.5, True), (18, 300, 1.7, False)],
+)
+def test_drawn_tokens_are_those_of_the_library(rows, vocab, temperature, named):
+    how = Sampling(temperature)
+    ids = torch.randperm(100_000, device=DEVICE)[:vocab] if named else None
+    for seed in range(3):
+        states, head, logits = exact_logits(rows, vocab, seed)
+        keys = random_keys(rows, seed)
+        expected = how.perturbed(logits, keys, ids).topk(2).indices.T
+        names = expected if ids is None else ids[expected]
+        probabilities = logits.softmax(dim=-1)
+        tokens, confidence = best_tokens(states, head, two=True, ids=ids, drawn=Drawn(how, keys))
+        assert torch.equal(tokens, names)
+        chances = probabilities.gather(1, expected[0, :, None])[:, 0]
+        torch.testing.assert_close(confidence, chances, atol=1e-7, rtol=1e-5)
+        drafts, largest = best_tokens(states, head, ids=ids, drawn=Drawn(how, keys, is_draft=True))
+        assert torch.equal(drafts, names[:1])
+        torch.testing.assert_close(largest, probabilities.amax(dim=-1), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_a_drawn_token_does_not_depend_on_other_rows(is_draft):
+    states, head, _ = exact_logits(20, 300, seed=1)
+    keys = random_keys(20, seed=2)
+    tokens, confidence = best_tokens(
+        states, head, two=True, drawn=Drawn(Sampling(0.8), keys, is_draft=is_draft)
+    )
+    for row in (0, 3, 19):
+        alone = Drawn(Sampling(0.8), keys[[row]], is_draft)
+        found, chance = best_tokens(states[[row]], head, two=True, drawn=alone)
+        assert torch.equal(found[:, 0], tokens[:, row]) and torch.equal(chance[0], confidence[row])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("is_draft", [False, True])
+@pytest.mark.parametrize("where", ["states", "head"])
+def test_logits_that_are_no_numbers_are_told_where_tokens_are_drawn(where, is_draft):
+    states, head, _ = exact_logits(3, 300, seed=1)
+    drawn = Drawn(Sampling(1.0), random_keys(3, seed=2), is_draft)
+    good, chances = best_tokens(states, head, two=True, drawn=drawn)
+    if where == "head":
+        head[170, 5] = torch.nan
+    else:
+        states[1, 5] = torch.nan
+    tokens, confidence = best_tokens(states, head, two=True, drawn=drawn)
+    assert tokens.min() >= 0 and tokens.max() < 300
+    if where == "head":
+        assert not confidence.isfinite().any()
+    else:
+        assert confidence.isfinite().tolist() == [True, False, True]
+        assert torch.equal(tokens[:, ::2], good[:, ::2]) and torch.equal(confidence[::2], chances[::2])
+
+
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_a_stage_draws_by_the_kernel_unless_tokens_are_cut(is_draft):
+    config = tiny_config(hidden_size=64)
+    stage, _ = stages(random_layer(config, feed_forward=True, seed=1), config, 2)
+    states, head, _ = exact_logits(6, 300, seed=4)
+    states = F.pad(states, (0, 24)).view(2, 3, 64)
+    head = F.pad(head, (0, 24))
+    keys = random_keys(12, seed=3).view(2, 6)[:, ::2]  # they need not stand side by side
+    calls = []
+
+    def by_library(states: torch.Tensor) -> torch.Tensor:
+        calls.append(len(states))
+        return states @ head.T
+
+    stage.weights.head = by_library
+    stage.weights.head_weight = head
+    for how, by_own in (
+        (Sampling(0.9), True),
+        (Sampling(0.9, top_k=3), False),
+        (Sampling(0.9, top_p=0.4), False),
+    ):
+        drawn = Drawn(how, keys, is_draft)
+        stage.passes.fixed = None
+        expected, chances = stage.best(states, two=True, drawn=drawn)
+        calls.clear()
+        stage.passes.fixed = FixedShape(torch.tensor([0, 0], device=DEVICE), CAPACITY)
+        tokens, confidence = stage.best(states, two=True, drawn=drawn)
+        assert torch.equal(tokens, expected) and bool(calls) != by_own
+        torch.testing.assert_close(confidence, chances, atol=1e-7, rtol=1e-5)
 
 
 def test_shapes_that_are_not_computed_are_known():

@@ -116,7 +116,7 @@ def test_it_is_judged_as_the_drafter_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     question_file(tmp_path / "q.jsonl", [["aaa"], ["a b"]])
     flags = ["--questions", "q.jsonl", "--any_category", "--answer_tokens", "12", "--methods", "plain,kangaroo,fixed",
-             "--kangaroo_threshold", "0.1", "--int8_head", "false", *CPU]  # fmt: skip
+             "--kangaroo_threshold", "0.1", "--int8_draft", "false", *CPU]  # fmt: skip
     judged = {"ours": ("drafter", []), "whole": ("out", ["--model_name", "base"])}
     for run, (draft, more) in judged.items():
         assert cli.main(["evaluate", "--draft", draft, "--run_dir", run, *flags, *more]) == 0

@@ -17,7 +17,14 @@ import torch
 from tqdm import tqdm
 
 from dvirl.evaluation.measure import Answer, tally
-from dvirl.evaluation.methods import GENERATE, PLAIN, answer_in_turn, decode_configs, decoders
+from dvirl.evaluation.methods import (
+    GENERATE,
+    PLAIN,
+    DraftingSettings,
+    answer_in_turn,
+    decode_configs,
+    decoders,
+)
 from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, LoadedDrafter, load_drafter
@@ -192,7 +199,7 @@ def make_wrong(drafter: LoadedDrafter) -> None:
 
 
 @dataclass(frozen=True)
-class BenchConfig(MeasureSettings):
+class BenchConfig(MeasureSettings, DraftingSettings):
     """Settings of `dvirl bench`."""
 
     drafter: str = positional(DEFAULT_DRAFTER)
@@ -203,8 +210,6 @@ class BenchConfig(MeasureSettings):
     """Most drafts of a block, for adaptive methods."""
     dtype: str = "auto"
     """Of the weights: auto (bfloat16 where the hardware is fast at it), float32, bfloat16 or float16."""
-    int8_head: bool = True
-    """On a CPU, choose drafts by the exit head in 8 bits, which is faster; greedy float32 answers stay the same."""
     threads: int = number(2, 1, 1024)
     """CPU threads of torch."""
     rows: int = number(0, 0)
@@ -244,7 +249,7 @@ def main(config: BenchConfig) -> dict[str, dict[str, Speed]]:
         config.drafter, None, config.dtype, config.device, config.model_name, config.exit_layer
     )
     model = drafter.model
-    model.int8_head = config.int8_head
+    model.int8_draft = config.int8_draft
     if config.hostile:
         make_wrong(drafter)
     sets = _chosen(config, drafter)

@@ -1,6 +1,7 @@
 """The methods of decoding that are compared: one table of their names, and how each of them drafts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
 from dvirl.evaluation.measure import Answer, in_turn, timed
 from dvirl.models.drafters import Draft
+from dvirl.runs.settings import Settings
 from kangaroo.decoding.blocks import DecodeConfig
 
 GENERATE = "generate"
@@ -20,6 +22,14 @@ BRANCHES = 1
 
 Method = Callable[..., Answer]
 """From a prompt's token ids, and a `seed` if it is not to be the one asked for, to a timed answer."""
+
+
+@dataclass(frozen=True)
+class DraftingSettings(Settings):
+    """How all methods compute their drafts."""
+
+    int8_draft: bool = True
+    """On a CPU, compute drafts with weights in 8 bits, which is faster; greedy float32 answers stay the same."""
 
 
 def decode_configs(

@@ -22,7 +22,15 @@ from tqdm import tqdm
 from dvirl import plots
 from dvirl.data.examples import make_example
 from dvirl.evaluation.measure import Answer, in_turn
-from dvirl.evaluation.methods import GENERATE, METHODS, PLAIN, Method, decode_configs, decoders
+from dvirl.evaluation.methods import (
+    GENERATE,
+    METHODS,
+    PLAIN,
+    DraftingSettings,
+    Method,
+    decode_configs,
+    decoders,
+)
 from dvirl.evaluation.questions import OVERALL, Question, prompts_of, read_questions, spread
 from dvirl.evaluation.rejections import accept_events, token_texts
 from dvirl.evaluation.report import describe, markdown_table, write_report
@@ -35,7 +43,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import claim, fingerprint, provenance, run_lock
 from dvirl.runs.log import keep_lines, log_line, write_json
 from dvirl.runs.processes import Processes
-from dvirl.runs.settings import Settings, choice, from_namespace, number
+from dvirl.runs.settings import choice, from_namespace, number
 from kangaroo.decoding.inputs import context_length
 
 Answers = dict[tuple[str, int], dict[int | str, Row]]
@@ -48,7 +56,7 @@ TRACE = "trace.jsonl"
 
 
 @dataclass(frozen=True)
-class EvalSettings(Settings):
+class EvalSettings(DraftingSettings):
     """The questions, and how they are decoded."""
 
     questions: str = "mini"
@@ -73,8 +81,6 @@ class EvalSettings(Settings):
     """Drafts of every block, for fixed."""
     kangaroo_threshold: float = number(0.6, 0, 1)
     """Confidence below which a draft ends its block, for kangaroo."""
-    int8_head: bool = True
-    """On a CPU, choose drafts by the exit head in 8 bits, which is faster; greedy float32 answers stay the same."""
     repeats: int = number(1, 1, 1000)
     """How often every method answers every question."""
     temperature: float = number(0.0, 0, 100)
@@ -219,7 +225,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], config: EvalConfig) 
         )
     words = cache(token_texts(loaded.tokenizer))
     left = missing(processes.share(questions), list(run), config.repeats, kept)
-    with base.merged(), draft.model.with_int8_head(config.int8_head):
+    with base.merged(), draft.model.with_int8_draft(config.int8_draft):
         for decode in run.values() if left else ():
             answer_question(questions[0], decode, loaded, limit)  # warms up
         start = time.perf_counter()

@@ -34,8 +34,9 @@ from kangaroo.decoding.drafting import LONGEST_NGRAM
 from kangaroo.decoding.outcome import NONE, BlockState
 from kangaroo.decoding.passes import padded, view
 from kangaroo.decoding.planning import Plan
+from kangaroo.decoding.sampling import Drawn
 from kangaroo.decoding.speculate import Text
-from kangaroo.decoding.stages import Chain, Drawn, Stage, Stages
+from kangaroo.decoding.stages import Chain, Stage, Stages
 
 UNDER_WAY = 2
 """Blocks that are started before the host waits for the first of them."""
@@ -270,11 +271,13 @@ class _Blocks:
         # between `starts` and our own kernels.
         stages.passes.fixed = FixedShape(state.starts, slots)
         tokens = state.block.clamp(min=0) if plan.looked_up else state.block
-        hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
         drawn = None
-        if self.config.sampling:
-            keys = state.noise_after(state.starts, hidden.shape[1])
+        if (
+            self.config.sampling
+        ):  # before our own kernels, so that nothing stands between these and the head's
+            keys = state.noise_after(state.starts, tokens.shape[-1])
             drawn = Drawn(self.config.sampling, keys)
+        hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
         own, certainty = stages.deep.best(hidden, drawn=drawn)
 
         # 3. Accept: the chain that goes furthest.

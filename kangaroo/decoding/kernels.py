@@ -34,6 +34,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kangaroo.adapter import DecoderLayer
 from kangaroo.decoding.cache import FixedShape, KVCache
+from kangaroo.decoding.sampling import Drawn
 
 ROWS = 16
 """Rows of a tile: the least that tensor cores multiply."""
@@ -396,15 +397,34 @@ def _merge(
     )
 
 
+@triton.jit
+def _noise(keys, ids, row, column, rows, N: tl.constexpr, NAMED: tl.constexpr):
+    """The noise of `gumbel_noise` for some rows and columns, float64; with `NAMED` of the tokens `ids`.
+
+    Numbers are unsigned here, so that zeros are shifted in from the left.
+    """
+    key = tl.load(keys + row, mask=row < rows, other=0).to(tl.uint64)
+    token = column
+    if NAMED:
+        token = tl.load(ids + column, mask=column < N, other=0)
+    bits = key[:, None] + (token.to(tl.uint64) * 0x9E3779B97F4A7C15)[None, :]
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+    bits = bits ^ (bits >> 31)
+    uniform = ((bits >> 12).to(tl.float64) + 0.5) * 2.0**-52
+    return -tl.log(-tl.log(uniform))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _choose(
-    x, weight, highest, index, sums, rows,
+    x, weight, ids, keys, highest, index, sums, rows, temperature: tl.float64,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
-    TWO: tl.constexpr, PDL: tl.constexpr,
+    NAMED: tl.constexpr, DRAWN: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The likeliest of `BLOCK_N` tokens of each row, its logit, and the sum of exp(logit - best logit).
+    """The best of `BLOCK_N` tokens of each row, its score, and the sum of exp(logit - largest logit).
 
-    With `TWO` the runner-up, too, after those of all rows.
+    Scores are the logits. With `DRAWN` they are those of `Sampling.perturbed`, and after the sums of all rows follow
+    the largest logits and the logits of the best tokens. With `TWO` the runner-up, too, after those of all rows.
     """
     block = tl.program_id(0)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
@@ -422,14 +442,22 @@ def _choose(
         logits = tl.dot(values, used, logits, input_precision=precision)
     logits = tl.where(column[None, :] < N, logits, float("-inf"))
     top = tl.max(logits, axis=1)
-    best = tl.minimum(block * BLOCK_N + tl.argmax(logits, axis=1), N - 1)
+    scores = logits
+    if DRAWN:
+        scores = logits.to(tl.float64) / temperature + _noise(keys, ids, row, column, rows, N, NAMED)
+    best = tl.minimum(block * BLOCK_N + tl.argmax(scores, axis=1), N - 1)
     place = row * tl.num_programs(0) + block
-    tl.store(highest + place, top, mask=row < rows)
+    tl.store(highest + place, tl.max(scores, axis=1), mask=row < rows)
     tl.store(index + place, best, mask=row < rows)
     tl.store(sums + place, tl.sum(tl.exp(logits - top[:, None]), axis=1), mask=row < rows)
+    every = rows * tl.num_programs(0)
+    chosen = column[None, :] == best[:, None]
+    if DRAWN:
+        tl.store(sums + every + place, top, mask=row < rows)
+        tl.store(sums + 2 * every + place, tl.sum(tl.where(chosen, logits, 0.0), axis=1), mask=row < rows)
     if TWO:
-        rest = tl.where(column[None, :] == best[:, None], float("-inf"), logits)
-        place += rows * tl.num_programs(0)
+        rest = tl.where(chosen, float("-inf"), scores)
+        place += every
         tl.store(highest + place, tl.max(rest, axis=1), mask=row < rows)
         second = tl.minimum(block * BLOCK_N + tl.argmax(rest, axis=1), N - 1)
         tl.store(index + place, second, mask=row < rows)
@@ -438,11 +466,13 @@ def _choose(
 @triton.jit
 def _best(
     highest, index, sums, ids, token, confidence, blocks,
-    BLOCKS: tl.constexpr, NAMED: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr,
+    BLOCKS: tl.constexpr, NAMED: tl.constexpr, DRAWN: tl.constexpr, VERIFIED: tl.constexpr, TWO: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The likeliest of all tokens of one row, and its probability; with `TWO` the runner-up, too, after all rows'.
+    """The best of all tokens of one row; with `TWO` the runner-up, too, after all rows'.
 
-    With `NAMED` a token is given by its id in `ids`.
+    The confidence is the largest probability, with `VERIFIED` that of the token. With `NAMED` a token is given by its
+    id in `ids`.
     """
     row = tl.program_id(0)
     rows = tl.num_programs(0)
@@ -451,16 +481,23 @@ def _best(
         gdc_launch_dependents()
         gdc_wait()
     tops = tl.load(highest + row * blocks + block, mask=block < blocks, other=float("-inf"))
-    top = tl.max(tops, axis=0)
+    logits = tops
+    if DRAWN:
+        largest = sums + rows * blocks
+        logits = tl.load(largest + row * blocks + block, mask=block < blocks, other=float("-inf"))
+    top = tl.max(logits, axis=0)
     total = tl.sum(
-        tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(tops - top), axis=0
+        tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0) * tl.exp(logits - top), axis=0
     )
     best = tl.minimum(tl.argmax(tops, axis=0), blocks - 1)  # NaN must not give an index out of range
     first = tl.load(index + row * blocks + best)
     if NAMED:
         first = tl.load(ids + first)
     tl.store(token + row, first)
-    tl.store(confidence + row, 1.0 / total)
+    chance = 1.0 / total
+    if VERIFIED:
+        chance *= tl.exp(tl.load(sums + (2 * rows + row) * blocks + best) - top)
+    tl.store(confidence + row, chance)
     if TWO:
         runners_up = (rows + row) * blocks
         second = tl.load(highest + runners_up + best)
@@ -705,35 +742,41 @@ def _paired(joined: Projection, size: int) -> Projection:
 
 
 def best_tokens(
-    states: Tensor, head: Tensor, two: bool = False, ids: Tensor | None = None
+    states: Tensor, head: Tensor, two: bool = False, ids: Tensor | None = None, drawn: Drawn | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each row of normed states `[M, D]`, by a head `[V, D]`, and its probability `[M]`.
+    """The token that is chosen after each row of normed states `[M, D]`, by a head `[V, D]`.
 
     Args:
         states: the rows.
         head: the head's weight.
         two: find the runners-up, too.
         ids: `[V]`, the tokens' ids; None for 0, 1, …
+        drawn: how tokens are sampled, from all of them (no cut); None for the likeliest.
 
     Returns:
-        Tokens `[1, M]`, or `[2, M]` with the runners-up; probabilities of the likeliest.
+        Tokens `[1, M]`, or `[2, M]` with the runners-up; probabilities `[M]` as of `Stage.best`.
     """
     rows = len(states)
     vocab, inner = head.shape
     blocks = -(-vocab // HEAD_BLOCK)
     count = 2 if two else 1
-    highest = torch.empty(count, rows, blocks, device=states.device)
-    sums = torch.empty(rows, blocks, device=states.device)
+    kind = torch.float64 if drawn else torch.float32
+    highest = torch.empty(count, rows, blocks, dtype=kind, device=states.device)
+    sums = torch.empty(3 if drawn else 1, rows, blocks, device=states.device)
     index = torch.empty(count, rows, blocks, dtype=torch.long, device=states.device)
     tokens = torch.empty(count, rows, dtype=torch.long, device=states.device)
     confidence = torch.empty(rows, device=states.device)
     exact = states.dtype == torch.float32
-    arguments = (states, head, highest, index, sums, rows)
+    names = index if ids is None else ids
+    keys = drawn.keys.contiguous() if drawn else index
+    temperature = float(drawn.how.temperature) if drawn else 1.0
+    arguments = (states, head, names, keys, highest, index, sums, rows, temperature)
+    how = {"NAMED": ids is not None, "DRAWN": drawn is not None, "TWO": two}
     shape = {"K": inner, "N": vocab, "BLOCK_N": HEAD_BLOCK, "BLOCK_K": 32 if exact else 64, "EXACT": exact}
-    _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, TWO=two, **shape)
-    parts = (highest, index, sums, index if ids is None else ids, tokens, confidence, blocks)
-    named = ids is not None
-    _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks), NAMED=named, TWO=two)
+    _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, **shape, **how)
+    parts = (highest, index, sums, names, tokens, confidence, blocks)
+    how["VERIFIED"] = drawn is not None and not drawn.is_draft
+    _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks), **how)
     return tokens, confidence
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -31,6 +31,8 @@ Made = TypeVar("Made")
 
 PACKED_FOR_ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
+ROUNDED_FOR_ROWS = 4
+"""Rows up to which a product by 8-bit weights is no slower than by packed ones; for more, computing takes the time."""
 LARGE = 2**22
 """Weights of more numbers than this are left apart on an accelerator: there reading them takes the time, not starting
 products, and a second copy of them would take the memory."""
@@ -42,8 +44,32 @@ def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> P
     Args:
         weight: `[N, D]`.
         bias: `[N]`.
-        int8: on a CPU compute nearly the same with 8 bits a number, without the bias: for choosing drafts. A product of
-            few rows takes as long as its weight takes to read.
+        int8: on a CPU compute few rows nearly, by weights in 8 bits: for drafts. A product of few rows takes as long as
+            its weight takes to read.
+    """
+    exact: Product = partial(F.linear, weight=weight, bias=bias)
+    if can_pack(weight):
+        exact = _packed_product(weight, bias)
+    # The operator for 8 bits has ended the process where rows were 23 numbers long.
+    if not int8 or weight.device.type != "cpu" or weight.shape[1] % 32:
+        return exact
+    # It is private to torch, too, and is tried on numbers before it is believed.
+    with suppress(AttributeError, RuntimeError, TypeError):
+        rounded = _rounded_product(weight, bias, exact)
+        expected = exact(weight[:1])
+        error = rounded(weight[:1]) - expected
+        if error.norm() <= 0.1 * expected.norm():
+            return rounded
+    return exact
+
+
+def head_product(weight: Tensor, int8: bool = False) -> Product:
+    """The product of a head.
+
+    Args:
+        weight: `[V, D]`.
+        int8: on a CPU round the states to 8 bits, too, all rows with one scale: a head has so many rows of weights that
+            computing takes as long as reading, and no layer reads its logits.
     """
     if int8 and weight.device.type == "cpu":
         with suppress(AttributeError, RuntimeError):  # these operators are private to torch, too
@@ -51,9 +77,7 @@ def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> P
             multiply = torch.ops.quantized.linear_dynamic
             # With its last argument True sums of 8-bit products fit into 16 bits, as older processors need it.
             return lambda states: multiply(states.float(), packed, True)
-    if not can_pack(weight):
-        return lambda states: F.linear(states, weight, bias)
-    return _packed_product(weight, bias)
+    return product(weight)
 
 
 def _packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
@@ -61,6 +85,23 @@ def _packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
     run = torch.ops.mkldnn._linear_pointwise
     return lambda states: run(states, packed, bias, "none", [], "")
+
+
+def _rounded_product(weight: Tensor, bias: Tensor | None, exact: Product) -> Product:
+    """Of few rows nearly the same, by weights in 8 bits, each row with a scale, and states in bfloat16."""
+    # A row of zeros has the scale 0, whatever it is rounded to.
+    scales = (weight.float().abs().amax(dim=1) / 127).bfloat16()
+    rounded = (weight / scales.float()[:, None]).round().to(torch.int8)
+
+    def multiply(states: Tensor) -> Tensor:
+        rows = states.flatten(0, -2)
+        if len(rows) > ROUNDED_FOR_ROWS:
+            return exact(states)
+        result = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), rounded, scales)
+        result = result.view(*states.shape[:-1], -1).to(states.dtype)
+        return result if bias is None else result + bias
+
+    return multiply
 
 
 def _in_8_bits(weight: Tensor) -> Any:
@@ -103,9 +144,12 @@ class CachedLayer:
         dtype: to compute in.
         few_rows: what makes few rows fast: packed weights, and on CUDA our own kernels. False leaves the products to
             the library, as batches of many rows do; on a CPU to the layer's own modules.
+        int8: as in `product`, where few rows are fast.
     """
 
-    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True) -> None:
+    def __init__(
+        self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True, int8: bool = False
+    ) -> None:
         attention = layer.self_attn
         on_cuda = attention.q_proj.weight.is_cuda
         self.kernels = _kernels_for(layer, dtype) if few_rows and on_cuda else None
@@ -121,7 +165,7 @@ class CachedLayer:
         def join(*projections: nn.Linear) -> Product:
             """Products of the same input as one, of copied weights, unless the modules are to run."""
             if few_rows or on_cuda:
-                return _fused(dtype, *projections)
+                return _fused(dtype, *projections, int8=int8)
             return _side_by_side(projections)
 
         self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -194,18 +238,19 @@ class Fuse:
     Args:
         weight: `[D, 2 D]`.
         embeddings: `[V, D]`; with them the first state is a token's embedding.
+        int8: as in `product`.
 
     Attributes:
         maps: `[2, D, D]`, its two halves, for our own kernels; None on a CPU.
     """
 
-    def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, embeddings: Tensor | None = None, int8: bool = False) -> None:
         self.embeddings = embeddings
         self.maps: Tensor | None = None
         if weight.is_cuda:
             halves = weight.view(len(weight), 2, -1)  # [D, 2, D]
             self.maps = halves.transpose(0, 1).contiguous()
-        self._product = product(weight)
+        self._product = product(weight, int8=int8)
 
     def __call__(self, inputs: Tensor, feedback: Tensor) -> Tensor:
         """Of tokens `[B, T]` or states `[B, T, D]`, and of states `[B, T, D]`."""
@@ -220,7 +265,7 @@ def _side_by_side(parts: Sequence[Product]) -> Product:
     return lambda states: torch.cat([part(states) for part in parts], dim=-1)
 
 
-def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
+def _fused(dtype: torch.dtype, *projections: nn.Linear, int8: bool = False) -> Product:
     """The same by one product of the joined weights, unless they are large and on an accelerator."""
     weights = [linear.weight.detach().to(dtype) for linear in projections]
     if weights[0].is_cuda and weights[0].numel() > LARGE:
@@ -230,7 +275,7 @@ def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
         return _side_by_side(products)
     biases = [linear.bias.detach().to(dtype) for linear in projections if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
-    return product(torch.cat(weights), bias)
+    return product(torch.cat(weights), bias, int8)
 
 
 @cache

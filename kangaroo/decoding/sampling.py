@@ -28,6 +28,11 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1.0
+
     def scores(self, logits: Tensor) -> Tensor:
         """Log-probabilities up to a constant, float64, of logits `[N, V]`; minus infinity for what is cut.
 
@@ -52,6 +57,21 @@ class Sampling:
             ids = torch.arange(logits.shape[-1], device=logits.device)
         scores = self.scores(logits.flatten(0, -2)).view(logits.shape)
         return scores + gumbel_noise(keys, ids)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How tokens at some places are drawn.
+
+    Attributes:
+        how: temperature and cuts.
+        keys: of the places, see `gumbel_noise`, in the shape of the tokens.
+        is_draft: whether these are drafts.
+    """
+
+    how: Sampling
+    keys: Tensor
+    is_draft: bool = False
 
 
 def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:

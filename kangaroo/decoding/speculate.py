@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification, refuse_not_finite, settled
 from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
-from kangaroo.decoding.sampling import count_accepted
-from kangaroo.decoding.stages import Drafted, Drawn, Stage, Stages, Verified
+from kangaroo.decoding.sampling import Drawn, count_accepted
+from kangaroo.decoding.stages import Drafted, Stage, Stages, Verified
 
 
 @torch.no_grad()

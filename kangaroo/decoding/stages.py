@@ -29,22 +29,7 @@ from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Fuse, Norm, Product
 from kangaroo.decoding.passes import Passes
-from kangaroo.decoding.sampling import Sampling, choose_tokens
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """How tokens at some places are drawn.
-
-    Attributes:
-        how: temperature and cuts.
-        keys: of the places, see `gumbel_noise`, in the shape of the tokens.
-        is_draft: whether these are drafts.
-    """
-
-    how: Sampling
-    keys: Tensor
-    is_draft: bool = False
+from kangaroo.decoding.sampling import Drawn, choose_tokens
 
 
 @dataclass
@@ -87,6 +72,7 @@ class DrafterParts:
         window: how many positions back its attention sees; None for all.
         draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
         shallow: what reads the tokens first where a whole model drafts: its embedding; None for the shallow layers.
+        int8: whether shallow layers that nothing but drafts reads compute as in `layers.product` with `int8`.
     """
 
     weights: StageWeights
@@ -95,6 +81,7 @@ class DrafterParts:
     window: int | None = None
     draft_ids: Tensor | None = None
     shallow: StageWeights | None = None
+    int8: bool = False
 
 
 class Stage:
@@ -206,11 +193,12 @@ class Stage:
             the verifier's of its token.
         """
         weight = self.weights.head_weight
-        if self._by_own_kernels and weight is not None and drawn is None:
+        is_cut = drawn is not None and drawn.how.is_cut
+        if self._by_own_kernels and weight is not None and not is_cut:
             from kangaroo.decoding.kernels import best_tokens
 
             rows = states.flatten(0, -2).contiguous()
-            tokens, confidence = best_tokens(rows, weight, two, ids)
+            tokens, confidence = best_tokens(rows, weight, two, ids, drawn)
             shape = states.shape[:-1]
             return tokens.view(-1, *shape), confidence.view(shape)
         logits = self.logits(states).float()
@@ -579,14 +567,15 @@ class Stages:
         texts = len(noise)
         if how is None and not config.draft_temperature:
             return None
+        by_step = noise.T.contiguous()
 
         def draw(hidden: Tensor, step: int) -> tuple[Tensor, Tensor]:
             if how is None:
                 logits = self.drafter.logits(hidden).float()  # [B, V']
-                rows, confidence = choose_tokens(logits, config.draft_temperature, noise[:, step])
+                rows, confidence = choose_tokens(logits, config.draft_temperature, by_step[step])
                 return self.token_ids(rows), confidence
-            # All chains of a text draw with the same noise.
-            keys = noise[:, step].repeat(len(hidden) // texts)
+            # All chains of a text draw with the same noise. A single chain's is no copy: a kernel less before the head.
+            keys = by_step[step].expand(len(hidden) // texts, -1).flatten()
             return self._best(hidden, texts, depth + step, Drawn(how, keys, is_draft=True))
 
         return draw
