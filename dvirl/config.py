@@ -68,6 +68,8 @@ class DraftSettings(LoraSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.middle_layer and not self.feedback:
+            raise DvirlError(f"middle_layer is {self.middle_layer}; expected feedback with it")
         if self.recurrent and not self.feedback:
             raise DvirlError(
                 "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"

@@ -423,6 +423,8 @@ class AdapterModel(nn.Module):
             the verifier has not been yet, its own stands in (EAGLE, arXiv 2401.15077).
         recurrent: later drafts of a block read, through `fuse_later`, the token's embedding in place of its exit state,
             so that the shallow layers run once a block; only with feedback.
+        middle_layer: layer of the verifier whose state is fed back, too, through `fuse_middle` (EAGLE-3, arXiv
+            2503.01840); 0 for none; only with feedback. A fresh map adds nothing.
 
     Attributes:
         embed_tokens: what it reads in place of exit states, where it is a whole model; else None.
@@ -445,6 +447,8 @@ class AdapterModel(nn.Module):
             raise ValueError(
                 f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each"
             )
+        if middle_layer and not feedback:
+            raise ValueError(f"middle_layer is {middle_layer}; expected feedback with it")
         if recurrent and not feedback:
             raise ValueError(
                 "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"
@@ -519,8 +523,11 @@ class AdapterModel(nn.Module):
         return found
 
     def fed_back(self, verifier_hidden: Tensor) -> Tensor:
-        """What the first draft reads of the verifier, `[…, D]`: its last states `[…, D]`, or with a middle layer both
-        `[…, 2 D]`."""
+        """What the first draft reads of the verifier, `[…, D]`.
+
+        Args:
+            verifier_hidden: its last states `[…, D]`; with a middle layer those after it beside them, `[…, 2 D]`.
+        """
         if self.fuse_middle is None:
             return verifier_hidden
         last, middle = verifier_hidden.chunk(2, dim=-1)

@@ -194,7 +194,7 @@ class _Objective(nn.Module):
         positions: `[N]`, where to draft the next token, counted through all rows.
         later: `[B, R]`, the positions of each row at which later drafts of blocks are made.
         index: `[N]`, the verifier's tokens after `positions`, as rows of the exit head.
-        verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
+        verifier_hidden: `[B, T, D]`, the states that it chose its tokens from; with a middle layer `[B, T, 2 D]`.
         weight: `[N]`, 1, and 0 at padding.
         actions: with reinforce_block noise `[N, K]`, uniform in [0, 1), by which it acts, and its baselines `[K]`.
 
@@ -307,13 +307,15 @@ def conversations(loaded: LoadedModel, config: DistillConfig, path: Path, count:
 def kept_states(
     base: EarlyExitLlamaForCausalLM, responses: Responses, middle_layer: int = 0
 ) -> dict[int, Tensor]:
-    """The verifier's states on every response, `[T, D]`, by row; none if they would take too much of the memory."""
+    """The verifier's states on every response, `[T, D]` or with a middle layer `[T, 2 D]`, by row.
+
+    None if they would take too much of the memory.
+    """
     kept: dict[int, Tensor] = {}
     device = base.model.norm.weight.device
     lengths = responses.lengths
-    needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
-    if middle_layer:
-        needed *= 2
+    numbers = base.config.hidden_size * (2 if middle_layer else 1)
+    needed = int(lengths.sum()) * numbers * base.dtype.itemsize
     if needed > KEPT_SHARE * free_memory(device):
         return kept
     parts = torch.split(lengths.argsort(), SWEPT)
@@ -396,7 +398,7 @@ class Distiller(TrainingLoop):
         self.length = config.passes * math.ceil(len(self.responses) / config.batch)
         if config.start_from:
             folder = drafter_folder(config.start_from)
-            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"])
+            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"], to_start=True)
         drafting = self.model.adapter_model.parameters() if config.muon else []
         matrices = [parameter for parameter in drafting if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
