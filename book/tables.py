@@ -211,6 +211,28 @@ def more_text() -> str:
     return table([*head, *SETS.values()], rows)
 
 
+def middle() -> str:
+    """The default drafter, and drafters that were trained on from it with and without a state from the middle."""
+    files = {
+        "the default drafter": "smollm2-135m-k2-recurrent",
+        "trained on for 9.2 minutes, KL and the reward": "further-text",
+        "trained on for 3.5 minutes, KL": "without-middle",
+        "trained on for 3.5 minutes, KL, with a state after layer 20": "middle",
+    }
+    rows = []
+    for text, name in files.items():
+        found = read(f"agreement-{name}-h200")["figures"]
+        cells = []
+        for one in SETS:
+            figures = found.get(f"questions/{one}.jsonl")
+            if figures:  # no drafts are judged on the packaged questions
+                cells.append(f"{figures['rate']:.3f} ({figures['tokens_a_block']:.2f})")
+        held_out = read("agreement-smollm2-135m-k2-recurrent-cpu")["figures"] | found
+        figures = held_out["weights/smollm2-135m-k2-recurrent/held-out.jsonl"]
+        rows.append([text, f"{figures['rate']:.3f} ({figures['tokens_a_block']:.2f})", *cells])
+    return table(["", "held-out prompts", *list(SETS.values())[1:]], rows)
+
+
 def sampled() -> str:
     """Sampling at temperature 1: by rejection, and with one noise for drafts and verifier."""
     files = {
@@ -556,6 +578,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "block_reward": block_reward,
     "more_text": more_text,
+    "middle": middle,
     "sampled": sampled,
     "head_in_8_bits": head_in_8_bits,
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),

@@ -53,6 +53,8 @@ class DraftSettings(LoraSettings):
     """The drafter also reads the verifier's last state of the position before, and within a block its own."""
     recurrent: bool = False
     """With feedback: later drafts of a block skip the shallow layers and read the token's embedding in their place."""
+    middle_layer: int = number(0, 0, 1000)
+    """With feedback: the drafter also reads the verifier's state after this layer (as EAGLE-3 does); 0 for none."""
     head: str = choice("full", HEADS)
     """Exit head: full (a float32 copy of lm_head's rows, trained), lora (a low-rank change of them) or frozen."""
     head_rank: int = number(64, 1, 4096)
@@ -66,6 +68,8 @@ class DraftSettings(LoraSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.middle_layer and not self.feedback:
+            raise DvirlError(f"middle_layer is {self.middle_layer}; expected feedback with it")
         if self.recurrent and not self.feedback:
             raise DvirlError(
                 "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"

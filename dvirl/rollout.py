@@ -332,10 +332,12 @@ def replay_depths(
 
 
 @torch.no_grad()
-def verifier_states(base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Sequence[str]) -> Tensor:
-    """The deep layers' normed states `[B, T, D]` on tokens `[B, T]`, some adapters left out, in one pass."""
+def verifier_states(
+    base: EarlyExitLlamaForCausalLM, tokens: Tensor, without: Sequence[str], middle_layer: int = 0
+) -> Tensor:
+    """The deep layers' normed states on tokens `[B, T]`, some adapters left out, in one pass; see `forward_deep`."""
     with base.without_adapters(*without):
-        return base.forward_deep(base.forward_shallow(tokens))
+        return base.forward_deep(base.forward_shallow(tokens), middle_layer=middle_layer)
 
 
 def response_index(response_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,7 +386,8 @@ def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[
     exit_hidden = model.base_model.forward_shallow(tokens)
     verifier_hidden = exit_hidden
     if model.feedback:
-        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"])
+        middle = model.adapter_model.middle_layer
+        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"], middle)
     return model.drafter_depths(tokens, exit_hidden, verifier_hidden, depths), exit_hidden
 
 

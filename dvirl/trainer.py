@@ -131,7 +131,8 @@ class DVITrainer(TrainingLoop):
 
         self.peft_model, self.model = lora.attach_draft(base, config, self._count_tokens(), deep=True)
         if config.start_from:
-            checkpoint.load_weights(Path(config.start_from), self.peft_model, self.model, ["lora_S"])
+            folder = Path(config.start_from)
+            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"], to_start=True)
             self.config = with_drafter(config, self.model)
 
     def _refuse_too_large(self) -> None:

@@ -423,6 +423,8 @@ class AdapterModel(nn.Module):
             the verifier has not been yet, its own stands in (EAGLE, arXiv 2401.15077).
         recurrent: later drafts of a block read, through `fuse_later`, the token's embedding in place of its exit state,
             so that the shallow layers run once a block; only with feedback.
+        middle_layer: layer of the verifier whose state is fed back, too, through `fuse_middle` (EAGLE-3, arXiv
+            2503.01840); 0 for none; only with feedback. A fresh map adds nothing.
 
     Attributes:
         embed_tokens: what it reads in place of exit states, where it is a whole model; else None.
@@ -436,6 +438,7 @@ class AdapterModel(nn.Module):
         num_layers: int = 1,
         feedback: bool = False,
         recurrent: bool = False,
+        middle_layer: int = 0,
     ) -> None:
         super().__init__()
         if kind not in DRAFTERS:
@@ -444,6 +447,8 @@ class AdapterModel(nn.Module):
             raise ValueError(
                 f"adapter window is {window} and num_layers {num_layers}; expected at least 1 each"
             )
+        if middle_layer and not feedback:
+            raise ValueError(f"middle_layer is {middle_layer}; expected feedback with it")
         if recurrent and not feedback:
             raise ValueError(
                 "recurrent is true; expected feedback with it: later drafts read the earlier ones' states"
@@ -458,6 +463,11 @@ class AdapterModel(nn.Module):
         self.embed_tokens: nn.Embedding | None = None
         self.fuse = self._new_map() if feedback else None
         self.fuse_later = self._new_map() if recurrent else None
+        self.middle_layer = middle_layer
+        self.fuse_middle: nn.Linear | None = None
+        if middle_layer:
+            self.fuse_middle = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.fuse_middle.weight.data.zero_()
 
     def _new_map(self) -> nn.Linear:
         """From two states, side by side, to one; a fresh one gives the first of them."""
@@ -511,6 +521,17 @@ class AdapterModel(nn.Module):
                 if later is not None:
                     inputs, feedback = at_positions(inputs, later), at_positions(feedback, later)
         return found
+
+    def fed_back(self, verifier_hidden: Tensor) -> Tensor:
+        """What the first draft reads of the verifier, `[…, D]`.
+
+        Args:
+            verifier_hidden: its last states `[…, D]`; with a middle layer those after it beside them, `[…, 2 D]`.
+        """
+        if self.fuse_middle is None:
+            return verifier_hidden
+        last, middle = verifier_hidden.chunk(2, dim=-1)
+        return last + self.fuse_middle(middle)
 
     def fused(self, inputs: Tensor, feedback: Tensor, later: bool = False) -> Tensor:
         """What the first layer reads, `[…, D]`.

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -136,14 +137,22 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             hidden = layer(hidden, plan)
         return hidden.to(plan.cos.device)
 
-    def forward_deep(self, exit_hidden: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """layers[k:] and the final norm: exit states `[B, T, D]` to what `lm_head` reads, `[B, T, D]`."""
+    def forward_deep(
+        self, exit_hidden: Tensor, position_ids: Tensor | None = None, middle_layer: int = 0
+    ) -> Tensor:
+        """layers[k:] and the final norm: exit states `[B, T, D]` to what `lm_head` reads, `[B, T, D]`.
+
+        With a middle layer the state after it, normed without a weight, stands beside that: `[B, T, 2 D]`.
+        """
         plan = plan_uncached(self.rotary, exit_hidden, position_ids)
         hidden = exit_hidden
-        for layer in self.model.layers[self.exit_layer :]:
+        found = []
+        for index, layer in enumerate(self.model.layers[self.exit_layer :], start=self.exit_layer + 1):
             hidden = layer(hidden, plan)
+            if index == middle_layer:
+                found = [F.rms_norm(hidden.to(plan.cos.device), hidden.shape[-1:], eps=self.model.norm.eps)]
         normed: Tensor = self.model.norm(hidden.to(plan.cos.device))
-        return normed
+        return torch.cat([normed, *found], dim=-1) if found else normed
 
     def forward_draft_or_large_model(
         self,
@@ -289,6 +298,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         feedback = None
         if drafter.weights.fuse is not None:
             feedback = Feedback(batch_size, self.model.norm.weight)
+        if drafter.weights.middle is not None:
+            deep.kept_after = drafter.weights.middle.layer - k
         layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
         dynamic = self.rotary.dynamic or drafter.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in layers) and not dynamic

@@ -17,7 +17,16 @@ from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
 from kangaroo.decoding.generate import Decoded, decode_texts
 from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
-from kangaroo.decoding.layers import CachedLayer, Fuse, MadeFromWeights, head_product, rms_norm, weights_of
+from kangaroo.decoding.layers import (
+    CachedLayer,
+    Fuse,
+    MadeFromWeights,
+    Middle,
+    head_product,
+    product,
+    rms_norm,
+    weights_of,
+)
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
 from kangaroo.decoding.timing import measure_costs, now
@@ -25,6 +34,7 @@ from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.published import read_published
 
 HEADS = ("frozen", "full", "lora")
+MIDDLE_MAP = "adapter_model.fuse_middle.weight"
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,13 @@ class KangarooModel(nn.Module):
         layers = getattr(args, "drafter_layers", 1)
         feedback = getattr(args, "feedback", False)
         recurrent = getattr(args, "recurrent", False)
-        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback, recurrent)
+        middle = getattr(args, "middle_layer", 0)
+        count = base.config.num_hidden_layers
+        if middle and not base.exit_layer < middle < count:
+            raise ValueError(
+                f"middle_layer is {middle}; expected 0, or above exit_layer {base.exit_layer} and below {count}"
+            )
+        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback, recurrent, middle)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -122,6 +138,11 @@ class KangarooModel(nn.Module):
     def recurrent(self) -> bool:
         """Whether later drafts of a block read embeddings in place of exit states."""
         return self.adapter_model.fuse_later is not None
+
+    @property
+    def middle_layer(self) -> int:
+        """The layer of the verifier whose state drafts also read; 0 for none."""
+        return self.adapter_model.middle_layer
 
     @property
     def exit_norm(self) -> nn.RMSNorm:
@@ -172,10 +193,14 @@ class KangarooModel(nn.Module):
             state["draft_ids"] = self.draft_ids
         return {key: value.detach().contiguous() for key, value in state.items()}
 
-    def load_drafter(self, folder: str | Path) -> None:
+    def load_drafter(self, folder: str | Path, to_start: bool = False) -> None:
         """Load `drafter.safetensors` of `folder`, or where it has none the published Kangaroo adapter there.
 
         A published adapter replaces `adapter_model`, so load it before an optimizer holds the drafter's parameters.
+
+        Args:
+            folder: the folder.
+            to_start: for a training to go on from; a drafter that reads no middle state can begin to.
 
         Raises:
             ValueError: if it does not fit this model.
@@ -187,6 +212,8 @@ class KangarooModel(nn.Module):
             return
         state = load_file(path)
         own = self.drafter_state()
+        if to_start and MIDDLE_MAP in own:
+            state.setdefault(MIDDLE_MAP, own[MIDDLE_MAP])
         if set(state) != set(own):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
         for key, value in own.items():
@@ -264,7 +291,11 @@ class KangarooModel(nn.Module):
         later = None
         if fuse_later is not None:
             later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings(), int8)
-        return StageWeights(layers, norm=norm, fuse=first, fuse_later=later)
+        middle = None
+        if self.adapter_model.fuse_middle is not None:
+            weight = self.adapter_model.fuse_middle.weight.detach().to(dtype)
+            middle = Middle(self.middle_layer, product(weight, int8=int8), self.base_model.model.norm.eps)
+        return StageWeights(layers, norm=norm, fuse=first, fuse_later=later, middle=middle)
 
     @contextmanager
     def with_int8_draft(self, wanted: bool) -> Iterator[None]:
@@ -306,7 +337,8 @@ class KangarooModel(nn.Module):
         Args:
             tokens: `[B, T]`.
             exit_hidden: `[B, T, D]`.
-            verifier_hidden: `[B, T, D]`, the verifier's normed states, lora_S off; only read with feedback.
+            verifier_hidden: `[B, T, D]`, the verifier's normed states, lora_S off; only read with feedback. With a
+                middle layer `[B, T, 2 D]`, see `EarlyExitLlamaForCausalLM.forward_deep`.
             depths: drafts of a block.
             later: `[B, R]`, where later drafts are made, see `AdapterModel.forward_unrolled`.
 
@@ -321,7 +353,7 @@ class KangarooModel(nn.Module):
         dtype = exit_hidden.dtype
         with torch.autocast(exit_hidden.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             weight = self.exit_norm.weight
-            feedback = before(verifier_hidden).to(weight.dtype)
+            feedback = before(self.adapter_model.fed_back(verifier_hidden.to(weight.dtype)))
             exits = exit_hidden.to(weight.dtype)
             embeddings = None
             if self.recurrent:
@@ -378,8 +410,10 @@ class KangarooModel(nn.Module):
             detach_exit: cut the deep layers' gradient off the shallow ones (shallow-gradient training).
         """
         exit_hidden = self.base_model.forward_shallow(input_ids)
-        final = self.base_model.forward_deep(exit_hidden.detach() if detach_exit else exit_hidden)
-        states = self.drafter_depths(input_ids, exit_hidden, final.detach(), 1)[0]
+        exits = exit_hidden.detach() if detach_exit else exit_hidden
+        found = self.base_model.forward_deep(exits, middle_layer=self.middle_layer)
+        final = found[..., : exits.shape[-1]]
+        states = self.drafter_depths(input_ids, exit_hidden, found.detach(), 1)[0]
         return DualLogits(self.head_logits(states), self.head_model(final), exit_hidden)
 
     # Decoding

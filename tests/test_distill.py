@@ -99,7 +99,12 @@ def test_its_gradient_is_the_difference_of_distributions_and_reaches_no_verifier
     assert none is None
 
 
-KINDS = [{"feedback": False}, {"feedback": True}, {"feedback": True, "recurrent": True}]
+KINDS = [
+    {"feedback": False},
+    {"feedback": True},
+    {"feedback": True, "recurrent": True},
+    {"feedback": True, "recurrent": True, "middle_layer": 3},
+]
 REWARDS = [
     {"feedback": True, "recurrent": True, "objective": objective, "kl_weight": 0.1}
     for objective in (*BY_DEPTH, *FOR_BLOCKS)
@@ -638,6 +643,10 @@ def test_it_goes_on_from_a_drafter(tmp_path, responses, recurrent):
     for parameter, trained, untrained in zip(on.parameters, first.parameters, fresh.parameters, strict=True):
         assert torch.equal(parameter, trained.bfloat16().float())
         assert not torch.equal(trained, untrained)
+    if recurrent:  # a drafter that reads no middle state can begin to
+        more = distiller(tmp_path / "more", responses, start_from=result.drafter, middle_layer=3, **kind)
+        states = {len(row) for row in more._kept[0]}
+        assert states == {2 * len(on._kept[0][0])} and not more.model.adapter_model.fuse_middle.weight.any()
     on.train(show_progress=False)
     log = [read_metrics(run.log).query("phase == 'train'").loss for run in (first, on)]
     assert log[1].iloc[0] < log[0].iloc[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
 
 from dvirl.config import DVIConfig, SGPConfig
@@ -31,7 +32,8 @@ WAYS = [
 def model_with_feedback(seed=1, **args):
     args = {"drafter": "layer", "drafter_layers": 2, "deep_scale": 0.3, **args}
     model = tiny_kangaroo(seed, feedback=True, **args).double()
-    for fuse in filter(None, (model.adapter_model.fuse, model.adapter_model.fuse_later)):
+    adapter = model.adapter_model
+    for fuse in filter(None, (adapter.fuse, adapter.fuse_later, adapter.fuse_middle)):
         fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
     return model
 
@@ -41,7 +43,7 @@ def table(model, text, drafts):
     """The two likeliest tokens for each draft of a chain after a text, by one parallel pass over both."""
     base, ids = model.base_model, torch.tensor([[*text, *drafts[:-1]]])
     with base.without_adapters("lora_S"):
-        verifier_hidden = base.forward_deep(base.forward_shallow(ids))
+        verifier_hidden = base.forward_deep(base.forward_shallow(ids), middle_layer=model.middle_layer)
     states = model.drafter_depths(ids, base.forward_shallow(ids), verifier_hidden, len(drafts))
     own = [state[0, len(text) - 1 + depth] for depth, state in enumerate(states)]
     return [model.token_ids(model.head_logits(state).topk(2).indices).tolist() for state in own]
@@ -62,9 +64,10 @@ def check_blocks(model, prompt, blocks):
 
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.adaptive}")
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, monkeypatch):
-    model = model_with_feedback(adapter_window=7 if how.threshold else 64, recurrent=recurrent)
+@pytest.mark.parametrize(("recurrent", "middle_layer"), [(False, 3), (True, 0)])
+def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, middle_layer, monkeypatch):
+    window = 7 if how.threshold else 64
+    model = model_with_feedback(adapter_window=window, recurrent=recurrent, middle_layer=middle_layer)
     prompts = [part * 2 for part in random_prompts(3, 2)]
     # Triton's interpreter takes half a second a block; a plan that adapts needs its blocks to do so.
     length = 16 if captured and not how.adaptive else 30
@@ -99,7 +102,7 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, monkeyp
 def test_blocks_that_run_ahead_may_change_their_length(feedback, recurrent, monkeypatch):
     """After plain blocks the drafter catches up; after others everything is read already."""
     model = (
-        model_with_feedback(recurrent=recurrent)
+        model_with_feedback(recurrent=recurrent, middle_layer=3 * recurrent)
         if feedback
         else tiny_kangaroo(1, drafter="layer", deep_scale=0.3, lora=False).double()
     )
@@ -191,6 +194,40 @@ def test_feedback_needs_the_target_base():
 def test_settings_that_do_not_go_with_feedback_are_refused(settings, changes):
     with pytest.raises(DvirlError, match="feedback"):
         settings(feedback=True, **changes)
+
+
+def test_a_fresh_map_of_middle_states_changes_nothing(tmp_path):
+    """So training can go on from a drafter without one; and only then may a file lack it."""
+    plain = model_with_feedback(recurrent=True)
+    (tmp_path / "drafter").mkdir()
+    save_file(plain.drafter_state(), tmp_path / "drafter" / "drafter.safetensors")
+    model = model_with_feedback(2, recurrent=True, middle_layer=3)
+    with pytest.raises(ValueError, match="fuse_middle"):
+        model.load_drafter(tmp_path / "drafter")
+    fresh = tiny_kangaroo(1, feedback=True, drafter="layer", drafter_layers=2, recurrent=True, middle_layer=3).double()
+    fresh.load_drafter(tmp_path / "drafter", to_start=True)
+    ids = torch.tensor(random_prompts(1, 4))
+    exits = plain.base_model.forward_shallow(ids)
+    found = plain.base_model.forward_deep(exits, middle_layer=3)
+    last, middle = found.chunk(2, dim=-1)
+    assert torch.equal(last, plain.base_model.forward_deep(exits)) and not torch.equal(last, middle)
+    torch.testing.assert_close(middle.square().mean(dim=-1), torch.ones_like(middle[..., 0]), atol=1e-3, rtol=0)
+    expected = plain.drafter_depths(ids, exits, last, 3)
+    for one, other in zip(fresh.drafter_depths(ids, exits, found, 3), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 4, 9])
+def test_a_middle_layer_is_one_of_the_deep_layers_before_the_last(layer):
+    with pytest.raises(ValueError, match=f"middle_layer is {layer}; expected 0, or above exit_layer 2 and below 4"):
+        tiny_kangaroo(1, 2, drafter="layer", feedback=True, middle_layer=layer)
+
+
+def test_a_middle_layer_needs_feedback():
+    with pytest.raises(DvirlError, match="middle_layer is 3; expected feedback with it"):
+        DVIConfig(middle_layer=3)
+    with pytest.raises(ValueError, match="middle_layer is 3; expected feedback with it"):
+        tiny_kangaroo(1, drafter="layer", middle_layer=3)
 
 
 def test_a_recurrent_drafter_needs_feedback():

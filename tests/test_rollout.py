@@ -86,7 +86,7 @@ def compare(model, config, prompts, eos, noise=None):
     draft_len=st.integers(1, 6),
     threshold=st.sampled_from([0.0, 0.2, 0.6]),
     drafter=st.sampled_from(["none", "adapter", "layer"]),
-    feedback=st.sampled_from(["none", "whole", "recurrent"]),
+    feedback=st.sampled_from(["none", "whole", "recurrent", "middle"]),
     target=st.sampled_from(["base", "adapted"]),
     sampled=st.booleans(),
 )
@@ -95,10 +95,12 @@ def test_records_equal_the_step_by_step_decoders(
 ):
     args = dict(drafter=drafter, adapter_window=6, draft_vocab=range(200), feedback=feedback != "none")
     args["recurrent"] = feedback == "recurrent"
+    args["middle_layer"] = 3 if feedback == "middle" and exit_layer < 3 else 0
     model = tiny_kangaroo(seed, exit_layer, **args)
     if feedback != "none":
         target = "base"
-        for fuse in filter(None, (model.adapter_model.fuse, model.adapter_model.fuse_later)):
+        adapter = model.adapter_model
+        for fuse in filter(None, (adapter.fuse, adapter.fuse_later, adapter.fuse_middle)):
             fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
     config = DecodeConfig(draft_len, threshold, target, 0.5 if sampled else 0.0)
     noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed)) if sampled else None

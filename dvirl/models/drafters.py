@@ -27,7 +27,7 @@ DEFAULT_DRAFTER = "smollm2-135m-k2-recurrent"
 WEIGHTS = tuple(Path(__file__).parents[2] / name for name in ("weights", "dvirl_weights"))
 """Where shipped drafters lie, a folder each: in the repository, and beside the packages of a wheel."""
 
-LATER = {"feedback": False, "recurrent": False}
+LATER = {"feedback": False, "recurrent": False, "middle_layer": 0}
 """Settings that the first drafters did not have, as they were for them."""
 BOS_EOS = ("bos_token", "eos_token")
 """Tokens by which two tokenizers may differ though all ids have the same texts."""

@@ -180,12 +180,14 @@ def load_weights(
     peft_model: PeftModel,
     model: KangarooModel,
     adapters: Sequence[str],
+    to_start: bool = False,
 ) -> None:
     """Load some adapters and the drafter of a checkpoint, or of a folder that ships a drafter, in place.
 
     What drafts is lora_S and the drafter; lora_D makes another verifier.
 
-    A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is.
+    A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is. `to_start` is for
+    `KangarooModel.load_drafter`.
 
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.
@@ -201,7 +203,7 @@ def load_weights(
     try:
         for name in adapters:
             _load_adapter(folder / name, peft_model, name)
-        model.load_drafter(folder)
+        model.load_drafter(folder, to_start)
     except (SafetensorError, OSError, IndexError, RuntimeError) as error:
         raise DvirlError(f"{folder}: unreadable checkpoint ({error!s:.300})") from error
     except ValueError as error:

@@ -193,7 +193,7 @@ class _Objective(nn.Module):
         positions: `[N]`, where to draft the next token, counted through all rows.
         later: `[B, R]`, the positions of each row at which later drafts of blocks are made.
         index: `[N]`, the verifier's tokens after `positions`, as rows of the exit head.
-        verifier_hidden: `[B, T, D]`, the states that it chose its tokens from.
+        verifier_hidden: `[B, T, D]`, the states that it chose its tokens from; with a middle layer `[B, T, 2 D]`.
         weight: `[N]`, 1, and 0 at padding.
         actions: with reinforce_block noise `[N, K]`, uniform in [0, 1), by which it acts, and its baselines `[K]`.
 
@@ -222,7 +222,8 @@ class _Objective(nn.Module):
         half = verifier_hidden.dtype == torch.bfloat16
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             # 1) What the verifier says there.
-            chosen = verifier_hidden.flatten(0, 1).index_select(0, positions)
+            last = verifier_hidden[..., : self.model.head_rows.shape[1]]
+            chosen = last.flatten(0, 1).index_select(0, positions)
             normalizer = None
             if config.objective in OVER_ALL_TOKENS:
                 normalizer = self.model.verifier_normalizer(chosen, config.temperature)
@@ -302,18 +303,24 @@ def conversations(loaded: LoadedModel, config: DistillConfig, path: Path, count:
     return read_shard(path)
 
 
-def kept_states(base: EarlyExitLlamaForCausalLM, responses: Responses) -> dict[int, Tensor]:
-    """The verifier's states on every response, `[T, D]`, by row; none if they would take too much of the memory."""
+def kept_states(
+    base: EarlyExitLlamaForCausalLM, responses: Responses, middle_layer: int = 0
+) -> dict[int, Tensor]:
+    """The verifier's states on every response, `[T, D]` or with a middle layer `[T, 2 D]`, by row.
+
+    None if they would take too much of the memory.
+    """
     kept: dict[int, Tensor] = {}
     device = base.model.norm.weight.device
     lengths = responses.lengths
-    needed = int(lengths.sum()) * base.config.hidden_size * base.dtype.itemsize
+    numbers = base.config.hidden_size * (2 if middle_layer else 1)
+    needed = int(lengths.sum()) * numbers * base.dtype.itemsize
     if needed > KEPT_SHARE * free_memory(device):
         return kept
     parts = torch.split(lengths.argsort(), SWEPT)
     for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
         tokens = responses.take(rows).tokens.to(device)
-        states = verifier_states(base, tokens, ["lora_S"])
+        states = verifier_states(base, tokens, ["lora_S"], middle_layer)
         for row, state in zip(rows.tolist(), states, strict=True):
             # A copy, so that padding is not kept with it.
             kept[row] = state[: lengths[row]].clone()
@@ -362,7 +369,7 @@ class Distiller(TrainingLoop):
         self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
         self._captured: dict[tuple[int, str], Any] = {}
         # States that are read once are not kept.
-        self._kept = kept_states(base, self.responses) if config.passes > 1 else {}
+        self._kept = kept_states(base, self.responses, config.middle_layer) if config.passes > 1 else {}
         self._begin()
 
     def begin_again(self, config: DistillConfig) -> None:
@@ -381,7 +388,7 @@ class Distiller(TrainingLoop):
         if CAPTURED_BY(config) != CAPTURED_BY(self.config):
             self._captured.clear()  # the graphs of one objective take gigabytes
         self.config = config
-        self._kept = self._kept or kept_states(self.loaded.model, self.responses)
+        self._kept = self._kept or kept_states(self.loaded.model, self.responses, config.middle_layer)
         self._begin()
 
     def _begin(self) -> None:
@@ -390,7 +397,7 @@ class Distiller(TrainingLoop):
         self.length = config.passes * math.ceil(len(self.responses) / config.batch)
         if config.start_from:
             folder = drafter_folder(config.start_from)
-            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"])
+            checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"], to_start=True)
         drafting = self.model.adapter_model.parameters() if config.muon else []
         matrices = [parameter for parameter in drafting if parameter.ndim == 2]
         self.optimizers = Optimizers(self.parameters, matrices, config.muon)
@@ -585,7 +592,8 @@ class Distiller(TrainingLoop):
                 if self._kept:
                     states = pad_sequence([self._kept[row] for row in rows.tolist()], batch_first=True)
                 else:
-                    states = verifier_states(self.loaded.model, tokens, ["lora_S"])
+                    middle = self.config.middle_layer
+                    states = verifier_states(self.loaded.model, tokens, ["lora_S"], middle)
                 for start in range(done % TEACHER_BATCHES * size, len(group), size):
                     part = slice(start, start + size)
                     yield (

@@ -288,7 +288,7 @@ class _Blocks:
             for stage in (stages.base, stages.deep):
                 share(state, stage.cache, winners)
         if fed_back:
-            torch.index_select(hidden, 0, winners, out=state.hidden)
+            torch.index_select(stages.fed_back(hidden), 0, winners, out=state.hidden)
             states = states if plan.learned else state.hidden
         return numbers, states
 

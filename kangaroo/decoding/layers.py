@@ -258,6 +258,25 @@ class Fuse:
         return self._product(torch.cat([states, feedback], dim=-1))
 
 
+@dataclass(frozen=True)
+class Middle:
+    """A map of the verifier's states in the middle, which is added to its last ones (as EAGLE-3 reads several layers).
+
+    Attributes:
+        layer: after which the states are taken, counted from 1.
+        product: the map.
+        eps: of the norm before it, which has no weight.
+    """
+
+    layer: int
+    product: Product
+    eps: float
+
+    def __call__(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """Of states `[B, T, D]` in the middle and last ones; `[B, T, D]`."""
+        return last + self.product(F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
+
+
 def _side_by_side(parts: Sequence[Product]) -> Product:
     """The outputs of some products next to one another."""
     if len(parts) == 1:

@@ -27,7 +27,7 @@ from kangaroo.adapter import LlamaRotaryEmbedding
 from kangaroo.decoding.blocks import NO_STATES, DecodeConfig, Verification
 from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
-from kangaroo.decoding.layers import CachedLayer, Fuse, Norm, Product
+from kangaroo.decoding.layers import CachedLayer, Fuse, Middle, Norm, Product
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.sampling import Drawn, choose_tokens
 
@@ -45,6 +45,7 @@ class StageWeights:
         fuse: from exit states and the verifier's states of the positions before to what the first layer reads; None for
             a stage without feedback.
         fuse_later: the same for later drafts of a block, from tokens; None where these read exit states, too.
+        middle: what it reads of the verifier besides the last states; None for nothing.
     """
 
     layers: list[CachedLayer]
@@ -54,6 +55,7 @@ class StageWeights:
     head_weight: Tensor | None = None
     fuse: Fuse | None = None
     fuse_later: Fuse | None = None
+    middle: Middle | None = None
 
     @property
     def fused(self) -> bool:
@@ -92,7 +94,13 @@ class Stage:
         rotary: its positions.
         cache: its keys and values.
         passes: how passes run.
+
+    Attributes:
+        kept_after: number of its layers after which the last pass leaves its states in `kept [B, T, D]`; 0 for none.
     """
+
+    kept_after = 0
+    kept: Tensor
 
     def __init__(
         self, weights: StageWeights, rotary: LlamaRotaryEmbedding, cache: KVCache, passes: Passes
@@ -130,6 +138,8 @@ class Stage:
             for index, layer in enumerate(self.weights.layers):
                 plan = plan.on(layer.device)
                 states = layer(states.to(layer.device), plan, self.cache, index)
+                if index + 1 == self.kept_after:
+                    self.kept = states.to(self.passes.device)
             states = states.to(self.passes.device)
         self.cache.advance(length)
         return self._normed(states)
@@ -173,8 +183,10 @@ class Stage:
             self._table = self.rotary.table(self.cache.capacity, states.device)
         plan = plan_fused(self._table, self.cache, states, fixed, layers[0].heads)
         hidden = states.flatten(0, 1)
-        for layer, keys, values in zip(layers, self.cache.keys, self.cache.values, strict=True):
-            hidden = layer(hidden, plan, keys, values)
+        for index, layer in enumerate(layers):
+            hidden = layer(hidden, plan, self.cache.keys[index], self.cache.values[index])
+            if index + 1 == self.kept_after:
+                self.kept = hidden.view(states.shape)
         return hidden.view(states.shape)
 
     def best(
@@ -446,6 +458,13 @@ class Stages:
             return rows
         return self.draft_ids[rows]
 
+    def fed_back(self, hidden: Tensor) -> Tensor:
+        """What the drafter reads of the verifier's pass that ended with normed states `[rows, T, D]`."""
+        if not self.feedback:
+            return hidden[..., :0]
+        middle = self.drafter.weights.middle
+        return hidden if middle is None else middle(self.deep.kept, hidden)
+
     def drafts_at_once(self, wanted: int) -> int:
         """Drafts to make in one go: one, after which the host looks; where passes are captured, all that are wanted."""
         if self.passes.graphs is None or not self.shallow.cache.length:
@@ -684,7 +703,7 @@ class Stages:
                 inputs[: len(ids), 1 : 1 + num_drafts] = ids
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
-            fed_back = hidden if self.feedback else hidden[..., :0]
+            fed_back = self.fed_back(hidden)
             if are_prompts:  # only what follows their last token matters
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden = hidden[rows, extra[0]][:, None]
