@@ -90,18 +90,7 @@ class KangarooModel(nn.Module):
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
         self._costs: dict[int, StepCosts] = {}
         self._policies: dict[DecodeConfig, AdaptivePolicy] = {}
-        drafter = getattr(args, "drafter", "none")
-        window = getattr(args, "adapter_window", 64)
-        layers = getattr(args, "drafter_layers", 1)
-        feedback = getattr(args, "feedback", False)
-        recurrent = getattr(args, "recurrent", False)
-        middle = getattr(args, "middle_layer", 0)
-        count = base.config.num_hidden_layers
-        if middle and not base.exit_layer < middle < count:
-            raise ValueError(
-                f"middle_layer is {middle}; expected 0, or above exit_layer {base.exit_layer} and below {count}"
-            )
-        self.adapter_model = AdapterModel(base.config, drafter, window, layers, feedback, recurrent, middle)
+        self.adapter_model = self._new_adapter(args)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
@@ -148,6 +137,24 @@ class KangarooModel(nn.Module):
     def exit_norm(self) -> nn.RMSNorm:
         """The norm between drafter and exit head."""
         return self.adapter_model.norm
+
+    def _new_adapter(self, args: Namespace | None) -> AdapterModel:
+        """A fresh drafter."""
+        base = self.base_model
+        middle_layer = getattr(args, "middle_layer", 0)
+        count = base.config.num_hidden_layers
+        if middle_layer and not base.exit_layer < middle_layer < count:
+            expected = f"expected 0, or above exit_layer {base.exit_layer} and below {count}"
+            raise ValueError(f"middle_layer is {middle_layer}; {expected}")
+        return AdapterModel(
+            base.config,
+            getattr(args, "drafter", "none"),
+            getattr(args, "adapter_window", 64),
+            getattr(args, "drafter_layers", 1),
+            getattr(args, "feedback", False),
+            getattr(args, "recurrent", False),
+            middle_layer,
+        )
 
     def _new_exit_proj(self) -> nn.Linear:
         exit_proj = nn.Linear(self.head_rows.shape[1], self.head_rows.shape[0], bias=False, device="meta")

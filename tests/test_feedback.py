@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
+from safetensors.torch import save_file
 
 from dvirl.config import DVIConfig, SGPConfig
 from dvirl.evaluation.agreement import measure_blocks
@@ -204,14 +204,18 @@ def test_a_fresh_map_of_middle_states_changes_nothing(tmp_path):
     model = model_with_feedback(2, recurrent=True, middle_layer=3)
     with pytest.raises(ValueError, match="fuse_middle"):
         model.load_drafter(tmp_path / "drafter")
-    fresh = tiny_kangaroo(1, feedback=True, drafter="layer", drafter_layers=2, recurrent=True, middle_layer=3).double()
+    fresh = tiny_kangaroo(
+        1, feedback=True, drafter="layer", drafter_layers=2, recurrent=True, middle_layer=3
+    ).double()
     fresh.load_drafter(tmp_path / "drafter", to_start=True)
     ids = torch.tensor(random_prompts(1, 4))
     exits = plain.base_model.forward_shallow(ids)
     found = plain.base_model.forward_deep(exits, middle_layer=3)
     last, middle = found.chunk(2, dim=-1)
     assert torch.equal(last, plain.base_model.forward_deep(exits)) and not torch.equal(last, middle)
-    torch.testing.assert_close(middle.square().mean(dim=-1), torch.ones_like(middle[..., 0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        middle.square().mean(dim=-1), torch.ones_like(middle[..., 0]), atol=1e-3, rtol=0
+    )
     expected = plain.drafter_depths(ids, exits, last, 3)
     for one, other in zip(fresh.drafter_depths(ids, exits, found, 3), expected, strict=True):
         assert torch.equal(one, other)
@@ -219,7 +223,9 @@ def test_a_fresh_map_of_middle_states_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("layer", [1, 2, 4, 9])
 def test_a_middle_layer_is_one_of_the_deep_layers_before_the_last(layer):
-    with pytest.raises(ValueError, match=f"middle_layer is {layer}; expected 0, or above exit_layer 2 and below 4"):
+    with pytest.raises(
+        ValueError, match=f"middle_layer is {layer}; expected 0, or above exit_layer 2 and below 4"
+    ):
         tiny_kangaroo(1, 2, drafter="layer", feedback=True, middle_layer=layer)
 
 
