@@ -298,8 +298,6 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         feedback = None
         if drafter.weights.fuse is not None:
             feedback = Feedback(batch_size, self.model.norm.weight)
-        if drafter.weights.middle is not None:
-            deep.kept_after = drafter.weights.middle.layer - k
         layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
         dynamic = self.rotary.dynamic or drafter.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in layers) and not dynamic

@@ -186,8 +186,8 @@ def load_weights(
 
     What drafts is lora_S and the drafter; lora_D makes another verifier.
 
-    A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is. For `to_start` see
-    `KangarooModel.load_drafter`.
+    A published Kangaroo adapter is all that its folder holds; it becomes the model's drafter as it is. `to_start` is
+    for `KangarooModel.load_drafter`.
 
     Raises:
         DvirlError: if a part is missing, unreadable, or does not fit the model.

@@ -387,6 +387,11 @@ class Stages:
     _verifier_hidden: Tensor = NO_STATES
     _drafter_hidden: Tensor = NO_STATES
 
+    def __post_init__(self) -> None:
+        middle = self.drafter.weights.middle
+        if middle is not None:
+            self.deep.kept_after = middle.layer - len(self.base.weights.layers)
+
     def caches(self) -> list[KVCache]:
         """Every cache once."""
         stages = [self.shallow, self.drafter, self.deep]
