@@ -272,9 +272,8 @@ class _Blocks:
         stages.passes.fixed = FixedShape(state.starts, slots)
         tokens = state.block.clamp(min=0) if plan.looked_up else state.block
         drawn = None
-        if (
-            self.config.sampling
-        ):  # before our own kernels, so that nothing stands between these and the head's
+        if self.config.sampling:
+            # Before our own kernels, so that nothing stands between these and the head's.
             keys = state.noise_after(state.starts, tokens.shape[-1])
             drawn = Drawn(self.config.sampling, keys)
         hidden = stages.deep(stages.base(tokens.flatten(0, 1)))
