@@ -531,7 +531,8 @@ class AdapterModel(nn.Module):
         if self.fuse_middle is None:
             return verifier_hidden
         last, middle = verifier_hidden.chunk(2, dim=-1)
-        return last + self.fuse_middle(middle)
+        both: Tensor = last + self.fuse_middle(middle)
+        return both
 
     def fused(self, inputs: Tensor, feedback: Tensor, later: bool = False) -> Tensor:
         """What the first layer reads, `[…, D]`.

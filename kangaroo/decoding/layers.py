@@ -265,12 +265,12 @@ class Middle:
     Attributes:
         layer: after which the states are taken, counted from 1.
         product: the map.
-        eps: of the norm before it, which has no weight.
+        eps: of the norm before it, which has no weight; None for the dtype's own.
     """
 
     layer: int
     product: Product
-    eps: float
+    eps: float | None
 
     def __call__(self, hidden: Tensor, last: Tensor) -> Tensor:
         """Of states `[B, T, D]` in the middle and last ones; `[B, T, D]`."""
