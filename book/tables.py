@@ -189,6 +189,21 @@ def head_in_8_bits() -> str:
     return table([*head, "its tokens a second", "plain decoding's"], rows)
 
 
+def drafts_in_8_bits() -> str:
+    """Only the exit head in 8 bits, or all that drafts, each twice."""
+    names = {"plain": "plain", "fixed": "always four", "dvi": "learned", "hybrid": "together"}
+    rows = []
+    for text, kind in (("exit head in 8 bits", "head"), ("all drafting in 8 bits", "drafts")):
+        for run in (1, 2):
+            found = overall(f"short-8-bit-{kind}-{run}", "cpu")
+            cells = [f"{found['plain']['tok_per_s']:.1f}"]
+            for name in list(names)[1:]:
+                cells.append(f"{found[name]['speedup']:.2f} ({found[name]['mat']:.2f})")
+            rows.append([text, *cells])
+    head = ["", "tokens a second, plain", *(f"{text}, over plain (mat)" for text in list(names.values())[1:])]
+    return table(head, rows)
+
+
 def more_text() -> str:
     """The second drafter before its third training, and after it by KL alone and with a reward at the end."""
     drafter = "agreement-smollm2-135m-k2-recurrent"
@@ -578,6 +593,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "block_reward": block_reward,
     "more_text": more_text,
+    "drafts_in_8_bits": drafts_in_8_bits,
     "middle": middle,
     "sampled": sampled,
     "head_in_8_bits": head_in_8_bits,
