@@ -226,6 +226,30 @@ def more_text() -> str:
     return table([*head, *SETS.values()], rows)
 
 
+def drafts_and_lookups() -> str:
+    """How often a lookup and a first draft are right, where both say the same and where they do not."""
+    rows = []
+    for row in read("what-to-draft-simulated-cpu")["agreement"]:
+        if row["draft"] != "none":
+            says = "the same" if row["draft"] == "same" else "another token"
+            cells = [says, str(row["places"]), f"{row['lookup_right']:.2f}", f"{row['draft_right']:.2f}"]
+            rows.append([str(row["matched"]), *cells])
+    return table(["tokens that match", "the draft says", "places", "lookup right", "draft right"], rows)
+
+
+def what_to_draft() -> str:
+    """The adaptive policy before and after, on given answers with given step costs."""
+    found = read("what-to-draft-simulated-cpu")["speeds"]
+    names = {"magpie": "own prompts, 64", "mini": "packaged questions, 24"}
+    names |= {name: f"{name}, 6" for name in ("alpaca", "gsm8k", "humaneval")}
+    rows = []
+    for source, text in (("learned", "learned"), ("hybrid", "learned and looked up")):
+        for when in ("before", "after"):
+            row = [found[when][name][source] for name in names]
+            rows.append([f"{text}, {when}", *(f"{each['speedup']:.2f} ({each['mat']:.2f})" for each in row)])
+    return table(["speed over plain decoding (mat)", *names.values()], rows)
+
+
 def middle() -> str:
     """The default drafter, and drafters that were trained on from it with and without a state from the middle."""
     files = {
@@ -593,9 +617,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "block_reward": block_reward,
     "more_text": more_text,
+    "drafts_and_lookups": drafts_and_lookups,
     "drafts_in_8_bits": drafts_in_8_bits,
     "middle": middle,
     "sampled": sampled,
+    "what_to_draft": what_to_draft,
     "head_in_8_bits": head_in_8_bits,
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
     "early": lambda: by_set("recurrent", "early"),

@@ -24,6 +24,7 @@ from kangaroo.decoding.drafting import (
     ScriptedPolicy,
 )
 from kangaroo.decoding.planning import Plan, Planner, _Continuations, hoped
+from kangaroo.decoding.sampling import count_accepted
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import Stages
 
@@ -151,7 +152,7 @@ def test_blocks_stay_within_their_length_and_tails_stand_behind_the_drafts(longe
         tiny_kangaroo(deep_scale=0.0, lora=False),
         DecodeConfig(longest, source="hybrid", adaptive=True),
     )
-    model._costs, tails = {1: StepCosts(COSTS.verify[: longest + 1], 1.5)}, 0
+    model._costs, tails = {1: StepCosts(COSTS.verify[: longest + 1], 5.0)}, 0
     for prompt in (part * 3 for part in random_prompts(6)):
         index = LookupIndex(prompt)
         for block in model.decode_blocks(prompt, 60, how):
@@ -422,14 +423,50 @@ def test_what_became_of_two_chains_is_counted_for_each():
     costs = StepCosts(COSTS.verify, COSTS.draft, COSTS.verify)
     policy = AdaptivePolicy(DecodeConfig(4, source="hybrid", adaptive=True), costs)
     policy.begin(LookupIndex([1, 2, 3, 4, 5, 1, 2]), 9)
-    before = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
+    before = (policy._learned.value, policy._lookups[2].value)
     learned = DraftBlock(torch.zeros(2, dtype=torch.long), torch.full((2,), 0.9), torch.zeros(2, 4))
     looked_up = DraftBlock(torch.tensor([3, 4, 5, 1]), torch.full((4,), math.nan), chain=1)
     lost = Verification(7, (), 1, 0, learned, torch.ones(3))
     won = Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), (lost,))
     policy.observe(won, LookupIndex([1, 2, 3, 4, 5, 1, 2]))
-    after = {kind: policy._records[kind, 2].acceptance for kind in ("learned", "lookup")}
-    assert after["learned"] < before["learned"] and after["lookup"] > before["lookup"]
+    after = (policy._learned.value, policy._lookups[2].value)
+    assert after[0] < before[0] and after[1] > before[1]
+
+
+def observed(policy, index, drafts, committed):
+    """Let a policy see a block of learned drafts, as many of them right as the text says."""
+    accepted = count_accepted(drafts, committed)
+    states = torch.zeros(len(drafts), 4)
+    block = DraftBlock(torch.tensor(drafts, dtype=torch.long), torch.full((len(drafts),), 0.9), states)
+    scored = min(len(drafts), accepted + 1)
+    policy.observe(Verification(len(index.tokens), committed, scored, accepted, block), index)
+
+
+def test_a_lookup_counts_whether_or_not_it_was_verified():
+    """By the length of the ending, and apart where drafts are part of it; as far as the text says."""
+    policy = AdaptivePolicy(DecodeConfig(4, source="hybrid", adaptive=True), COSTS)
+    index = LookupIndex([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    values = lambda: [policy._lookups[2].value, policy._after_drafts[3].value, policy._after_drafts[4].value]  # noqa: E731
+    for _ in range(200):
+        observed(policy, index, [3, 4], (3, 4, 0))  # after the drafts 5 was looked up
+    # The lookup at the block's start (3, 4, 5, 6) is right twice and then wrong, after one draft once.
+    assert values() == pytest.approx([2 / 3, 1 / 2, 0.0], abs=0.01)
+    other = policy._lookups[1].value
+    observed(policy, LookupIndex([1, 2]), [3], (3,))  # nothing to look up
+    assert policy._lookups[1].value == other
+
+
+def test_a_draft_that_the_lookup_says_too_is_followed_by_it():
+    """And one that it contradicts by another draft; a draft is made first, since it tells the two apart."""
+    policy = AdaptivePolicy(DecodeConfig(6, source="hybrid", adaptive=True), COSTS)
+    index = LookupIndex([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    for _ in range(100):
+        observed(policy, index, [3], (3, 4, 5, 6, 7, 8))  # the same
+        observed(policy, index, [20], (20, 21))  # another
+    assert policy.begin(index, 9) == 6
+    assert not policy.keep_drafting(3, 0.9) and policy.look_up() == [4, 5, 6, 7, 8]
+    assert policy.begin(index, 9) == 6
+    assert policy.keep_drafting(20, 0.9)
 
 
 def test_the_policy_is_a_function_of_costs_and_text():

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kangaroo.decoding.blocks import DecodeConfig, Verification
-from kangaroo.decoding.costs import StepCosts, expected_tokens
-from kangaroo.decoding.planning import Plan, Planner
+from kangaroo.decoding.costs import StepCosts
+from kangaroo.decoding.planning import Mean, Plan, Planner
+from kangaroo.decoding.sampling import count_accepted
 
 LONGEST_NGRAM = 4
 """Tokens that a lookup compares at most."""
@@ -21,11 +22,7 @@ REMEMBERED = (2, 3)
 """Tokens that a lookup in earlier texts compares."""
 SURE_NGRAM = 2
 """Tokens that must match before a fixed hybrid takes the lookup rather than the learned draft."""
-USED_DECAY = 0.95
-"""Share of its record that a kind of block keeps at each block of this kind."""
-IDLE_DECAY = 0.995
-"""The same at each block of another kind: what is not used drifts back to its hopeful start and is tried again."""
-RATE_DECAY = 0.98
+RATE_DECAY = 0.95
 """Share of the tokens and costs so far that the recent speed keeps at each block."""
 CONFIDENCE_DECAY = 0.99
 """Share of its counts that a bin of confidence keeps at each draft in it."""
@@ -322,40 +319,17 @@ class ScriptedPolicy(BlockPolicy):
         return self._looked_up
 
 
-@dataclass
-class _Record:
-    """Decayed sums over the blocks of one kind; it begins with hopeful figures that weigh one block."""
-
-    accepted: float
-    scored: float
-    tokens: float
-    cost: float
-    blocks: float = 1.0
-
-    @property
-    def acceptance(self) -> float:
-        return self.accepted / self.scored
-
-    def gain(self, rate: float) -> float:
-        """Tokens a block, less those that its time yields elsewhere at `rate` tokens a millisecond."""
-        return (self.tokens - rate * self.cost) / self.blocks
-
-    def decay(self, start: _Record, share: float) -> None:
-        """Move towards the start, keeping a share of what differs from it."""
-        for name, first in vars(start).items():
-            difference = getattr(self, name) - first
-            setattr(self, name, first + share * difference)
-
-
 class AdaptivePolicy(BlockPolicy):
     """Drafts what gains most time, by recent acceptance and by step costs; nothing if nothing gains.
 
-    A block is worth its tokens less those that its time would yield elsewhere, at the recent speed (the ratio objective
-    of Dinkelbach 1967). Records are kept by source and by the length of the ending that a lookup knows, since that says
-    most about both sources. Learned drafting goes on while the next token's chance is worth its time; the chance comes
-    from the confidences so far, corrected by how drafts of such confidence turned out before. A hybrid drafts, looks
-    up, or does both side by side; to a single chain of learned drafts it adds what a lookup knows after them. The same
-    costs and texts give the same blocks. `threshold` does not count here: it is the fixed form of the same question.
+    A token is worth its chance to be committed, less what its time yields elsewhere at the recent speed (the ratio
+    objective of Dinkelbach 1967). The chance of the next learned draft is that of all of them lately, times that of the
+    drafts before it: their confidences, corrected by how drafts of such confidence turned out. That of a lookup is
+    counted by the length of the ending that it knows, and by whether drafts are part of this ending: where a draft is
+    what the lookup says, too, both are right far more often. So a hybrid mostly drafts a token and then goes on by what
+    is worth more, more drafts or what a lookup knows after them. What a lookup gives is known from the text, whether or
+    not it was verified. The same costs and texts give the same blocks. `threshold` does not count here: it is the fixed
+    form of the same question.
 
     Args:
         config: `source` and `draft_len`, the longest block.
@@ -365,37 +339,27 @@ class AdaptivePolicy(BlockPolicy):
     def __init__(self, config: DecodeConfig, costs: StepCosts) -> None:
         super().__init__(replace(config, threshold=0.0))
         self.costs = costs
-        first = min(3, config.draft_len)  # length of the block that every record starts from
-        self._starts: dict[tuple[str, int], _Record] = {}
+        first = min(3, config.draft_len)
         # Further chains are no part of a block where their rows cost much, as on a CPU.
-        forks = False
+        self._forks = False
         if costs.forked and config.forks:
             second_chain = costs.forked[first] - costs.verify[first]
-            forks = second_chain < FORK_SHARE * costs.verify[0]
-        self._branches = config.learned_chains - 1 if forks else 0
+            self._forks = second_chain < FORK_SHARE * costs.verify[0]
+        self._branches = config.learned_chains - 1 if self._forks else 0
         self._planner = Planner(config, self._branches)
-        lengths = {length: length for length in range(LONGEST_NGRAM + 1)}
+        self._learned = Mean(0.7)
+        # By the length of the ending that the lookup knows, see `LookupIndex.propose`.
+        lengths = {length: length for length in range(1, LONGEST_NGRAM + 1)}
         lengths |= {LONGEST_NGRAM + length: length for length in REMEMBERED}
-        for matched, length in lengths.items():  # see `LookupIndex.propose`
-            self._add_start("learned", matched, 0.7, first, costs.block(first))
-            self._add_start("lookup", matched, 0.25 + 0.1 * length, first, costs.block(0, first))
-            if forks and config.source == "hybrid":
-                self._add_start("both", matched, 0.7 + 0.05 * length, first, costs.block(first, beside=1))
-        self._records = {kind: replace(start) for kind, start in self._starts.items()}
+        self._lookups = {known: Mean(0.15 + 0.15 * length) for known, length in lengths.items()}
+        self._after_drafts = {known: Mean(0.5 + 0.1 * length) for known, length in lengths.items()}
         self._recent_tokens = 4.0
         self._recent_cost = 4.0 * costs.verify[0]
         # Accepted and scored drafts by bin of confidence.
         self._calibration = [[0.0, 0.0] for _ in range(BINS)]
-        # Of the current block: its kind, and the chance that all its drafts so far are accepted.
+        # Of the current block: what drafts, and the chance that all its drafts so far are accepted.
         self._source = ""
-        self._matched = 0
         self._survival = 1.0
-        self._lookup_kind = ("lookup", 0)
-
-    def _add_start(self, source: str, matched: int, acceptance: float, length: int, cost: float) -> None:
-        """What the record of a kind of block starts from; its drafts are accepted with one chance."""
-        tokens = expected_tokens(acceptance, length)
-        self._starts[source, matched] = _Record(acceptance, 1.0, tokens, cost)
 
     @property
     def extends(self) -> bool:
@@ -411,9 +375,6 @@ class AdaptivePolicy(BlockPolicy):
         """As in `BlockPolicy`: the plan that is best on average; it changes where another one is clearly better."""
         if self.config.source == "hybrid" and not self.config.forks:
             return None
-        self._source = ""
-        self._matched = 0
-        self._lookup_kind = ("lookup", 0)
         return self._planner.plan()
 
     @property
@@ -422,67 +383,86 @@ class AdaptivePolicy(BlockPolicy):
         return max(self._recent_tokens / self._recent_cost, 1.0 / self.costs.verify[0])
 
     def begin(self, index: LookupIndex, room: int) -> int:
-        """As in `BlockPolicy`: the kind of block with the largest recent gain."""
+        """As in `BlockPolicy`: learned drafts or a lookup, whichever gains more."""
         self._start(index, room)
-        source = self.config.source
-        # The kind of this block: the length of the ending that the lookup knows here.
-        self._matched = 0
-        if source != "learned":
-            _, self._matched = index.propose(1)
         self._survival = 1.0
-        self._source = ""  # a plain step, unless something gains more
-        if not self._room:
+        self._source = ""  # a plain step, unless something gains
+        proposed: list[int] = []
+        matched = 0
+        if self.config.source != "learned" and self._room:
+            proposed, matched = index.propose(self._room)
+        gain = 0.0
+        if self.config.source != "lookup" and self._room:
+            gain = self._drafting_gain(matched)
+        if gain > 0.0:
+            self._source = "learned"
+        if self._lookup_gain(0, self._survival, matched) > gain:
+            self._source = "lookup"
+        if self._source != "learned":
             return 0
-        best = 1.0 - self.rate * self.costs.verify[0]
-        sources = ("learned", "lookup", "both") if source == "hybrid" else (source,)
-        for source in sources:
-            record = self._records.get((source, self._matched))
-            if record is None or (source != "learned" and not self._matched):
-                continue
-            gain = record.gain(self.rate)
-            if gain > best:
-                best = gain
-                self._source = source
-        if self._source == "both":
-            proposed, _ = index.propose(self._room)
-            self._second = self._worth(proposed, self._matched, 0, self.costs.forked)
-        if self._source in ("learned", "both"):
-            return self._room
-        return 0
+        if self._forks:
+            self._second = self._worth(proposed, matched, self.costs.forked)
+        return self._room
 
-    def _worth(self, proposed: list[int], matched: int, depth: int, costs: Sequence[float]) -> list[int]:
-        """As many tokens of a lookup, after `depth` drafts, as are worth their rows."""
-        self._lookup_kind = ("lookup", matched)
-        acceptance = self._records[self._lookup_kind].acceptance
-        survival = self._survival
-        for count in range(len(proposed)):
-            survival *= acceptance
-            length = depth + count
-            row_cost = costs[length + 1] - costs[length]
-            if survival < self.rate * row_cost:
-                return proposed[:count]
-        return proposed
+    def _run_gain(self, chance: float, depth: int, survival: float, cost: float = 0.0) -> float:
+        """What the best number of tokens after `depth` others gains, each right with a chance; in tokens.
+
+        Args:
+            chance: of each.
+            depth: tokens of the block before them.
+            survival: the chance that all of those are right.
+            cost: milliseconds of each besides its row.
+        """
+        gain = best = 0.0
+        for length in range(depth, self._room):
+            survival *= chance
+            gain += survival - self.rate * (self._row_cost(length) + cost)
+            best = max(best, gain)
+        return best
+
+    def _row_cost(self, depth: int) -> float:
+        """Milliseconds that a token after `depth` others adds to the verification of its block."""
+        beside = self._branches + bool(self._second)
+        return self.costs.block(0, depth + 1, beside) - self.costs.block(0, depth, beside)
+
+    def _lookup_gain(self, depth: int, survival: float, matched: int) -> float:
+        """What a lookup that knows `matched` tokens gains after `depth` drafts."""
+        if not matched or self._second:
+            return 0.0
+        return self._run_gain(self._lookup_chance(depth, matched), depth, survival)
+
+    def _lookup_chance(self, depth: int, matched: int) -> float:
+        lookups = self._after_drafts if depth else self._lookups
+        return lookups[matched].value
+
+    def _drafting_gain(self, matched: int) -> float:
+        """What one more learned draft gains with what is best after it, where a lookup knows `matched` tokens."""
+        depth = len(self._drafts)
+        chance = self._learned.value
+        cost = self._row_cost(depth) + self.costs.draft
+        if not depth:
+            cost += self.costs.first
+        survival = self._survival * chance
+        after = self._run_gain(chance, depth + 1, survival, self.costs.draft)
+        if 0 < matched <= LONGEST_NGRAM:  # the draft may be what the lookup says
+            longer = min(LONGEST_NGRAM, matched + 1)
+            after = max(after, self._lookup_gain(depth + 1, survival, longer))
+        return survival - self.rate * cost + after
 
     def at_once(self) -> int:
         """As in `BlockPolicy`: as many as are worth their time if each is accepted as usual."""
-        chance = self._records["learned", self._matched].acceptance
+        chance = self._learned.value
         survival = self._survival * chance
         length = len(self._drafts) + 1
-        while length < self._room and survival * chance > self.rate * self._cost(length, False):
+        while length < self._room:
             survival *= chance
+            if survival <= self.rate * (self._row_cost(length) + self.costs.draft):
+                break
             length += 1
         return length - len(self._drafts)
 
-    def _cost(self, depth: int, is_made: bool) -> float:
-        """Milliseconds that a learned draft after `depth` others adds to its block."""
-        beside = self._branches + bool(self._second)
-        row_cost = self.costs.block(0, depth + 1, beside) - self.costs.block(0, depth, beside)
-        if is_made:
-            return row_cost
-        return row_cost + self.costs.draft
-
     def keep_drafting(self, token: int, confidence: float, made: int = 0) -> bool:
-        """As in `BlockPolicy`: while one more learned draft adds more than its time is worth."""
+        """As in `BlockPolicy`: while drafts gain more than a lookup after those that there are."""
         self._drafts.append(token)
         # The chance that all drafts so far are accepted: confidences, corrected by past outcomes.
         accepted, scored = self._calibration[_bin(confidence)]
@@ -490,25 +470,33 @@ class AdaptivePolicy(BlockPolicy):
         depth = len(self._drafts)
         if depth >= self._room:
             return False
-        chance = self._records["learned", self._matched].acceptance
-        # Only what the draft adds to a lookup counts, beside it or after it.
-        if self._second:
-            lookup_chance = self._records["lookup", self._matched].acceptance
-            chance *= 1.0 - lookup_chance ** (depth + 1)
-        elif self.config.source == "hybrid":
+        if made:  # the next one costs its row alone
+            return self._survival * self._learned.value > self.rate * self._row_cost(depth)
+        matched = 0
+        if self.extends:
             _, matched = self._index.propose(1, self._drafts)
-            if matched:
-                chance -= self._records["lookup", matched].acceptance
-        # Worth it if the expected token is more than the time of draft and row yields elsewhere.
-        return self._survival * chance > self.rate * self._cost(depth, made > 0)
+        return self._drafting_gain(matched) > self._lookup_gain(depth, self._survival, matched)
 
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`: as many tokens as are worth their rows."""
         if self.config.source == "learned" or not self._source or self._second:
             return []
+        proposed, matched = self._index.propose(self._room - len(self._drafts), self._drafts)
+        return self._worth(proposed, matched, self.costs.verify)
+
+    def _worth(self, proposed: list[int], matched: int, costs: Sequence[float]) -> list[int]:
+        """As many tokens of a lookup, after the drafts, as are worth their rows."""
+        if not proposed:
+            return []
         depth = len(self._drafts)
-        proposed, matched = self._index.propose(self._room - depth, self._drafts)
-        return self._worth(proposed, matched, depth, self.costs.verify)
+        chance = self._lookup_chance(depth, matched)
+        survival = self._survival
+        for count in range(len(proposed)):
+            survival *= chance
+            length = depth + count
+            if survival < self.rate * (costs[length + 1] - costs[length]):
+                return proposed[:count]
+        return proposed
 
     def timed(self, plan: Plan, ms: float, slots: int) -> None:
         """As in `BlockPolicy`."""
@@ -516,50 +504,41 @@ class AdaptivePolicy(BlockPolicy):
 
     def observe(self, verification: Verification, index: LookupIndex) -> None:
         """As in `BlockPolicy`."""
-        proposed: list[int] = []
-        if self.config.source != "learned":
-            proposed, matched = index.propose(self._planner.longest)
-            if matched > LONGEST_NGRAM:  # earlier texts are not on the device
-                proposed = []
-        self._planner.observe(verification, proposed)
         main = verification.main_chain
         learned = main.draft.num_learned
         looked_up = len(main.draft.tokens) - learned
         cost = self.costs.block(learned, looked_up, len(verification.beside))
         self._recent_tokens = RATE_DECAY * self._recent_tokens + verification.block_len
         self._recent_cost = RATE_DECAY * self._recent_cost + cost
-        # Records of other kinds drift back to their start, so that they are tried again.
-        kind = (self._source, self._matched)
-        for name, record in self._records.items():
-            record.decay(self._starts[name], USED_DECAY if name == kind else IDLE_DECAY)
-        if self._source:
-            record = self._records[kind]
-            record.tokens += verification.block_len
-            record.cost += cost
-            record.blocks += 1.0
-        if learned:
-            self._count_learned(self._records["learned", self._matched], main)
-        # A lookup stands beside the learned drafts, or after them: then it is scored if they were all accepted.
-        record = self._records[self._lookup_kind]
-        beside = verification.lookup_chain
-        if beside:
-            record.accepted += beside.num_accepted
-            record.scored += beside.num_drafted
-        elif looked_up and main.num_drafted > learned:
-            record.accepted += main.num_accepted - learned
-            record.scored += main.num_drafted - learned
-
-    def _count_learned(self, record: _Record, verification: Verification) -> None:
-        """Count the scored learned drafts, in the record and by their confidence."""
-        learned = verification.draft.num_learned
-        scored = min(verification.num_drafted, learned)
-        record.accepted += min(verification.num_accepted, learned)
-        record.scored += scored
-        confidences = verification.draft.confidence[:scored].tolist()
+        scored = min(main.num_drafted, learned)
+        accepted = min(main.num_accepted, learned)
+        self._learned.count(learned > 0, accepted, scored)
+        confidences = main.draft.confidence[:scored].tolist()
         for depth, confidence in enumerate(confidences):
             counts = self._calibration[_bin(confidence)]
-            counts[0] = CONFIDENCE_DECAY * counts[0] + (depth < verification.num_accepted)
+            counts[0] = CONFIDENCE_DECAY * counts[0] + (depth < accepted)
             counts[1] = CONFIDENCE_DECAY * counts[1] + 1
+        proposed: list[int] = []
+        if self.config.source != "learned":
+            proposed, matched = index.propose(self._planner.longest)
+            _count_lookup(self._lookups.get(matched), proposed, verification.committed)
+            if matched > LONGEST_NGRAM:  # earlier texts are not on the device
+                proposed = []
+        self._planner.observe(verification, proposed)
+        if self.config.source == "hybrid":
+            drafts = main.draft.tokens[:accepted].tolist()
+            for depth in range(1, len(drafts) + 1):
+                following = verification.committed[depth:]
+                proposed, matched = index.propose(self._planner.longest, drafts[:depth])
+                _count_lookup(self._after_drafts.get(matched), proposed, following)
+
+
+def _count_lookup(mean: Mean | None, proposed: Sequence[int], committed: Sequence[int]) -> None:
+    """Count how far a lookup is right, as far as that is known from what was committed; its first wrong token is."""
+    if mean is None or not committed:
+        return
+    right = count_accepted(proposed, committed)
+    mean.count(True, right, min(right + 1, len(proposed), len(committed)))
 
 
 def _bin(confidence: float) -> int:

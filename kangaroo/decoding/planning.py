@@ -57,7 +57,7 @@ def hoped(plan: Plan) -> float:
     return 1.0 + 0.1 * plan.learned + 0.06 * (plan.chains - 1) + lookup
 
 
-class _Mean:
+class Mean:
     """A mean over recent blocks, which starts at an optimistic value, counted as some blocks."""
 
     def __init__(self, start: float, weight: float = 4.0) -> None:
@@ -66,6 +66,7 @@ class _Mean:
 
     @property
     def value(self) -> float:
+        """The mean."""
         return self._total / self._weight
 
     def count(self, is_shown: bool, total: float, weight: float = 1.0) -> None:
@@ -91,7 +92,7 @@ class _Continuations:
 
     def __init__(self, longest: int) -> None:
         # The chance of each token, where those before it are right. A hopeful start.
-        self._chances = [_Mean(0.8 if depth else 0.4) for depth in range(longest)]
+        self._chances = [Mean(0.8 if depth else 0.4) for depth in range(longest)]
 
     def right(self, proposed: Sequence[int], committed: Sequence[int]) -> int:
         """Count a lookup beside what was committed in its place; its right tokens as far as that is known."""
@@ -128,8 +129,8 @@ class Planner:
     def __init__(self, config: DecodeConfig, branches: int) -> None:
         self._times: dict[int, dict[Plan, float]] = {0: {}}  # milliseconds, by the slots that blocks read
         self._slots = 0
-        self._acceptance = _Mean(0.7)
-        self._branched = _Mean(0.35)  # tokens of a block that only branches gave
+        self._acceptance = Mean(0.7)
+        self._branched = Mean(0.35)  # tokens of a block that only branches gave
         self._plan = Plan()
         self._is_due = True  # whether something was learned since the plan was chosen
         together = config.source == "hybrid"
@@ -147,10 +148,10 @@ class Planner:
                         self._add(Plan(length, forks, looked_up))
         self._continuations = _Continuations(self.longest)
         # Tokens of a block that only a lookup beside learned drafts gave, by the lookup's length.
-        self._beside: dict[int, _Mean] = {}
+        self._beside: dict[int, Mean] = {}
         for plan in self._plans:
             if plan.learned and plan.looked_up:
-                self._beside[plan.looked_up] = _Mean(0.25)
+                self._beside[plan.looked_up] = Mean(0.25)
 
     def _add(self, plan: Plan) -> None:
         """Consider a plan if its lookup is no shorter than its drafts and its rows fit in a tile of our kernels."""
