@@ -147,7 +147,7 @@ def chances_by_block(mine, batch, states, sampled) -> list[list[float]]:
                 at = start + depth
                 q = torch.zeros(model.head_model.weight.shape[0])
                 q[model.draft_ids] = model.head_logits(depths[depth][row, at]).softmax(-1)
-                p = model.head_model(states[row, at]).softmax(-1)
+                p = model.head_model(states[row, at, : model.head_model.in_features]).softmax(-1)
                 y = int(batch.tokens[row, at + 1])
                 blocks[-1].append(float(torch.minimum(p, q).sum() if sampled else q[y]))
     return blocks
