@@ -250,6 +250,18 @@ def what_to_draft() -> str:
     return table(["speed over plain decoding (mat)", *names.values()], rows)
 
 
+def trusted_lookups() -> str:
+    """Evaluations on a CPU before and after drafts told the policy which lookups to trust."""
+    names = {"mini": "packaged questions, 24", "gsm8k": "gsm8k, 6", "humaneval": "humaneval, 6"}
+    rows = []
+    for method, text in (("pld", "prompt lookup"), ("dvi", "learned"), ("hybrid", "learned and looked up")):
+        for when, ending in (("before", "text"), ("after", "trusted")):
+            found = [overall(f"{name}-{ending}", "cpu")[method] for name in names]
+            cells = [f"{row['speedup']:.2f} ({row['mat']:.2f})" for row in found]
+            rows.append([f"{text}, {when}", *cells])
+    return table(["speed over plain decoding (mat)", *names.values()], rows)
+
+
 def middle() -> str:
     """The default drafter, and drafters that were trained on from it with and without a state from the middle."""
     files = {
@@ -621,6 +633,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafts_in_8_bits": drafts_in_8_bits,
     "middle": middle,
     "sampled": sampled,
+    "trusted_lookups": trusted_lookups,
     "what_to_draft": what_to_draft,
     "head_in_8_bits": head_in_8_bits,
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
