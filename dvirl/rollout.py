@@ -386,8 +386,7 @@ def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[
     exit_hidden = model.base_model.forward_shallow(tokens)
     verifier_hidden = exit_hidden
     if model.feedback:
-        middle = model.adapter_model.middle_layer
-        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"], middle)
+        verifier_hidden = verifier_states(model.base_model, tokens, ["lora_S"], model.middle_layer)
     return model.drafter_depths(tokens, exit_hidden, verifier_hidden, depths), exit_hidden
 
 
