@@ -471,9 +471,7 @@ class KangarooModel(nn.Module):
             context: tokens in the caches.
             rows: texts at once.
         """
-        # On a CPU rows cost so much that a second chain never pays: 4 ms of a step of 12.
-        chains = 2 if rows == 1 and self.head_model.weight.is_cuda else 1
-        with self.decoding(context + longest + 2, batch_size=rows, chains=chains) as stages:
+        with self.decoding(context + longest + 2, batch_size=rows) as stages:
             return measure_costs(stages, longest, repeats, context)
 
     def now(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -191,19 +190,31 @@ def test_what_is_looked_up_is_verified_and_has_no_confidence():
 
 
 def test_fixed_choices_by_hand():
+    drafts: list[int] = []
+
     def block(index, room, *settings, **more):
         chooser = BlockPolicy(DecodeConfig(*settings, **more))
-        return chooser.begin(index, room), chooser.look_up(), chooser.beside()
+        count = chooser.begin(index, room)
+        for token in drafts[:count]:
+            if not chooser.keep_drafting(token, 0.5):
+                break
+        return count, chooser.look_up()
 
     index, one = LookupIndex([1, 2, 3, 4, 1, 2]), LookupIndex([1, 2, 3, 1])
-    assert block(index, 9, 3) == (3, [], [])
-    assert block(index, 2, 3, source="lookup") == (0, [3, 4], [])
-    assert block(index, 9, 3, source="hybrid") == (3, [], [3, 4, 1])
-    assert block(index, 9, 3, source="hybrid", target="adapted") == (0, [3, 4, 1], [])
-    assert block(one, 9, 3, source="hybrid") == (3, [], [])
-    assert block(one, 9, 2, source="lookup") == (0, [2, 3], [])
-    assert block(LookupIndex([1, 2]), 9, 2, source="lookup") == (0, [], [])
-    assert block(index, 0, 2) == (0, [], [])
+    drafts = [3, 4, 9]
+    assert block(index, 9, 3) == (3, [])
+    assert block(index, 2, 3, source="lookup") == (0, [3, 4])
+    assert block(index, 9, 5, source="hybrid") == (3, [])  # what the drafts say last is unknown
+    drafts = [3, 4, 1]
+    assert block(index, 9, 5, source="hybrid") == (3, [2, 3])
+    assert block(index, 9, 5, source="hybrid", target="adapted") == (3, [2, 3])
+    assert block(index, 4, 5, source="hybrid") == (3, [2])
+    assert block(index, 9, 5, threshold=0.6, source="hybrid") == (3, [])  # the first draft ends the block
+    drafts = [1]
+    assert block(LookupIndex([1, 2, 3]), 9, 2, source="hybrid") == (1, [])  # one token matches
+    assert block(one, 9, 2, source="lookup") == (0, [2, 3])
+    assert block(LookupIndex([1, 2]), 9, 2, source="lookup") == (0, [])
+    assert block(index, 0, 2) == (0, [])
 
 
 def test_a_lookup_behind_drafts_is_one_in_the_text_that_they_would_make():
@@ -329,13 +340,11 @@ def test_the_policy_comes_near_the_best_fixed_length(chance):
 
 
 def plans_of(
-    seed: int, chance: float, lookup: float, blocks: int = 300, source: str = "hybrid"
+    seed: int, chance: float, lookup: float, after: float, blocks: int = 300, source: str = "hybrid"
 ) -> list[Plan]:
-    """The plans that a planner chooses where drafts and lookups are right with some chances."""
-    planner = Planner(DecodeConfig(7, source=source, adaptive=True), branches=0)
+    """The plans that a planner chooses where drafts, lookups and lookups after drafts are right with some chances."""
+    planner = Planner(DecodeConfig(7, source=source, adaptive=True))
     rng = random.Random(seed)
-    text = list(range(10_000))
-    place = 0
     plans = []
 
     def right(most: int, chance: float) -> int:
@@ -345,62 +354,91 @@ def plans_of(
         plan = planner.plan()
         plans.append(plan)
         planner.timed(plan, 0.6 * hoped(plan), 256)
-        learned, known = right(plan.learned, chance), right(7, lookup)
-        following = text[place : place + 8]
-        proposed = following[:known] + [-1] * (7 - known)
-        found = min(known, plan.looked_up)
-        states = torch.zeros(plan.learned, 4)
-        main = DraftBlock(
-            torch.zeros(plan.learned, dtype=torch.long), torch.full((plan.learned,), 0.9), states
-        )
-        if plan.looked_up and not plan.learned:
-            main = DraftBlock(torch.zeros(7, dtype=torch.long), torch.full((7,), math.nan))
-            learned = found
-        size = len(main.tokens)
-        lost = Verification(9, (), min(size, learned + 1), learned, main, torch.ones(size + 1))
-        won = replace(lost, committed=tuple(following[: max(learned, found) + 1]))
-        if plan.learned and found > learned:
-            beside = DraftBlock(
-                torch.zeros(plan.looked_up, dtype=torch.long), torch.full((plan.looked_up,), math.nan)
-            )
-            size = plan.looked_up
-            won = Verification(
-                9, won.committed, min(size, found + 1), found, beside, torch.ones(size + 1), (lost,)
-            )
-        planner.observe(won, proposed)
-        place += len(won.committed)
+        learned = right(plan.learned, chance)
+        accepted = learned
+        if learned == plan.learned:
+            accepted += right(plan.looked_up, after if learned else lookup)
+        committed = tuple(range(accepted + 1))
+        unknown = [math.nan] * plan.looked_up
+        chances = torch.tensor([0.9] * plan.learned + unknown)
+        draft = DraftBlock(torch.zeros(plan.longest, dtype=torch.long), chances, torch.zeros(plan.learned, 4))
+        scored = min(plan.longest, accepted + 1)
+        planner.observe(Verification(9, committed, scored, accepted, draft, torch.ones(plan.longest + 1)))
+        for depth in range(learned + 1):
+            # What was verified is known, and what was not is as often right.
+            verified = depth == plan.learned and plan.looked_up
+            known = accepted - depth if verified else right(7, after if depth else lookup)
+            following = committed[depth:]
+            planner.looked_up(depth, [*following[:known], -1], following)
     return plans
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_lookup_that_is_right_is_found_without_being_tried(seed):
     """What it would have given is known from the text; so it is taken where it goes further, and only there."""
-    plans = plans_of(seed, chance=0.3, lookup=0.95)
+    plans = plans_of(seed, chance=0.3, lookup=0.95, after=0.95)
     assert all(plan.looked_up == 7 and not plan.learned for plan in plans[150:])
-    plans = plans_of(seed, chance=0.8, lookup=0.02)
-    assert all(plan.learned >= 3 and not plan.looked_up for plan in plans[50:])
-    plans = plans_of(seed, chance=0.02, lookup=0.02)
+    plans = plans_of(seed, chance=0.8, lookup=0.02, after=0.02)
+    assert all(plan.learned >= 3 and not plan.looked_up for plan in plans[150:])
+    # Together where drafts are needed to tell which lookup is right.
+    plans = plans_of(seed, chance=0.85, lookup=0.2, after=0.95)
+    assert sum(plan.learned > 0 and plan.looked_up > 0 for plan in plans[50:]) > 200
+    plans = plans_of(seed, chance=0.02, lookup=0.02, after=0.02)
     # A lookup costs little: one that was right lately is within the margin for a while.
     assert sum(not plan.learned for plan in plans[50:]) > 220 and Plan() in plans[50:]
+
+
+def test_plans_go_on_by_a_lookup_as_far_as_a_block_may_be_long():
+    for longest, lengths in ((15, {2: 13, 3: 12, 4: 11, 6: 9}), (4, {2: 2, 3: 1}), (40, {2: 13})):
+        planner = Planner(DecodeConfig(longest, source="hybrid", adaptive=True, branches=1))
+        found = {plan.learned: plan.looked_up for plan in planner._plans if plan.learned and plan.looked_up}
+        assert lengths.items() <= found.items() and all(
+            plan.longest < 16 and plan.longest <= longest for plan in planner._plans
+        )
+        assert {plan.branches for plan in planner._plans} == {0, 1}
+        assert not any(plan.branches and plan.looked_up for plan in planner._plans)
+
+
+def test_a_plan_is_worth_its_drafts_and_the_lookup_after_them_by_hand():
+    """Three drafts of which each is right in half of the cases, and a lookup that is always right after them."""
+    planner = Planner(DecodeConfig(5, source="hybrid", adaptive=True))
+    draft = DraftBlock(torch.zeros(3, dtype=torch.long), torch.full((3,), 0.9), torch.zeros(3, 4))
+    for _ in range(400):
+        for accepted in (0, 2, 0):  # two of four drafts
+            scored = accepted + 1
+            committed = tuple(range(accepted + 1))
+            planner.observe(Verification(9, committed, scored, accepted, draft, torch.ones(4)))
+        planner.looked_up(3, [5, 6, 7], [5, 6, 7])
+        planner.looked_up(5, [5, 6, 7], [1])  # no plan has five drafts
+        planner.looked_up(0, [5], [6])
+    assert planner._acceptance.value == pytest.approx(0.4, abs=0.05)
+    chance = planner._acceptance.value
+    drafted = 1 + chance + chance**2 + chance**3
+    assert planner._tokens(Plan(3)) == pytest.approx(drafted)
+    assert planner._tokens(Plan(3, looked_up=2)) == pytest.approx(drafted + 2 * chance**3, abs=0.01)
+    assert planner._tokens(Plan(looked_up=5)) == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_lookup_is_counted_as_far_as_it_is_known():
     """Right in all that was committed, it may have gone on: that is no mistake, and no success either."""
     known = _Continuations(4)
     for _ in range(400):
-        assert known.right([1, 2, 3, 4], [1, 2]) == 2
-    assert known.beyond(0, 2) == pytest.approx(2.0, abs=0.02)
-    assert known.beyond(2, 4) == pytest.approx(0.8 + 0.8**2, abs=0.02)  # as at the start
+        known.count([1, 2, 3, 4], [1, 2])
+    assert known.expected(2) == pytest.approx(2.0, abs=0.02)
+    assert known.expected(4) == pytest.approx(2.0 + 0.8 + 0.8**2, abs=0.05)  # as at the start
     for _ in range(400):
-        assert known.right([1, 2, 9, 4], [1, 2, 3, 4, 5]) == 2
-    assert known.beyond(0, 4) == pytest.approx(2.0, abs=0.05)
+        known.count([1, 2, 9, 4], [1, 2, 3, 4, 5])
+    assert known.expected(4) == pytest.approx(2.0, abs=0.05)
     for _ in range(400):
-        assert known.right([], [1, 2]) == 0
-    assert known.beyond(0, 4) < 0.05
+        known.count([], [1, 2])
+    assert known.expected(4) < 0.05
+    for _ in range(400):
+        known.count([1, 2, 3, 4], [1, 2], beyond=False)
+    assert known.expected(4) == pytest.approx(2.0, abs=0.05)
 
 
 def test_times_are_kept_for_every_number_of_slots():
-    planner = Planner(DecodeConfig(6, adaptive=True), branches=0)
+    planner = Planner(DecodeConfig(6, adaptive=True))
     planner.timed(Plan(), 10.0, 256)
     planner.timed(Plan(6), 100.0, 256)
     assert planner.plan() != Plan(6)
@@ -409,28 +447,6 @@ def test_times_are_kept_for_every_number_of_slots():
     assert planner.plan() == Plan(6)
     planner.timed(Plan(), 10.0, 256)  # the next answer begins with fewer
     assert planner.plan() != Plan(6)
-
-
-@pytest.mark.parametrize(("more", "tried"), [(0.5, True), (4.0, False)])
-def test_a_second_chain_is_tried_where_it_costs_little(more, tried):
-    costs = StepCosts(COSTS.verify, COSTS.draft, tuple(cost + more for cost in COSTS.verify))
-    policy = AdaptivePolicy(DecodeConfig(4, source="hybrid", adaptive=True), costs)
-    assert policy.begin(LookupIndex([1, 2, 3, 4, 5, 1, 2]), 9) == 4
-    assert policy.beside()[:2] == ([3, 4] if tried else []) and policy.extends == (not tried)
-
-
-def test_what_became_of_two_chains_is_counted_for_each():
-    costs = StepCosts(COSTS.verify, COSTS.draft, COSTS.verify)
-    policy = AdaptivePolicy(DecodeConfig(4, source="hybrid", adaptive=True), costs)
-    policy.begin(LookupIndex([1, 2, 3, 4, 5, 1, 2]), 9)
-    before = (policy._learned.value, policy._lookups[2].value)
-    learned = DraftBlock(torch.zeros(2, dtype=torch.long), torch.full((2,), 0.9), torch.zeros(2, 4))
-    looked_up = DraftBlock(torch.tensor([3, 4, 5, 1]), torch.full((4,), math.nan), chain=1)
-    lost = Verification(7, (), 1, 0, learned, torch.ones(3))
-    won = Verification(7, (3, 4, 5, 1, 2), 4, 4, looked_up, torch.ones(5), (lost,))
-    policy.observe(won, LookupIndex([1, 2, 3, 4, 5, 1, 2]))
-    after = (policy._learned.value, policy._lookups[2].value)
-    assert after[0] < before[0] and after[1] > before[1]
 
 
 def observed(policy, index, drafts, committed):

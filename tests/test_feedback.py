@@ -74,14 +74,14 @@ def test_drafts_are_those_of_the_parallel_pass(how, captured, recurrent, middle_
     plain = [model.generate(prompt, length, DecodeConfig(0), (EOS,)).tokens for prompt in prompts]
     own = {tuple(prompt): [*prompt, *tokens] for prompt, tokens in zip(prompts, plain, strict=True)}
 
-    def beside(policy):
+    def look_up(policy):
         """A lookup that is right in every second block."""
         text = policy._index.tokens
         answer = next(own[key] for key in own if list(key) == text[: len(key)])
-        return answer[len(text) :][:3] if len(text) % 2 and policy._room > 3 else policy._second
+        return answer[len(text) + len(policy._drafts) :][:3] if len(text) % 2 else [7, 7]
 
     if how.source == "hybrid" and not how.adaptive:
-        monkeypatch.setattr(BlockPolicy, "beside", beside)
+        monkeypatch.setattr(BlockPolicy, "look_up", look_up)
         monkeypatch.setattr(BlockPolicy, "ahead", lambda policy: None)
     if captured:
         capture_passes(model, monkeypatch)
@@ -110,7 +110,7 @@ def test_blocks_that_run_ahead_may_change_their_length(feedback, recurrent, monk
     plain = [model.generate(prompt, 60, DecodeConfig(0)).tokens for prompt in prompts]
 
     def ahead(policy):
-        plans = (Plan(), Plan(3), Plan(1), Plan(looked_up=3), Plan(4), Plan(3, 1), Plan(), Plan(2, 1, 5, 2))
+        plans = (Plan(), Plan(3), Plan(1), Plan(looked_up=3), Plan(4), Plan(3, 1), Plan(), Plan(2, 1, 3, 2))
         return plans[getattr(policy, "blocks", 0) // 4 % len(plans)]
 
     def observe(policy, verification, index):

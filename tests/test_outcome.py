@@ -22,6 +22,7 @@ PLANS = [
     Plan(3, branches=1),
     Plan(4, branches=2, looked_up=4, sure=2),
     Plan(2, looked_up=6, sure=3),
+    Plan(3, looked_up=12),
 ]
 
 
@@ -29,8 +30,10 @@ def state_of(plan: Plan, texts: int = 1, feedback_size: int = 0) -> BlockState:
     return BlockState.of(torch.empty(0, device=DEVICE), texts, plan, CAPACITY, feedback_size)
 
 
-def looked_up(texts: list[list[int]], plan: Plan, slots: int) -> tuple[list[list[int]], list[int]]:
-    """Tokens and matches that are found after some texts."""
+def looked_up(
+    texts: list[list[int]], plan: Plan, slots: int, drafts: list[int] | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """Tokens and matches that are found after some texts and the same drafts of each."""
     state = state_of(plan, len(texts))
     state.text[:, LONGEST_NGRAM:] = torch.randint(
         0, 4, (len(texts), CAPACITY)
@@ -38,20 +41,22 @@ def looked_up(texts: list[list[int]], plan: Plan, slots: int) -> tuple[list[list
     for row, text in enumerate(texts):
         state.text[row, LONGEST_NGRAM : LONGEST_NGRAM + len(text)] = torch.tensor(text)
         state.length[row] = len(text)
+    state.block[0, :, 1 : 1 + plan.learned] = torch.tensor(drafts or [])
     matched = block_kernels.look_up(state, plan, slots)
-    return state.block[-1, :, 1 : 1 + plan.looked_up].tolist(), matched.tolist()
+    return state.block[0, :, 1 + plan.learned :].tolist(), matched.tolist()
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=24), min_size=2, max_size=2),
+    st.lists(st.integers(0, 3), max_size=6),
     st.integers(1, 9),
     st.integers(1, LONGEST_NGRAM),
 )
-def test_a_lookup_on_the_device_is_that_of_the_host(texts, count, sure):
-    found, matched = looked_up(texts, Plan(looked_up=count, sure=sure), 25)
+def test_a_lookup_on_the_device_is_that_of_the_host(texts, drafts, count, sure):
+    found, matched = looked_up(texts, Plan(len(drafts), looked_up=count, sure=sure), 25, drafts)
     for row, text in enumerate(texts):
-        expected, length = LookupIndex(text).propose(count)
+        expected, length = LookupIndex(text).propose(count, drafts)
         assert matched[row] == length
         assert found[row] == (expected if length >= sure else [NONE] * count)
 
@@ -95,10 +100,8 @@ def drafted(
     own = numbers(9, plan.chains, texts, width)
     right = torch.rand(plan.chains, texts, width - 1, device=DEVICE) < 0.7
     state.block[..., 1:] = own[..., :-1].where(right, NONE)
-    state.block[: plan.learned_chains, :, 1 + plan.learned :] = (
-        NONE  # chains may have fewer drafts than others
-    )
-    confidence = torch.rand(plan.learned_chains, texts, plan.learned, device=DEVICE)
+    state.block[1:, :, 1 + plan.learned :] = NONE  # branches have no lookup
+    confidence = torch.rand(plan.chains, texts, plan.learned, device=DEVICE)
     certainty = torch.rand(plan.chains, texts, width, device=DEVICE)
     return state, (confidence, numbers(5, texts)), (own, certainty)
 
@@ -118,9 +121,8 @@ def test_a_block_leaves_what_its_verifier_said(block, threshold, fed_back):
             own = owns[chain, row].tolist()
             count = 0
             while count < plan.longest and tokens[chain][row][count] == own[count]:
-                is_learned = chain < plan.learned_chains and count < plan.learned
                 count += 1
-                if is_learned and confidence[0, row, count - 1] < threshold:
+                if count <= plan.learned and confidence[0, row, count - 1] < threshold:
                     break
             counts.append(count)
         best = counts.index(max(counts))

@@ -106,7 +106,7 @@ def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts)
     ideals = []
     for answer in answers:
         if len(answer.blocks) > 1:
-            expected_ms = sum(costs.block(*drafts) for drafts in answer.drafts)
+            expected_ms = sum(costs.block(learned, looked_up) for learned, looked_up, _ in answer.drafts)
             ideals.append(expected_ms / 1e3 / answer.decoding_s)
     pairs = list(zip(answers, plain, strict=True))
     return Speed(

@@ -33,7 +33,7 @@ class DraftingSettings(Settings):
 
 
 def decode_configs(
-    longest: int = 8,
+    longest: int = 15,
     fixed_len: int = 4,
     kangaroo_steps: int = 6,
     kangaroo_threshold: float = 0.6,

@@ -72,7 +72,7 @@ class EvalSettings(DraftingSettings):
     """The method that speed-ups are over."""
     answer_tokens: int = number(128, 2)
     """Most tokens of each turn's answer."""
-    longest: int = number(8, 1, 64)
+    longest: int = number(15, 1, 64)
     """Most drafts of a block, for pld, dvi and hybrid."""
     kangaroo_steps: int = number(6, 1, 64)
     """Most drafts of a block, for kangaroo; the default, like that of the threshold, is from arXiv 2404.18911."""

@@ -198,13 +198,9 @@ class _Blocks:
                 assert text.noise is not None
                 places = slice(text.prompt_len, text.prompt_len + len(text.noise))
                 state.noise[row, places] = text.noise.to(device)
-        forking: list[Stage] = []
-        if self.plan.chains > 1:
-            forking += [stages.base, stages.deep]
-        if self.plan.learned_chains > 1:
-            forking += [stages.shallow, stages.drafter]
-        for stage in forking:
-            stage.cache.share(stage.cache.chains)
+        if self.plan.branches:
+            for cache in stages.caches():
+                cache.share(cache.chains)
 
     def _unread(self, texts: Sequence[Text]) -> list[list[int]]:
         """The last tokens of each text, which what begins a block has not read; one at least."""
@@ -255,17 +251,16 @@ class _Blocks:
         stages, state, plan = self.stages, self.state, self.plan
         fed_back = bool(stages.feedback)
 
-        # 1. Draft: what a lookup knows, and the learned chain with its branches.
-        matched = look_up(state, plan, slots) if plan.looked_up else state.length
-        confidence = state.block[:0].float()
+        # 1. Draft: the learned chain with its branches, and after it what a lookup knows.
+        confidence = state.block[..., :0].float()
         states = state.hidden[:, :0]
         if plan.learned:
             chain = self._draft(slots)
-            shape = (plan.learned_chains, -1, plan.learned)
-            drafted = chain.tokens.view(shape)
-            state.block[: plan.learned_chains, :, 1 : 1 + plan.learned] = drafted
+            shape = (plan.chains, -1, plan.learned)
+            state.block[..., 1 : 1 + plan.learned] = chain.tokens.view(shape)
             confidence = chain.confidence.view(shape)
             states = chain.exit_states
+        matched = look_up(state, plan, slots) if plan.looked_up else state.length
 
         # 2. Verify: the last committed token and each chain. The embedding is the ordinary kernel that must stand
         # between `starts` and our own kernels.
@@ -329,33 +324,28 @@ class _Blocks:
         plan = self.plan
         start = len(text.tokens)
         room = text.room - 1  # for drafts
-        # Learned drafts count up to the first doubtful one, those of a lookup if enough tokens matched.
+        # Learned drafts count up to the first doubtful one, a lookup after all of them if enough tokens matched.
         limit = min(room, plan.learned)
-        num_learned = min(1, limit)
-        while num_learned < limit and numbers.confidence[0][num_learned - 1] >= self.threshold:
+        num_learned = 0
+        doubts = False
+        while num_learned < limit and not doubts:
+            doubts = numbers.confidence[0][num_learned] < self.threshold
             num_learned += 1
         num_looked_up = 0
-        if numbers.matched >= plan.sure:
-            num_looked_up = min(room, plan.looked_up)
+        if not doubts and num_learned == plan.learned and numbers.matched >= plan.sure:
+            num_looked_up = min(room - num_learned, plan.looked_up)
         drafts: list[DraftBlock] = []
         accepted: list[int] = []
         chances: list[list[float]] = []
-        for chain in range(plan.chains):
-            if chain < plan.learned_chains:
-                size = num_learned
-                is_drafted = chain <= num_learned  # else it was to leave the main chain after its end
-                confidence = numbers.confidence[chain][:size]
-                exit_hidden = states[chain, :size]
-            else:
-                size = num_looked_up
-                is_drafted = size > 0 or chain == 0
-                confidence = [math.nan] * size
-                exit_hidden = torch.empty(0, self.stages.hidden_size)
-            if not is_drafted:
-                continue
+        # A branch further on was to leave the main chain after its end.
+        for chain in range(min(plan.branches, num_learned) + 1):
+            unknown = [] if chain else [math.nan] * num_looked_up
+            confidence = [*numbers.confidence[chain][:num_learned], *unknown]
+            size = len(confidence)
             certainty = numbers.certainty[chain][: size + 1]
             refuse_not_finite(certainty, start)
             tokens = torch.tensor(numbers.chains[chain][:size], dtype=torch.long)
+            exit_hidden = states[chain, :num_learned]
             drafts.append(DraftBlock(tokens, torch.tensor(confidence), exit_hidden, chain=chain))
             accepted.append(min(numbers.counts[chain], size))
             chances.append(certainty)
@@ -394,7 +384,7 @@ class _Numbers:
         matched: tokens before a lookup that matched.
         chains: tokens of each chain.
         counts: accepted drafts of each chain.
-        confidence: in the drafts of each learned chain.
+        confidence: in the learned drafts of each chain.
         certainty: the verifier's, of its tokens along each chain.
     """
 
@@ -404,9 +394,8 @@ class _Numbers:
         self.matched = whole[width] if plan.looked_up else 0
         self.counts = whole[len(whole) - plan.chains :]
         self.chains = _parts(whole[width + 1 :], plan.longest, plan.chains)
-        self.confidence = _parts(floats, plan.learned, plan.learned_chains)
-        num_learned = plan.learned * plan.learned_chains
-        self.certainty = _parts(floats[num_learned:], width, plan.chains)
+        self.confidence = _parts(floats, plan.learned, plan.chains)
+        self.certainty = _parts(floats[plan.learned * plan.chains :], width, plan.chains)
 
 
 def _parts(values: list[Any], size: int, count: int) -> list[list[Any]]:

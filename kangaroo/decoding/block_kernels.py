@@ -2,7 +2,7 @@
 
 By torch's operators they were some twenty small kernels, 60 µs of a block, and twice as many with several chains. One
 program takes one text, so that programs share nothing. Shapes are those of `outcome`; n are the learned drafts of a
-chain, L the learned chains, W is T rounded up to a power of two.
+chain, W is T rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ NUMBERS = 256
 @triton.jit
 def _look_up(
     text, length, block, matched, width,
-    SIZE: tl.constexpr, COUNT: tl.constexpr, SURE: tl.constexpr, LONGEST: tl.constexpr, BLOCK: tl.constexpr,
-    T: tl.constexpr, W: tl.constexpr,
+    DRAFTED: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, SURE: tl.constexpr, LONGEST: tl.constexpr,
+    BLOCK: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """The longest ending of a text that occurred before, of equal ones the latest, and what followed it."""
+    """The longest ending of text and drafts that occurred in the text, of equal ones the latest, and what followed."""
     index = tl.program_id(0)
     tokens = text + index * width + LONGEST
+    drafts = block + index * T + 1
     # A text that is over may have grown beyond what is read.
     end = tl.minimum(tl.load(length + index), SIZE - 1)
     best = tl.full((), 0, tl.int64)
@@ -44,16 +45,21 @@ def _look_up(
         same = before
         found = tl.zeros((BLOCK,), tl.int64)
         for back in tl.static_range(1, LONGEST + 1):
-            same = same & (tl.load(tokens + place - back, mask=before) == tl.load(tokens + end - back))
+            ending = drafts if back <= DRAFTED else tokens + end
+            last = tl.load(ending + DRAFTED - back)
+            same = same & (tl.load(tokens + place - back, mask=before) == last)
             found += same.to(tl.int64)
         best = tl.maximum(best, tl.max(tl.where(before, found * SIZE + place, 0), axis=0))
     start = best % SIZE
     known = best // SIZE
     step = tl.arange(0, W)
-    # What follows may reach the end of the text, and begins again then.
-    follows = tl.load(tokens + start + step % tl.maximum(end - start, 1), mask=step < COUNT)
+    # What follows may reach the end of the text and the drafts, and begins again then.
+    place = start + step % tl.maximum(end + DRAFTED - start, 1)
+    follows = tl.load(tokens + place, mask=(step < COUNT) & (place < end))
+    drafted = tl.load(drafts + place - end, mask=(step < COUNT) & (place >= end))
+    follows = tl.where(place < end, follows, drafted)
     follows = tl.where(known >= SURE, follows, -1)
-    tl.store(block + index * T + 1 + step, follows, mask=step < COUNT)
+    tl.store(drafts + DRAFTED + step, follows, mask=step < COUNT)
     tl.store(matched + index, known)
 
 
@@ -83,8 +89,8 @@ def _judge(drafts, own, told, place, T: tl.constexpr, W: tl.constexpr):
 def _accept(
     block, own, certainty, confidence, matched, length, start_at, right, kept, read, text, starts,
     numbers, floats, winners, threshold, most, width,
-    CHAINS: tl.constexpr, LEARNED: tl.constexpr, DRAFTED: tl.constexpr, ROWS: tl.constexpr, LONGEST: tl.constexpr,
-    LOOKED_UP: tl.constexpr, FED_BACK: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+    CHAINS: tl.constexpr, DRAFTED: tl.constexpr, LONGEST: tl.constexpr, LOOKED_UP: tl.constexpr,
+    FED_BACK: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Accept a text's chain that goes furthest, tell the host, and leave the state to the next block."""
     index = tl.program_id(0)
@@ -94,37 +100,36 @@ def _accept(
     floats += index * SIZE
     before = tl.load(length + index)
     doubtful = W
-    for chain in tl.static_range(LEARNED):
+    for chain in tl.static_range(CHAINS):
         chances = confidence + (chain * texts + index) * DRAFTED
         sure = _copied(chances, floats + chain * DRAFTED, place, DRAFTED)
-        if chain == 0:
+        if chain == 0:  # a chain ends with its first doubtful draft
             doubtful = _first(~(sure >= threshold), place, W)
     best = -1
     row = index
     for chain in tl.static_range(CHAINS):
         first = (chain * texts + index) * T
-        _copied(certainty + first, floats + LEARNED * DRAFTED + chain * T, place, T)
+        _copied(certainty + first, floats + CHAINS * DRAFTED + chain * T, place, T)
         count = _judge(block + first + 1, own + first, numbers + T + 1 + chain * (T - 1), place, T, W)
-        if chain < LEARNED:  # up to the first doubtful draft
-            count = tl.minimum(count, doubtful + 1)
+        count = tl.minimum(count, doubtful + 1)
         tl.store(numbers + T + 1 + CHAINS * (T - 1) + chain, count)
-        if chain == 0 and LEARNED:  # the last draft was not read; with feedback all are read once more
+        if chain == 0 and DRAFTED:  # the last draft was not read; with feedback all are read once more
             tl.store(read + index, before + (0 if FED_BACK else tl.minimum(count, DRAFTED - 1)))
         row = tl.where(count > best, chain * texts + index, row)
         best = tl.maximum(best, count)
     won = _copied(own + row * T, numbers, place, T)
     tl.store(numbers + T, tl.load(matched + index))
     tl.store(text + index * width + LONGEST + before + place, won, mask=(place < T) & LOOKED_UP)
-    for part in tl.static_range(ROWS):
-        tl.store(kept + (part * texts + index) * T + place, won, mask=place < T)
-        tl.store(right + part * texts + index, best)
-        tl.store(start_at + part * texts + index, before)
-        tl.store(winners + part * texts + index, row)
     after = tl.minimum(before + best + 1, most)
     tl.store(length + index, after)
     for chain in tl.static_range(CHAINS):
-        tl.store(block + (chain * texts + index) * T, tl.sum(tl.where(place == best, won, 0), axis=0))
-        tl.store(starts + chain * texts + index, after - 1)
+        own_row = chain * texts + index
+        tl.store(kept + own_row * T + place, won, mask=place < T)
+        tl.store(right + own_row, best)
+        tl.store(start_at + own_row, before)
+        tl.store(winners + own_row, row)
+        tl.store(block + own_row * T, tl.sum(tl.where(place == best, won, 0), axis=0))
+        tl.store(starts + own_row, after - 1)
 
 
 @triton.jit
@@ -159,20 +164,26 @@ def _launch(
 
 
 def look_up(state: BlockState, plan: Plan, slots: int) -> Tensor:
-    """Write what a lookup knows into the last chain, as `LookupIndex.propose` finds it on the host.
+    """Write what a lookup knows after the learned drafts of each main chain, as `LookupIndex.propose` finds it.
 
     Args:
-        state: its text and length are read.
+        state: its text, length and learned drafts are read.
         plan: how many tokens are wanted, and how many must match.
         slots: no text is longer.
 
     Returns:
-        How many tokens matched before, `[B]`.
+        How many tokens matched, `[B]`.
     """
     _, texts, width = state.block.shape
     matched = torch.empty_like(state.length)
-    arguments = (state.text, state.length, state.block[-1], matched, state.text.shape[1])
-    sizes = {"SIZE": slots, "COUNT": plan.looked_up, "SURE": plan.sure, "LONGEST": LONGEST_NGRAM}
+    arguments = (state.text, state.length, state.block, matched, state.text.shape[1])
+    sizes = {
+        "DRAFTED": plan.learned,
+        "SIZE": slots,
+        "COUNT": plan.looked_up,
+        "SURE": plan.sure,
+        "LONGEST": LONGEST_NGRAM,
+    }
     _launch(_look_up, (texts,), arguments, 4, width, BLOCK=POSITIONS, **sizes)
     return matched
 
@@ -190,18 +201,18 @@ def accept(
     Args:
         state: the tokens of all chains are read from it.
         plan: what the block drafted.
-        drafts: confidence in those of learned chains `[L, B, n]`, and tokens that matched before a lookup `[B]`.
+        drafts: confidence in the learned ones `[C, B, n]`, and tokens that matched before a lookup `[B]`.
         verdicts: the verifier's tokens along each chain `[C, B, T]`, and its probability of them.
         threshold: confidence below which a learned draft ends its chain; 0 for none.
         fed_back: whether the drafter reads all tokens once more, since it reads the verifier's states.
 
     Returns:
         What the host reads in one transfer, `[B, …]` int32 (see `ahead._Numbers`; confidences and probabilities are the
-        bits of float32), and the rows of the winning chains, `[R]`.
+        bits of float32), and the rows of the winning chains, `[C B]`.
     """
     chains, texts, width = state.block.shape
     whole = width + 1 + chains * width
-    size = whole + plan.learned_chains * plan.learned + chains * width
+    size = whole + chains * (plan.learned + width)
     numbers = torch.empty(texts, size, dtype=torch.int32, device=state.length.device)
     winners = torch.empty_like(state.start_at)
     left = (state.length, state.start_at, state.right, state.own, state.read, state.text, state.starts)
@@ -209,10 +220,8 @@ def accept(
     arguments = (state.block, *verdicts, *drafts, *left, *told, at_least(threshold), state.most)
     sizes = {
         "CHAINS": chains,
-        "LEARNED": plan.learned_chains,
         "DRAFTED": plan.learned,
         "LONGEST": LONGEST_NGRAM,
-        "ROWS": len(state.own) // texts,
         "LOOKED_UP": plan.looked_up > 0,
         "FED_BACK": fed_back,
         "SIZE": size,
@@ -223,7 +232,7 @@ def accept(
 
 
 def share(state: BlockState, cache: KVCache, winners: Tensor) -> None:
-    """Give all rows of each text, which later plans may use, what the row `winners [R]` has read in this block."""
+    """Give all rows of each text, which later plans may use, what the row `winners [C B]` has read in this block."""
     _, texts, width = state.block.shape
     for store in cache.stores:
         parts, layers, rows, groups, slots, size = store.shape

@@ -37,10 +37,11 @@ class DecodeConfig:
     sampled answer are drawn with the verifier's noise, cut as its tokens, at its temperature unless this is above 0."""
     source: str = "learned"
     """What drafts: "learned", the shallow layers; "lookup", what followed the last tokens earlier in the text;
-    "hybrid", both, in one verification where that pays."""
+    "hybrid", a lookup after learned drafts, which then are part of what it looks for; without `adaptive` half of the
+    block each."""
     branches: int = 0
     """Chains beside the learned one, at most: the first takes the draft's second choice at the first token and goes on
-    from there, the next one at the second token, and so on. With `adaptive` where their rows cost little."""
+    from there, the next one at the second token, and so on. With `adaptive` where that pays, if blocks run ahead."""
     adaptive: bool = False
     """Choose source and length of each block by acceptance and step costs, up to `draft_len`; False drafts always.
     Several texts at once share each pass; their blocks are not adapted."""
@@ -87,22 +88,24 @@ class DecodeConfig:
         return Sampling(self.draft_temperature or self.temperature, self.top_k, self.top_p)
 
     @property
-    def forks(self) -> bool:
-        """Whether a block may have several chains of drafts; passes of one size have one row a text."""
-        return self.target == "base" and not self.deterministic
+    def num_looked_up(self) -> int:
+        """Tokens of a lookup in a block that is not adapted, at most."""
+        shares = {"learned": 0, "lookup": self.draft_len, "hybrid": self.draft_len // 2}
+        return shares[self.source]
 
     @property
-    def learned_chains(self) -> int:
-        """Chains of learned drafts, at most: the main one and its branches, which need a second choice."""
-        drawn_by_noise = self.draft_temperature > 0 and not self.temperature
-        if not self.forks or self.source == "lookup" or drawn_by_noise:
-            return 1
-        return 1 + min(self.branches, self.draft_len)
+    def num_learned(self) -> int:
+        """Learned drafts of a block that is not adapted, at most."""
+        return self.draft_len - self.num_looked_up
 
     @property
     def chains(self) -> int:
-        """Chains of drafts that a block may have."""
-        return self.learned_chains + (self.forks and self.source == "hybrid")
+        """Chains of drafts, at most: the main one and its branches, which need a second choice."""
+        drawn_by_noise = self.draft_temperature > 0 and not self.temperature
+        # Passes of one size have one row a text.
+        if self.deterministic or self.target != "base" or self.source == "lookup" or drawn_by_noise:
+            return 1
+        return 1 + min(self.branches, self.draft_len)
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,6 @@ class DraftBlock:
     def num_learned(self) -> int:
         """Number of tokens that the shallow layers drafted."""
         return len(self.exit_hidden)
-
-    @property
-    def is_lookup(self) -> bool:
-        """Whether it was looked up and stands beside learned drafts."""
-        return self.chain > 0 and not self.num_learned
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,6 @@ class Verification:
     def main_chain(self) -> Verification:
         """The outcome of the main chain."""
         return next(chain for chain in (self, *self.beside) if chain.draft.chain == 0)
-
-    @property
-    def lookup_chain(self) -> Verification | None:
-        """The outcome of the chain that was looked up beside learned ones, if there was one."""
-        return next((chain for chain in (self, *self.beside) if chain.draft.is_lookup), None)
 
     @property
     def block_len(self) -> int:

@@ -14,21 +14,16 @@ class StepCosts:
     Attributes:
         verify: milliseconds of a verification of n drafts that cost nothing; `verify[0]` is a plain step.
         draft: milliseconds of drafting one token.
-        forked: the same as `verify` with two chains of up to n drafts each; empty if that was not measured.
         first: milliseconds that the first draft of a block costs beyond the later ones, by a recurrent drafter.
     """
 
     verify: tuple[float, ...]
     draft: float
-    forked: tuple[float, ...] = ()
     first: float = 0.0
 
-    def block(self, learned: int, looked_up: int = 0, beside: int = 0) -> float:
-        """Milliseconds of a block whose main chain has this many drafts, with some chains of its length beside it."""
-        length = learned + looked_up
-        verifying = self.verify[length]
-        if beside and self.forked:
-            verifying += beside * max(0.0, self.forked[length] - self.verify[length])
+    def block(self, learned: int, looked_up: int = 0) -> float:
+        """Milliseconds of a block of one chain that has this many drafts."""
+        verifying = self.verify[learned + looked_up]
         return verifying + learned * self.draft + (self.first if learned else 0.0)
 
     def speedup(self, acceptance: float, count: int) -> float:

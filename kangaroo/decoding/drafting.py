@@ -21,13 +21,11 @@ LONGEST_NGRAM = 4
 REMEMBERED = (2, 3)
 """Tokens that a lookup in earlier texts compares."""
 SURE_NGRAM = 2
-"""Tokens that must match before a fixed hybrid takes the lookup rather than the learned draft."""
+"""Tokens that must match before a fixed hybrid takes what a lookup knows."""
 RATE_DECAY = 0.95
 """Share of the tokens and costs so far that the recent speed keeps at each block."""
 CONFIDENCE_DECAY = 0.99
 """Share of its counts that a bin of confidence keeps at each draft in it."""
-FORK_SHARE = 0.15
-"""Share of a plain step that a second chain may cost to be tried."""
 BINS = 10
 """Bins of confidence in which acceptance is counted."""
 PRIOR_DRAFTS = 4
@@ -198,10 +196,10 @@ class LookupIndex:
 class BlockPolicy:
     """What each block drafts; this one always drafts as many tokens as the settings say.
 
-    A block calls `begin` and `beside`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees
-    the outcome. Where a look costs as much as a draft, it makes as many drafts as `at_once` says before it asks for
-    each whether to go on. Texts that are decoded together need a policy each. With source "hybrid" this one always
-    drafts, and where `SURE_NGRAM` tokens match, what a lookup knows is verified beside it.
+    A block calls `begin`, then `keep_drafting` after each learned draft, then `look_up`; `observe` sees the outcome.
+    Where a look costs as much as a draft, it makes as many drafts as `at_once` says before it asks for each whether to
+    go on. Texts that are decoded together need a policy each. With source "hybrid" this one drafts half of the block,
+    and if it doubts none of these drafts and `SURE_NGRAM` tokens match, what a lookup knows follows them.
 
     Args:
         config: `source`, `draft_len`, `threshold` and `target`.
@@ -216,43 +214,34 @@ class BlockPolicy:
         self._index = index
         self._room = min(self.config.draft_len, room)
         self._drafts: list[int] = []  # learned ones so far
-        self._second: list[int] = []  # a chain beside them
+        self._doubts = False  # the last of them
 
     @property
     def extends(self) -> bool:
         """Whether `look_up` may add to learned drafts."""
-        return False
+        return self.config.source == "hybrid"
 
     @property
     def branches(self) -> int:
         """Chains that leave the learned one."""
-        return self.config.learned_chains - 1
+        return self.config.chains - 1
+
+    @property
+    def _needed(self) -> int:
+        """Tokens that must match before a lookup counts."""
+        return SURE_NGRAM if self.config.source == "hybrid" else 1
 
     def ahead(self) -> Plan | None:
         """What every block drafts from now on, if the blocks need nothing else; None if they do."""
-        count = self.config.draft_len
-        if self.config.source == "lookup":
-            return Plan(looked_up=count)
-        if self.config.source == "learned":
-            return Plan(count, self.branches)
-        if not self.config.forks:  # a lookup takes the place of the learned drafts
-            return None
-        return Plan(count, self.branches, count, SURE_NGRAM)
+        config = self.config
+        if not config.num_learned:
+            return Plan(looked_up=config.num_looked_up)
+        return Plan(config.num_learned, self.branches, config.num_looked_up, self._needed)
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """Begin a block after the text of `index` with room for `room` drafts; return how many to draft at most."""
         self._start(index, room)
-        if self.config.source == "learned":
-            return self._room
-        looked_up = self.look_up()
-        if self.config.source == "lookup" or (looked_up and not self.config.forks):
-            return 0
-        self._second = looked_up
-        return self._room
-
-    def beside(self) -> list[int]:
-        """Another chain of drafts, to be verified beside the learned one."""
-        return self._second
+        return min(self.config.num_learned, room)
 
     def at_once(self) -> int:
         """Drafts to make before looking at the first of them."""
@@ -267,15 +256,16 @@ class BlockPolicy:
             made: drafts after it that are made already.
         """
         self._drafts.append(token)
-        return confidence >= self.config.threshold
+        self._doubts = confidence < self.config.threshold
+        return not self._doubts
 
     def look_up(self) -> list[int]:
         """Tokens to verify after the learned drafts."""
-        if self.config.source == "learned" or self._drafts or self._second:
+        if not self.config.num_looked_up or self._doubts:
             return []
-        needed = SURE_NGRAM if self.config.source == "hybrid" else 1
-        proposed, matched = self._index.propose(self._room)
-        if matched < needed:
+        count = min(self.config.num_looked_up, self._room - len(self._drafts))
+        proposed, matched = self._index.propose(count, self._drafts)
+        if matched < self._needed:
             return []
         return proposed
 
@@ -292,14 +282,12 @@ class ScriptedPolicy(BlockPolicy):
     Args:
         num_learned: drafts of the shallow layers.
         looked_up: tokens after them.
-        second: a chain beside them.
     """
 
-    def __init__(self, num_learned: int, looked_up: Sequence[int] = (), second: Sequence[int] = ()) -> None:
+    def __init__(self, num_learned: int, looked_up: Sequence[int] = ()) -> None:
         super().__init__(DecodeConfig(num_learned))
         self.num_learned = num_learned
         self._looked_up = list(looked_up)
-        self._beside = list(second)
 
     @property
     def extends(self) -> bool:
@@ -309,10 +297,6 @@ class ScriptedPolicy(BlockPolicy):
     def ahead(self) -> Plan | None:
         """As in `BlockPolicy`."""
         return None
-
-    def beside(self) -> list[int]:
-        """As in `BlockPolicy`."""
-        return self._beside
 
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`."""
@@ -339,14 +323,7 @@ class AdaptivePolicy(BlockPolicy):
     def __init__(self, config: DecodeConfig, costs: StepCosts) -> None:
         super().__init__(replace(config, threshold=0.0))
         self.costs = costs
-        first = min(3, config.draft_len)
-        # Further chains are no part of a block where their rows cost much, as on a CPU.
-        self._forks = False
-        if costs.forked and config.forks:
-            second_chain = costs.forked[first] - costs.verify[first]
-            self._forks = second_chain < FORK_SHARE * costs.verify[0]
-        self._branches = config.learned_chains - 1 if self._forks else 0
-        self._planner = Planner(config, self._branches)
+        self._planner = Planner(config)
         self._learned = Mean(0.7)
         # By the length of the ending that the lookup knows, see `LookupIndex.propose`.
         lengths = {length: length for length in range(1, LONGEST_NGRAM + 1)}
@@ -362,19 +339,12 @@ class AdaptivePolicy(BlockPolicy):
         self._survival = 1.0
 
     @property
-    def extends(self) -> bool:
-        """As in `BlockPolicy`."""
-        return self.config.source == "hybrid" and not self._second
-
-    @property
     def branches(self) -> int:
-        """As in `BlockPolicy`: where rows cost little."""
-        return self._branches
+        """As in `BlockPolicy`: none where the host chooses, which is where rows cost much."""
+        return 0
 
     def ahead(self) -> Plan | None:
         """As in `BlockPolicy`: the plan that is best on average; it changes where another one is clearly better."""
-        if self.config.source == "hybrid" and not self.config.forks:
-            return None
         return self._planner.plan()
 
     @property
@@ -387,10 +357,9 @@ class AdaptivePolicy(BlockPolicy):
         self._start(index, room)
         self._survival = 1.0
         self._source = ""  # a plain step, unless something gains
-        proposed: list[int] = []
         matched = 0
         if self.config.source != "learned" and self._room:
-            proposed, matched = index.propose(self._room)
+            _, matched = index.propose(1)
         gain = 0.0
         if self.config.source != "lookup" and self._room:
             gain = self._drafting_gain(matched)
@@ -398,11 +367,7 @@ class AdaptivePolicy(BlockPolicy):
             self._source = "learned"
         if self._lookup_gain(0, self._survival, matched) > gain:
             self._source = "lookup"
-        if self._source != "learned":
-            return 0
-        if self._forks:
-            self._second = self._worth(proposed, matched, self.costs.forked)
-        return self._room
+        return self._room if self._source == "learned" else 0
 
     def _run_gain(self, chance: float, depth: int, survival: float, cost: float = 0.0) -> float:
         """What the best number of tokens after `depth` others gains, each right with a chance; in tokens.
@@ -422,12 +387,11 @@ class AdaptivePolicy(BlockPolicy):
 
     def _row_cost(self, depth: int) -> float:
         """Milliseconds that a token after `depth` others adds to the verification of its block."""
-        beside = self._branches + bool(self._second)
-        return self.costs.block(0, depth + 1, beside) - self.costs.block(0, depth, beside)
+        return self.costs.verify[depth + 1] - self.costs.verify[depth]
 
     def _lookup_gain(self, depth: int, survival: float, matched: int) -> float:
         """What a lookup that knows `matched` tokens gains after `depth` drafts."""
-        if not matched or self._second:
+        if not matched:
             return 0.0
         return self._run_gain(self._lookup_chance(depth, matched), depth, survival)
 
@@ -479,22 +443,17 @@ class AdaptivePolicy(BlockPolicy):
 
     def look_up(self) -> list[int]:
         """As in `BlockPolicy`: as many tokens as are worth their rows."""
-        if self.config.source == "learned" or not self._source or self._second:
-            return []
-        proposed, matched = self._index.propose(self._room - len(self._drafts), self._drafts)
-        return self._worth(proposed, matched, self.costs.verify)
-
-    def _worth(self, proposed: list[int], matched: int, costs: Sequence[float]) -> list[int]:
-        """As many tokens of a lookup, after the drafts, as are worth their rows."""
-        if not proposed:
+        if self.config.source == "learned" or not self._source:
             return []
         depth = len(self._drafts)
+        proposed, matched = self._index.propose(self._room - depth, self._drafts)
+        if not proposed:
+            return []
         chance = self._lookup_chance(depth, matched)
         survival = self._survival
         for count in range(len(proposed)):
             survival *= chance
-            length = depth + count
-            if survival < self.rate * (costs[length + 1] - costs[length]):
+            if survival < self.rate * self._row_cost(depth + count):
                 return proposed[:count]
         return proposed
 
@@ -507,7 +466,7 @@ class AdaptivePolicy(BlockPolicy):
         main = verification.main_chain
         learned = main.draft.num_learned
         looked_up = len(main.draft.tokens) - learned
-        cost = self.costs.block(learned, looked_up, len(verification.beside))
+        cost = self.costs.block(learned, looked_up)
         self._recent_tokens = RATE_DECAY * self._recent_tokens + verification.block_len
         self._recent_cost = RATE_DECAY * self._recent_cost + cost
         scored = min(main.num_drafted, learned)
@@ -524,13 +483,15 @@ class AdaptivePolicy(BlockPolicy):
             _count_lookup(self._lookups.get(matched), proposed, verification.committed)
             if matched > LONGEST_NGRAM:  # earlier texts are not on the device
                 proposed = []
-        self._planner.observe(verification, proposed)
+            self._planner.looked_up(0, proposed, verification.committed)
+        self._planner.observe(verification)
         if self.config.source == "hybrid":
             drafts = main.draft.tokens[:accepted].tolist()
             for depth in range(1, len(drafts) + 1):
                 following = verification.committed[depth:]
                 proposed, matched = index.propose(self._planner.longest, drafts[:depth])
                 _count_lookup(self._after_drafts.get(matched), proposed, following)
+                self._planner.looked_up(depth, proposed, following)
 
 
 def _count_lookup(mean: Mean | None, proposed: Sequence[int], committed: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """What a block that runs ahead of the host leaves to the next one, on the device.
 
-Shapes: B texts, C chains of a text, T tokens of the longest chain with the one before it, D hidden, R rows that begin a
-block: those of all learned chains, or one a text.
+Shapes: B texts, C chains of a text, T tokens of the longest chain with the one before it, D hidden. Rows are chain by
+chain, as in `KVCache`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class BlockState:
     """What one block leaves to the next.
 
     The verifier's tokens `own` stand in each text from `start_at` on. The first `right` of them were drafted, one more
-    is committed, and nothing that begins a block has read any of them. The rows of all learned chains begin alike.
+    is committed, and nothing that begins a block has read any of them. The rows of all chains begin alike.
 
     Attributes:
         length: `[B]`, tokens of each text, all that are committed.
-        start_at, right: `[R]`.
-        own: `[R, T]`.
+        start_at, right: `[C B]`.
+        own: `[C B, T]`.
         read: `[B]`, tokens of the text that stand in the caches of what drafts.
-        hidden: `[R, T, D]`, the verifier's states of the positions before, for a drafter with feedback.
+        hidden: `[C B, T, D]`, the verifier's states of the positions before, for a drafter with feedback.
         noise: `[B, S]`, for sampled answers what tokens at each place of a text are drawn by, see `gumbel_noise`.
         text: `[B, LONGEST_NGRAM + S]`, `LONGEST_NGRAM` times `NONE`, then the tokens of each text; only with a lookup.
         block: `[C, B, T]`, what is verified: the last committed token, then each chain, `NONE` after its end.
@@ -76,7 +76,7 @@ class BlockState:
             is_sampled: whether tokens are drawn.
         """
         width = plan.longest + 1
-        rows = max(1, plan.learned_chains) * num_texts
+        rows = plan.chains * num_texts
         slots = capacity if plan.looked_up else 0
 
         def tokens(*shape: int) -> Tensor:
@@ -92,7 +92,7 @@ class BlockState:
             noise=tokens(num_texts, capacity if is_sampled else 0),
             text=tokens(num_texts, LONGEST_NGRAM + slots),
             block=tokens(plan.chains, num_texts, width),
-            starts=tokens(plan.chains * num_texts),
+            starts=tokens(rows),
             most=capacity - width,
         )
 
@@ -116,7 +116,7 @@ class BlockState:
             right: `[B]`, as above.
         """
         texts = len(self.length)
-        # The rows of all learned chains begin alike.
+        # The rows of all chains begin alike.
         self.own.view(-1, *own.shape).copy_(own)
         self.start_at.view(-1, texts).copy_(start_at)
         self.right.view(-1, texts).copy_(right)

@@ -9,7 +9,7 @@ from kangaroo.decoding.sampling import count_accepted
 
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
-CLEARLY = 1.03
+CLEARLY = 1.06
 """Ratio of speeds from which another plan is taken."""
 DECAY = 0.97
 """Share of its past that a figure keeps at each block that shows it."""
@@ -24,7 +24,7 @@ class Plan:
     Attributes:
         learned: tokens of the learned chain.
         branches: chains beside it, as in `DecodeConfig`.
-        looked_up: tokens of a lookup, in a chain of their own.
+        looked_up: tokens of a lookup after the learned chain.
         sure: tokens that must match before a lookup counts.
     """
 
@@ -36,19 +36,12 @@ class Plan:
     @property
     def longest(self) -> int:
         """Tokens of the longest chain."""
-        return max(self.learned, self.looked_up)
-
-    @property
-    def learned_chains(self) -> int:
-        """Chains of learned drafts."""
-        if not self.learned:
-            return 0
-        return 1 + self.branches
+        return self.learned + self.looked_up
 
     @property
     def chains(self) -> int:
         """All chains; plain decoding has an empty one."""
-        return max(1, self.learned_chains + (self.looked_up > 0))
+        return 1 + self.branches
 
 
 def hoped(plan: Plan) -> float:
@@ -94,22 +87,29 @@ class _Continuations:
         # The chance of each token, where those before it are right. A hopeful start.
         self._chances = [Mean(0.8 if depth else 0.4) for depth in range(longest)]
 
-    def right(self, proposed: Sequence[int], committed: Sequence[int]) -> int:
-        """Count a lookup beside what was committed in its place; its right tokens as far as that is known."""
-        count = count_accepted(proposed, committed)
-        known = min(count + 1, len(committed))  # the first wrong token is known, too
-        for depth, chance in enumerate(self._chances[:known]):
-            chance.count(True, float(depth < count))
-        return count
+    def count(self, proposed: Sequence[int], committed: Sequence[int], beyond: bool = True) -> None:
+        """Count a lookup beside what was committed in its place.
 
-    def beyond(self, first: int, stop: int) -> float:
-        """Expected right tokens from place `first` on, before `stop`, where all before are right."""
-        expected = 0.0
+        Args:
+            proposed: the lookup.
+            committed: tokens from there on.
+            beyond: whether it may be right beyond them; else its first token after them counts as wrong.
+        """
+        right = count_accepted(proposed, committed)
+        known = right + 1  # the first wrong token is known, too
+        if beyond:
+            known = min(known, len(committed))
+        for depth, chance in enumerate(self._chances[:known]):
+            chance.count(True, float(depth < right))
+
+    def expected(self, count: int) -> float:
+        """Expected right tokens of the first `count`."""
+        tokens = 0.0
         survival = 1.0
-        for chance in self._chances[first:stop]:
+        for chance in self._chances[:count]:
             survival *= chance.value
-            expected += survival
-        return expected
+            tokens += survival
+        return tokens
 
 
 class Planner:
@@ -119,46 +119,34 @@ class Planner:
     might pay is tried. What a lookup gives is known without trying it.
 
     Args:
-        config: `source` and `draft_len`, the longest chain.
-        branches: chains beside the learned one, where they pay.
+        config: `source`, `draft_len`, the longest chain, and `branches`.
 
     Attributes:
-        longest: tokens of a lookup, at most.
+        longest: tokens of a chain, at most.
     """
 
-    def __init__(self, config: DecodeConfig, branches: int) -> None:
+    def __init__(self, config: DecodeConfig) -> None:
         self._times: dict[int, dict[Plan, float]] = {0: {}}  # milliseconds, by the slots that blocks read
         self._slots = 0
         self._acceptance = Mean(0.7)
         self._branched = Mean(0.35)  # tokens of a block that only branches gave
         self._plan = Plan()
         self._is_due = True  # whether something was learned since the plan was chosen
-        together = config.source == "hybrid"
         self.longest = min(config.draft_len, PASS_ROWS - 1)
         self._plans = [Plan()]
         if config.source != "learned":
             self._plans.append(Plan(looked_up=self.longest))
         if config.source != "lookup":
             for length in LENGTHS:
-                for forks in {0, min(branches, length)}:
-                    self._add(Plan(length, forks))
-                    if together:  # as long a lookup as leaves all chains in one tile of our kernels
-                        rows = PASS_ROWS // (forks + 2)
-                        looked_up = min(self.longest, rows - 1)
-                        self._add(Plan(length, forks, looked_up))
-        self._continuations = _Continuations(self.longest)
-        # Tokens of a block that only a lookup beside learned drafts gave, by the lookup's length.
-        self._beside: dict[int, Mean] = {}
-        for plan in self._plans:
-            if plan.learned and plan.looked_up:
-                self._beside[plan.looked_up] = Mean(0.25)
-
-    def _add(self, plan: Plan) -> None:
-        """Consider a plan if its lookup is no shorter than its drafts and its rows fit in a tile of our kernels."""
-        rows = plan.chains * (plan.longest + 1)
-        fits = plan.longest <= self.longest and rows <= PASS_ROWS
-        if fits and plan.looked_up in (0, plan.longest):
-            self._plans.append(plan)
+                if length > self.longest:
+                    break
+                self._plans.append(Plan(length))
+                if config.chains > 1:
+                    self._plans.append(Plan(length, min(config.chains - 1, length)))
+                if config.source == "hybrid" and length < self.longest:
+                    self._plans.append(Plan(length, looked_up=self.longest - length))
+        # Of a lookup after a number of right drafts.
+        self._continuations = {length: _Continuations(self.longest) for length in (0, *LENGTHS)}
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
@@ -190,34 +178,25 @@ class Planner:
 
     def _tokens(self, plan: Plan) -> float:
         """Expected tokens of a block."""
-        if not plan.learned:
-            return 1.0 + self._continuations.beyond(0, plan.looked_up)
-        tokens = expected_tokens(self._acceptance.value, plan.learned)
+        chance = self._acceptance.value
+        tokens = expected_tokens(chance, plan.learned)
         if plan.branches:
             tokens += self._branched.value
         if plan.looked_up:
-            tokens += self._beside[plan.looked_up].value
+            tokens += chance**plan.learned * self._continuations[plan.learned].expected(plan.looked_up)
         return tokens
 
-    def observe(self, verification: Verification, proposed: Sequence[int]) -> None:
-        """Count the outcome of a block.
+    def looked_up(self, depth: int, proposed: Sequence[int], committed: Sequence[int]) -> None:
+        """Count what a lookup knew, verified or not, after `depth` right drafts, beside what was committed there."""
+        if depth in self._continuations:
+            # A lookup in place of drafts that went wrong is more often wrong itself than where it is known to go on.
+            self._continuations[depth].count(proposed, committed, beyond=depth > 0)
 
-        Args:
-            verification: the outcome.
-            proposed: what a lookup knew before it, verified or not.
-        """
+    def observe(self, verification: Verification) -> None:
+        """Count the outcome of a block."""
         self._is_due = True
         main = verification.main_chain
         learned = main.draft.num_learned
-        chains = (verification, *verification.beside)
-        accepted = [chain.num_accepted for chain in chains if chain.draft.num_learned]
-        best = max(accepted, default=0)
-        self._acceptance.count(learned > 0, main.num_accepted, main.num_drafted)
-        self._branched.count(len(accepted) > 1, best - main.num_accepted)
-        right = self._continuations.right(proposed, verification.committed)
-        for length, mean in self._beside.items():
-            more = min(right, length) - best
-            gain = float(max(0, more))
-            if right == len(verification.committed):  # it may have gone further
-                gain += self._continuations.beyond(right, length)
-            mean.count(learned > 0, gain)
+        accepted = min(main.num_accepted, learned)
+        self._acceptance.count(learned > 0, accepted, min(main.num_drafted, learned))
+        self._branched.count(bool(verification.beside), verification.num_accepted - main.num_accepted)

@@ -45,7 +45,7 @@ def spec_decode_step(
     Raises:
         ValueError: if a logit of the verifier is not finite.
     """
-    # 1. Draft: up to draft_len tokens for each text, by the shallow layers, by lookup, or by both side by side.
+    # 1. Draft: up to draft_len tokens for each text, by the shallow layers, by lookup, or by one after the other.
     drafts = [Draft(text) for text in texts]
     if stages.passes.begun:
         for draft in drafts:
@@ -117,8 +117,6 @@ def begin_verifying(
         stages.begin_verifying_states(states, drawn)
         return
     chains = len(drafts[0].learned)
-    if any(draft.second for draft in drafts):
-        chains += 1
     rows = unread_tokens(drafts, stages.deep, chains)
     if drafted is not None:
         _, num_learned_rows, count = drafted.chosen.shape
@@ -182,15 +180,15 @@ def accept(draft: Draft, verified: Verified, row: int, stages: Stages) -> Verifi
         return None
     start = len(draft.text.tokens)
     chains = draft.chains()
-    chain_rows = [row + place * verified.texts for place in chains]
+    chain_rows = [row + place * verified.texts for place in range(len(chains))]
     confidence = []
-    for chain_row, chain in zip(chain_rows, chains.values(), strict=True):
+    for chain_row, chain in zip(chain_rows, chains, strict=True):
         chances = verified.confidence[chain_row][: len(chain) + 1]
         refuse_not_finite(chances, start)
         confidence.append(chances)
     own = [verified.tokens[chain_row] for chain_row in chain_rows]
-    counts, next_token = accepted(list(chains.values()), own)
-    blocks = [draft.block(place, stages) for place in chains]
+    counts, next_token = accepted(chains, own)
+    blocks = [draft.block(place, stages) for place in range(len(chains))]
     outcome = settled(start, blocks, counts, confidence, next_token)
     winning_row = row + outcome.draft.chain * verified.texts
     states = verified.states[winning_row, : len(outcome.draft.tokens) + 1]
@@ -277,7 +275,6 @@ class Draft:
         text: the text.
         learned: chains of drafts by the shallow layers: the main one and its branches. The main one may go on with
             tokens that were looked up.
-        second: a chain that was looked up, verified beside them; none for most blocks.
         branches: branches that the policy wants.
         wants_more: whether the shallow layers draft another token.
         read_states: the exit states of every token that they read for this block, `[T, D]` a draft; only for target
@@ -286,7 +283,6 @@ class Draft:
 
     def __init__(self, text: Text) -> None:
         self.text = text
-        self.second: list[int] = []
         self.branches = 0
         self.wants_more = False
         self.read_states: list[Tensor] = []
@@ -305,7 +301,6 @@ class Draft:
         policy = self.text.policy
         if self.text.room:
             self._limit = policy.begin(self.text.index, self.text.room - 1)
-            self.second = policy.beside()
         self.wants_more = self._limit > 0
         self.branches = min(policy.branches, self._limit)
 
@@ -314,16 +309,13 @@ class Draft:
         self.learned: list[list[int]] = [[] for _ in range(chains)]
         self._confidence: list[list[float]] = [[] for _ in range(chains)]
 
-    def chains(self) -> dict[int, list[int]]:
-        """The chains of drafts that are verified, by their places among the rows of the text.
+    def chains(self) -> list[list[int]]:
+        """The chains of drafts that are verified.
 
         Branch b leaves the main chain at its token b; if the main chain is shorter, there is no such branch.
         """
         num_drafted = len(self._confidence[0])
-        chains = dict(enumerate(self.learned[: num_drafted + 1]))
-        if self.second:
-            chains[len(self.learned)] = self.second
-        return chains
+        return self.learned[: num_drafted + 1]
 
     def wanted(self) -> int:
         """Tokens to draft before the policy looks at them."""
@@ -377,13 +369,11 @@ class Draft:
             self.tokens.extend(self.text.policy.look_up()[:free])
 
     def tokens_after(self, length: int, chain: int) -> list[int]:
-        """Text and drafts of a chain from position `length` on; nothing if the text is over or has no such chain."""
-        is_learned = chain < len(self.learned)
-        drafts = self.learned[chain] if is_learned else self.second
-        if not self.text.room or not (is_learned or drafts):
+        """Text and drafts of a chain from position `length` on; nothing if the text is over."""
+        if not self.text.room:
             return []
         num_read = max(0, length - len(self.text.tokens))  # of the drafts
-        return [*self.text.tokens[length:], *drafts[num_read:]]
+        return [*self.text.tokens[length:], *self.learned[chain][num_read:]]
 
     def block(self, place: int, stages: Stages) -> DraftBlock:
         """A chain as records and policies see it."""
@@ -391,7 +381,7 @@ class Draft:
         confidence: list[float] = []
         exit_hidden = torch.empty(0, stages.hidden_size)
         drafter_hidden = exit_hidden
-        if place < len(self.learned) and self._confidence[place]:
+        if self._confidence[place]:
             confidence = self._confidence[place]
             exit_hidden = torch.cat([states[place] for states in self._exit_hidden])
             drafter_hidden = torch.cat([states[place] for states in self._drafter_hidden])

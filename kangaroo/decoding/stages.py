@@ -421,13 +421,7 @@ class Stages:
         verified, winners = _lengths_and_chains(results)
         for stage in (self.base, self.deep):
             stage.cache.join(verified, winners)
-        # What drafts has read the learned chains only; after another one it goes on with the main chain.
-        learned: list[Verification | None] = []
-        for result in results:
-            if result and not result.draft.num_learned:
-                result = result.main_chain
-            learned.append(result)
-        read, learned_winners = _lengths_and_chains(learned)
+        read = verified
         if self.feedback:  # it reads once more what it has read without the verifier's states
             read = [result.start if result else 0 for result in results]
             rows = [row + len(results) * chain for row, chain in enumerate(winners)]
@@ -439,7 +433,7 @@ class Stages:
             self.drafter.cache.truncate(read)
             return
         for stage in (self.shallow, self.drafter):
-            stage.cache.join(read, learned_winners)
+            stage.cache.join(read, winners)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all texts but these."""

@@ -61,10 +61,9 @@ class _Blocks:
         self._step(text)
         return 1e3 * (now(device) - began)
 
-    def verifying_ms(self, count: int, beside: bool = False) -> float:
-        """Of a block of drafts that cost nothing, with a second chain of as many or none."""
-        drafts = self.tokens[:count]
-        return self.ms(ScriptedPolicy(0, drafts, drafts if beside else ()))
+    def verifying_ms(self, count: int) -> float:
+        """Of a block of drafts that cost nothing."""
+        return self.ms(ScriptedPolicy(0, self.tokens[:count]))
 
     def drafts_ms(self, verify_ms: Sequence[float]) -> tuple[float, float]:
         """Of a later learned draft, and what the first one takes beyond it; `verify_ms` is by number of drafts."""
@@ -90,26 +89,22 @@ def measure_costs(stages: Stages, longest: int, repeats: int, context: int) -> S
     """Time blocks of all lengths after `context` tokens, in turn; medians, fitted so that they never fall.
 
     Args:
-        stages: the model, its caches empty and with room for `context + longest + 2` tokens; with room for two chains
-            of a text their verification is timed, too.
+        stages: the model, its caches empty and with room for `context + longest + 2` tokens.
         longest: drafts of a block, at most.
         repeats: rounds that count.
         context: tokens in the caches.
     """
     blocks = _Blocks(stages, longest, context)
     lengths = range(longest + 1)
-    rounds: list[tuple[list[float], list[float], float, float]] = []
+    rounds: list[tuple[list[float], float, float]] = []
     for _ in range(repeats + UNCOUNTED_ROUNDS):
         verify_ms = [blocks.verifying_ms(count) for count in lengths]
         blocks.ms(ScriptedPolicy(1))  # brings the draft's caches up to the context
         drafts_ms = blocks.drafts_ms(verify_ms)
-        forked = stages.deep.cache.chains > 1
-        forked_ms = [blocks.verifying_ms(count, True) for count in lengths] if forked else []
-        rounds.append((verify_ms, forked_ms, *drafts_ms))
-    verify, forks, draft, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
+        rounds.append((verify_ms, *drafts_ms))
+    verify, draft, first = zip(*rounds[UNCOUNTED_ROUNDS:], strict=True)
     return StepCosts(
         monotone([median(times) for times in zip(*verify, strict=True)]),
         max(0.0, median(draft)),
-        monotone([median(times) for times in zip(*forks, strict=True)]),
         max(0.0, median(first)),
     )
