@@ -10,7 +10,7 @@ comment must not begin a line.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,8 +20,18 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-text", "h200": "-text"}
+SECOND = {"cpu": "-tail", "h200": "-tail"}
 """What the names of the newest evaluations with the second drafter end in, by machine."""
+SAMPLED = {
+    "packaged, H200, rejection": ("mini-rejection", "h200"),
+    "packaged, H200, one noise by torch": ("mini-sampled-torch", "h200"),
+    "packaged, H200, in the kernel": ("mini-sampled", "h200"),
+    "alpaca": ("alpaca-sampled", "h200"),
+    "gsm8k": ("gsm8k-sampled", "h200"),
+    "humaneval": ("humaneval-sampled", "h200"),
+    "packaged, two CPU cores": ("mini-sampled", "cpu"),
+}
+"""Evaluations with sampled answers."""
 METHODS = {
     "generate": "`generate` of transformers 4.33.3",
     "pld": "prompt lookup (`pld`)",
@@ -284,17 +294,8 @@ def middle() -> str:
     return table(["", "held-out prompts", *list(SETS.values())[1:]], rows)
 
 
-def sampled() -> str:
-    """Sampling at temperature 1: by rejection, and with one noise for drafts and verifier."""
-    files = {
-        "packaged, H200, rejection": ("mini-rejection", "h200"),
-        "packaged, H200, one noise by torch": ("mini-sampled-torch", "h200"),
-        "packaged, H200, in the kernel": ("mini-sampled", "h200"),
-        "alpaca": ("alpaca-sampled", "h200"),
-        "gsm8k": ("gsm8k-sampled", "h200"),
-        "humaneval": ("humaneval-sampled", "h200"),
-        "packaged, two CPU cores": ("mini-sampled", "cpu"),
-    }
+def sampled(files: Mapping[str, tuple[str, str]]) -> str:
+    """Sampling at temperature 1, by what each row says; `files` are names and machines of evaluations."""
     names = {"pld": "prompt lookup", "fixed": "always four", "dvi": "learned", "hybrid": "together"}
     rows = []
     for text, file in files.items():
@@ -340,6 +341,23 @@ def fixed_blocks(record: str) -> str:
     return table(head, rows)
 
 
+def tail_blocks() -> str:
+    """Blocks of fixed plans, with a lookup after the learned drafts, and with one in a chain beside them."""
+    found = read("blocks-tail-h200")
+    ways = {"after": "looked up after them", "before": "looked up beside them"}
+    rows = []
+    for key, way in ways.items():
+        for row in found[key]:
+            together = row["learned"] and row["looked_up"]
+            if key == "before" and not together:
+                continue
+            names = PLANNED | ({"looked_up": way} if together else {})
+            plan = ", ".join(f"{row[part]} {text}" for part, text in names.items() if row[part])
+            cells = [f"{row['ms_a_block']:.2f}", f"{row['tokens_a_block']:.2f}", f"{row['tok_per_s']:,.0f}"]
+            rows.append([plan or "plain decoding", *cells])
+    return table(["a block", "ms", "tokens a block", "tokens a second"], rows)
+
+
 def prompts() -> str:
     """Milliseconds to the first token by the length of the prompt, read by our kernels or by a library."""
     found = read("blocks-steps-h200")["prompts"]
@@ -357,13 +375,13 @@ def prompts() -> str:
     return table(head, rows)
 
 
-def steps() -> str:
-    """The second drafter before and after blocks took fewer kernels: speed over plain decoding of the same run."""
+def before_and_after(*kinds: str) -> str:
+    """The second drafter before and after a change: speed over plain decoding of the same run."""
     methods = {"pld": "prompt lookup", "fixed": "four learned drafts always"}
     methods |= {"dvi": "learned", "hybrid": "learned and looked up"}
     rows = []
     for name, text in SETS.items():
-        both = [overall(f"{name}-{kind}", "h200") for kind in ("early", "steps")]
+        both = [overall(f"{name}-{kind}", "h200") for kind in kinds]
         rates = [f"{one['plain']['tok_per_s']:,.0f}" for one in both]
         cells = [" → ".join(f"{one[method]['speedup']:.2f}" for one in both) for method in methods]
         rows.append([text, " → ".join(rates), *cells])
@@ -632,14 +650,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafts_and_lookups": drafts_and_lookups,
     "drafts_in_8_bits": drafts_in_8_bits,
     "middle": middle,
-    "sampled": sampled,
+    "sampled": lambda: sampled(SAMPLED),
     "trusted_lookups": trusted_lookups,
     "what_to_draft": what_to_draft,
     "head_in_8_bits": head_in_8_bits,
     "early_blocks": lambda: fixed_blocks("blocks-early-h200"),
     "early": lambda: by_set("recurrent", "early"),
     "steps_blocks": lambda: fixed_blocks("blocks-steps-h200"),
-    "steps": steps,
+    "steps": lambda: before_and_after("early", "steps"),
+    "tail": lambda: before_and_after("second-chain", "tail"),
+    "tail_blocks": tail_blocks,
+    "tail_sampled": lambda: sampled({text: (f"{name}-tail-sampled", "h200") for name, text in SETS.items()}),
     "prompts": prompts,
     "costs": costs,
     "bench_cpu": lambda: bench("cpu"),
