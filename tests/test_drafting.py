@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -369,7 +370,7 @@ def plans_of(
             verified = depth == plan.learned and plan.looked_up
             known = accepted - depth if verified else right(7, after if depth else lookup)
             following = committed[depth:]
-            planner.looked_up(depth, [*following[:known], -1], following)
+            planner.count_lookup(depth, [*following[:known], -1], following, learned == plan.learned)
     return plans
 
 
@@ -397,6 +398,39 @@ def test_plans_go_on_by_a_lookup_as_far_as_a_block_may_be_long():
         )
         assert {plan.branches for plan in planner._plans} == {0, 1}
         assert not any(plan.branches and plan.looked_up for plan in planner._plans)
+    planner = Planner(DecodeConfig(8, adaptive=True, branches=3))
+    assert {(plan.learned, plan.branches) for plan in planner._plans if plan.branches} == {(2, 2), (3, 3)}
+
+
+def test_what_only_branches_gave_is_counted_by_hand():
+    planner = Planner(DecodeConfig(3, adaptive=True, branches=1))
+    draft = DraftBlock(torch.zeros(3, dtype=torch.long), torch.full((3,), 0.9), torch.zeros(3, 4))
+    branch = replace(draft, chain=1)
+    lost = Verification(9, (), 1, 0, draft, torch.ones(4))
+    won = Verification(9, (1, 2, 3), 3, 2, branch, torch.ones(4), (lost,))
+    for _ in range(400):
+        planner.observe(won)
+    assert planner._branched.value == pytest.approx(2.0, abs=0.01)
+    assert planner._tokens(Plan(3, 1)) == pytest.approx(planner._tokens(Plan(3)) + 2.0, abs=0.01)
+    for _ in range(400):
+        planner.observe(
+            replace(won, beside=(replace(lost, num_accepted=3, num_drafted=3),))
+        )  # cut at its end
+    assert planner._branched.value == pytest.approx(0.0, abs=0.01)
+
+
+def test_what_only_earlier_texts_know_is_no_reason_for_a_plan():
+    """They are not on the device; with learned drafts before a lookup as without."""
+    memory = Memory(100)
+    memory.add(list(range(50)))
+    policy = AdaptivePolicy(DecodeConfig(15, source="hybrid", adaptive=True), COSTS)
+    for start in range(0, 40, 3):
+        index = LookupIndex([100 + start, start, start + 1], memory)
+        observed(policy, index, [start + 2, start + 3], tuple(range(start + 2, start + 9)))
+    assert policy._after_drafts[LONGEST_NGRAM + 3].value > 0.9  # the host may use it
+    for plan in (Plan(looked_up=15), Plan(2, looked_up=13)):
+        gain = policy._planner._tokens(plan) - policy._planner._tokens(replace(plan, looked_up=0))
+        assert gain < 0.5
 
 
 def test_a_plan_is_worth_its_drafts_and_the_lookup_after_them_by_hand():
@@ -408,9 +442,9 @@ def test_a_plan_is_worth_its_drafts_and_the_lookup_after_them_by_hand():
             scored = accepted + 1
             committed = tuple(range(accepted + 1))
             planner.observe(Verification(9, committed, scored, accepted, draft, torch.ones(4)))
-        planner.looked_up(3, [5, 6, 7], [5, 6, 7])
-        planner.looked_up(5, [5, 6, 7], [1])  # no plan has five drafts
-        planner.looked_up(0, [5], [6])
+        planner.count_lookup(3, [5, 6, 7], [5, 6, 7])
+        planner.count_lookup(5, [5, 6, 7], [1])  # no plan has five drafts
+        planner.count_lookup(0, [5], [6])
     assert planner._acceptance.value == pytest.approx(0.4, abs=0.05)
     chance = planner._acceptance.value
     drafted = 1 + chance + chance**2 + chance**3
@@ -423,17 +457,17 @@ def test_a_lookup_is_counted_as_far_as_it_is_known():
     """Right in all that was committed, it may have gone on: that is no mistake, and no success either."""
     known = _Continuations(4)
     for _ in range(400):
-        known.count([1, 2, 3, 4], [1, 2])
+        known.count([1, 2, 3, 4], [1, 2], True)
     assert known.expected(2) == pytest.approx(2.0, abs=0.02)
     assert known.expected(4) == pytest.approx(2.0 + 0.8 + 0.8**2, abs=0.05)  # as at the start
     for _ in range(400):
-        known.count([1, 2, 9, 4], [1, 2, 3, 4, 5])
+        known.count([1, 2, 9, 4], [1, 2, 3, 4, 5], True)
     assert known.expected(4) == pytest.approx(2.0, abs=0.05)
     for _ in range(400):
-        known.count([], [1, 2])
+        known.count([], [1, 2], True)
     assert known.expected(4) < 0.05
     for _ in range(400):
-        known.count([1, 2, 3, 4], [1, 2], beyond=False)
+        known.count([1, 2, 3, 4], [1, 2], False)
     assert known.expected(4) == pytest.approx(2.0, abs=0.05)
 
 

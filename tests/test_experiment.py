@@ -85,7 +85,7 @@ def test_main_takes_a_namespace_of_the_names_of_old(tmp_path, monkeypatch):
 
 def test_the_settings_are_those_of_both_parts():
     both = DVIExperiment(exit_layer=3, answer_tokens=7)
-    assert (both.draft_len, both.longest, both.methods) == (2, 8, "plain,pld,fixed,dvi")
+    assert (both.draft_len, both.longest, both.methods) == (2, 15, "plain,pld,fixed,dvi")
 
 
 def test_a_sweep_takes_the_figures_of_experiments(done, tmp_path, monkeypatch):

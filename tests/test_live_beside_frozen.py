@@ -25,6 +25,8 @@ from dvirl.experiments.live import (
 )
 from dvirl.live import LiveConfig
 from dvirl.models import loading
+from kangaroo.decoding.costs import StepCosts
+from kangaroo.kangaroo_model import KangarooModel
 
 
 def test_requests_of_one_domain_are_distinct_and_the_same_everywhere():
@@ -50,10 +52,13 @@ def test_streams_are_those_that_they_say():
         assert stream(60, 1) == stream(60, 1)
 
 
-def test_a_third_session_remembers_and_does_not_learn(tmp_path):
+def test_a_third_session_remembers_and_does_not_learn(tmp_path, monkeypatch):
+    # The same costs for all, so that their choices do not depend on the clock.
+    costs = StepCosts((10.0, 10.5, 11.0, 11.5), 1.0)
+    monkeypatch.setattr(KangarooModel, "step_costs", lambda *_: costs)
     model = save_tiny(tmp_path / "model")
     exported(tmp_path / "draft", loading.load(str(model), dtype="float32", device="cpu"), draft_vocab=0)
-    config = LiveConfig(max_new_tokens=12, draft_len=3, adaptive=False, threads=1, budget=0.9, fast_batch=1)
+    config = LiveConfig(max_new_tokens=12, draft_len=3, threads=1, budget=0.9, fast_batch=1)
     prompts = docstring_prompts(3) * 2
     names = (FROZEN, REMEMBERS, LIVE)
     served = serve_both(str(model), str(tmp_path / "draft"), "float32", prompts, config, names)

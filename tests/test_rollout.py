@@ -233,10 +233,10 @@ def test_only_learned_drafts_leave_records(monkeypatch):
     config = DecodeConfig(5, source="hybrid", keep_states=True)
     decoded = model.generate(prompt, LENGTH, config)
     assert decoded.tokens == looked_up.tokens
-    drafted = [block.draft for block in decoded.blocks]
     assert any(block.num_accepted > block.draft.num_learned > 0 for block in decoded.blocks)
     records = records_from(prompt, decoded.blocks)
-    assert len(records) <= sum(draft.num_learned for draft in drafted)
+    scored = [min(block.num_drafted, block.draft.num_learned, block.block_len) for block in decoded.blocks]
+    assert len(records) == len(records.hidden) == sum(scored)
     own = torch.tensor(decoded.tokens)[records.position]
     assert torch.equal(records.verifier_token, own)
     assert torch.equal(records.reward, (records.token == own).float())

@@ -18,7 +18,7 @@ GENERATE = "generate"
 PLAIN = "plain"
 """Our own loop, which also verifies drafts, without any."""
 BRANCHES = 1
-"""Chains beside the learned one, where their rows cost little."""
+"""Chains beside the learned one, where they pay and blocks run ahead of the host."""
 
 Method = Callable[..., Answer]
 """From a prompt's token ids, and a `seed` if it is not to be the one asked for, to a timed answer."""
@@ -58,7 +58,7 @@ def decode_configs(
         "fixed": DecodeConfig(fixed_len, **shared),
         # The draft that DVI trained, in blocks as long as they pay.
         "dvi": adaptive(),
-        # Block by block, whichever of the two promises more.
+        # Learned drafts, and after them what a lookup knows, as far as each pays.
         "hybrid": adaptive(source="hybrid"),
     }
 

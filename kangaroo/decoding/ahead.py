@@ -329,7 +329,7 @@ class _Blocks:
         num_learned = 0
         doubts = False
         while num_learned < limit and not doubts:
-            doubts = numbers.confidence[0][num_learned] < self.threshold
+            doubts = not numbers.confidence[0][num_learned] >= self.threshold  # NaN is doubt, too
             num_learned += 1
         num_looked_up = 0
         if not doubts and num_learned == plan.learned and numbers.matched >= plan.sure:
@@ -337,7 +337,7 @@ class _Blocks:
         drafts: list[DraftBlock] = []
         accepted: list[int] = []
         chances: list[list[float]] = []
-        # A branch further on was to leave the main chain after its end.
+        # Branch b leaves the main chain at draft b; where the main chain is shorter, there is none.
         for chain in range(min(plan.branches, num_learned) + 1):
             unknown = [] if chain else [math.nan] * num_looked_up
             confidence = [*numbers.confidence[chain][:num_learned], *unknown]

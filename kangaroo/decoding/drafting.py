@@ -219,12 +219,12 @@ class BlockPolicy:
     @property
     def extends(self) -> bool:
         """Whether `look_up` may add to learned drafts."""
-        return self.config.source == "hybrid"
+        return self.config.num_learned > 0 and self.config.num_looked_up > 0
 
     @property
     def branches(self) -> int:
         """Chains that leave the learned one."""
-        return self.config.chains - 1
+        return min(self.config.chains - 1, self.config.num_learned)
 
     @property
     def _needed(self) -> int:
@@ -256,7 +256,7 @@ class BlockPolicy:
             made: drafts after it that are made already.
         """
         self._drafts.append(token)
-        self._doubts = confidence < self.config.threshold
+        self._doubts = not confidence >= self.config.threshold  # NaN is doubt, too
         return not self._doubts
 
     def look_up(self) -> list[int]:
@@ -337,6 +337,11 @@ class AdaptivePolicy(BlockPolicy):
         # Of the current block: what drafts, and the chance that all its drafts so far are accepted.
         self._source = ""
         self._survival = 1.0
+
+    @property
+    def extends(self) -> bool:
+        """As in `BlockPolicy`."""
+        return self.config.source == "hybrid"
 
     @property
     def branches(self) -> int:
@@ -477,21 +482,18 @@ class AdaptivePolicy(BlockPolicy):
             counts = self._calibration[_bin(confidence)]
             counts[0] = CONFIDENCE_DECAY * counts[0] + (depth < accepted)
             counts[1] = CONFIDENCE_DECAY * counts[1] + 1
-        proposed: list[int] = []
-        if self.config.source != "learned":
-            proposed, matched = index.propose(self._planner.longest)
-            _count_lookup(self._lookups.get(matched), proposed, verification.committed)
+        self._planner.observe(verification)
+        if self.config.source == "learned":
+            return
+        drafts = main.draft.tokens[:accepted].tolist()
+        for depth in range(accepted + 1):  # what a lookup knew after so many right drafts
+            following = verification.committed[depth:]
+            proposed, matched = index.propose(self._planner.longest, drafts[:depth])
+            lookups = self._after_drafts if depth else self._lookups
+            _count_lookup(lookups.get(matched), proposed, following)
             if matched > LONGEST_NGRAM:  # earlier texts are not on the device
                 proposed = []
-            self._planner.looked_up(0, proposed, verification.committed)
-        self._planner.observe(verification)
-        if self.config.source == "hybrid":
-            drafts = main.draft.tokens[:accepted].tolist()
-            for depth in range(1, len(drafts) + 1):
-                following = verification.committed[depth:]
-                proposed, matched = index.propose(self._planner.longest, drafts[:depth])
-                _count_lookup(self._after_drafts.get(matched), proposed, following)
-                self._planner.looked_up(depth, proposed, following)
+            self._planner.count_lookup(depth, proposed, following, accepted == learned)
 
 
 def _count_lookup(mean: Mean | None, proposed: Sequence[int], committed: Sequence[int]) -> None:

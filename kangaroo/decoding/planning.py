@@ -77,7 +77,8 @@ class _Continuations:
     """How far lookups are right, from what was committed after each, whether or not it was verified.
 
     Of a lookup that is right in all committed tokens it is not known how far it would have gone; it counts at the
-    tokens that are known (as in the estimator of Kaplan and Meier 1958).
+    tokens that are known (as in the estimator of Kaplan and Meier 1958). Where a learned draft ended the block by
+    being wrong, lookups are wrong more often, too, so there it counts as wrong.
 
     Args:
         longest: tokens of a lookup, at most.
@@ -87,17 +88,17 @@ class _Continuations:
         # The chance of each token, where those before it are right. A hopeful start.
         self._chances = [Mean(0.8 if depth else 0.4) for depth in range(longest)]
 
-    def count(self, proposed: Sequence[int], committed: Sequence[int], beyond: bool = True) -> None:
+    def count(self, proposed: Sequence[int], committed: Sequence[int], may_go_on: bool) -> None:
         """Count a lookup beside what was committed in its place.
 
         Args:
             proposed: the lookup.
             committed: tokens from there on.
-            beyond: whether it may be right beyond them; else its first token after them counts as wrong.
+            may_go_on: whether it is unknown beyond them; else its first token there counts as wrong.
         """
         right = count_accepted(proposed, committed)
         known = right + 1  # the first wrong token is known, too
-        if beyond:
+        if may_go_on:
             known = min(known, len(committed))
         for depth, chance in enumerate(self._chances[:known]):
             chance.count(True, float(depth < right))
@@ -116,7 +117,7 @@ class Planner:
     """Chooses the plan that is fastest by recent acceptance and measured times.
 
     A plan's time is measured when its block is captured. Before that it is hoped to be short, so that every plan that
-    might pay is tried. What a lookup gives is known without trying it.
+    might pay is tried. What a lookup gives is mostly known from the text without trying it.
 
     Args:
         config: `source`, `draft_len`, the longest chain, and `branches`.
@@ -141,8 +142,9 @@ class Planner:
                 if length > self.longest:
                     break
                 self._plans.append(Plan(length))
-                if config.chains > 1:
-                    self._plans.append(Plan(length, min(config.chains - 1, length)))
+                branched = Plan(length, min(config.chains - 1, length))
+                if branched.branches and branched.chains * (length + 1) <= PASS_ROWS:
+                    self._plans.append(branched)
                 if config.source == "hybrid" and length < self.longest:
                     self._plans.append(Plan(length, looked_up=self.longest - length))
         # Of a lookup after a number of right drafts.
@@ -186,11 +188,12 @@ class Planner:
             tokens += chance**plan.learned * self._continuations[plan.learned].expected(plan.looked_up)
         return tokens
 
-    def looked_up(self, depth: int, proposed: Sequence[int], committed: Sequence[int]) -> None:
-        """Count what a lookup knew, verified or not, after `depth` right drafts, beside what was committed there."""
+    def count_lookup(
+        self, depth: int, proposed: Sequence[int], committed: Sequence[int], may_go_on: bool = True
+    ) -> None:
+        """Count what a lookup knew after `depth` right drafts, verified or not; see `_Continuations.count`."""
         if depth in self._continuations:
-            # A lookup in place of drafts that went wrong is more often wrong itself than where it is known to go on.
-            self._continuations[depth].count(proposed, committed, beyond=depth > 0)
+            self._continuations[depth].count(proposed, committed, may_go_on)
 
     def observe(self, verification: Verification) -> None:
         """Count the outcome of a block."""
@@ -199,4 +202,5 @@ class Planner:
         learned = main.draft.num_learned
         accepted = min(main.num_accepted, learned)
         self._acceptance.count(learned > 0, accepted, min(main.num_drafted, learned))
-        self._branched.count(bool(verification.beside), verification.num_accepted - main.num_accepted)
+        gain = max(0, verification.num_accepted - main.num_accepted)
+        self._branched.count(bool(verification.beside), gain)

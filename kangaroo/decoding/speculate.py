@@ -119,8 +119,8 @@ def begin_verifying(
     chains = len(drafts[0].learned)
     rows = unread_tokens(drafts, stages.deep, chains)
     if drafted is not None:
-        _, num_learned_rows, count = drafted.chosen.shape
-        for row in rows[:num_learned_rows]:
+        count = drafted.chosen.shape[2]
+        for row in rows:
             if row:  # the pass itself puts the drafts in these places
                 row.extend([0] * count)
     drawn = how_drawn(stages, drafts, list(map(len, rows)), config)

@@ -698,8 +698,7 @@ class Stages:
 
         def run(inputs: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
             if num_drafts:  # they stand after the last committed token
-                ids = extra[0][0]  # [learned rows, n]
-                inputs[: len(ids), 1 : 1 + num_drafts] = ids
+                inputs[:, 1 : 1 + num_drafts] = extra[0][0]  # [rows, n]
             states = self.base(inputs) if from_tokens else inputs
             hidden = self.deep(states)
             fed_back = self.fed_back(hidden)
