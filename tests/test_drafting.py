@@ -412,10 +412,9 @@ def test_what_only_branches_gave_is_counted_by_hand():
         planner.observe(won)
     assert planner._branched.value == pytest.approx(2.0, abs=0.01)
     assert planner._tokens(Plan(3, 1)) == pytest.approx(planner._tokens(Plan(3)) + 2.0, abs=0.01)
+    longer = replace(lost, num_accepted=3, num_drafted=3)  # the winner was cut at its end
     for _ in range(400):
-        planner.observe(
-            replace(won, beside=(replace(lost, num_accepted=3, num_drafted=3),))
-        )  # cut at its end
+        planner.observe(replace(won, beside=(longer,)))
     assert planner._branched.value == pytest.approx(0.0, abs=0.01)
 
 
@@ -434,17 +433,17 @@ def test_what_only_earlier_texts_know_is_no_reason_for_a_plan():
 
 
 def test_a_plan_is_worth_its_drafts_and_the_lookup_after_them_by_hand():
-    """Three drafts of which each is right in half of the cases, and a lookup that is always right after them."""
+    """Three drafts of which each is right in two of five cases, and a lookup that is always right after them."""
     planner = Planner(DecodeConfig(5, source="hybrid", adaptive=True))
     draft = DraftBlock(torch.zeros(3, dtype=torch.long), torch.full((3,), 0.9), torch.zeros(3, 4))
     for _ in range(400):
-        for accepted in (0, 2, 0):  # two of four drafts
+        for accepted in (0, 2, 0):  # two of the five drafts that are scored
             scored = accepted + 1
             committed = tuple(range(accepted + 1))
             planner.observe(Verification(9, committed, scored, accepted, draft, torch.ones(4)))
-        planner.count_lookup(3, [5, 6, 7], [5, 6, 7])
-        planner.count_lookup(5, [5, 6, 7], [1])  # no plan has five drafts
-        planner.count_lookup(0, [5], [6])
+        planner.count_lookup(3, [5, 6, 7], [5, 6, 7], True)
+        planner.count_lookup(5, [5, 6, 7], [1], True)  # no plan has five drafts
+        planner.count_lookup(0, [5], [6], True)
     assert planner._acceptance.value == pytest.approx(0.4, abs=0.05)
     chance = planner._acceptance.value
     drafted = 1 + chance + chance**2 + chance**3

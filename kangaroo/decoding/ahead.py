@@ -278,7 +278,7 @@ class _Blocks:
         drafts = (confidence, matched)
         verdicts = (own, certainty)
         numbers, winners = accept(state, plan, drafts, verdicts, self.threshold, fed_back)
-        if plan.chains > 1:
+        if plan.branches:
             for stage in (stages.base, stages.deep):
                 share(state, stage.cache, winners)
         if fed_back:
@@ -366,7 +366,7 @@ class _Blocks:
                 counts[row] = 0
         for stage in (stages.base, stages.deep):
             stage.cache.lengths = verified
-            if self.plan.chains > 1:
+            if self.plan.branches:
                 stage.cache.set_shared(verified)
         if not self.plan.learned:
             return

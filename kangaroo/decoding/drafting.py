@@ -233,10 +233,7 @@ class BlockPolicy:
 
     def ahead(self) -> Plan | None:
         """What every block drafts from now on, if the blocks need nothing else; None if they do."""
-        config = self.config
-        if not config.num_learned:
-            return Plan(looked_up=config.num_looked_up)
-        return Plan(config.num_learned, self.branches, config.num_looked_up, self._needed)
+        return Plan(self.config.num_learned, self.branches, self.config.num_looked_up, self._needed)
 
     def begin(self, index: LookupIndex, room: int) -> int:
         """Begin a block after the text of `index` with room for `room` drafts; return how many to draft at most."""
@@ -337,11 +334,6 @@ class AdaptivePolicy(BlockPolicy):
         # Of the current block: what drafts, and the chance that all its drafts so far are accepted.
         self._source = ""
         self._survival = 1.0
-
-    @property
-    def extends(self) -> bool:
-        """As in `BlockPolicy`."""
-        return self.config.source == "hybrid"
 
     @property
     def branches(self) -> int:

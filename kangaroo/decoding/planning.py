@@ -189,7 +189,7 @@ class Planner:
         return tokens
 
     def count_lookup(
-        self, depth: int, proposed: Sequence[int], committed: Sequence[int], may_go_on: bool = True
+        self, depth: int, proposed: Sequence[int], committed: Sequence[int], may_go_on: bool
     ) -> None:
         """Count what a lookup knew after `depth` right drafts, verified or not; see `_Continuations.count`."""
         if depth in self._continuations:

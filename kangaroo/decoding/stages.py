@@ -418,7 +418,8 @@ class Stages:
     def roll_back(self, results: Sequence[Verification | None]) -> None:
         """Forget the keys and values of all rejected drafts, and everything of texts that are over."""
         # What the verifier goes on with: of each text the winning chain, up to its last accepted draft.
-        verified, winners = _lengths_and_chains(results)
+        verified = [result.start + result.num_accepted if result else 0 for result in results]
+        winners = [result.draft.chain if result else 0 for result in results]
         for stage in (self.base, self.deep):
             stage.cache.join(verified, winners)
         read = verified
@@ -741,10 +742,3 @@ class Stages:
         caches = [self.shallow.cache, self.drafter.cache]
         (states,) = self.passes.run("read", run, caches, counts, *inputs)
         return states
-
-
-def _lengths_and_chains(results: Sequence[Verification | None]) -> tuple[list[int], list[int]]:
-    """Of each text the tokens up to its last accepted draft, and the place of its chain; zeros if it is over."""
-    lengths = [result.start + result.num_accepted if result else 0 for result in results]
-    chains = [result.draft.chain if result else 0 for result in results]
-    return lengths, chains
