@@ -23,6 +23,7 @@ from dvirl.models.placement import fitting
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
+from kangaroo.decoding.layers import on_own_cpu_kernels
 from kangaroo.decoding.passes import CudaGraphs
 from kangaroo.decoding.sampling import choose_tokens
 from kangaroo.decoding.stages import Stages
@@ -30,7 +31,7 @@ from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
 MOST_ROWS = 512
-"""Texts of a batch on a GPU up to which our own kernels decode faster than the library's."""
+"""Texts of a batch up to which our own kernels decode faster than the library's."""
 CAPACITY_STEP = 64
 """On a GPU caches have a multiple of so many slots, for which products are fastest."""
 
@@ -244,9 +245,11 @@ def generate(
 
 def _stages(model: EarlyExitLlamaForCausalLM, capacity: int, target: str, rows: int) -> Stages:
     """Stages for a large batch; its steps are captured where they can be."""
-    captured = model.lm_head.weight.is_cuda and len(model.layer_devices()) == 1
+    weight = model.lm_head.weight
+    captured = weight.is_cuda and len(model.layer_devices()) == 1
     if not captured:
-        return model.new_stages(capacity, None, target, rows, few_rows=False)
+        own = on_own_cpu_kernels(weight) and rows <= MOST_ROWS
+        return model.new_stages(capacity, None, target, rows, few_rows=own)
     capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
     stages = model.new_stages(capacity, None, target, rows, few_rows=rows <= MOST_ROWS)
     stages.passes.graphs = CudaGraphs([])

@@ -291,7 +291,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             shallow = base
         else:
             name = "shallow layers, adapted"
-            adapted = drafter.shallow or self._stage_weights(name, 0, k, few_rows, int8=drafter.int8)
+            adapted = drafter.shallow or self._stage_weights(name, 0, k, few_rows)
             shallow = stage(adapted)
         cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window, chains)
         drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
@@ -323,7 +323,6 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         stop: int,
         few_rows: bool,
         without: tuple[str, ...] = (),
-        int8: bool = False,
     ) -> StageWeights:
         """layers[first:stop] without some adapters, with the embedding or with final norm and head.
 
@@ -334,7 +333,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         def make() -> StageWeights:
             with self.without_adapters(*without):
                 layers: list[Any] = list(self.model.layers[first:stop])
-                cached = [CachedLayer(layer, dtype, few_rows, int8) for layer in layers]
+                cached = [CachedLayer(layer, dtype, few_rows) for layer in layers]
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
             head = product(self.lm_head.weight) if few_rows else self.lm_head
@@ -352,7 +351,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             with self.without_adapters(*without):
                 self._used[name] = (key, [weight for layer in layers for weight in weights_of(layer)])
         used = [*self._used[name][1], self.model.norm.weight, self.lm_head.weight]
-        return self._weights.get(name, used, make, [float(int8)])
+        return self._weights.get(name, used, make)
 
     def _reused(self, fresh: Stages) -> Stages:
         """The stages of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""

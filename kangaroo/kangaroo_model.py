@@ -283,25 +283,22 @@ class KangarooModel(nn.Module):
         if adapter.embed_tokens is not None:
             embed = adapter.embed_tokens
             shallow = self._weights.get("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
-        return DrafterParts(
-            weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow, self.int8_draft
-        )
+        return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow)
 
     def _fused_drafter(self) -> StageWeights:
         """Drafter and exit norm for decoding."""
         dtype = self.head_rows.dtype
-        int8 = self.int8_draft
-        layers = [CachedLayer(layer, dtype, True, int8) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
+        layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
         norm = rms_norm(self.exit_norm, dtype)
         fuse, fuse_later = self.adapter_model.fuse, self.adapter_model.fuse_later
-        first = None if fuse is None else Fuse(fuse.weight.detach().to(dtype), int8=int8)
+        first = None if fuse is None else Fuse(fuse.weight.detach().to(dtype))
         later = None
         if fuse_later is not None:
-            later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings(), int8)
+            later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings())
         middle = None
         if self.adapter_model.fuse_middle is not None:
             weight = self.adapter_model.fuse_middle.weight.detach().to(dtype)
-            middle = Middle(self.middle_layer, product(weight, int8=int8), self.base_model.model.norm.eps)
+            middle = Middle(self.middle_layer, product(weight), self.base_model.model.norm.eps)
         return StageWeights(layers, norm=norm, fuse=first, fuse_later=later, middle=middle)
 
     @contextmanager

@@ -24,6 +24,7 @@ from kangaroo.adapter import DecoderLayer, apply_rotary
 from kangaroo.decoding.cache import CachedPass, KVCache, attend_cached
 
 if TYPE_CHECKING:
+    from kangaroo.decoding.cpu_kernels import PanelLayer
     from kangaroo.decoding.kernels import FusedLayer
 
 Product = Callable[[Tensor], Tensor]
@@ -31,36 +32,27 @@ Made = TypeVar("Made")
 
 PACKED_FOR_ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
-ROUNDED_FOR_ROWS = 4
-"""Rows up to which a product by 8-bit weights is no slower than by packed ones; for more, computing takes the time."""
+ROWS_OF_OUR_OWN = 64
+"""Rows of a pass that our own layers on a CPU compute, at most: a library is faster at the attention of many."""
 LARGE = 2**22
 """Weights of more numbers than this are left apart on an accelerator: there reading them takes the time, not starting
 products, and a second copy of them would take the memory."""
 
 
-def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Product:
-    """`x -> x @ weight.T + bias`, the weight packed if this is a CPU whose torch can.
+def product(weight: Tensor, bias: Tensor | None = None) -> Product:
+    """`x -> x @ weight.T + bias`; on a CPU by our own kernels, or else the weight packed if torch can.
 
     Args:
         weight: `[N, D]`.
         bias: `[N]`.
-        int8: on a CPU compute few rows nearly, by weights in 8 bits: for drafts. A product of few rows takes as long as
-            its weight takes to read.
     """
-    exact: Product = partial(F.linear, weight=weight, bias=bias)
+    if on_own_cpu_kernels(weight):
+        from kangaroo.decoding.cpu_kernels import PanelProduct
+
+        return PanelProduct(weight, bias)
     if can_pack(weight):
-        exact = _packed_product(weight, bias)
-    # The operator for 8 bits has ended the process where rows were 23 numbers long.
-    if not int8 or weight.device.type != "cpu" or weight.shape[1] % 32:
-        return exact
-    # It is private to torch, too, and is tried on numbers before it is believed.
-    with suppress(AttributeError, RuntimeError, TypeError):
-        rounded = _rounded_product(weight, bias, exact)
-        expected = exact(weight[:1])
-        error = rounded(weight[:1]) - expected
-        if error.norm() <= 0.1 * expected.norm():
-            return rounded
-    return exact
+        return _packed_product(weight, bias)
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def head_product(weight: Tensor, int8: bool = False) -> Product:
@@ -85,23 +77,6 @@ def _packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
     run = torch.ops.mkldnn._linear_pointwise
     return lambda states: run(states, packed, bias, "none", [], "")
-
-
-def _rounded_product(weight: Tensor, bias: Tensor | None, exact: Product) -> Product:
-    """Of few rows nearly the same, by weights in 8 bits, each row with a scale, and states in bfloat16."""
-    # A row of zeros has the scale 0, whatever it is rounded to.
-    scales = (weight.float().abs().amax(dim=1) / 127).bfloat16()
-    rounded = (weight / scales.float()[:, None]).round().to(torch.int8)
-
-    def multiply(states: Tensor) -> Tensor:
-        rows = states.flatten(0, -2)
-        if len(rows) > ROUNDED_FOR_ROWS:
-            return exact(states)
-        result = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), rounded, scales)
-        result = result.view(*states.shape[:-1], -1).to(states.dtype)
-        return result if bias is None else result + bias
-
-    return multiply
 
 
 def _in_8_bits(weight: Tensor) -> Any:
@@ -131,6 +106,20 @@ def packed_dtypes() -> tuple[torch.dtype, ...]:
     return tuple(packable)
 
 
+def on_own_cpu_kernels(weight: Tensor) -> bool:
+    """Whether `kangaroo.decoding.cpu_kernels` multiplies by weights like this one."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _cpu_kernels_work()
+
+
+@cache
+def _cpu_kernels_work() -> bool:
+    try:
+        from kangaroo.decoding.cpu_kernels import works
+    except ImportError:  # Numba is not there
+        return False
+    return works()
+
+
 def can_pack(weight: Tensor) -> bool:
     """Whether weights like this one can be packed."""
     return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
@@ -144,12 +133,9 @@ class CachedLayer:
         dtype: to compute in.
         few_rows: what makes few rows fast: packed weights, and on CUDA our own kernels. False leaves the products to
             the library, as batches of many rows do; on a CPU to the layer's own modules.
-        int8: as in `product`, where few rows are fast.
     """
 
-    def __init__(
-        self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True, int8: bool = False
-    ) -> None:
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True) -> None:
         attention = layer.self_attn
         on_cuda = attention.q_proj.weight.is_cuda
         self.kernels = _kernels_for(layer, dtype) if few_rows and on_cuda else None
@@ -165,22 +151,26 @@ class CachedLayer:
         def join(*projections: nn.Linear) -> Product:
             """Products of the same input as one, of copied weights, unless the modules are to run."""
             if few_rows or on_cuda:
-                return _fused(dtype, *projections, int8=int8)
+                return _fused(dtype, *projections)
             return _side_by_side(projections)
 
         self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = join(attention.o_proj)
         self._gate_up: Product | None = None
+        self._down: Product | None = None
         if layer.feed_forward:
             self._mlp_norm = rms_norm(layer.post_attention_layernorm, dtype)
             self._gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
             self._down = join(layer.mlp.down_proj)
             gated = _gated_by(layer.mlp.hidden_act)
             self._gate: Callable[..., Tensor] = compiled(gated) if is_compiled else gated
+        self._own = _own_layer(layer, [self._qkv, self._out, self._gate_up, self._down])
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
         batch, length, _ = hidden.shape
+        if self._own and batch * length <= ROWS_OF_OUR_OWN and self._own.can_run:
+            return self._own(hidden, plan, cache, layer)
         # Attention: hidden + out(attend(rotate(q), rotate(k), v)).
         qkv = self._qkv(self._input_norm(hidden))
         heads = qkv.view(batch, length, -1, self._head_dim).transpose(1, 2)  # [B, H + 2 G, T, E]
@@ -193,10 +183,19 @@ class CachedLayer:
         mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
         hidden = hidden + self._out(mixed)
         # Feed-forward, which Kangaroo's adapter does not have: hidden + down(activation(gate) * up).
-        if self._gate_up is None:
+        if self._gate_up is None or self._down is None:
             return hidden
         gated = self._gate(self._gate_up(self._mlp_norm(hidden)))
         return hidden + self._down(gated)
+
+
+def _own_layer(layer: DecoderLayer, products: Sequence[Product | None]) -> PanelLayer | None:
+    """The layer by our own kernels on a CPU, if they compute it."""
+    if not on_own_cpu_kernels(layer.input_layernorm.weight):
+        return None
+    from kangaroo.decoding.cpu_kernels import own_layer
+
+    return own_layer(layer, [product for product in products if product])
 
 
 def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
@@ -238,19 +237,18 @@ class Fuse:
     Args:
         weight: `[D, 2 D]`.
         embeddings: `[V, D]`; with them the first state is a token's embedding.
-        int8: as in `product`.
 
     Attributes:
         maps: `[2, D, D]`, its two halves, for our own kernels; None on a CPU.
     """
 
-    def __init__(self, weight: Tensor, embeddings: Tensor | None = None, int8: bool = False) -> None:
+    def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:
         self.embeddings = embeddings
         self.maps: Tensor | None = None
         if weight.is_cuda:
             halves = weight.view(len(weight), 2, -1)  # [D, 2, D]
             self.maps = halves.transpose(0, 1).contiguous()
-        self._product = product(weight, int8=int8)
+        self._product = product(weight)
 
     def __call__(self, inputs: Tensor, feedback: Tensor) -> Tensor:
         """Of tokens `[B, T]` or states `[B, T, D]`, and of states `[B, T, D]`."""
@@ -284,7 +282,7 @@ def _side_by_side(parts: Sequence[Product]) -> Product:
     return lambda states: torch.cat([part(states) for part in parts], dim=-1)
 
 
-def _fused(dtype: torch.dtype, *projections: nn.Linear, int8: bool = False) -> Product:
+def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
     """The same by one product of the joined weights, unless they are large and on an accelerator."""
     weights = [linear.weight.detach().to(dtype) for linear in projections]
     if weights[0].is_cuda and weights[0].numel() > LARGE:
@@ -294,7 +292,7 @@ def _fused(dtype: torch.dtype, *projections: nn.Linear, int8: bool = False) -> P
         return _side_by_side(products)
     biases = [linear.bias.detach().to(dtype) for linear in projections if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
-    return product(torch.cat(weights), bias, int8)
+    return product(torch.cat(weights), bias)
 
 
 @cache

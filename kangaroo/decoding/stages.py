@@ -74,7 +74,6 @@ class DrafterParts:
         window: how many positions back its attention sees; None for all.
         draft_ids: `[V']`, vocabulary ids of the exit head's rows; None if it has them all.
         shallow: what reads the tokens first where a whole model drafts: its embedding; None for the shallow layers.
-        int8: whether shallow layers that nothing but drafts reads compute as in `layers.product` with `int8`.
     """
 
     weights: StageWeights
@@ -83,7 +82,6 @@ class DrafterParts:
     window: int | None = None
     draft_ids: Tensor | None = None
     shallow: StageWeights | None = None
-    int8: bool = False
 
 
 class Stage:
