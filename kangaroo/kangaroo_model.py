@@ -71,7 +71,7 @@ class KangarooModel(nn.Module):
     """
 
     int8_draft = False
-    """Whether on a CPU drafts are computed with weights in 8 bits, which is faster; see `with_int8_draft`."""
+    """Whether on a CPU the exit head drafts in 8 bits, which is faster; see `with_int8_draft`."""
 
     def __init__(
         self,
@@ -274,7 +274,7 @@ class KangarooModel(nn.Module):
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.
-            drafter = self._weights.get("drafter layers", layers, self._fused_drafter, how)
+            drafter = self._weights.get("drafter layers", layers, self._fused_drafter)
             exit_head = self._weights.get("exit head", head, self._merged_head, how)
             return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
 

@@ -16,8 +16,11 @@ from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import AdapterSwitch, inject_dual_lora
 
 
-def test_a_packed_product_is_the_product():
+@pytest.mark.parametrize("own", [True, False])
+def test_a_product_is_the_product(own, monkeypatch):
     assert packed_dtypes()  # else nothing below says anything; every CPU that we test on has oneDNN
+    if not own:
+        monkeypatch.setattr(layers, "on_own_cpu_kernels", lambda weight: False)
     for dtype in packed_dtypes():
         for rows in (1, 2, 3, 5, 40):
             x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, rows, 24), (56, 24), (56,)))
@@ -43,61 +46,6 @@ def test_a_head_in_8_bits_is_nearly_the_product():
             assert bool(((found - expected).abs() <= 0.02 * sizes).all())
 
 
-def eight_bit_calls(monkeypatch):
-    """The rows and the weight's shape of each product that is computed by weights in 8 bits from now on."""
-    calls = []
-    multiply = torch._weight_int8pack_mm
-
-    def noted(states, weight, scales):
-        calls.append((len(states), tuple(weight.shape)))
-        return multiply(states, weight, scales)
-
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", noted)
-    return calls
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
-def test_few_rows_are_computed_by_weights_in_8_bits_and_many_by_exact_ones(biased, dtype, monkeypatch):
-    calls = eight_bit_calls(monkeypatch)
-    weight = (torch.randn(56, 64) * torch.logspace(-3, 3, 56)[:, None]).to(
-        dtype
-    )  # rows of very different sizes
-    weight[7] = 0.0
-    bias = torch.randn(56).to(dtype) if biased else None
-    scales = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-9) / 127
-    rounded = (weight.float() / scales).round() * scales
-    exact, both = product(weight, bias), product(weight, bias, int8=True)
-    calls.clear()
-    for rows in (1, 2, layers.ROUNDED_FOR_ROWS, layers.ROUNDED_FOR_ROWS + 1, 40):
-        states = torch.randn(1, rows, 64).to(dtype)
-        states[..., 3] = 300.0  # which a scale for the whole state would not survive
-        found = both(states)
-        assert found.dtype == dtype and found.shape == (1, rows, 56)
-        if rows > layers.ROUNDED_FOR_ROWS:
-            assert torch.equal(found, exact(states))
-            continue
-        assert calls.pop() == (rows, (56, 64)) and not torch.equal(found, exact(states))
-        expected = torch.nn.functional.linear(states.float(), rounded, bias if bias is None else bias.float())
-        sizes = weight.float().norm(dim=1) * states.float().norm(dim=-1).amax() + 1
-        assert bool(((found.float() - expected).abs() <= 0.006 * sizes).all())
-    assert not calls
-    across = torch.randn(64, 2).to(dtype)  # states that do not lie in a row in memory
-    torch.testing.assert_close(both(across.T[None]), both(across.T.contiguous()[None]))
-
-
-def missing(*_):
-    raise AttributeError("no such operator")
-
-
-def failing(*_):
-    raise RuntimeError("not on this processor")
-
-
-def wrong(states, weight, scales):
-    return 1.5 * (states @ (weight * scales[:, None]).T)
-
-
 def test_without_the_operators_nothing_is_rounded(monkeypatch):
     model = tiny_kangaroo(1, drafter="layer", head="full")
     model.int8_draft = True
@@ -106,92 +54,6 @@ def test_without_the_operators_nothing_is_rounded(monkeypatch):
     assert found.head is not None and found.head_weight is not None
     states = torch.randn(1, 2, 32)
     torch.testing.assert_close(found.head(states), states @ found.head_weight.T)
-    weight = torch.randn(56, 64)
-    states = torch.randn(1, 2, 64)
-    for operator in (missing, failing, wrong):
-        monkeypatch.setattr(torch, "_weight_int8pack_mm", operator)
-        assert torch.equal(product(weight, int8=True)(states), product(weight)(states))
-
-
-def test_rows_that_the_operator_reads_past_are_exact(monkeypatch):
-    calls = eight_bit_calls(monkeypatch)
-    for width in (23, 24, 48, 65):
-        weight, states = torch.randn(8, width), torch.randn(1, 1, width)
-        assert torch.equal(product(weight, int8=True)(states), product(weight)(states))
-    assert not calls
-
-
-RECURRENT = dict(drafter="layer", feedback=True, recurrent=True, head="full", deep_scale=0.3)
-
-
-@pytest.mark.parametrize("target", ["base", "adapted"])
-def test_all_that_only_drafts_is_in_8_bits_and_nothing_that_verifies(target, monkeypatch):
-    feedback = target == "base"  # a drafter with feedback needs it
-    args = RECURRENT if feedback else dict(drafter="layer", head="full", deep_scale=0.3)
-    model = tiny_kangaroo(3, **args)
-    calls = eight_bit_calls(monkeypatch)
-    prompts = random_prompts(2, 1)
-    plain = [model.generate(prompt, 40, DecodeConfig(0, target=target)).tokens for prompt in prompts]
-    ways = [DecodeConfig(4, target=target), DecodeConfig(4, source="hybrid", adaptive=True, target=target)]
-    with model.with_int8_draft(True):
-        model.generate(prompts[0], 4, ways[0])  # makes the weights, and tries them
-        calls.clear()
-        model.generate(prompts[0], 4, DecodeConfig(0, target=target))
-        assert not calls or target == "adapted"  # there the drafter reads along
-        for how in ways:
-            assert [model.generate(prompt, 40, how).tokens for prompt in prompts] == plain
-            assert [one.tokens for one in model.generate_batch(prompts, 40, how)] == plain
-        assert {1} < {rows for rows, _ in calls} <= {1, 2, 3, 4}
-        with model.decoding(64, target) as stages, torch.no_grad():
-            seen = {}
-            for name in ("shallow", "base", "deep"):
-                calls.clear()
-                stage = getattr(stages, name)
-                stage(torch.randn(1, 1, 32) if name == "deep" else torch.tensor([[5]]))
-                seen[name] = len(calls)
-            calls.clear()
-            stages.drafter(torch.randn(1, 1, 32), torch.randn(1, 1, 32) if feedback else None)
-            seen["drafter"] = len(calls)
-            if feedback:
-                stages.drafter(torch.tensor([[5]]), torch.randn(1, 1, 32), later=True)
-                seen["later"] = len(calls) - seen["drafter"]
-    # Four products a layer, and the map; two shallow layers.
-    expected = {"shallow": 0, "base": 0, "deep": 0, "drafter": 4}
-    if feedback:
-        expected |= {"shallow": 8, "drafter": 5, "later": 5}
-    assert seen == expected
-    calls.clear()
-    assert model.generate(prompts[0], 40, ways[0]).tokens == plain[0] and not calls
-
-
-def test_each_way_of_drafting_has_its_own_weights():
-    """What is kept between decodings is made for one way, and made anew for the other."""
-    model = tiny_kangaroo(3, **RECURRENT)
-    states, fed_back, token = torch.randn(1, 1, 32), torch.randn(1, 1, 32), torch.tensor([[5]])
-
-    def computed():
-        with model.decoding(16) as stages, torch.no_grad():
-            first = stages.drafter(states, fed_back)
-            later = stages.drafter(token, fed_back, later=True)
-            return stages.shallow(token), first, later, stages.base(token), stages.deep(states)
-
-    exact = computed()
-    for _ in range(2):
-        with model.with_int8_draft(True):
-            rounded = computed()
-        again = computed()
-        for index, (one, two, three) in enumerate(zip(exact, rounded, again, strict=True)):
-            assert torch.equal(one, three)
-            drafts = index < 3
-            assert torch.equal(one, two) != drafts
-            assert (one - two).norm() <= 0.04 * one.norm()
-    with model.with_int8_draft(True):
-        with torch.no_grad():
-            for name, weight in model.base_model.named_parameters():
-                if "lora_B" in name:
-                    weight.add_(1.0)  # an update is seen here, too
-        changed = computed()[0]
-        assert (changed - rounded[0]).norm() > 0.1 * changed.norm()
 
 
 def test_a_rounded_head_chooses_drafts_and_no_token():
@@ -299,7 +161,7 @@ def test_adapters_are_in_the_draft_and_not_in_the_verifier():
             with base.without_adapters(*off):
                 expected = base.forward_shallow(tokens)
             states.append(stage(tokens))
-            torch.testing.assert_close(states[-1], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(states[-1], expected, atol=1e-4, rtol=1e-5)
         assert not torch.allclose(*states)
 
 

@@ -96,7 +96,7 @@ def test_forward_draft_or_large_model_is_the_two_halves():
             )
             with pytest.raises(ValueError, match="gap"):
                 ours.forward_draft_or_large_model(in_tokens_small=ids, position_ids=torch.tensor([[12]]))
-    torch.testing.assert_close(again, exits[:, 3:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(again, exits[:, 3:], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="exactly one"):
         ours.forward_draft_or_large_model()
 

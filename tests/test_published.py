@@ -67,7 +67,7 @@ def test_a_long_prompt_under_dynamic_positions_is_read_with_its_own_length(tmp_p
         logits = base(torch.tensor([IDS])).logits[0, -1]
         with base.decoding(64, None) as stages:
             last = stages.deep(stages.base(torch.tensor([IDS])))[0, -1]
-            torch.testing.assert_close(stages.deep.logits(last), logits)
+            torch.testing.assert_close(stages.deep.logits(last), logits, atol=1e-4, rtol=1e-5)
 
 
 def changed(folder: Path, file: str, **values) -> Path:

@@ -252,7 +252,7 @@ def test_memory_and_time_by_setting():
         draw(points, Path(folder).parent / "figures/memory-and-time-cpu.png")
     for at in axes["buffer_size"]:
         kept = at * 2 * 128 * 4 / MIB  # an exit state and the verifier's hidden state a record
-        assert kept < points[f"buffer_size={at}"]["memory_mib"] < 260 + 5 * kept  # torch loads Triton too
+        assert kept < points[f"buffer_size={at}"]["memory_mib"] < 300 + 5 * kept  # with Triton and Numba
     assert all(one["update_ms"] > 0 and one["answer_ms"] > 0 for one in points.values())
 
 

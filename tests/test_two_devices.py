@@ -43,6 +43,7 @@ from dvirl.scale.distill import DistillConfig, Distiller
 from dvirl.sgp import SGPTrainer
 from dvirl.trainer import DVITrainer
 from kangaroo import kangaroo_model
+from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
 
 ENDS = (2, *range(240, 264))
@@ -57,6 +58,14 @@ SHARED = dict(
     grad_clip=1e6,
 )
 """Settings of every training here. Norms of gradients are summed device by device, so the clipping stays out."""
+
+
+@pytest.fixture(autouse=True)
+def without_cpu_kernels(monkeypatch):
+    """A played device has none, and other operators round otherwise."""
+    monkeypatch.setattr(layers, "_cpu_kernels_work", lambda: False)
+
+
 PLAYED = torch.device("meta")
 """What tensors of the played device say of themselves: a device on which torch runs nothing."""
 

@@ -29,7 +29,7 @@ class DraftingSettings(Settings):
     """How all methods compute their drafts."""
 
     int8_draft: bool = True
-    """On a CPU, compute drafts with weights in 8 bits, which is faster; greedy float32 answers stay the same."""
+    """On a CPU, draft by an exit head in 8 bits, which is faster; float32 answers stay the same."""
 
 
 def decode_configs(

@@ -2,7 +2,7 @@
 
 A product of few rows takes as long as its weight takes to read. Libraries use the time that is left for computing less
 well than they could: oneDNN takes a third longer for six rows than for one. Here six rows take hardly longer than one.
-And a layer is one call, where torch's operators for what is not a product take as long as half of the products.
+And half a layer is one call, where torch's operators for what is not a product take as long as half of the products.
 
 A weight is stored in *panels* of sixteen outputs. A *tile* has the sums of up to six rows and one panel in the
 processor's registers, and adds to them input by input (GotoBLAS, Goto and van de Geijn 2008). Nothing that is computed
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numba
@@ -37,56 +39,65 @@ TALLEST = 6
 NUMBER = 4
 """Bytes of a number."""
 CHUNK = 256
-"""Inputs that all tiles of a panel add before any goes on: 16 KB of the panel, half of the first cache."""
+"""Inputs that all tiles of a panel add before any goes on: at most 16 KB of the panel, half of the first cache."""
+BLOCK = 64
+"""Slots that all rows of a tile attend to before any goes on."""
 PIECE = 256
 """Numbers of a row that a thread gates at a time."""
 
-forked = False
+IN_ANY_ORDER = {"reassoc", "contract"}
+"""The compiler may choose the order of a sum, always the same one for as many numbers, so that it fills vectors."""
+
+_forked = False
 """Whether this process was forked: threads do not survive that, and GNU's OpenMP ends a process that then asks for
 them."""
 
 
 def _after_fork() -> None:
-    global forked
-    forked = True
+    global _forked
+    _forked = True
 
 
 os.register_at_fork(after_in_child=_after_fork)
+_used = threading.local()
+"""Numba has a number of threads for each thread of Python."""
 
 
 # Products: a tile, instruction by instruction, since its sums must not leave the registers
 
 FLOAT, INDEX, FLAG = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-VECTOR = ir.VectorType(FLOAT, LANES)
+VECTOR, HALVES = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(16), LANES)
 BYTES = ir.IntType(8).as_pointer()
 
 
 @intrinsic
-def _add_tile(typing, rows, memory):
-    """`(rows, (states, width, panel, soon, step, sums, outputs, depth))`, for Numba.
+def _add_tile(typing, rows, size, memory):
+    """`(rows, size, (states, width, panel, soon, step, sums, outputs, depth))`, for Numba.
 
     Adds states `[rows, depth]` times a panel `[depth, WIDTH]` to sums `[rows, WIDTH]`, all three addresses of float32
-    numbers. Rows of states are `width` numbers apart, those of sums `outputs`. Meanwhile memory from the address `soon`
-    on is fetched, `step` bytes an input.
+    numbers; but if `size` is 2, the panel has only their upper halves, the lower ones being zeros. Rows of states are
+    `width` numbers apart, those of sums `outputs`. Meanwhile memory from the address `soon` on is fetched, `step` bytes
+    an input.
     """
 
     def generate(context, build, signature, arguments):
-        memory = cgutils.unpack_tuple(build, arguments[1])
+        rows, size, memory = arguments
         done = build.append_basic_block("done")
-        switch = build.switch(arguments[0], done)
-        for count in range(1, TALLEST + 1):
-            with build.goto_block(build.append_basic_block(f"rows_{count}")):
-                switch.add_case(ir.Constant(INDEX, count), build.block)
-                _write_tile(build, count, *memory)
+        switch = build.switch(build.add(build.mul(rows, ir.Constant(INDEX, NUMBER)), size), done)
+        for count, halves in product(range(1, TALLEST + 1), (False, True)):
+            with build.goto_block(build.append_basic_block("tile")):
+                case = NUMBER * count + (NUMBER // 2 if halves else NUMBER)
+                switch.add_case(ir.Constant(INDEX, case), build.block)
+                _write_tile(build, count, halves, *cgutils.unpack_tuple(build, memory))
                 build.branch(done)
         build.position_at_end(done)
         return context.get_dummy_value()
 
-    return numba.void(numba.intp, numba.types.UniTuple(numba.intp, 8)), generate
+    return numba.void(numba.intp, numba.intp, numba.types.UniTuple(numba.intp, 8)), generate
 
 
-def _write_tile(build, rows, states, width, panel, soon, step, sums, outputs, depth):
-    """Write the instructions of `_add_tile` for this many rows."""
+def _write_tile(build, rows, halves, states, width, panel, soon, step, sums, outputs, depth):
+    """Write the instructions of `_add_tile` for this many rows, and for a panel of halves or of whole numbers."""
     fma = ir.FunctionType(VECTOR, [VECTOR] * 3)
     multiply_add = cgutils.get_or_insert_function(build.module, fma, f"llvm.fma.v{LANES}f32")
     fetch = ir.FunctionType(ir.VoidType(), [BYTES, FLAG, FLAG, FLAG])
@@ -94,7 +105,7 @@ def _write_tile(build, rows, states, width, panel, soon, step, sums, outputs, de
     for_reading, keep, data = [ir.Constant(FLAG, value) for value in (0, 3, 1)]
     places = []
     for row in range(rows):
-        places += _vectors_at(build, sums, build.mul(outputs, ir.Constant(INDEX, row)))
+        places += _vectors_at(build, VECTOR, sums, build.mul(outputs, ir.Constant(INDEX, row)))
     # The compiler keeps these in registers.
     own = [cgutils.alloca_once(build, VECTOR) for _ in places]
     for place, total in zip(places, own, strict=True):
@@ -103,7 +114,8 @@ def _write_tile(build, rows, states, width, panel, soon, step, sums, outputs, de
         fetched = build.add(soon, build.mul(loop.index, step))
         build.call(prefetch, [build.inttoptr(fetched, BYTES), for_reading, keep, data])
         start = build.mul(loop.index, ir.Constant(INDEX, WIDTH))
-        weights = [_load(build, place) for place in _vectors_at(build, panel, start)]
+        kind = HALVES if halves else VECTOR
+        weights = [_load(build, place) for place in _vectors_at(build, kind, panel, start)]
         for row in range(rows):
             place = build.add(build.mul(width, ir.Constant(INDEX, row)), loop.index)
             number = build.load(build.gep(build.inttoptr(states, FLOAT.as_pointer()), [place]))
@@ -115,18 +127,21 @@ def _write_tile(build, rows, states, width, panel, soon, step, sums, outputs, de
         build.store(build.load(total), place).align = NUMBER
 
 
-def _vectors_at(build, matrix, start):
+def _vectors_at(build, kind, matrix, start):
     """Addresses of the `WIDTH` numbers from a place of a matrix on, vector by vector."""
-    first = build.gep(build.inttoptr(matrix, FLOAT.as_pointer()), [start])
+    first = build.gep(build.inttoptr(matrix, kind.element.as_pointer()), [start])
     places = [build.gep(first, [ir.Constant(INDEX, LANES * which)]) for which in range(VECTORS)]
-    return [build.bitcast(place, VECTOR.as_pointer()) for place in places]
+    return [build.bitcast(place, kind.as_pointer()) for place in places]
 
 
 def _load(build, place):
-    """The vector there."""
+    """The vector there, of whole numbers."""
     loaded = build.load(place)
-    loaded.align = NUMBER
-    return loaded
+    loaded.align = NUMBER // 2
+    if place.type.pointee == VECTOR:
+        return loaded
+    whole = ir.VectorType(FLAG, LANES)
+    return build.bitcast(build.shl(build.zext(loaded, whole), ir.Constant(whole, [16] * LANES)), VECTOR)
 
 
 def _in_all_lanes(build, number):
@@ -136,42 +151,52 @@ def _in_all_lanes(build, number):
     return build.shuffle_vector(first_lane, nothing, ir.Constant(ir.VectorType(FLAG, LANES), [0] * LANES))
 
 
-@numba.njit(nogil=True, cache=True)
-def _multiply_panel(states, rows, width, panel, sums, outputs):
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _multiply_panel(states, rows, width, panel, size, sums, outputs):
     """Add states `[rows, width]` times a panel `[width, WIDTH]` to sums `[rows, WIDTH]`; see `_add_tile`."""
-    tiles = -(-rows // TALLEST)
+    tiles = max(1, -(-rows // TALLEST))
     # Each tile fetches its share of the next chunk, so that reading it takes no time of its own.
-    step = NUMBER * WIDTH // tiles
+    step = size * WIDTH // tiles
     for start in range(0, width, CHUNK):
         depth = min(CHUNK, width - start)
-        weights = panel + NUMBER * WIDTH * start
+        weights = panel + size * WIDTH * start
         for tile in range(tiles):
             row = rows * tile // tiles
             count = rows * (tile + 1) // tiles - row
             inputs = states + NUMBER * (width * row + start)
-            soon = weights + NUMBER * WIDTH * CHUNK + step * depth * tile
+            soon = weights + size * WIDTH * CHUNK + step * depth * tile
             own = sums + NUMBER * outputs * row
-            _add_tile(count, (inputs, width, weights, soon, step, own, outputs, depth))
+            _add_tile(count, size, (inputs, width, weights, soon, step, own, outputs, depth))
 
 
-@numba.njit(nogil=True, cache=True)
-def _multiply(states, panels, sums):
-    """Add states `[R, D]` times panels `[P, D, WIDTH]` to sums `[R, P * WIDTH]`."""
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _multiply_one(which, states, panels, sums):
+    """Add states `[R, D]` times one of the panels `[P, D, WIDTH]` to its sums, of `[R, P * WIDTH]`."""
     rows, width = states.shape
-    for which in range(len(panels)):
-        panel = panels.ctypes.data + NUMBER * WIDTH * width * which
-        own = sums.ctypes.data + NUMBER * WIDTH * which
-        _multiply_panel(states.ctypes.data, rows, width, panel, own, sums.shape[1])
+    panel = panels.ctypes.data + panels.itemsize * WIDTH * width * which
+    own = sums.ctypes.data + NUMBER * WIDTH * which
+    _multiply_panel(states.ctypes.data, rows, width, panel, panels.itemsize, own, sums.shape[1])
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
 def _multiply_in_threads(states, panels, sums):
-    """The same on several threads, a run of panels each."""
-    rows, width = states.shape
+    """Add states times all panels, each thread a run of them."""
     for which in numba.prange(len(panels)):
-        panel = panels.ctypes.data + NUMBER * WIDTH * width * which
-        own = sums.ctypes.data + NUMBER * WIDTH * which
-        _multiply_panel(states.ctypes.data, rows, width, panel, own, sums.shape[1])
+        _multiply_one(which, states, panels, sums)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _product(states, panels, bias, alone):
+    """Rows `[R, D]` times panels, and the bias; `alone` on one thread, without asking for others."""
+    sums = np.empty((len(states), len(bias)), np.float32)
+    for row in range(len(states)):
+        sums[row] = bias
+    if not alone:
+        _multiply_in_threads(states, panels, sums)
+        return sums
+    for which in range(len(panels)):
+        _multiply_one(which, states, panels, sums)
+    return sums
 
 
 class PanelProduct:
@@ -182,7 +207,8 @@ class PanelProduct:
         bias: `[N]`.
 
     Attributes:
-        panels: `[N / WIDTH, D, WIDTH]`, the last one filled up with zeros.
+        panels: `[N / WIDTH, D, WIDTH]`, the last one filled up with zeros. Where all weights are bfloat16 numbers, as
+            in most published models, only these halves are kept and read: the same product in half of the time.
         bias: where the sums begin, as many numbers as the panels have outputs.
         num_outputs: N.
     """
@@ -190,40 +216,46 @@ class PanelProduct:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.num_outputs, depth = weight.shape
         num_panels = -(-self.num_outputs // WIDTH)
-        filled_up = torch.zeros(num_panels * WIDTH, depth)
-        filled_up[: self.num_outputs] = weight
+        filled_up = torch.zeros(num_panels * WIDTH, depth, dtype=torch.float32, device="cpu")
+        filled_up[: self.num_outputs] = weight.detach()
         panels = filled_up.view(num_panels, WIDTH, depth).transpose(1, 2).contiguous()
-        self.panels = panels.numpy()
+        halves = panels.bfloat16()
+        is_exact = torch.equal(halves.float(), panels)
+        self.panels = halves.view(torch.int16).numpy() if is_exact else panels.numpy()
         self.bias = np.zeros(num_panels * WIDTH, np.float32)
         if bias is not None:
-            self.bias[: self.num_outputs] = bias.numpy()
+            self.bias[: self.num_outputs] = bias.detach().numpy()
 
     def __call__(self, states: Tensor) -> Tensor:
         """`[…, D]` to `[…, N]`."""
-        rows = _rows(states)
-        sums = np.broadcast_to(self.bias, (len(rows), len(self.bias))).copy()
-        if forked:
-            _multiply(rows, self.panels, sums)
-        else:
-            _use_threads()
-            _multiply_in_threads(rows, self.panels, sums)
-        result = torch.from_numpy(sums)
+        _use_threads()
+        result = torch.from_numpy(_product(_rows(states), self.panels, self.bias, _forked))
         if len(self.bias) > self.num_outputs:
             result = result[:, : self.num_outputs].contiguous()
         return result.view(*states.shape[:-1], self.num_outputs)
 
 
 def _rows(states: Tensor) -> Any:
-    """States `[…, D]` as a matrix of Numpy."""
+    """States `[…, D]` as a matrix of Numpy.
+
+    Raises:
+        TypeError: if they are not float32; their numbers would be read as such.
+    """
+    if states.dtype != torch.float32:
+        raise TypeError(f"expected float32 states, got {states.dtype}")
     return np.ascontiguousarray(states.detach().numpy().reshape(-1, states.shape[-1]))
 
 
 def _use_threads() -> None:
     """As many as torch uses."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    # Setting them takes a lock, which a process that was forked meanwhile might never get.
+    if not _forked and getattr(_used, "threads", None) != threads:
+        numba.set_num_threads(threads)
+        _used.threads = threads
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=IN_ANY_ORDER)
 def _normed(states, weight, eps):
     """Rows `[R, D]` over their root mean squares, times a weight `[D]`."""
     rows, size = states.shape
@@ -238,7 +270,7 @@ def _normed(states, weight, eps):
     return normed
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _rotate(head, cos, sin):
     """Rotate a query or key `[E]` in place; see `kangaroo.adapter.apply_rotary`."""
     half = len(head) // 2
@@ -248,26 +280,36 @@ def _rotate(head, cos, sin):
         head[place + half] = second * cos[place + half] + first * sin[place + half]
 
 
-# Sums may be taken in another order, always the same one for a number of slots; so they fill vectors.
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _attend(query, keys, values, mixed):
-    """Mix values `[S, E]` by the softmax of a query's products with keys `[S, E]`."""
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=IN_ANY_ORDER)
+def _attend_block(query, keys, values, weights, highest, total, mixed):
+    """Go on with a softmax over a query's products with keys, and with the values mixed by it (as FlashAttention does).
+
+    Args:
+        query: `[E]`.
+        keys, values: `[S, E]`, of the next slots.
+        weights: room for S numbers.
+        highest, total: the largest product so far; the sum of the exponentials of what the products are below it.
+        mixed: `[E]`, the values times these exponentials, summed.
+
+    Returns:
+        The largest product and the sum.
+    """
     slots, size = keys.shape
-    weights = np.empty(slots, np.float32)
     scale = np.float32(1 / math.sqrt(size))
-    highest = np.float32(-np.inf)
+    before = highest
     for slot in range(slots):
         product = np.float32(0)
         for place in range(size):
             product += query[place] * keys[slot, place]
         weights[slot] = product * scale
         highest = max(highest, weights[slot])
-    total = np.float32(0)
+    kept = math.exp(before - highest)
+    total *= kept
     for slot in range(slots):
         weights[slot] = math.exp(weights[slot] - highest)
         total += weights[slot]
     for place in range(size):
-        mixed[place] = 0
+        mixed[place] *= kept
     fours = slots // 4 * 4  # sums that are read and written for each slot would wait for one another
     for slot in range(0, fours, 4):
         first, second, third, fourth = weights[slot], weights[slot + 1], weights[slot + 2], weights[slot + 3]
@@ -277,54 +319,95 @@ def _attend(query, keys, values, mixed):
     for slot in range(fours, slots):
         for place in range(size):
             mixed[place] += weights[slot] * values[slot, place]
-    for place in range(size):
-        mixed[place] /= total
+    return highest, total
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
-def _attend_in_threads(queries, slots, keys, values, window, mixed):
-    """Mixed values `[R, H * E]` of queries in the first columns of `[R, …]`; the rest as in `_attention`."""
-    groups, size = keys.shape[1], keys.shape[3]
-    heads = mixed.shape[1] // size
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _attend_one(which, heads, queries, slots, keys, values, window, mixed):
+    """One head of a text's next `TALLEST` rows, counted through, of what `_attend_all` computes.
+
+    Rows take turns on a block of slots, so that it is read from memory once. Blocks begin at the same slots for all.
+    """
+    length, size = slots.shape[1], keys.shape[3]
+    tiles = -(-length // TALLEST)
+    text, head, tile = which // tiles // heads, which // tiles % heads, which % tiles
+    group = head * keys.shape[1] // heads
+    own = slice(head * size, (head + 1) * size)
+    ends = slots[text % len(slots), tile * TALLEST : (tile + 1) * TALLEST] + 1
+    first_row = text * length + tile * TALLEST
+    weights = np.empty(BLOCK, np.float32)
+    highest = np.full(len(ends), -np.inf, np.float32)
+    totals = np.zeros(len(ends), np.float32)
+    for start in range(max(0, ends.min() - window) // BLOCK * BLOCK, ends.max(), BLOCK):
+        for row in range(len(ends)):
+            first, stop = max(start, ends[row] - window), min(start + BLOCK, ends[row])
+            if first < stop:
+                highest[row], totals[row] = _attend_block(
+                    queries[first_row + row, own],
+                    keys[text, group, first:stop],
+                    values[text, group, first:stop],
+                    weights,
+                    highest[row],
+                    totals[row],
+                    mixed[first_row + row, own],
+                )
+    for row in range(len(ends)):
+        for place in range(head * size, (head + 1) * size):
+            mixed[first_row + row, place] /= totals[row]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
+def _attend_in_threads(count, heads, queries, slots, keys, values, window, mixed):
+    for which in numba.prange(count):
+        _attend_one(which, heads, queries, slots, keys, values, window, mixed)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _attend_all(heads, queries, slots, keys, values, window, alone):
+    """Mixed values `[R, heads * E]` of queries in the first columns of `[R, …]`; the rest as in `_attention`."""
+    mixed = np.zeros((len(queries), heads * keys.shape[3]), np.float32)
     length = slots.shape[1]
-    for each in numba.prange(len(mixed) * heads):
-        row, head = each // heads, each % heads
-        text, group = row // length, head // (heads // groups)
-        slot = slots[text % len(slots), row % length]
-        first = max(0, slot + 1 - window)
-        own = slice(head * size, (head + 1) * size)
-        _attend(
-            queries[row, own],
-            keys[text, group, first : slot + 1],
-            values[text, group, first : slot + 1],
-            mixed[row, own],
-        )
+    count = len(queries) // length * heads * -(-length // TALLEST)
+    if not alone:
+        _attend_in_threads(count, heads, queries, slots, keys, values, window, mixed)
+        return mixed
+    for which in range(count):
+        _attend_one(which, heads, queries, slots, keys, values, window, mixed)
+    return mixed
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
-def _gated_in_threads(gate_up, gated):
-    """`silu(gate) * up` of `[R, I]` and `[R, I]` side by side."""
-    rows, size = gated.shape
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _gate_one(which, gate_up, gated):
+    """One piece of a row, counted through, of what `_gated` computes."""
+    size = gated.shape[1]
     pieces = -(-size // PIECE)
-    for each in numba.prange(rows * pieces):
-        row, start = each // pieces, each % pieces * PIECE
-        for place in range(start, min(start + PIECE, size)):
-            gate = gate_up[row, place]
-            gated[row, place] = gate / (1 + math.exp(-gate)) * gate_up[row, size + place]
+    row, start = which // pieces, which % pieces * PIECE
+    for place in range(start, min(start + PIECE, size)):
+        gate = gate_up[row, place]
+        gated[row, place] = gate / (1 + math.exp(-gate)) * gate_up[row, size + place]
 
 
-@numba.njit(nogil=True, cache=True)
-def _product(states, panels, bias):
-    """Rows `[R, D]` times panels, and the bias."""
-    sums = np.empty((len(states), len(bias)), np.float32)
-    for row in range(len(states)):
-        sums[row] = bias
-    _multiply_in_threads(states, panels, sums)
-    return sums
+@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
+def _gate_in_threads(count, gate_up, gated):
+    for which in numba.prange(count):
+        _gate_one(which, gate_up, gated)
 
 
-@numba.njit(nogil=True, cache=True)
-def _attention(hidden, norm, eps, qkv, out, slots, angles, keys, values, window):
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _gated(gate_up, alone):
+    """`silu(gate) * up` of gate and up `[R, I]` side by side."""
+    gated = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
+    count = len(gated) * -(-gated.shape[1] // PIECE)
+    if not alone:
+        _gate_in_threads(count, gate_up, gated)
+        return gated
+    for which in range(count):
+        _gate_one(which, gate_up, gated)
+    return gated
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _attention(hidden, norm, eps, qkv, out, slots, angles, keys, values, window, alone):
     """The attention half of a layer: `hidden + out(attend(rotate(q), rotate(k), v))`, `[R, D]`.
 
     Args:
@@ -335,10 +418,11 @@ def _attention(hidden, norm, eps, qkv, out, slots, angles, keys, values, window)
         angles: cosines and sines, `[B, T, E]` or `[1, T, E]` each.
         keys, values: `[B, G, S, E]` or with more rows; they are written.
         window: how many slots back a query sees, its own included.
+        alone: as in `_product`.
     """
     groups, size = keys.shape[1], keys.shape[3]
     length = slots.shape[1]
-    projected = _product(_normed(hidden, norm, eps), *qkv)
+    projected = _product(_normed(hidden, norm, eps), qkv[0], qkv[1], alone)
     rotated = projected.shape[1] // size - groups  # heads of queries and keys
     heads = rotated - groups
     cos, sin = angles
@@ -353,18 +437,15 @@ def _attention(hidden, norm, eps, qkv, out, slots, angles, keys, values, window)
                 values[text, group, slots[own, place], number] = projected[
                     row, (rotated + group) * size + number
                 ]
-    mixed = np.empty((len(hidden), heads * size), np.float32)
-    _attend_in_threads(projected, slots, keys, values, window, mixed)
-    return hidden + _product(mixed, *out)
+    mixed = _attend_all(heads, projected, slots, keys, values, window, alone)
+    return hidden + _product(mixed, out[0], out[1], alone)
 
 
-@numba.njit(nogil=True, cache=True)
-def _feed_forward(hidden, norm, eps, gate_up, down):
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _feed_forward(hidden, norm, eps, gate_up, down, alone):
     """The other half: `hidden + down(silu(gate) * up)`, `[R, D]`; the rest as in `_attention`."""
-    both = _product(_normed(hidden, norm, eps), *gate_up)
-    gated = np.empty((len(hidden), both.shape[1] // 2), np.float32)
-    _gated_in_threads(both, gated)
-    return hidden + _product(gated, *down)
+    both = _product(_normed(hidden, norm, eps), gate_up[0], gate_up[1], alone)
+    return hidden + _product(_gated(both, alone), down[0], down[1], alone)
 
 
 class PanelLayer:
@@ -383,20 +464,15 @@ class PanelLayer:
         if layer.feed_forward:
             self._feed_forward = (*_weights_of(layer.post_attention_layernorm), *parts[2:])
 
-    @property
-    def can_run(self) -> bool:
-        """Whether this process may start threads."""
-        return not forked
-
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """As `CachedLayer`."""
         _use_threads()
         angles = (plan.cos.squeeze(1).numpy(), plan.sin.squeeze(1).numpy())
         keys, values = cache.keys[layer].numpy(), cache.values[layer].numpy()
-        seen = (plan.slots.numpy(), angles, keys, values, cache.window or cache.capacity)
+        seen = (plan.slots.numpy(), angles, keys, values, cache.window or cache.capacity, _forked)
         states = _attention(_rows(hidden), *self._attention, *seen)
         if self._feed_forward is not None:
-            states = _feed_forward(states, *self._feed_forward)
+            states = _feed_forward(states, *self._feed_forward, _forked)
         return torch.from_numpy(states).view(hidden.shape)
 
 
@@ -421,9 +497,9 @@ def works() -> bool:
     features = binding.get_host_cpu_features()
     if numba.config.DISABLE_JIT or not (features.get("fma") or features.get("neon")):
         return False
-    numbers = torch.arange(2.0 * CHUNK + 7).sin()
-    weight, states = numbers * torch.arange(40.0)[:, None], numbers.flip(0) * torch.arange(9.0)[:, None]
-    if not torch.allclose(PanelProduct(weight)(states), states @ weight.T, rtol=1e-3, atol=0.1):
+    numbers = torch.arange(2 * CHUNK + 7, dtype=torch.float32, device="cpu").sin()
+    weight, states = numbers * numbers[:40, None], numbers.flip(0) * numbers[:9, None]
+    if not torch.allclose(PanelProduct(weight)(states), states @ weight.T, rtol=1e-3, atol=1e-3):
         return False
-    # It is known once a parallel function has run. That layer allows one thread of Python only.
+    # It is known once threads have been started. That layer allows one thread of Python only.
     return bool(numba.threading_layer() != "workqueue")

@@ -1,7 +1,7 @@
-"""Decoder layers as decoding runs them: projections that read the same input fused, weights packed on a CPU.
+"""Decoder layers as decoding runs them: projections that read the same input fused, and on a CPU weights laid out anew.
 
-oneDNN lays weights out again at every call unless they are packed once, which saves a third to half of a product of few
-rows; its float32 product of two or three rows even takes twice that of five. Nothing here is trained: layers are made
+In float32 a CPU has kernels of our own (`cpu_kernels`). In bfloat16 oneDNN lays weights out again at every call unless
+they are packed once, which saves a third to half of a product of few rows. Nothing here is trained: layers are made
 from the weights as they are, and made again when these have changed.
 """
 
@@ -32,8 +32,9 @@ Made = TypeVar("Made")
 
 PACKED_FOR_ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
-ROWS_OF_OUR_OWN = 64
-"""Rows of a pass that our own layers on a CPU compute, at most: a library is faster at the attention of many."""
+OWN_PROMPT_ROWS = 64
+"""Rows of a prompt that our own layers on a CPU compute, at most: a library is faster at the attention of many. All
+later passes are theirs, so that drafts and other texts do not change a bit."""
 LARGE = 2**22
 """Weights of more numbers than this are left apart on an accelerator: there reading them takes the time, not starting
 products, and a second copy of them would take the memory."""
@@ -115,9 +116,17 @@ def on_own_cpu_kernels(weight: Tensor) -> bool:
 def _cpu_kernels_work() -> bool:
     try:
         from kangaroo.decoding.cpu_kernels import works
+
+        return works()
     except ImportError:  # Numba is not there
         return False
-    return works()
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # no folder for what it compiles, no space, no threads
+        warnings.warn(f"decoding in float32 is slower than it could be: {error}", stacklevel=1)
+        return False
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -131,8 +140,8 @@ class CachedLayer:
     Args:
         layer: the layer, its adapters merged or left out.
         dtype: to compute in.
-        few_rows: what makes few rows fast: packed weights, and on CUDA our own kernels. False leaves the products to
-            the library, as batches of many rows do; on a CPU to the layer's own modules.
+        few_rows: what makes few rows fast: our own kernels, or packed weights. False leaves the products to the
+            library, as batches of many rows do; on a CPU to the layer's own modules.
     """
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True) -> None:
@@ -169,7 +178,7 @@ class CachedLayer:
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
         batch, length, _ = hidden.shape
-        if self._own and batch * length <= ROWS_OF_OUR_OWN and self._own.can_run:
+        if self._own and (batch * length <= OWN_PROMPT_ROWS or not plan.causal):
             return self._own(hidden, plan, cache, layer)
         # Attention: hidden + out(attend(rotate(q), rotate(k), v)).
         qkv = self._qkv(self._input_norm(hidden))

@@ -1,0 +1,272 @@
+"""Decoding in float32 on a CPU: the same numbers as torch's operators, and for each row the same bits in any company."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_prompts, tiny_kangaroo, tiny_model
+from transformers import LlamaConfig
+
+from kangaroo.adapter import DecoderLayer
+from kangaroo.decoding import cpu_kernels, layers
+from kangaroo.decoding.blocks import DecodeConfig
+from kangaroo.decoding.cache import plan_cached
+from kangaroo.decoding.cpu_kernels import CHUNK, PanelProduct
+from kangaroo.decoding.layers import CachedLayer
+
+SHAPES = [(1, 1), (16, 8), (40, 23), (33, CHUNK), (48, CHUNK + 1), (7, 3 * CHUNK - 5)]
+
+
+def test_this_machine_runs_them():
+    """Else nothing below says anything."""
+    assert cpu_kernels.works()
+
+
+@pytest.mark.parametrize("outputs,inputs", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_the_product(outputs, inputs, biased):
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs) if biased else None
+    ours = PanelProduct(weight, bias)
+    for rows in (0, 1, 2, 5, 6, 7, 13, 40):
+        states = torch.randn(1, rows, inputs)
+        exact = F.linear(states.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(ours(states).double(), exact, atol=1e-4, rtol=1e-5)
+    across = torch.randn(inputs, 3)  # states that do not lie in a row in memory
+    assert torch.equal(ours(across.T), ours(across.T.contiguous()))
+
+
+@pytest.mark.parametrize("outputs,inputs", SHAPES)
+def test_a_row_gives_the_same_bits_alone_and_among_others(outputs, inputs):
+    ours, states = PanelProduct(torch.randn(outputs, inputs)), torch.randn(19, inputs)
+    together = ours(states)
+    for count in range(1, 19):
+        for start in range(0, 20 - count, 3):
+            assert torch.equal(ours(states[start : start + count]), together[start : start + count])
+
+
+@pytest.mark.parametrize("outputs,inputs", SHAPES)
+def test_bfloat16_weights_are_stored_in_half_of_the_memory_with_the_same_bits(outputs, inputs):
+    weight = torch.randn(outputs, inputs).bfloat16().float()
+    halves, whole = PanelProduct(weight), PanelProduct(weight)
+    whole.panels = (halves.panels.astype(np.int32) << 16).view(np.float32)
+    assert halves.panels.dtype == np.int16
+    for rows in (1, 2, 3, 4, 5, 6, 7, 20):
+        states = torch.randn(rows, inputs)
+        assert torch.equal(halves(states), whole(states))
+    weight[0, 0] = 1 + 2**-12
+    assert PanelProduct(weight).panels.dtype == np.float32
+
+
+def test_the_number_of_threads_changes_nothing():
+    ours, states = PanelProduct(torch.randn(200, 300)), torch.randn(7, 300)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(ours(states))
+            assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def run(model, layer, hidden, starts, own, window=None, capacity=24):
+    """A pass of a layer over caches with the same random slots, by our kernels or by torch's operators."""
+    torch.manual_seed(4)
+    stage = model.new_stages(capacity, batch_size=len(starts)).base
+    cache = stage.cache
+    cache.window = window
+    for stored in cache.keys + cache.values:
+        stored.normal_()
+    cache.lengths = list(starts)
+    cached = CachedLayer(layer, torch.float32)
+    assert cached._own is not None
+    if not own:
+        cached._own = None
+    plan = plan_cached(stage.rotary, cache, hidden.shape[1], torch.float32)
+    with torch.no_grad():
+        states = cached(hidden, plan, cache, 0)
+    return states, cache.keys[0].clone(), cache.values[0].clone()
+
+
+CASES = [
+    ([0], 1, None),
+    ([0], 9, None),
+    ([13], 1, None),
+    ([13], 5, None),
+    ([13, 13], 2, None),
+    ([3, 17, 11], 1, None),
+    ([3, 17, 11], 4, None),
+    ([22, 5], 4, None),  # padding of the first row reaches beyond the last slot
+    ([13], 5, 4),
+    ([3, 17], 3, 6),
+    ([62], 1, None),
+    ([63], 3, None),
+    ([130, 20], 9, None),
+    ([150], 70, None),  # a pass of many rows that is no prompt
+    ([200, 61], 4, 90),
+]
+
+
+@pytest.mark.parametrize("starts,length,window", CASES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_is_the_layer_of_torch_s_operators(starts, length, window, biased):
+    model = tiny_model(1)
+    layer = model.model.layers[0]
+    if biased:
+        for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            part.bias = torch.nn.Parameter(torch.randn(part.out_features))
+        # A joined product has a bias if all of its parts have one, or none has.
+        for part in (layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj):
+            part.bias = torch.nn.Parameter(torch.zeros(part.out_features))
+    hidden = torch.randn(len(starts), length, 32)
+    capacity = 24 if max(starts) < 24 else 256
+    ours = run(model, layer, hidden, starts, True, window, capacity)
+    theirs = run(model, layer, hidden, starts, False, window, capacity)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for one, two in zip(ours, run(model, layer, hidden, starts, True, window, capacity), strict=True):
+            assert torch.equal(one, two)
+    finally:
+        torch.set_num_threads(before)
+    fitting = [slice(0, min(length, capacity - start)) for start in starts]
+    for row, kept in enumerate(fitting):
+        torch.testing.assert_close(ours[0][row, kept], theirs[0][row, kept], atol=5e-5, rtol=1e-5)
+        for one, two in zip(ours[1:], theirs[1:], strict=True):
+            torch.testing.assert_close(
+                one[row, :, : capacity - 1], two[row, :, : capacity - 1], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_drafts_do_not_change_a_bit_of_what_the_verifier_computes():
+    """Its states after each token, from single steps and from blocks of every length, alone and in a batch."""
+    model = tiny_model(3)
+    tokens = torch.randint(3, 200, (1, 200))
+    first = 4
+
+    def states(widths, texts=1):
+        found = []
+        stages = model.new_stages(256, batch_size=texts)
+        with torch.no_grad():
+            stages.deep(stages.base(tokens[:, :first].expand(texts, -1)))
+            start = first
+            for width in widths:
+                piece = tokens[:, start : start + width].expand(texts, -1)
+                found.append(stages.deep(stages.base(piece)))
+                start += width
+        return torch.cat(found, dim=1)
+
+    alone = states([1] * 180)
+    assert len(alone.unique(dim=1)[0]) > 10
+    for widths in ([2] * 90, [6] * 30, [7, 11] * 10, [1, 16, 1] * 10, [90, 90], [180]):
+        assert torch.equal(states(widths), alone)
+    assert torch.equal(states([1, 80, 9, 60, 30], texts=3), alone.expand(3, -1, -1))
+
+
+def test_layers_that_they_do_not_compute_are_left_to_torch():
+    layer = tiny_model(1).model.layers[0]
+    assert CachedLayer(layer, torch.float32)._own is not None
+    assert CachedLayer(layer, torch.bfloat16)._own is None
+    layer.mlp.hidden_act = "gelu"
+    assert CachedLayer(layer, torch.float32)._own is None
+    narrow = LlamaConfig(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, intermediate_size=40)
+    assert CachedLayer(DecoderLayer(narrow), torch.float32)._own is None
+
+
+def answers(model):
+    ways = [DecodeConfig(0), DecodeConfig(3), DecodeConfig(4, source="hybrid", adaptive=True)]
+    return [model.generate(prompt, 24, how).tokens for prompt in random_prompts(3, 2) for how in ways]
+
+
+def test_answers_are_those_without_them(monkeypatch):
+    expected = answers(tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer"))
+    monkeypatch.setattr(layers, "_cpu_kernels_work", lambda: False)
+    model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer")
+    assert answers(model) == expected
+    assert not isinstance(model.drafter_parts().weights.head, PanelProduct)
+
+
+def _send_answers(model, states, product, queue):
+    queue.put((cpu_kernels._forked, answers(model), product(states).tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_goes_on_without_threads():
+    """Where GNU's OpenMP would end it."""
+    model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer")
+    states, product = torch.randn(5, 40), PanelProduct(torch.randn(20, 40))
+    expected = (True, answers(model), product(states).tolist())
+    assert not cpu_kernels._forked
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own threads do not survive it, either
+    try:
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_send_answers, args=(model, states, product, queue))
+        child.start()
+        found = queue.get(timeout=60)
+        child.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == expected and child.exitcode == 0
+
+
+@pytest.mark.parametrize("how", ["sys.modules['numba'] = None", "os.environ['NUMBA_DISABLE_JIT'] = '1'"])
+def test_without_numba_torch_s_operators_decode(how):
+    code = f"""import os, sys
+{how}
+import torch
+from kangaroo.decoding.layers import on_own_cpu_kernels, product
+weight = torch.randn(8, 4)
+assert not on_own_cpu_kernels(weight)
+print(torch.allclose(product(weight)(weight), weight @ weight.T, atol=1e-5))"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_threads_that_they_are_not_made_for(monkeypatch):
+    monkeypatch.setattr(cpu_kernels.numba, "threading_layer", lambda: "workqueue")
+    assert not cpu_kernels.works()
+
+
+def test_processors_that_they_are_not_made_for(monkeypatch):
+    monkeypatch.setattr(cpu_kernels.binding, "get_host_cpu_features", lambda: {"sse2": True})
+    assert not cpu_kernels.works()
+
+
+def test_torch_s_default_dtype_changes_nothing():
+    weight, states = torch.randn(20, 300), torch.randn(3, 300)
+    expected = PanelProduct(weight)(states)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert cpu_kernels.works() and torch.equal(PanelProduct(weight)(states), expected)
+    finally:
+        torch.set_default_dtype(before)
+    with pytest.raises(TypeError, match="float64"):
+        PanelProduct(weight)(states.double())
+
+
+def test_where_numba_may_keep_nothing_torch_s_operators_decode(monkeypatch):
+    def fails():
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(cpu_kernels, "works", fails)
+    with pytest.warns(UserWarning, match="slower than it could be: cannot cache"):
+        assert not layers._cpu_kernels_work.__wrapped__()
+
+
+def test_a_wrong_product_is_noticed(monkeypatch):
+    right = cpu_kernels._product
+    monkeypatch.setattr(cpu_kernels, "_product", lambda *inputs: 1.01 * right(*inputs))
+    assert not cpu_kernels.works()
