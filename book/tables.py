@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-tail", "h200": "-tail"}
+SECOND = {"cpu": "-tail", "h200": "-plans"}
 """What the names of the newest evaluations with the second drafter end in, by machine."""
 SAMPLED = {
     "packaged, H200, rejection": ("mini-rejection", "h200"),
@@ -435,6 +435,36 @@ def costs() -> str:
     return table([*head, *(f"break-even of {count}" for count in (2, 4, 8))], rows)
 
 
+def cpu_kernels_steps() -> str:
+    """What blocks cost in float32 on a CPU by torch's operators and by our own kernels, by the number of drafts."""
+    rows = []
+    names = {"torch's operators": "cost-float32-torch-cpu", "own kernels": "cost-float32-cpu"}
+    shown = (0, 1, 2, 4, 6, 8, 11, 15)
+    for context in (128, 1024):
+        for text, name in names.items():
+            one = next(row for row in read(name)["costs"] if row["context"] == context)
+            verify, draft = one["steps"]["verify"], one["steps"]["draft"]
+            cells = [f"{verify[count]:.1f}" for count in shown]
+            rows.append([f"{text}, after {context:,} tokens", *cells, f"{draft:.1f}"])
+    return table(["", "plain step", *(f"{count} drafts" for count in shown[1:]), "making a draft"], rows)
+
+
+def cpu_kernels() -> str:
+    """Tokens a second in float32 on a CPU before and after our own kernels."""
+    rows = []
+    for text, name in SETS.items():
+        before, after = overall(f"{name}-tail", "cpu"), overall(f"{name}-own", "cpu")
+        cells = []
+        for method in ("plain", "pld", "dvi", "hybrid"):
+            pair = [found[method]["tok_per_s"] for found in (before, after)]
+            cells.append(f"{pair[0]:.0f} → {pair[1]:.0f}")
+        for method in ("dvi", "hybrid"):
+            cells.append(f"{before[method]['speedup']:.2f} → {after[method]['speedup']:.2f}")
+        rows.append([text, *cells])
+    head = ["tokens a second", "plain", "prompt lookup", "learned", "together"]
+    return table([*head, "learned over plain", "together over plain"], rows)
+
+
 def bench(machine: str) -> str:
     """Speed over the plain loop on the same question, by way of decoding and set."""
     found = read(f"bench-{machine}")["figures"]
@@ -660,9 +690,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: before_and_after("early", "steps"),
     "tail": lambda: before_and_after("second-chain", "tail"),
     "tail_blocks": tail_blocks,
-    "tail_sampled": lambda: sampled({text: (f"{name}-tail-sampled", "h200") for name, text in SETS.items()}),
+    "tail_sampled": lambda: sampled({text: (f"{name}-plans-sampled", "h200") for name, text in SETS.items()}),
     "prompts": prompts,
     "costs": costs,
+    "cpu_kernels": cpu_kernels,
+    "cpu_kernels_steps": cpu_kernels_steps,
     "bench_cpu": lambda: bench("cpu"),
     "bench_h200": lambda: bench("h200"),
     "default_seeds": default_seeds,
