@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-tail", "h200": "-plans"}
+SECOND = {"cpu": "-own", "h200": "-plans"}
 """What the names of the newest evaluations with the second drafter end in, by machine."""
 SAMPLED = {
     "packaged, H200, rejection": ("mini-rejection", "h200"),
@@ -446,13 +446,21 @@ def cpu_kernels_steps() -> str:
             verify, draft = one["steps"]["verify"], one["steps"]["draft"]
             cells = [f"{verify[count]:.1f}" for count in shown]
             rows.append([f"{text}, after {context:,} tokens", *cells, f"{draft:.1f}"])
-    return table(["", "plain step", *(f"{count} drafts" for count in shown[1:]), "making a draft"], rows)
+    return table(
+        [
+            "",
+            "plain step",
+            *("1 draft" if count == 1 else f"{count} drafts" for count in shown[1:]),
+            "making a draft",
+        ],
+        rows,
+    )
 
 
 def cpu_kernels() -> str:
     """Tokens a second in float32 on a CPU before and after our own kernels."""
     rows = []
-    for text, name in SETS.items():
+    for name, text in SETS.items():
         before, after = overall(f"{name}-tail", "cpu"), overall(f"{name}-own", "cpu")
         cells = []
         for method in ("plain", "pld", "dvi", "hybrid"):
