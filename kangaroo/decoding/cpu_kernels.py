@@ -15,6 +15,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -45,6 +46,8 @@ BLOCK = 64
 PIECE = 256
 """Numbers of a row that a thread gates at a time."""
 
+_compiled = partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+"""Numba's decorator; a division by zero gives what it gives in torch."""
 IN_ANY_ORDER = {"reassoc", "contract"}
 """The compiler may choose the order of a sum, always the same one for as many numbers, so that it fills vectors."""
 
@@ -88,7 +91,7 @@ def _add_tile(typing, rows, size, memory):
             with build.goto_block(build.append_basic_block("tile")):
                 case = NUMBER * count + (NUMBER // 2 if halves else NUMBER)
                 switch.add_case(ir.Constant(INDEX, case), build.block)
-                _write_tile(build, count, halves, *cgutils.unpack_tuple(build, memory))
+                _write_tile(build, count, halves, memory)
                 build.branch(done)
         build.position_at_end(done)
         return context.get_dummy_value()
@@ -96,8 +99,9 @@ def _add_tile(typing, rows, size, memory):
     return numba.void(numba.intp, numba.intp, numba.types.UniTuple(numba.intp, 8)), generate
 
 
-def _write_tile(build, rows, halves, states, width, panel, soon, step, sums, outputs, depth):
+def _write_tile(build, rows, halves, memory):
     """Write the instructions of `_add_tile` for this many rows, and for a panel of halves or of whole numbers."""
+    states, width, panel, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
     fma = ir.FunctionType(VECTOR, [VECTOR] * 3)
     multiply_add = cgutils.get_or_insert_function(build.module, fma, f"llvm.fma.v{LANES}f32")
     fetch = ir.FunctionType(ir.VoidType(), [BYTES, FLAG, FLAG, FLAG])
@@ -151,7 +155,7 @@ def _in_all_lanes(build, number):
     return build.shuffle_vector(first_lane, nothing, ir.Constant(ir.VectorType(FLAG, LANES), [0] * LANES))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _multiply_panel(states, rows, width, panel, size, sums, outputs):
     """Add states `[rows, width]` times a panel `[width, WIDTH]` to sums `[rows, WIDTH]`; see `_add_tile`."""
     tiles = max(1, -(-rows // TALLEST))
@@ -169,7 +173,7 @@ def _multiply_panel(states, rows, width, panel, size, sums, outputs):
             _add_tile(count, size, (inputs, width, weights, soon, step, own, outputs, depth))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _multiply_one(which, states, panels, sums):
     """Add states `[R, D]` times one of the panels `[P, D, WIDTH]` to its sums, of `[R, P * WIDTH]`."""
     rows, width = states.shape
@@ -178,14 +182,14 @@ def _multiply_one(which, states, panels, sums):
     _multiply_panel(states.ctypes.data, rows, width, panel, panels.itemsize, own, sums.shape[1])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
+@_compiled(parallel=True)
 def _multiply_in_threads(states, panels, sums):
     """Add states times all panels, each thread a run of them."""
     for which in numba.prange(len(panels)):
         _multiply_one(which, states, panels, sums)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _product(states, panels, bias, alone):
     """Rows `[R, D]` times panels, and the bias; `alone` on one thread, without asking for others."""
     sums = np.empty((len(states), len(bias)), np.float32)
@@ -255,7 +259,7 @@ def _use_threads() -> None:
         _used.threads = threads
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=IN_ANY_ORDER)
+@_compiled(fastmath=IN_ANY_ORDER)
 def _normed(states, weight, eps):
     """Rows `[R, D]` over their root mean squares, times a weight `[D]`."""
     rows, size = states.shape
@@ -270,7 +274,7 @@ def _normed(states, weight, eps):
     return normed
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _rotate(head, cos, sin):
     """Rotate a query or key `[E]` in place; see `kangaroo.adapter.apply_rotary`."""
     half = len(head) // 2
@@ -280,7 +284,7 @@ def _rotate(head, cos, sin):
         head[place + half] = second * cos[place + half] + first * sin[place + half]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=IN_ANY_ORDER)
+@_compiled(fastmath=IN_ANY_ORDER)
 def _attend_block(query, keys, values, weights, highest, total, mixed):
     """Go on with a softmax over a query's products with keys, and with the values mixed by it (as FlashAttention does).
 
@@ -322,7 +326,7 @@ def _attend_block(query, keys, values, weights, highest, total, mixed):
     return highest, total
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _attend_one(which, heads, queries, slots, keys, values, window, mixed):
     """One head of a text's next `TALLEST` rows, counted through, of what `_attend_all` computes.
 
@@ -356,13 +360,13 @@ def _attend_one(which, heads, queries, slots, keys, values, window, mixed):
             mixed[first_row + row, place] /= totals[row]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
+@_compiled(parallel=True)
 def _attend_in_threads(count, heads, queries, slots, keys, values, window, mixed):
     for which in numba.prange(count):
         _attend_one(which, heads, queries, slots, keys, values, window, mixed)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _attend_all(heads, queries, slots, keys, values, window, alone):
     """Mixed values `[R, heads * E]` of queries in the first columns of `[R, …]`; the rest as in `_attention`."""
     mixed = np.zeros((len(queries), heads * keys.shape[3]), np.float32)
@@ -376,7 +380,7 @@ def _attend_all(heads, queries, slots, keys, values, window, alone):
     return mixed
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _gate_one(which, gate_up, gated):
     """One piece of a row, counted through, of what `_gated` computes."""
     size = gated.shape[1]
@@ -387,13 +391,13 @@ def _gate_one(which, gate_up, gated):
         gated[row, place] = gate / (1 + math.exp(-gate)) * gate_up[row, size + place]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
+@_compiled(parallel=True)
 def _gate_in_threads(count, gate_up, gated):
     for which in numba.prange(count):
         _gate_one(which, gate_up, gated)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _gated(gate_up, alone):
     """`silu(gate) * up` of gate and up `[R, I]` side by side."""
     gated = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
@@ -406,45 +410,45 @@ def _gated(gate_up, alone):
     return gated
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _attention(hidden, norm, eps, qkv, out, slots, angles, keys, values, window, alone):
+@_compiled()
+def _attention(hidden, norm, qkv, out, seen, alone):
     """The attention half of a layer: `hidden + out(attend(rotate(q), rotate(k), v))`, `[R, D]`.
 
     Args:
         hidden: `[R, D]`, the T tokens of each of B texts.
-        norm, eps: of the norm before.
-        qkv, out: panels with biases.
-        slots: `[B, T]`, where the tokens are stored; `[1, T]` if that is the same in all texts.
-        angles: cosines and sines, `[B, T, E]` or `[1, T, E]` each.
-        keys, values: `[B, G, S, E]` or with more rows; they are written.
-        window: how many slots back a query sees, its own included.
+        norm: weight and epsilon of the norm before.
+        qkv, out: panels and bias of each product.
+        seen: of this pass and its cache:
+            slots: `[B, T]`, where the tokens are stored; `[1, T]` if that is the same in all texts.
+            cos, sin: `[B, T, E]` or `[1, T, E]`.
+            keys, values: `[B, G, S, E]` or with more rows; they are written.
+            window: how many slots back a query sees, its own included.
         alone: as in `_product`.
     """
+    slots, cos, sin, keys, values, window = seen
     groups, size = keys.shape[1], keys.shape[3]
     length = slots.shape[1]
-    projected = _product(_normed(hidden, norm, eps), qkv[0], qkv[1], alone)
+    projected = _product(_normed(hidden, norm[0], norm[1]), qkv[0], qkv[1], alone)
     rotated = projected.shape[1] // size - groups  # heads of queries and keys
     heads = rotated - groups
-    cos, sin = angles
     for row in range(len(hidden)):
         text, place = row // length, row % length
         own = text % len(slots)
         for head in range(rotated):
             _rotate(projected[row, head * size : (head + 1) * size], cos[own, place], sin[own, place])
+        slot = slots[own, place]
         for group in range(groups):
-            for number in range(size):
-                keys[text, group, slots[own, place], number] = projected[row, (heads + group) * size + number]
-                values[text, group, slots[own, place], number] = projected[
-                    row, (rotated + group) * size + number
-                ]
+            key, value = (heads + group) * size, (rotated + group) * size
+            keys[text, group, slot] = projected[row, key : key + size]
+            values[text, group, slot] = projected[row, value : value + size]
     mixed = _attend_all(heads, projected, slots, keys, values, window, alone)
     return hidden + _product(mixed, out[0], out[1], alone)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _feed_forward(hidden, norm, eps, gate_up, down, alone):
+@_compiled()
+def _feed_forward(hidden, norm, gate_up, down, alone):
     """The other half: `hidden + down(silu(gate) * up)`, `[R, D]`; the rest as in `_attention`."""
-    both = _product(_normed(hidden, norm, eps), gate_up[0], gate_up[1], alone)
+    both = _product(_normed(hidden, norm[0], norm[1]), gate_up[0], gate_up[1], alone)
     return hidden + _product(_gated(both, alone), down[0], down[1], alone)
 
 
@@ -459,18 +463,23 @@ class PanelLayer:
 
     def __init__(self, layer: DecoderLayer, products: Sequence[PanelProduct]) -> None:
         parts = [(product.panels, product.bias) for product in products]
-        self._attention = (*_weights_of(layer.input_layernorm), *parts[:2])
+        self._attention = (_weights_of(layer.input_layernorm), *parts[:2])
         self._feed_forward = None
         if layer.feed_forward:
-            self._feed_forward = (*_weights_of(layer.post_attention_layernorm), *parts[2:])
+            self._feed_forward = (_weights_of(layer.post_attention_layernorm), *parts[2:])
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """As `CachedLayer`."""
         _use_threads()
-        angles = (plan.cos.squeeze(1).numpy(), plan.sin.squeeze(1).numpy())
-        keys, values = cache.keys[layer].numpy(), cache.values[layer].numpy()
-        seen = (plan.slots.numpy(), angles, keys, values, cache.window or cache.capacity, _forked)
-        states = _attention(_rows(hidden), *self._attention, *seen)
+        arrays = (
+            plan.slots,
+            plan.cos.squeeze(1),
+            plan.sin.squeeze(1),
+            cache.keys[layer],
+            cache.values[layer],
+        )
+        seen = (*[array.numpy() for array in arrays], cache.window or cache.capacity)
+        states = _attention(_rows(hidden), *self._attention, seen, _forked)
         if self._feed_forward is not None:
             states = _feed_forward(states, *self._feed_forward, _forked)
         return torch.from_numpy(states).view(hidden.shape)

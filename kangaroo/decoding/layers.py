@@ -114,17 +114,15 @@ def on_own_cpu_kernels(weight: Tensor) -> bool:
 
 @cache
 def _cpu_kernels_work() -> bool:
+    """Whether Numba is there and compiles them, and this processor runs them."""
     try:
         from kangaroo.decoding.cpu_kernels import works
 
         return works()
-    except ImportError:  # Numba is not there
+    except ImportError:
         return False
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-    ) as error:  # no folder for what it compiles, no space, no threads
+    # Nowhere to keep what was compiled, no space left, no such threads.
+    except (RuntimeError, OSError, ValueError) as error:
         warnings.warn(f"decoding in float32 is slower than it could be: {error}", stacklevel=1)
         return False
 
@@ -208,7 +206,7 @@ def _own_layer(layer: DecoderLayer, products: Sequence[Product | None]) -> Panel
 
 
 def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:
-    """The layer by our own kernels, if they compute its shape."""
+    """The layer by our own kernels on CUDA, if they compute its shape."""
     if not has_triton():
         return None
     from kangaroo.decoding.kernels import FusedLayer, supports
@@ -248,7 +246,7 @@ class Fuse:
         embeddings: `[V, D]`; with them the first state is a token's embedding.
 
     Attributes:
-        maps: `[2, D, D]`, its two halves, for our own kernels; None on a CPU.
+        maps: `[2, D, D]`, its two halves, for our own kernels on CUDA; None on a CPU.
     """
 
     def __init__(self, weight: Tensor, embeddings: Tensor | None = None) -> None:

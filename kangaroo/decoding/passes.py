@@ -33,7 +33,7 @@ read as they are."""
 TIMED_REPLAYS = 5
 """Replays over which the time of a captured pass is measured."""
 OWN_PROMPT = 64
-"""Tokens of a prompt that our own kernels read, at most; they are made for few rows."""
+"""Tokens of a prompt that our own kernels on CUDA read, at most; they are made for few rows."""
 
 
 def view(needed: int, capacity: int) -> int:
@@ -62,8 +62,8 @@ class Passes:
     Attributes:
         fixed: the shape of the pass that is running; None where it reads what is filled. Stages look at it.
         begun: whether the prompts are in the caches.
-        own_kernels: whether our own kernels compute all layers, and a position has the same angles in every text. Then
-            prompts can be read by captured passes, too. Otherwise they are read as they are.
+        own_kernels: whether our own kernels on CUDA compute all layers, and a position has the same angles in every
+            text. Then prompts can be read by captured passes, too. Otherwise they are read as they are.
     """
 
     def __init__(self, device: torch.device, positions: int = 0, graphs: CudaGraphs | None = None) -> None:

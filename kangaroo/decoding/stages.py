@@ -59,7 +59,7 @@ class StageWeights:
 
     @property
     def fused(self) -> bool:
-        """Whether our own kernels compute it."""
+        """Whether our own kernels on CUDA compute it."""
         return bool(self.layers) and all(layer.kernels for layer in self.layers)
 
 
@@ -144,7 +144,7 @@ class Stage:
 
     @property
     def _by_own_kernels(self) -> bool:
-        """Whether our own kernels compute the pass that is running."""
+        """Whether our own kernels on CUDA compute the pass that is running."""
         return self.passes.fixed is not None and self.weights.fused
 
     def _mapped(self, fuse: Fuse, inputs: Tensor, feedback: Tensor) -> Tensor:
