@@ -624,7 +624,7 @@ def headline() -> str:
             learned,
         ],
         [
-            "agreement of the default drafter: share of the model's tokens that a block's first draft is",
+            "agreement of the default drafter: how often a block's first draft is the model's own token",
             "",
             f"**{agreed('smollm2-135m-k2-recurrent'):.3f}** on three public sets",
         ],

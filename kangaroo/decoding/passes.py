@@ -32,8 +32,9 @@ PROMPT_STEPS = {512: 64, 2048: 256}
 read as they are."""
 TIMED_REPLAYS = 5
 """Replays over which the time of a captured pass is measured."""
-OWN_PROMPT = 64
-"""Tokens of a prompt that our own kernels on CUDA read, at most; they are made for few rows."""
+OWN_PROMPT = 192
+"""Tokens of a prompt that our own kernels on CUDA read, at most: they read the weights again for every 16 rows, and are
+slower than a library's from 256 on."""
 
 
 def view(needed: int, capacity: int) -> int:
