@@ -97,6 +97,54 @@ def run(model, layer, hidden, starts, own, window=None, capacity=24):
     return states, cache.keys[0].clone(), cache.values[0].clone()
 
 
+@pytest.mark.parametrize("size", [4, 8, 20, 64, 100, 128, 144])
+@pytest.mark.parametrize("window", [1000, 37])
+def test_attention_by_heads_of_any_size(size, window):
+    """Against float64, whether or not vectors fill the heads; and a row's bits do not depend on the rows beside it."""
+    rng = np.random.default_rng(size)
+    rows, heads, groups, capacity = 19, 6, 2, 160
+    queries = rng.standard_normal((rows, heads * size)).astype(np.float32)
+    keys, values = rng.standard_normal((2, 1, groups, capacity, size)).astype(np.float32)
+    slots = np.arange(capacity - rows, capacity)[None]
+    for first in (0, 1, 60, capacity - rows):
+        own = slots - slots.min() + first
+        mixed = cpu_kernels._attend_all(heads, queries, own, keys, values, window, False)
+        distance = own[0][:, None] - np.arange(capacity)
+        mask = torch.from_numpy((distance >= 0) & (distance < window))
+        asked = torch.from_numpy(queries).double().view(1, rows, heads, size).transpose(1, 2)
+        stored = [torch.from_numpy(each).double().repeat_interleave(3, dim=1) for each in (keys, values)]
+        exact = F.scaled_dot_product_attention(asked, *stored, attn_mask=mask).transpose(1, 2).reshape(rows, -1)
+        torch.testing.assert_close(torch.from_numpy(mixed).double(), exact, atol=2e-6, rtol=1e-5)
+        for row in (0, 7, 18):
+            alone = cpu_kernels._attend_all(
+                heads, queries[row : row + 1], own[:, row : row + 1], keys, values, window, True
+            )
+            assert np.array_equal(alone[0], mixed[row])
+
+
+def test_exponentials_are_right_to_the_last_place_and_keep_what_is_no_number():
+    numbers = np.linspace(-86.9, 87.9, 100_003, dtype=np.float32)
+    found = numbers.copy()
+    cpu_kernels._exponentials(found, np.float32(0))
+    exact = np.exp(numbers.astype(np.float64))
+    assert np.abs(found / exact - 1).max() < 1.5e-7
+    odd = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0, 1.0] * 3, np.float32)
+    cpu_kernels._exponentials(odd, np.float32(1))
+    assert np.isnan(odd[::7]).all() and (odd[1::7] > 1e37).all() and (odd[2::7] < 1e-37).all()
+    assert (odd[3::7] > 1e37).all() and (odd[4::7] < 1e-37).all() and (odd[6::7] == 1).all()
+
+
+def test_a_score_that_is_no_number_is_not_hidden():
+    """A logit that is not finite has to reach the verifier's check."""
+    queries = np.ones((1, 64), np.float32)
+    keys, values = np.ones((2, 1, 1, 80, 64), np.float32)
+    for place in (0, 5, 63, 70, 79):
+        broken = keys.copy()
+        broken[0, 0, place, 3] = np.nan
+        mixed = cpu_kernels._attend_all(1, queries, np.array([[79]]), broken, values, 80, True)
+        assert np.isnan(mixed).all()
+
+
 CASES = [
     ([0], 1, None),
     ([0], 9, None),

@@ -42,9 +42,24 @@ NUMBER = 4
 CHUNK = 256
 """Inputs that all tiles of a panel add before any goes on: at most 16 KB of the panel, half of the first cache."""
 BLOCK = 64
-"""Slots that all rows of a tile attend to before any goes on."""
+"""Slots that all rows attend to before any goes on: keys and values of 64 numbers fill the first cache."""
+TOGETHER = 16
+"""Rows that attend to a block of slots one after the other, while it is in the cache."""
+MIXED = 8
+"""Vectors of a value that are mixed at once: enough sums to hide how long an addition takes."""
 PIECE = 256
 """Numbers of a row that a thread gates at a time."""
+
+LOWEST = np.float32(-87)
+HIGHEST = np.float32(88)
+"""Where the exponential is about as small, and as large, as a number in float32 can be."""
+HALF = np.float32(0.5)
+LOG2_E = np.float32(1 / math.log(2))
+LN_2_HIGH = np.float32(0.693359375)
+LN_2_LOW = np.float32(math.log(2) - 0.693359375)
+"""The logarithm of 2 in two parts: products of the first one with a power are exact."""
+SERIES = tuple(np.float32(1 / math.factorial(power)) for power in range(8))
+"""Factors of the exponential's series."""
 
 _compiled = partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 """Numba's decorator; a division by zero gives what it gives in torch."""
@@ -102,14 +117,12 @@ def _add_tile(typing, rows, size, memory):
 def _write_tile(build, rows, halves, memory):
     """Write the instructions of `_add_tile` for this many rows, and for a panel of halves or of whole numbers."""
     states, width, panel, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
-    fma = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    multiply_add = cgutils.get_or_insert_function(build.module, fma, f"llvm.fma.v{LANES}f32")
     fetch = ir.FunctionType(ir.VoidType(), [BYTES, FLAG, FLAG, FLAG])
     prefetch = cgutils.get_or_insert_function(build.module, fetch, "llvm.prefetch.p0i8")
     for_reading, keep, data = [ir.Constant(FLAG, value) for value in (0, 3, 1)]
     places = []
     for row in range(rows):
-        places += _vectors_at(build, VECTOR, sums, build.mul(outputs, ir.Constant(INDEX, row)))
+        places += _vectors_at(build, VECTORS, VECTOR, sums, build.mul(outputs, ir.Constant(INDEX, row)))
     # The compiler keeps these in registers.
     own = [cgutils.alloca_once(build, VECTOR) for _ in places]
     for place, total in zip(places, own, strict=True):
@@ -119,23 +132,42 @@ def _write_tile(build, rows, halves, memory):
         build.call(prefetch, [build.inttoptr(fetched, BYTES), for_reading, keep, data])
         start = build.mul(loop.index, ir.Constant(INDEX, WIDTH))
         kind = HALVES if halves else VECTOR
-        weights = [_load(build, place) for place in _vectors_at(build, kind, panel, start)]
+        weights = [_load(build, place) for place in _vectors_at(build, VECTORS, kind, panel, start)]
         for row in range(rows):
             place = build.add(build.mul(width, ir.Constant(INDEX, row)), loop.index)
-            number = build.load(build.gep(build.inttoptr(states, FLOAT.as_pointer()), [place]))
-            everywhere = _in_all_lanes(build, number)
+            everywhere = _in_all_lanes(build, _number_at(build, states, place))
             for weight, total in zip(weights, own[row * VECTORS :], strict=False):
-                added = build.call(multiply_add, [everywhere, weight, build.load(total)])
-                build.store(added, total)
+                _multiply_add(build, everywhere, weight, total)
     for place, total in zip(places, own, strict=True):
-        build.store(build.load(total), place).align = NUMBER
+        _store(build, build.load(total), place)
 
 
-def _vectors_at(build, kind, matrix, start):
-    """Addresses of the `WIDTH` numbers from a place of a matrix on, vector by vector."""
+def _multiply_add(build, one, other, total):
+    """Add the product of two vectors to the one that is kept at `total`, rounded once."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    fma = cgutils.get_or_insert_function(build.module, kind, f"llvm.fma.v{LANES}f32")
+    build.store(build.call(fma, [one, other, build.load(total)]), total)
+
+
+def _number_at(build, matrix, place):
+    """One number of a matrix."""
+    return build.load(build.gep(build.inttoptr(matrix, FLOAT.as_pointer()), [place]))
+
+
+def _vectors_at(build, count, kind, matrix, start):
+    """Addresses of `count` vectors from a place of a matrix on."""
     first = build.gep(build.inttoptr(matrix, kind.element.as_pointer()), [start])
-    places = [build.gep(first, [ir.Constant(INDEX, LANES * which)]) for which in range(VECTORS)]
+    places = [build.gep(first, [ir.Constant(INDEX, LANES * which)]) for which in range(count)]
     return [build.bitcast(place, kind.as_pointer()) for place in places]
+
+
+def _vector_at(build, matrix, start):
+    """The address of one vector of a matrix of numbers."""
+    return _vectors_at(build, 1, VECTOR, matrix, start)[0]
+
+
+def _store(build, vector, place):
+    build.store(vector, place).align = NUMBER
 
 
 def _load(build, place):
@@ -284,14 +316,134 @@ def _rotate(head, cos, sin):
         head[place + half] = second * cos[place + half] + first * sin[place + half]
 
 
+@intrinsic
+def _score(typing, memory):
+    """`((query, keys, size, scores, highest))`, for Numba: products of a query `[size]` with the next `LANES` keys.
+
+    All are addresses of float32 numbers, those of the keys `size` apart, of which whole vectors count. The largest
+    product of each lane so far stays at `highest`.
+    """
+
+    def generate(context, build, signature, arguments):
+        query, keys, size, scores, highest = cgutils.unpack_tuple(build, arguments[0])
+        own = [cgutils.alloca_once(build, VECTOR) for _ in range(LANES)]
+        for total in own:
+            build.store(ir.Constant(VECTOR, [0.0] * LANES), total)
+        with cgutils.for_range(build, build.udiv(size, ir.Constant(INDEX, LANES))) as loop:
+            start = build.mul(loop.index, ir.Constant(INDEX, LANES))
+            part = _load(build, _vector_at(build, query, start))
+            for which, total in enumerate(own):
+                key = _vector_at(build, keys, build.add(start, build.mul(size, ir.Constant(INDEX, which))))
+                _multiply_add(build, part, _load(build, key), total)
+        sums = _sums_of_lanes(build, [build.load(total) for total in own])
+        nothing = ir.Constant(INDEX, 0)
+        _store(build, sums, _vector_at(build, scores, nothing))
+        place = _vector_at(build, highest, nothing)
+        before = _load(build, place)
+        is_higher = build.fcmp_ordered(">", sums, before)
+        _store(build, build.select(is_higher, sums, before), place)
+        return context.get_dummy_value()
+
+    return numba.void(numba.types.UniTuple(numba.intp, 5)), generate
+
+
+def _sums_of_lanes(build, vectors):
+    """A vector of the sums of the lanes of each of `LANES` vectors."""
+    # Neighbours are added within halves of a vector, twice; moving numbers between the halves takes longer.
+    for _ in range(2):
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [_added(build, pair, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15)) for pair in pairs]
+    return _added(build, vectors, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+
+
+def _added(build, pair, first, second):
+    """Some lanes of two vectors plus others, counted through both."""
+    kind = ir.VectorType(FLAG, LANES)
+    one, other = [build.shuffle_vector(*pair, ir.Constant(kind, lanes)) for lanes in (first, second)]
+    return build.fadd(one, other)
+
+
+@intrinsic
+def _mix(typing, memory):
+    """`((weights, values, size, slots, mixed))`, for Numba: adds values `[slots, …]` times weights `[slots]`.
+
+    All are addresses of float32 numbers. Values are `size` apart; `MIXED` vectors of each are added to as many.
+    """
+
+    def generate(context, build, signature, arguments):
+        weights, values, size, slots, mixed = cgutils.unpack_tuple(build, arguments[0])
+        places = _vectors_at(build, MIXED, VECTOR, mixed, ir.Constant(INDEX, 0))
+        own = [cgutils.alloca_once(build, VECTOR) for _ in places]
+        for place, total in zip(places, own, strict=True):
+            build.store(_load(build, place), total)
+        with cgutils.for_range(build, slots) as loop:
+            everywhere = _in_all_lanes(build, _number_at(build, weights, loop.index))
+            value = _vectors_at(build, MIXED, VECTOR, values, build.mul(size, loop.index))
+            for place, total in zip(value, own, strict=True):
+                _multiply_add(build, everywhere, _load(build, place), total)
+        for place, total in zip(places, own, strict=True):
+            _store(build, build.load(total), place)
+        return context.get_dummy_value()
+
+    return numba.void(numba.types.UniTuple(numba.intp, 5)), generate
+
+
+@_compiled(fastmath={"contract"})
+def _exponentials(numbers, less):
+    """Put `exp(number - less)` in the place of each of some numbers, at most one unit of the last place off.
+
+    The power of two next to it, times a polynomial of the rest (Cody and Waite 1980). It has no branches, so that the
+    compiler fills vectors. What is below or above float32's range is kept inside; NaN stays NaN.
+    """
+    bits = numbers.view(np.int32)
+    for place in range(len(numbers)):
+        number = numbers[place] - less
+        number = LOWEST if number < LOWEST else number
+        number = HIGHEST if number > HIGHEST else number
+        power = np.floor(number * LOG2_E + HALF)
+        rest = number - power * LN_2_HIGH - power * LN_2_LOW
+        high = ((SERIES[7] * rest + SERIES[6]) * rest + SERIES[5]) * rest + SERIES[4]
+        numbers[place] = (((high * rest + SERIES[3]) * rest + SERIES[2]) * rest + SERIES[1]) * rest + SERIES[0]
+        bits[place] += np.int32(power) << 23  # its exponent
+
+
+@_compiled(fastmath=IN_ANY_ORDER)
+def _scores(query, keys, scores):
+    """A query `[E]` times keys `[S, E]`, and the largest of these products; `LANES` more of them have room."""
+    slots, size = keys.shape
+    eights, whole = slots // LANES * LANES, size // LANES * LANES
+    highest = scores[slots : slots + LANES]
+    highest[:] = -np.inf
+    for slot in range(0, eights, LANES):
+        key = keys.ctypes.data + NUMBER * size * slot
+        own = scores.ctypes.data + NUMBER * slot
+        _score((query.ctypes.data, key, size, own, highest.ctypes.data))
+    largest = np.float32(-np.inf)
+    if whole < size:  # what is left of each key
+        for slot in range(eights):
+            for place in range(whole, size):
+                scores[slot] += query[place] * keys[slot, place]
+            largest = max(largest, scores[slot])
+    else:
+        for lane in range(LANES):
+            largest = max(largest, highest[lane])
+    for slot in range(eights, slots):
+        product = np.float32(0)
+        for place in range(size):
+            product += query[place] * keys[slot, place]
+        scores[slot] = product
+        largest = max(largest, product)
+    return largest
+
+
 @_compiled(fastmath=IN_ANY_ORDER)
 def _attend_block(query, keys, values, weights, highest, total, mixed):
     """Go on with a softmax over a query's products with keys, and with the values mixed by it (as FlashAttention does).
 
     Args:
-        query: `[E]`.
+        query: `[E]`, over the root of E.
         keys, values: `[S, E]`, of the next slots.
-        weights: room for S numbers.
+        weights: room for `S + LANES` numbers.
         highest, total: the largest product so far; the sum of the exponentials of what the products are below it.
         mixed: `[E]`, the values times these exponentials, summed.
 
@@ -299,47 +451,42 @@ def _attend_block(query, keys, values, weights, highest, total, mixed):
         The largest product and the sum.
     """
     slots, size = keys.shape
-    scale = np.float32(1 / math.sqrt(size))
     before = highest
-    for slot in range(slots):
-        product = np.float32(0)
-        for place in range(size):
-            product += query[place] * keys[slot, place]
-        weights[slot] = product * scale
-        highest = max(highest, weights[slot])
-    kept = math.exp(before - highest)
+    highest = max(before, _scores(query, keys, weights))
+    weights = weights[:slots]
+    kept = np.float32(math.exp(before - highest))
+    _exponentials(weights, highest)
     total *= kept
     for slot in range(slots):
-        weights[slot] = math.exp(weights[slot] - highest)
         total += weights[slot]
     for place in range(size):
         mixed[place] *= kept
-    fours = slots // 4 * 4  # sums that are read and written for each slot would wait for one another
-    for slot in range(0, fours, 4):
-        first, second, third, fourth = weights[slot], weights[slot + 1], weights[slot + 2], weights[slot + 3]
-        for place in range(size):
-            sums = first * values[slot, place] + second * values[slot + 1, place]
-            mixed[place] += sums + third * values[slot + 2, place] + fourth * values[slot + 3, place]
-    for slot in range(fours, slots):
-        for place in range(size):
+    together = MIXED * LANES
+    whole = size // together * together
+    for start in range(0, whole, together):
+        place = NUMBER * start
+        _mix((weights.ctypes.data, values.ctypes.data + place, size, slots, mixed.ctypes.data + place))
+    for slot in range(slots if whole < size else 0):
+        for place in range(whole, size):
             mixed[place] += weights[slot] * values[slot, place]
     return highest, total
 
 
 @_compiled()
 def _attend_one(which, heads, queries, slots, keys, values, window, mixed):
-    """One head of a text's next `TALLEST` rows, counted through, of what `_attend_all` computes.
+    """One head of a text's next `TOGETHER` rows, counted through, of what `_attend_all` computes.
 
     Rows take turns on a block of slots, so that it is read from memory once. Blocks begin at the same slots for all.
     """
     length, size = slots.shape[1], keys.shape[3]
-    tiles = -(-length // TALLEST)
+    tiles = -(-length // TOGETHER)
     text, head, tile = which // tiles // heads, which // tiles % heads, which % tiles
     group = head * keys.shape[1] // heads
     own = slice(head * size, (head + 1) * size)
-    ends = slots[text % len(slots), tile * TALLEST : (tile + 1) * TALLEST] + 1
-    first_row = text * length + tile * TALLEST
-    weights = np.empty(BLOCK, np.float32)
+    ends = slots[text % len(slots), tile * TOGETHER : (tile + 1) * TOGETHER] + 1
+    first_row = text * length + tile * TOGETHER
+    scaled = queries[first_row : first_row + len(ends), own] / np.float32(math.sqrt(size))
+    weights = np.empty(BLOCK + LANES, np.float32)
     highest = np.full(len(ends), -np.inf, np.float32)
     totals = np.zeros(len(ends), np.float32)
     for start in range(max(0, ends.min() - window) // BLOCK * BLOCK, ends.max(), BLOCK):
@@ -347,7 +494,7 @@ def _attend_one(which, heads, queries, slots, keys, values, window, mixed):
             first, stop = max(start, ends[row] - window), min(start + BLOCK, ends[row])
             if first < stop:
                 highest[row], totals[row] = _attend_block(
-                    queries[first_row + row, own],
+                    scaled[row],
                     keys[text, group, first:stop],
                     values[text, group, first:stop],
                     weights,
@@ -371,7 +518,7 @@ def _attend_all(heads, queries, slots, keys, values, window, alone):
     """Mixed values `[R, heads * E]` of queries in the first columns of `[R, …]`; the rest as in `_attention`."""
     mixed = np.zeros((len(queries), heads * keys.shape[3]), np.float32)
     length = slots.shape[1]
-    count = len(queries) // length * heads * -(-length // TALLEST)
+    count = len(queries) // length * heads * -(-length // TOGETHER)
     if not alone:
         _attend_in_threads(count, heads, queries, slots, keys, values, window, mixed)
         return mixed
@@ -386,9 +533,13 @@ def _gate_one(which, gate_up, gated):
     size = gated.shape[1]
     pieces = -(-size // PIECE)
     row, start = which // pieces, which % pieces * PIECE
-    for place in range(start, min(start + PIECE, size)):
-        gate = gate_up[row, place]
-        gated[row, place] = gate / (1 + math.exp(-gate)) * gate_up[row, size + place]
+    stop = min(start + PIECE, size)
+    gate, up, own = gate_up[row, start:stop], gate_up[row, size + start : size + stop], gated[row, start:stop]
+    for place in range(stop - start):
+        own[place] = -gate[place]
+    _exponentials(own, np.float32(0))
+    for place in range(stop - start):
+        own[place] = gate[place] / (1 + own[place]) * up[place]
 
 
 @_compiled(parallel=True)
