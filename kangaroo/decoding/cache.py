@@ -258,6 +258,11 @@ class CachedPass:
     causal: bool
     bias: Tensor | None
 
+    @functools.cached_property
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """`slots`, `cos` and `sin` for our own kernels on a CPU, made once for all layers."""
+        return self.slots.numpy(), self.cos.squeeze(1).numpy(), self.sin.squeeze(1).numpy()
+
     def on(self, device: torch.device) -> CachedPass:
         """The same pass on a device, for layers that are spread over several."""
         if self.cos.device == device:

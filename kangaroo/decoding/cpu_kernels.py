@@ -622,14 +622,8 @@ class PanelLayer:
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """As `CachedLayer`."""
         _use_threads()
-        arrays = (
-            plan.slots,
-            plan.cos.squeeze(1),
-            plan.sin.squeeze(1),
-            cache.keys[layer],
-            cache.values[layer],
-        )
-        seen = (*[array.numpy() for array in arrays], cache.window or cache.capacity)
+        stored = cache.keys[layer].numpy(), cache.values[layer].numpy()
+        seen = (*plan.arrays, *stored, cache.window or cache.capacity)
         states = _attention(_rows(hidden), *self._attention, seen, _forked)
         if self._feed_forward is not None:
             states = _feed_forward(states, *self._feed_forward, _forked)
