@@ -22,7 +22,14 @@ from kangaroo.adapter import DecoderLayer, LlamaRotaryEmbedding, plan_uncached, 
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.cache import KVCache
 from kangaroo.decoding.feedback import Feedback
-from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product, rms_norm, weights_of
+from kangaroo.decoding.layers import (
+    CachedLayer,
+    MadeFromWeights,
+    on_own_cpu_kernels,
+    product,
+    rms_norm,
+    weights_of,
+)
 from kangaroo.decoding.passes import CudaGraphs, Passes, view
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import DrafterParts, Stage, Stages, StageWeights
@@ -301,6 +308,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
         dynamic = self.rotary.dynamic or drafter.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in layers) and not dynamic
+        passes.own_on_cpu = few_rows and on_own_cpu_kernels(self.lm_head.weight)
         hidden_size = self.config.hidden_size
         return Stages(shallow, drafting, base, deep, passes, hidden_size, drafter.draft_ids, feedback)
 

@@ -55,13 +55,13 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(outputs, inputs):
 def test_bfloat16_weights_are_stored_in_half_of_the_memory_with_the_same_bits(outputs, inputs):
     weight = torch.randn(outputs, inputs).bfloat16().float()
     halves, whole = PanelProduct(weight), PanelProduct(weight)
-    whole.panels = (halves.panels.astype(np.int32) << 16).view(np.float32)
-    assert halves.panels.dtype == np.int16
+    whole.panels = (halves.panels.view(np.int16).astype(np.int32) << 16).view(np.uint8)
+    assert whole.panels.nbytes == 2 * halves.panels.nbytes
     for rows in (1, 2, 3, 4, 5, 6, 7, 20):
         states = torch.randn(rows, inputs)
         assert torch.equal(halves(states), whole(states))
     weight[0, 0] = 1 + 2**-12
-    assert PanelProduct(weight).panels.dtype == np.float32
+    assert PanelProduct(weight).panels.nbytes == whole.panels.nbytes
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -312,6 +312,59 @@ def test_where_numba_may_keep_nothing_torch_s_operators_decode(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "works", fails)
     with pytest.warns(UserWarning, match="slower than it could be: cannot cache"):
         assert not layers._cpu_kernels_work.__wrapped__()
+
+
+def test_the_number_of_threads_stays_what_was_asked_for():
+    """Numba starts its threads with the first product, and would set torch's number, too."""
+    code = """import os, torch
+torch.set_num_threads(1)
+from kangaroo.decoding.cpu_kernels import PanelProduct
+PanelProduct(torch.randn(40, 8))(torch.randn(2, 8))
+print(torch.get_num_threads())
+if os.fork():
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+else:
+    torch.randn(200, 200) @ torch.randn(200, 200)  # with threads it would wait for ever
+    torch.randn(200, 5000).softmax(dim=-1)
+    os._exit(0)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "1\n0\n", result.stderr
+
+
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (20, 60, 33), (70, 90, 101), (12, 80, 5)])
+def test_a_prompt_gives_the_same_bits_alone_and_in_a_batch(lengths):
+    model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer")
+    prompts = [torch.randint(3, 200, (length,)).tolist() for length in lengths]
+    together = model.generate_batch(prompts, 12, DecodeConfig(2))
+    for prompt, one in zip(prompts, together, strict=True):
+        alone = model.generate(prompt, 12, DecodeConfig(2))
+        assert one.tokens == alone.tokens
+        for block, other in zip(one.blocks, alone.blocks, strict=True):
+            assert torch.equal(block.verifier_confidence, other.verifier_confidence)
+
+
+def test_states_that_do_not_fit_are_refused_before_memory_is_read():
+    product = PanelProduct(torch.randn(32, 16))
+    for width in (8, 64, 2_000_000):
+        with pytest.raises(ValueError, match=f"expected states of 16 numbers, got {width}"):
+            product(torch.zeros(1, width))
+    model = tiny_model(1)
+    layer = CachedLayer(model.model.layers[0], torch.float32)
+    stage = model.new_stages(24, batch_size=3).base
+    for lengths, texts in (([0, 0, 0], 16), ([3, 2, 1], 2), ([3, 2, 1], 6)):
+        stage.cache.lengths = lengths
+        plan = plan_cached(stage.rotary, stage.cache, 2, torch.float32)
+        with pytest.raises(ValueError, match=f"of the 3 texts that the cache has, got {texts}"):
+            layer(torch.zeros(texts, 2, 32), plan, stage.cache, 0)
+    with pytest.raises(ValueError, match="expected states of 32 numbers, got 48"):
+        layer(torch.zeros(3, 2, 48), plan, stage.cache, 0)
+
+
+@pytest.mark.parametrize("part", ["_attention", "_feed_forward"])
+def test_a_wrong_half_of_a_layer_is_noticed(part, monkeypatch):
+    right = getattr(cpu_kernels, part)
+    monkeypatch.setattr(cpu_kernels, part, lambda *inputs: right(*inputs) + np.float32(0.1))
+    assert not cpu_kernels.works()
 
 
 def test_a_wrong_product_is_noticed(monkeypatch):

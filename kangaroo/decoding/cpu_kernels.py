@@ -207,11 +207,12 @@ def _multiply_panel(states, rows, width, panel, size, sums, outputs):
 
 @_compiled()
 def _multiply_one(which, states, panels, sums):
-    """Add states `[R, D]` times one of the panels `[P, D, WIDTH]` to its sums, of `[R, P * WIDTH]`."""
+    """Add states `[R, D]` times one of the panels to its sums, of `[R, P * WIDTH]`; see `PanelProduct.panels`."""
     rows, width = states.shape
-    panel = panels.ctypes.data + panels.itemsize * WIDTH * width * which
+    row_bytes = panels.shape[2]
+    panel = panels.ctypes.data + row_bytes * width * which
     own = sums.ctypes.data + NUMBER * WIDTH * which
-    _multiply_panel(states.ctypes.data, rows, width, panel, panels.itemsize, own, sums.shape[1])
+    _multiply_panel(states.ctypes.data, rows, width, panel, row_bytes // WIDTH, own, sums.shape[1])
 
 
 @_compiled(parallel=True)
@@ -243,8 +244,9 @@ class PanelProduct:
         bias: `[N]`.
 
     Attributes:
-        panels: `[N / WIDTH, D, WIDTH]`, the last one filled up with zeros. Where all weights are bfloat16 numbers, as
-            in most published models, only these halves are kept and read: the same product in half of the time.
+        panels: the bytes of `[N / WIDTH, D, WIDTH]` numbers, the last panel filled up with zeros. Where all weights are
+            bfloat16 numbers, as in most published models, only these halves are kept and read: the same product in
+            half of the time. (Bytes, so that one compiled function takes both.)
         bias: where the sums begin, as many numbers as the panels have outputs.
         num_outputs: N.
     """
@@ -257,37 +259,43 @@ class PanelProduct:
         panels = filled_up.view(num_panels, WIDTH, depth).transpose(1, 2).contiguous()
         halves = panels.bfloat16()
         is_exact = torch.equal(halves.float(), panels)
-        self.panels = halves.view(torch.int16).numpy() if is_exact else panels.numpy()
+        self.panels = (halves if is_exact else panels).view(torch.uint8).numpy()
         self.bias = np.zeros(num_panels * WIDTH, np.float32)
         if bias is not None:
             self.bias[: self.num_outputs] = bias.detach().numpy()
 
     def __call__(self, states: Tensor) -> Tensor:
-        """`[…, D]` to `[…, N]`."""
+        """`[…, D]` to `[…, N]`; errors as in `_rows`."""
         _use_threads()
-        result = torch.from_numpy(_product(_rows(states), self.panels, self.bias, _forked))
+        rows = _rows(states, self.panels.shape[1])
+        result = torch.from_numpy(_product(rows, self.panels, self.bias, _forked))
         if len(self.bias) > self.num_outputs:
             result = result[:, : self.num_outputs].contiguous()
         return result.view(*states.shape[:-1], self.num_outputs)
 
 
-def _rows(states: Tensor) -> Any:
-    """States `[…, D]` as a matrix of Numpy.
+def _rows(states: Tensor, width: int) -> Any:
+    """States `[…, D]` as a matrix of Numpy, for kernels that read memory as they are told to.
 
     Raises:
-        TypeError: if they are not float32; their numbers would be read as such.
+        TypeError: if they are not float32.
+        ValueError: if D is not `width`.
     """
     if states.dtype != torch.float32:
         raise TypeError(f"expected float32 states, got {states.dtype}")
+    if states.shape[-1] != width:
+        raise ValueError(f"expected states of {width} numbers, got {states.shape[-1]}")
     return np.ascontiguousarray(states.detach().numpy().reshape(-1, states.shape[-1]))
 
 
 def _use_threads() -> None:
     """As many as torch uses."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    of_torch = torch.get_num_threads()
+    threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
     # Setting them takes a lock, which a process that was forked meanwhile might never get.
     if not _forked and getattr(_used, "threads", None) != threads:
         numba.set_num_threads(threads)
+        torch.set_num_threads(of_torch)  # Numba starts its threads with the first call, and sets OpenMP's number
         _used.threads = threads
 
 
@@ -620,11 +628,19 @@ class PanelLayer:
             self._feed_forward = (_weights_of(layer.post_attention_layernorm), *parts[2:])
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
-        """As `CachedLayer`."""
+        """As `CachedLayer`.
+
+        Raises:
+            ValueError: for states of another width, or of other rows than the cache or the plan has.
+        """
         _use_threads()
+        texts, length, _ = hidden.shape
         stored = cache.keys[layer].numpy(), cache.values[layer].numpy()
+        if texts > len(stored[0]) or plan.slots.shape not in ((1, length), (texts, length)):
+            raise ValueError(f"expected states of the {len(stored[0])} texts that the cache has, got {texts}")
         seen = (*plan.arrays, *stored, cache.window or cache.capacity)
-        states = _attention(_rows(hidden), *self._attention, seen, _forked)
+        norm = self._attention[0][0]
+        states = _attention(_rows(hidden, len(norm)), *self._attention, seen, _forked)
         if self._feed_forward is not None:
             states = _feed_forward(states, *self._feed_forward, _forked)
         return torch.from_numpy(states).view(hidden.shape)
@@ -647,7 +663,10 @@ def own_layer(layer: DecoderLayer, products: Sequence[Any]) -> PanelLayer | None
 
 
 def works() -> bool:
-    """Whether this processor multiplies and adds in one instruction, and several threads may use Numba at once."""
+    """Whether this processor multiplies and adds in one instruction, and several threads may use Numba at once.
+
+    All kernels are compiled and tried, so that what goes wrong does so here and not in the middle of an answer.
+    """
     features = binding.get_host_cpu_features()
     if numba.config.DISABLE_JIT or not (features.get("fma") or features.get("neon")):
         return False
@@ -656,4 +675,27 @@ def works() -> bool:
     if not torch.allclose(PanelProduct(weight)(states), states @ weight.T, rtol=1e-3, atol=1e-3):
         return False
     # It is known once threads have been started. That layer allows one thread of Python only.
-    return bool(numba.threading_layer() != "workqueue")
+    return _layer_works() and bool(numba.threading_layer() != "workqueue")
+
+
+def _layer_works() -> bool:
+    """Whether both halves of a layer of one head give what torch's operators give for two tokens."""
+    size = WIDTH
+    numbers = torch.arange(9 * size * size, dtype=torch.float32, device="cpu").sin().view(-1, size)
+    weights = numbers[: 7 * size].split([3 * size, size, 2 * size, size])
+    qkv, out, gate_up, down = [(each.panels, each.bias) for each in map(PanelProduct, weights)]
+    hidden = numbers[-2:]
+    norm = (np.ones(size, np.float32), 1e-6)
+    cos = np.ones((1, 2, size), np.float32)
+    keys, values = np.zeros((2, 1, 1, 2, size), np.float32)
+    seen = (np.array([[0, 1]]), cos, np.zeros_like(cos), keys, values, 2)
+    after = _attention(hidden.numpy(), norm, qkv, out, seen, _forked)
+    states = _feed_forward(after, norm, gate_up, down, _forked)
+
+    normed = nn.functional.rms_norm(hidden, (size,), eps=1e-6)
+    asked, stored, known = (normed @ weights[0].T)[None].chunk(3, dim=-1)
+    mixed = nn.functional.scaled_dot_product_attention(asked, stored, known, is_causal=True)[0]
+    expected = hidden + mixed @ weights[1].T
+    gate, up = (nn.functional.rms_norm(expected, (size,), eps=1e-6) @ weights[2].T).chunk(2, dim=-1)
+    expected = expected + (nn.functional.silu(gate) * up) @ weights[3].T
+    return torch.allclose(torch.from_numpy(states), expected, rtol=1e-3, atol=1e-3)

@@ -32,8 +32,8 @@ Made = TypeVar("Made")
 
 PACKED_FOR_ROWS = 8
 """Rows for which the layout of packed weights is chosen; others work too."""
-OWN_PROMPT_ROWS = 64
-"""Rows of a prompt that our own layers on a CPU compute, at most: a library is faster at the attention of many. All
+OWN_PROMPT_ON_CPU = 64
+"""Tokens of a prompt that our own layers on a CPU read, at most: a library is faster at the attention of more. All
 later passes are theirs, so that drafts and other texts do not change a bit."""
 LARGE = 2**22
 """Weights of more numbers than this are left apart on an accelerator: there reading them takes the time, not starting
@@ -176,7 +176,7 @@ class CachedLayer:
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
         batch, length, _ = hidden.shape
-        if self._own and (batch * length <= OWN_PROMPT_ROWS or not plan.causal):
+        if self._own and (length <= OWN_PROMPT_ON_CPU or not plan.causal):
             return self._own(hidden, plan, cache, layer)
         # Attention: hidden + out(attend(rotate(q), rotate(k), v)).
         qkv = self._qkv(self._input_norm(hidden))

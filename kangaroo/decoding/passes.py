@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.decoding.cache import FixedShape, KVCache
+from kangaroo.decoding.layers import OWN_PROMPT_ON_CPU
 
 Pass = Callable[..., tuple[Tensor, ...]]
 
@@ -65,6 +66,7 @@ class Passes:
         begun: whether the prompts are in the caches.
         own_kernels: whether our own kernels on CUDA compute all layers, and a position has the same angles in every
             text. Then prompts can be read by captured passes, too. Otherwise they are read as they are.
+        own_on_cpu: whether our own kernels on a CPU do.
     """
 
     def __init__(self, device: torch.device, positions: int = 0, graphs: CudaGraphs | None = None) -> None:
@@ -74,6 +76,7 @@ class Passes:
         self.fixed: FixedShape | None = None
         self.begun = False
         self.own_kernels = False
+        self.own_on_cpu = False
 
     def takes_prompt(self, longest: int) -> bool:
         """Whether prompts of up to this many tokens are read by a captured pass."""
@@ -84,6 +87,8 @@ class Passes:
 
         A library rounds by the shape of a batch, our kernels do not.
         """
+        if self.own_on_cpu:
+            return longest > OWN_PROMPT_ON_CPU
         return self.graphs is not None and not (self.own_kernels and longest <= OWN_PROMPT)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
