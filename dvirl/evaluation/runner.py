@@ -284,8 +284,7 @@ def _answer_lines(
         )
         lines.append((TRACE, events))
     row = answer_row(question, f"{loaded.name}-{method}", texts, answers)
-    lines.append((_answer_file(method, repeat), row))
-    return lines, sum(answer.wall_s for answer in answers)
+    return [*lines, (_answer_file(method, repeat), row)], sum(answer.wall_s for answer in answers)
 
 
 # Judging
