@@ -46,7 +46,7 @@ def answer_row(
     tallies = [tally([answer]) for answer in answers]
     choice: dict[str, Any] = {
         "index": 0,
-        "turns": list(texts),
+        "turns": texts,
         "decoding_steps": [len(answer.accept_lengths) + 1 for answer in answers],
         "new_tokens": [len(answer.tokens) for answer in answers],
         "wall_time": [answer.wall_s for answer in answers],
