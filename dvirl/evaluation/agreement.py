@@ -195,10 +195,9 @@ def logit_lens(base: EarlyExitLlamaForCausalLM, responses: Responses) -> pd.Data
 
 
 def _sha256(path: str) -> str | None:
+    """The hash of a file; None if there is none, as for a data set of the hub."""
     file = Path(path)
-    if not file.exists():
-        return None
-    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" if file.exists() else None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dvirl.evaluation.methods import (
     decode_configs,
     decoders,
 )
-from dvirl.evaluation.questions import MeasureSettings, asked_for, question_sets, spread
+from dvirl.evaluation.questions import MeasureSettings, PromptSets, asked_for, question_sets, spread
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import DEFAULT_DRAFTER, Draft, LoadedDrafter, load_drafter
 from dvirl.runs.errors import DvirlError
@@ -97,8 +97,7 @@ def compare(
         for name, prompts in sets.items():
             costs = model.measure_costs(longest)
             answers = answer_in_turn(run, prompts, name)
-            speeds = {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
-            yield name, speeds
+            yield name, {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
 
 
 def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts) -> Speed:
@@ -164,7 +163,6 @@ def batched(
         longest: most drafts of a block.
     """
     groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
-
     names = (f"batch {rows} tok_per_s", "batch 1 tok_per_s", "over batch 1")
     figures: dict[str, dict[str, float]] = {}
     with drafter.model.base_model.merged():
@@ -224,7 +222,7 @@ parse_args = command_line(
 """Settings from flags; see `settings.parse_args`."""
 
 
-def _chosen(config: BenchConfig, drafter: LoadedDrafter) -> dict[str, list[list[int]]]:
+def _chosen(config: BenchConfig, drafter: LoadedDrafter) -> PromptSets:
     """The prompts to time, by the name of their set; as many as are asked for at once, or more."""
     sets = question_sets(drafter.loaded, asked_for(config, drafter))
     sets = {name: spread(prompts, config.num_questions) for name, prompts in sets.items()}

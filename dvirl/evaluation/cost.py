@@ -5,7 +5,7 @@ and n drafts (Leviathan et al. 2023, Theorem 3.8). Both costs are measured, as m
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -82,8 +82,9 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> EarlyE
     """A model of the named shape with random weights, made in place."""
     # Weights are made in their dtype on the device: float32 ones on the CPU first would take twice the memory.
     with device:
-        model = EarlyExitLlamaForCausalLM._from_config(LlamaConfig(**SHAPES[shape]), torch_dtype=dtype)
-    assert isinstance(model, EarlyExitLlamaForCausalLM)
+        model: EarlyExitLlamaForCausalLM = EarlyExitLlamaForCausalLM._from_config(
+            LlamaConfig(**SHAPES[shape]), torch_dtype=dtype
+        )
     model.requires_grad_(False).eval()
     return model
 
@@ -111,7 +112,7 @@ def step_parts(
         blocks[-1][part] = blocks[-1].get(part, 0.0) + 1e3 * (model.now() - began)
         return outputs
 
-    def block(drafting: Sequence[Tensor], verifying: Tensor) -> None:
+    def block(drafting: Iterable[Tensor], verifying: Tensor) -> None:
         blocks.append({shallow: 0.0, head: 0.0})
         for token in drafting:
             states = clock(shallow, stages.shallow, token)
@@ -123,7 +124,7 @@ def step_parts(
 
     with model.decoding(context + draft_len + 1) as stages:
         block([ids[:, :context]], ids[:, :context])
-        drafts = [ids[:, place, None] for place in range(context, context + draft_len)]
+        drafts = ids[0, context:-1, None, None]  # [draft_len, 1, 1]
         for _ in range(repeats + 2):
             stages.truncate([context])
             block(drafts, ids[:, context:])

@@ -1,8 +1,6 @@
 """Are answers with drafts the same as without, and is each difference a tie? `dvirl check`, of a draft or two files."""
 
 import math
-import shlex
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,15 +13,21 @@ from tqdm import tqdm
 
 from dvirl.data.sources import parsed_rows
 from dvirl.evaluation.measure import timed
-from dvirl.evaluation.questions import MeasureSettings, Question, prompts_of, question_sets, read_questions
-from dvirl.evaluation.report import write_out
+from dvirl.evaluation.questions import (
+    MeasureSettings,
+    PromptSets,
+    Question,
+    prompts_of,
+    question_sets,
+    read_questions,
+)
+from dvirl.evaluation.report import command_record, write_out
 from dvirl.evaluation.spec_bench import parse_answer
 from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
 from dvirl.rollout import verifier_states
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError, bad_input
-from dvirl.runs.folder import provenance
 from dvirl.runs.settings import choice, number, positional, several
 from kangaroo.decoding.blocks import SOURCES, DecodeConfig
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -63,9 +67,9 @@ class Difference:
 
 def resolution(dtype: torch.dtype, value: float) -> float:
     """The step from a number to the next one that the dtype can hold."""
-    # A dtype has the same number of steps between any two powers of 2.
-    exponent = math.floor(math.log2(max(abs(value), torch.finfo(dtype).tiny)))
-    return float(2.0**exponent * torch.finfo(dtype).eps)
+    limits = torch.finfo(dtype)
+    # Steps double at every power of 2 in any dtype, so their ratio to those of a Python number is constant.
+    return math.ulp(max(abs(value), limits.tiny)) * limits.eps / math.ulp(1.0)
 
 
 def compare(
@@ -87,12 +91,12 @@ def compare(
         dtype: of the decoders; logits within one step of it are a tie.
         logits_after: gives the logits after the tokens that both share; None if there is no model.
     """
-    pairs = list(zip_longest(reference, candidate))  # None stands after an answer's end
-    differ = [first != second for first, second in pairs]
-    if True not in differ:
+    # None stands after an answer's end.
+    for position, (first, second) in enumerate(zip_longest(reference, candidate)):  # noqa: B007
+        if first != second:
+            break
+    else:
         return None
-    position = differ.index(True)
-    first, second = pairs[position]
     shared = reference[:position]
     gap = step = None
     if first is None or second is None:
@@ -174,7 +178,7 @@ class Report:
 
 def compare_decoders(
     model: KangarooModel,
-    prompts: dict[str, list[list[int]]],
+    prompts: PromptSets,
     limit: int,
     how: DecodeConfig,
     eos_ids: Sequence[int],
@@ -331,8 +335,8 @@ class CheckConfig(MeasureSettings):
     """Of the decoders: auto, float32, bfloat16 or float16."""
 
 
-def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
-    """The report, and what it depends on."""
+def _check(config: CheckConfig) -> tuple[Report, dict[str, str]]:
+    """The report, and a description of the model that answered."""
     if bool(config.draft) == bool(config.answers):
         raise DvirlError("give either a draft to check or --answers REFERENCE CANDIDATE")
     if config.answers:
@@ -340,7 +344,7 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
         dtype = resolve_dtype(config.dtype, loaded.model.device)
         reference, candidate = config.answers
         report = compare_files(reference, candidate, config.questions, loaded, dtype, config.max_new_tokens)
-        return report, provenance(loaded)
+        return report, loaded.description()
     with bad_input():
         how = DecodeConfig(
             config.draft_len,
@@ -351,9 +355,9 @@ def _check(config: CheckConfig) -> tuple[Report, dict[str, Any]]:
         )
     draft = open_draft(config.draft, config.dtype, config.device, config.model_name, config.exit_layer)
     loaded = draft.loaded
-    circumstances = provenance(loaded)  # in the dtype of the decoders; the judge is in float32
+    described = loaded.description()  # in the dtype of the decoders; the judge is in float32
     prompts = question_sets(loaded, config)
-    return compare_decoders(draft.model, prompts, config.max_new_tokens, how, loaded.eos_ids), circumstances
+    return compare_decoders(draft.model, prompts, config.max_new_tokens, how, loaded.eos_ids), described
 
 
 def main(argv: Sequence[str]) -> Report:
@@ -365,15 +369,13 @@ def main(argv: Sequence[str]) -> Report:
     """
     about = "Compare answers with drafts and without; the exit code is 1 if any difference is an error."
     config = settings.parse_args(CheckConfig, "dvirl check", about, argv)
-    report, circumstances = _check(config)
+    report, model = _check(config)
     for found in report.differences:
         gap = "" if found.gap is None else f", gap {found.gap:.3g} of {found.resolution:.3g}"
         print(f"{found.question}: {found.verdict} at token {found.position}{gap}: {found.reason}")
     counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
     print(f"{report.identical} of {report.answers} answers are identical; differences: {counts}")
-    command = shlex.join(["dvirl", "check", *argv])
-    date = time.strftime("%Y-%m-%d")
-    write_out(config, command=command, date=date, **circumstances, report=asdict(report))
+    write_out(config, **command_record("check", argv), model=model, report=asdict(report))
     if report.count("error"):
         raise SystemExit(1)
     return report

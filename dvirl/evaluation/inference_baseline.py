@@ -42,9 +42,9 @@ class _Rotary(nn.Module):
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     """The untouched model, loaded again, in Hugging Face's class, in the same dtype on the same device."""
     spread = len(loaded.model.layer_devices()) > 1
-    device = BALANCED if spread else str(loaded.model.device)
-    fresh = load(loaded.name, str(loaded.model.dtype).removeprefix("torch."), device, loaded.chat.chat_format)
-    theirs = as_hugging_face(fresh.model)
+    how = loaded.description()
+    device = BALANCED if spread else how["device"]
+    theirs = as_hugging_face(load(loaded.name, how["dtype"], device, how["chat_format"]).model)
     if spread:  # Accelerate's hooks move what a layer reads to its device
         parameters = theirs.named_parameters(remove_duplicate=False)  # a tied head lies somewhere, too
         places = {name.rpartition(".")[0]: parameter.device for name, parameter in parameters}

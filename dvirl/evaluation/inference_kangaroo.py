@@ -74,10 +74,9 @@ def measure_acceptance(
     Raises:
         DvirlError: as `kangaroo_forward` does.
     """
-    answers = []
+    progress = tqdm(prompts, desc="decoding", unit="prompt", leave=False)
     with model.base_model.merged():
-        for prompt in tqdm(prompts, desc="decoding", unit="prompt", leave=False):
-            answers.append(kangaroo_forward(model, prompt, max_new_tokens, settings, eos_ids))
+        answers = [kangaroo_forward(model, prompt, max_new_tokens, settings, eos_ids) for prompt in progress]
     counts = tally(answers)
     return Acceptance(
         accept_rate=counts.accept_rate,

@@ -24,6 +24,8 @@ TASKS = dict.fromkeys(MT_BENCH, "mt_bench") | {name: name for name in OTHER_TASK
 OVERALL = "overall"
 """The name of all tasks together."""
 
+PromptSets = dict[str, list[list[int]]]
+"""Token ids of prompts, by the name of their set."""
 Item = TypeVar("Item")
 
 
@@ -75,7 +77,7 @@ def from_here(path: Path) -> str:
     return str(path)
 
 
-def question_sets(loaded: LoadedModel, config: MeasureSettings) -> dict[str, list[list[int]]]:
+def question_sets(loaded: LoadedModel, config: MeasureSettings) -> PromptSets:
     """Prompts by the name of their set: each file's first turns, and self-written prompts of each kind.
 
     Args:
@@ -89,7 +91,7 @@ def question_sets(loaded: LoadedModel, config: MeasureSettings) -> dict[str, lis
     own = config.own
     if not config.questions and not own:
         raise DvirlError("nothing to measure on; expected --questions FILE, or --own of at least 1")
-    sets: dict[str, list[list[int]]] = {}
+    sets: PromptSets = {}
 
     def encode(row: Any) -> list[int]:
         prompt = parse_spec_bench(row)[0]
@@ -103,8 +105,7 @@ def question_sets(loaded: LoadedModel, config: MeasureSettings) -> dict[str, lis
             raise DvirlError(f"{path}: no questions found")
     # Kinds are measured apart: a draft that was distilled on one need not know another.
     for kind in Openers().table if own else ():
-        openers = Openers([kind])
-        sets[f"own {kind}"] = write_prompts(loaded, own, config.seed, openers, batch=min(64, 4 * own))
+        sets[f"own {kind}"] = write_prompts(loaded, own, config.seed, Openers([kind]), min(64, 4 * own))
     return sets
 
 
@@ -156,9 +157,9 @@ def read_questions(source: str, any_category: bool = False) -> list[Question]:
 
     def parse(row: Any) -> Question:
         turns = tuple(prompt.turns[0] for prompt in parse_spec_bench(row))
-        question = Question(row["question_id"], row.get("category") or "", turns)
-        question_id = question.question_id
-        category = question.category
+        question_id = row["question_id"]
+        category = row.get("category") or ""
+        question = Question(question_id, category, turns)
         if not has_type(question_id, int | str) or not f"{question_id}{category}".isprintable():
             raise DvirlError(
                 f"'question_id' is {question_id!r:.60}; expected a number or a string, "

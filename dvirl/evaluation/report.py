@@ -2,6 +2,8 @@
 
 import html
 import json
+import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +13,7 @@ import mistune
 import pandas as pd
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.folder import environment
 from dvirl.runs.log import write_json
 
 RESULTS = Path(__file__).parents[2] / "book/results"
@@ -80,6 +83,12 @@ def origin(content: Mapping[str, Any]) -> str:
     return f"recorded {content['date']} on {_machine(content)}"
 
 
+def command_record(command: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What repeats a result: the command, the date, the versions and the machine."""
+    line = shlex.join(["dvirl", command, *argv])
+    return {"command": line, "date": time.strftime("%Y-%m-%d"), **environment()}
+
+
 def write_out(config: Any, **content: Any) -> None:
     """Write a command's settings and what it found to the JSON file `config.out`, if one is asked for."""
     if config.out:
@@ -89,11 +98,11 @@ def write_out(config: Any, **content: Any) -> None:
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write `path`.md and `path`.html, from parts in Markdown."""
     text = "\n\n".join([f"# {title}", *parts]) + "\n"
-    path.with_name(f"{path.name}.md").write_text(text, encoding="utf-8")
+    Path(f"{path}.md").write_text(text, encoding="utf-8")
     body = mistune.create_markdown(plugins=["table"])(text)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
     )
-    path.with_name(f"{path.name}.html").write_text(page, encoding="utf-8")
+    Path(f"{path}.html").write_text(page, encoding="utf-8")

@@ -233,8 +233,7 @@ def answer_all(draft: Draft, questions: Sequence[Question], config: EvalConfig) 
         for index in tqdm(range(processes.largest(len(left))), desc="answering", unit="answer", leave=False):
             lines: list[Line] = []
             if index < len(left):
-                decode = run[left[index][0]]
-                lines, seconds = _answer_lines(left[index], decode, loaded, config, words)
+                lines, seconds = _answer_lines(left[index], run, loaded, config, words)
                 decoded_s += seconds
             for file, line in processes.gathered(lines):
                 if processes.first:
@@ -259,7 +258,7 @@ def _methods(draft: Draft, config: EvalConfig) -> dict[str, Method]:
 
 def _answer_lines(
     asked: Asked,
-    decode: Method,
+    run: dict[str, Method],
     loaded: LoadedModel,
     config: EvalConfig,
     words: Callable[[int], str],
@@ -269,7 +268,7 @@ def _answer_lines(
     # Sampled answers are independent draws: of every question, turn and repeat, the same ones for all methods.
     draws = random.Random(f"{config.seed} {repeat} {question.question_id!r}")
     texts, answers = answer_question(
-        question, lambda prompt: decode(prompt, seed=draws.getrandbits(62)), loaded, config.answer_tokens
+        question, lambda prompt: run[method](prompt, seed=draws.getrandbits(62)), loaded, config.answer_tokens
     )
     lines = []
     for turn, answer in enumerate(answers):
@@ -284,8 +283,7 @@ def _answer_lines(
         )
         lines.append((TRACE, events))
     row = answer_row(question, f"{loaded.name}-{method}", texts, answers)
-    lines.append((_answer_file(method, repeat), row))
-    return lines, sum(answer.wall_s for answer in answers)
+    return [*lines, (_answer_file(method, repeat), row)], sum(answer.wall_s for answer in answers)
 
 
 # Judging

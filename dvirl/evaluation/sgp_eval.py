@@ -1,7 +1,8 @@
 """One checkpoint in a few figures, or a run before and after training: `dvirl sgp-eval --ckpt_dir FOLDER`."""
 
+import operator
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,11 @@ def _compare_run(asked: SGPEvalConfig) -> dict[str, Any]:
     trainer.load_checkpoint(checkpoint)
     plain = measure(replace(config.decode, draft_len=0))
     trained = measure(config.decode)
-    found = {"plain": plain, "untrained": untrained, "trained": trained}
-    figures = {name: {**asdict(acceptance), "responses": None} for name, acceptance in found.items()}
-    table = pd.DataFrame.from_dict(figures, orient="index")
+    table = pd.DataFrame([plain, untrained, trained], ["plain", "untrained", "trained"])
     print(table.drop(columns="responses").to_string(float_format="{:.3f}".format))
-    pairs = zip(plain.responses, trained.responses, strict=True)
-    equal = sum(first == second for first, second in pairs)
+    equal = sum(map(operator.eq, plain.responses, trained.responses))
     print(f"{equal} of {len(prompts)} responses equal those of the same verifier without drafts")
-    return {"figures": figures, "equal_responses": equal}
+    return {"figures": table.assign(responses=None).to_dict("index"), "equal_responses": equal}
 
 
 def _judge_checkpoint(config: SGPEvalConfig) -> dict[str, Any]:

@@ -17,13 +17,10 @@ import pandas as pd
 from dvirl.data.sources import parsed_rows
 from dvirl.evaluation.measure import Answer, tally
 from dvirl.evaluation.questions import OVERALL, Question
-from dvirl.metrics import Tally
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import read_text, write_text
 from dvirl.runs.settings import has_type
 
-COUNTS = ("num_drafted", "num_accepted", "committed", "blocks")
-"""The columns of an answer table that make a `Tally`, in its order."""
 SUMMED = ("new_tokens", "wall_time", "num_drafted", "num_accepted")
 """What our answers count in every turn."""
 TURN_LISTS: dict[str, Any] = {
@@ -49,7 +46,7 @@ def answer_row(
     tallies = [tally([answer]) for answer in answers]
     choice: dict[str, Any] = {
         "index": 0,
-        "turns": list(texts),
+        "turns": texts,
         "decoding_steps": [len(answer.accept_lengths) + 1 for answer in answers],
         "new_tokens": [len(answer.tokens) for answer in answers],
         "wall_time": [answer.wall_s for answer in answers],
@@ -179,8 +176,7 @@ def measures(table: pd.DataFrame, reference: str, seed: int = 0) -> pd.DataFrame
 def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame:
     """The figures of every method, by method."""
     groups = table.groupby("method", sort=False)
-    counts = groups[[*COUNTS]].sum()
-    tallies = [Tally(*row) for row in counts.to_numpy()]
+    sums = groups.sum(numeric_only=True)
     rates = groups.tok_per_s.mean()
     by_repeat = table.pivot_table("tok_per_s", "repeat", "method")  # means
     by_question = table.pivot_table("tok_per_s", "question_id", "method")
@@ -193,14 +189,14 @@ def _measures_of(table: pd.DataFrame, reference: str, seed: int) -> pd.DataFrame
     tokens = table.pivot(index=["question_id", "repeat"], columns="method", values="tokens")
     figures = {
         "questions": size,
-        "mat": [group.mat for group in tallies],
-        "accept_rate": [group.accept_rate for group in tallies],
+        "mat": sums.committed / sums.blocks,
+        "accept_rate": sums.num_accepted / sums.num_drafted,  # NaN if nothing was drafted
         "tok_per_s": rates,
         "speedup": rates / rates[reference],
         "low": speedups.quantile(0.025),
         "high": speedups.quantile(0.975),
         "speedup_std": by_repeat.div(by_repeat[reference], axis=0).std(),
-        "ppl": np.exp(groups.nll.sum(skipna=False) / groups.new_tokens.sum()),
+        "ppl": np.exp(groups.nll.sum(skipna=False) / sums.new_tokens),
         "identical": tokens.eq(tokens[reference], axis=0).sum(),
     }
     return pd.DataFrame(figures, index=rates.index)

@@ -105,8 +105,9 @@ def run_experiment(
         f"What the draft does on {config.questions}, before and after training:\n\n{markdown_table(compared)}"
     )
     parts = [describe(content), changed]
-    for image in ("training.png", "before/speedup.png", "after/speedup.png"):
-        parts.append(f"![]({folder.name}/{image})")
+    parts += [
+        f"![]({folder.name}/{image})" for image in ("training.png", "before/speedup.png", "after/speedup.png")
+    ]
     for title, figures in (("Before:", before), ("After:", after)):
         parts += [title, markdown_table(figures.set_index("task"))]
     write_report(folder, f"Experiment {folder.name}", parts)
@@ -121,10 +122,9 @@ def _folder(config: AnyExperiment) -> Path:
 
 def _evaluate(config: AnyExperiment, draft: Draft, when: str) -> pd.DataFrame:
     """`evaluate` with the experiment's settings, into a folder of its own."""
-    shared = {spec.name for spec in fields(EvalConfig)} - {"draft", "run_dir"}
-    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    folder = _folder(config) / when
-    return evaluate(draft, EvalConfig(**values, draft=config.run_dir, run_dir=str(folder)))
+    values: dict[str, Any] = {spec.name: getattr(config, spec.name, "") for spec in fields(EvalConfig)}
+    values |= {"draft": config.run_dir, "run_dir": str(_folder(config) / when)}
+    return evaluate(draft, EvalConfig(**values))
 
 
 def _overall(figures: pd.DataFrame) -> pd.Series:

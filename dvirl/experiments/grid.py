@@ -118,9 +118,12 @@ def _begin_by_sgp(config: DVIConfig, settings: Values, split: PromptSplit) -> St
     """The same by shallow-gradient fine-tuning on chatterbot-corpus' human replies, held-out openings left out."""
     shared = vars(narrowed(DraftSettings, config))
     loaded = load_model(config)
-    # Judged prompts are left out, as they are of every other start.
-    prompts = chatterbot_prompts()
-    records = [prompt for prompt in prompts if loaded.chat.encode(prompt.turns) not in split.held_out]
+    records = [
+        prompt
+        for prompt in chatterbot_prompts()
+        # Judged prompts are left out, as they are of every other start.
+        if loaded.chat.encode(prompt.turns) not in split.held_out
+    ]
     trainer = SGPTrainer(from_mapping(SGPConfig, {**shared, **settings}, "study"), loaded, records)
     passes = trainer.num_steps * trainer.config.batch_size / len(trainer.train_set)
     targets = sum(int((example[:, 1] >= 0).sum()) for example in trainer.train_set)

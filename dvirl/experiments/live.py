@@ -43,10 +43,8 @@ def mixed(count: int, seed: int = 0) -> list[str]:
 
 def flipping(count: int, seed: int = 0) -> list[str]:
     """The same in turn, a few of each."""
-    docstrings = docstring_prompts(count, seed)
-    questions = question_prompts(count, seed)
-    places = range(count)
-    return [(docstrings, questions)[place // FLIPS_EVERY % 2][place] for place in places]
+    domains = (docstring_prompts(count, seed), question_prompts(count, seed))
+    return [domains[place // FLIPS_EVERY % 2][place] for place in range(count)]
 
 
 def poisoned(count: int, seed: int = 0) -> list[str]:
@@ -88,30 +86,36 @@ def serve_both(
     configs = {FROZEN: replace(unlearning, remember=0), REMEMBERS: unlearning, LIVE: config}
     rows = []
     sessions = {name: LiveSession(load(model_name, dtype), drafter, configs[name]) for name in names}
+    first = sessions[names[0]]
     with ExitStack() as opened:
         for session in sessions.values():
             # What steps cost is measured once, so that all choose their blocks by the same figures.
-            session.model.share_costs(sessions[names[0]].model)
+            session.model.share_costs(first.model)
             opened.enter_context(session)
         for turn, text in enumerate(tqdm(prompts, desc="serving", unit="prompt", leave=False)):
-            tokens = sessions[names[0]].loaded.chat.encode((text,))
+            tokens = first.loaded.chat.encode((text,))
             for name in in_turn(names, turn):
                 rows.append({"prompt": turn + 1, "session": name, **_answer(sessions[name], tokens)})
     served = pd.DataFrame(rows)
     if config.adaptive:
-        served.attrs["costs"] = asdict(sessions[names[0]].model.step_costs(config.draft_len))
+        served.attrs["costs"] = asdict(first.model.step_costs(config.draft_len))
     return served
 
 
 def _answer(session: LiveSession, prompt: Sequence[int]) -> dict[str, object]:
     """What an answer of a session took, and what was learned after it."""
     counters = session.counters
-    before = (counters.answer_s, counters.learn_s)
+    before = replace(counters)
     tally = Tally()
     tally.count(list(session.stream(prompt))[1:])
     done = session.learn()
-    spent = {"answer_s": counters.answer_s - before[0], "learn_s": counters.learn_s - before[1]}
-    return {"tokens": tally.committed, "blocks": tally.blocks, **spent, "done": done}
+    return {
+        "tokens": tally.committed,
+        "blocks": tally.blocks,
+        "answer_s": counters.answer_s - before.answer_s,
+        "learn_s": counters.learn_s - before.learn_s,
+        "done": done,
+    }
 
 
 def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
@@ -127,7 +131,7 @@ def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
         is by the median of all prompts' ratios, since other load on the machine can double the time of an answer.
     """
     served = served.assign(window=((served.prompt - 1) // size + 1) * size)
-    sums = served.groupby(["window", "session"])[["tokens", "blocks", "answer_s", "learn_s"]].sum().unstack()
+    sums = served.groupby(["window", "session"]).sum(numeric_only=True).unstack()
     mat = sums.tokens / sums.blocks
     so_far = (sums.answer_s + sums.learn_s).cumsum()
     answer_s = served.pivot(index=["window", "prompt"], columns="session", values="answer_s")

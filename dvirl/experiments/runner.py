@@ -21,12 +21,13 @@ import torch
 import yaml
 
 from dvirl.data.sources import read_rows
+from dvirl.evaluation.report import command_record
 from dvirl.experiments.distillation import distill
 from dvirl.experiments.grid import grid
 from dvirl.experiments.staleness import staleness
 from dvirl.experiments.streams import adaptation, federated
 from dvirl.experiments.study import Study, Task, VariantRows, free_memory
-from dvirl.experiments.summary import Row, command_record, row_name, summary, summary_table
+from dvirl.experiments.summary import Row, row_name, summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings

@@ -37,9 +37,9 @@ def _rows_by_age(config: DVIConfig, ages: int, records: int, draws: int) -> list
     ids = trainer.buffer.field("response_id")
     count = int(ids.max()) + 1
     rows = []
-    for age in range(ages):
-        first = count * (ages - age - 1) // ages
-        stop = count * (ages - age) // ages
+    for part in range(ages, 0, -1):
+        first = count * (part - 1) // ages
+        stop = count * part // ages
         is_of_age = (ids >= first) & (ids < stop)
         chosen = is_of_age.nonzero().squeeze(1)[:records]
         figures = stale_gradients(trainer, trainer.buffer.batch(chosen), draws)

@@ -20,8 +20,6 @@ from dvirl.trainer import DVITrainer
 
 Probes = dict[str, Responses]
 """The untouched model's answers to held-out prompts, by domain."""
-Clients = dict[str, tuple[DVIConfig, Prompts]]
-"""Settings and prompts of each client."""
 Curve = dict[str, list[float]]
 """What was measured during training, by name."""
 
@@ -103,26 +101,25 @@ def federated(task: Task, folder: Path) -> VariantRows:
     apart or pooled. All start from the same untrained draft; averaging keeps each client's optimizer.
     """
     extra = task.study.extra
-    rounds = extra["rounds"]
-    streams, probes = _domains(task, extra["clients"], rounds * extra["prompts"])
+    streams, probes = _domains(task, extra["clients"], extra["rounds"] * extra["prompts"])
     # Pooled prompts alternate between the clients, as if they came in together.
     pooled = [prompt for together in zip(*streams, strict=True) for prompt in together]
-    untrained = trainer_on(task.config(folder / "start"), pooled).save_checkpoint()
+    start = trainer_on(task.config(folder / "start"), pooled).save_checkpoint()
     for name, variant in task.due():
         mode = variant["mode"]
-        by_client = {"pooled": pooled}
-        if mode != "pooled":
-            by_client = dict(zip(probes, streams, strict=True))
-        clients = {}
-        for client, prompts in by_client.items():
-            changes = {"start_from": str(untrained), "num_prompts": len(prompts)}
-            clients[client] = (task.config(folder / name / client, changes), prompts)
-        yield name, [_in_rounds(clients, probes, rounds, mode == "averaged")]
+        clients = {"pooled": pooled} if mode == "pooled" else dict(zip(probes, streams, strict=True))
+        yield name, [_in_rounds(task, folder / name, start, clients, probes, mode == "averaged")]
 
 
-def _in_rounds(clients: Clients, probes: Probes, rounds: int, average: bool) -> Row:
-    """Train clients, by name their settings and prompts; after every round, measure each of them on all probes."""
-    trainers = {client: trainer_on(*of_client) for client, of_client in clients.items()}
+def _in_rounds(
+    task: Task, folder: Path, start: Path, clients: dict[str, Prompts], probes: Probes, average: bool
+) -> Row:
+    """Train a client on each of these prompts; after every round, measure all of them on all probes."""
+    trainers = {}
+    for client, prompts in clients.items():
+        changes = {"start_from": str(start), "num_prompts": len(prompts)}
+        trainers[client] = trainer_on(task.config(folder / client, changes), prompts)
+    rounds = task.study.extra["rounds"]
     curve: Curve = defaultdict(list)
     for number in range(1, rounds + 1):
         _train_round(list(trainers.values()), number / rounds, average)

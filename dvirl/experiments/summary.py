@@ -1,13 +1,9 @@
-"""What studies and sweeps share: rows, their statistics over seeds, and what repeats a command."""
+"""What studies and sweeps share: rows, and their statistics over seeds."""
 
-import shlex
-import time
 from collections.abc import Container, Sequence
 from typing import Any
 
 import pandas as pd
-
-from dvirl.runs.folder import environment
 
 Row = dict[str, Any]
 """One run: `variant`, `seed`, of a grid also `start`, and `figures`, numbers by name. Some have a `curve`."""
@@ -48,9 +44,3 @@ def summary_table(table: Summary, shown: Container[str]) -> str:
             if figure in shown
         }
     return pd.DataFrame(lines).T.to_string(na_rep="")
-
-
-def command_record(command: str, argv: Sequence[str]) -> dict[str, Any]:
-    """What repeats a result: the command, the date, the versions and the machine."""
-    line = shlex.join(["dvirl", command, *argv])
-    return {"command": line, "date": time.strftime("%Y-%m-%d"), **environment()}

@@ -25,7 +25,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from dvirl.config import DVIConfig, SGPConfig
-from dvirl.experiments.summary import command_record, summary, summary_table
+from dvirl.evaluation.report import command_record
+from dvirl.experiments.summary import summary, summary_table
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings, run_lock
