@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import LlamaConfig
 
 from dvirl.models.drafters import OF_BASE, DrafterOptions, open_draft
@@ -18,7 +17,7 @@ from dvirl.models.hf_config import read_json
 from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.files import atomic_directory
+from dvirl.runs.files import Tensors, atomic_directory
 from dvirl.runs.log import write_json
 from dvirl.runs.settings import choice, command_line, number, positional
 from kangaroo.kangaroo_model import KangarooModel
@@ -81,7 +80,7 @@ def plain_context(model: KangarooModel, asked: int = 0) -> int:
     return context
 
 
-def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, Tensors]:
     """The first k layers with lora_S merged, the drafter's layers, exit norm and exit head as one Llama.
 
     Tokens that the draft vocabulary lacks keep the base model's rows of the head. An adapter's layer has no
@@ -119,7 +118,7 @@ def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, di
     return config, plain
 
 
-def write_hf(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], find: FindFile) -> None:
+def write_hf(folder: Path, config: LlamaConfig, tensors: Tensors, find: FindFile) -> None:
     """Write a Hugging Face folder, whole or not at all.
 
     Args:
