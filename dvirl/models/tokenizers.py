@@ -208,9 +208,8 @@ def load_tokenizer(find: FindFile, templated: bool = True) -> PreTrainedTokenize
     backend = _backend(file, definition, listed)
     texts = {role: token["content"] for role, token in named.items()}
     # The pinned library overlooks added tokens that its model has as well, unless they are special.
-    vocabulary = _vocabulary(definition)
     plain = [token["content"] for token in definition["added_tokens"] if not token["special"]]
-    overlooked = not vocabulary.keys().isdisjoint(plain)
+    overlooked = not _vocabulary(definition).keys().isdisjoint(plain)
     segmented = overlooked or how["prepend_scheme"] == "first" or how.get("ignore_merges")
     kind = SegmentedTokenizer if segmented else PreTrainedTokenizerFast
     return kind(
