@@ -245,7 +245,7 @@ def test_a_recurrent_drafter_needs_feedback():
 
 def test_drafters_from_before_feedback_have_none(tmp_path):
     """The shipped one's config.yaml does not name it."""
-    settings, _ = _drafter_settings(WEIGHTS[0] / "smollm2-135m-k2" / "config.yaml")
+    settings, _ = _drafter_settings(WEIGHTS[0] / "smollm2-135m-k2")
     assert (settings.feedback, settings.recurrent, settings.drafter_layers) == (False, False, 2)
 
 

@@ -492,7 +492,7 @@ def run_settings(path: Path) -> None:
 
 
 def drafter_settings(path: Path) -> None:
-    assert isinstance(drafters._drafter_settings(path)[0], DraftSettings)
+    assert isinstance(drafters._drafter_settings(path.parent)[0], DraftSettings)
 
 
 TINY = DVIConfig(exit_layer=2, lora_rank=2, lora_alpha=4.0, draft_vocab=16, lora_targets="q_proj")

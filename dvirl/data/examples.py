@@ -21,10 +21,6 @@ def make_example(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
 
 def collate(examples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens and targets `[B, T]` of some examples, padded on the right; the targets of prompts and padding are -1."""
-    padded = pad_sequence(
-        list(examples),
-        batch_first=True,
-        padding_value=-1,
-    )
+    padded = pad_sequence(list(examples), batch_first=True, padding_value=-1)
     tokens, targets = padded.unbind(dim=-1)
     return tokens.clamp(min=0), targets

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load
 from dvirl.rollout import generate
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import write_text
+from dvirl.runs.log import JsonObject, write_text
 from dvirl.runs.settings import Settings, command_line, number, positional, several
 from kangaroo.decoding.sampling import inverse_cdf
 
@@ -59,11 +58,10 @@ class Openers:
 
     def __init__(self, kinds: Sequence[str] | None = None) -> None:
         text = (resources.files("dvirl.data") / "openers.yaml").read_text("utf-8")
-        table: dict[str, Any] = yaml.safe_load(text)
-        self.names = table.pop("names")
-        self.topics = table.pop("topics")
-        self._tasks: list[str] = table.pop("tasks")
-        self._languages: list[str] = table.pop("languages")
+        table: JsonObject = yaml.safe_load(text)
+        self._words: dict[str, list[str]] = {
+            name: table.pop(name) for name in ("names", "topics", "tasks", "languages")
+        }
         unknown = set(kinds or ()) - set(table)
         if unknown:
             raise DvirlError(
@@ -76,19 +74,16 @@ class Openers:
         kinds = list(self.table.values())
         (kind,) = rng.choices(kinds, [kind["share"] for kind in kinds])
         opener: str = rng.choice(kind["openers"])
-        name, other = rng.sample(self.names, 2)
+        name, other = rng.sample(self._words["names"], 2)
         filled = opener.format(
-            name=name,
-            other=other,
-            n=rng.randint(2, 60),
-            topic=rng.choice(self.topics),
+            name=name, other=other, n=rng.randint(2, 60), topic=rng.choice(self._words["topics"])
         )
         return filled.rstrip(" ")
 
     def task_about(self, text: str, question: str, rng: random.Random) -> str:
         """A whole turn: something to do with a text, which answers the question among others."""
-        task = rng.choice(self._tasks)
-        return task.format(text=text, question=question, language=rng.choice(self._languages))
+        task = rng.choice(self._words["tasks"])
+        return task.format(text=text, question=question, language=rng.choice(self._words["languages"]))
 
 
 def sample_turns(loaded: LoadedModel, contexts: Sequence[list[int]], seed: int) -> list[tuple[int, ...]]:

@@ -17,11 +17,13 @@ import yaml
 from tqdm import tqdm
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import numbered, parse_line, read_text
+from dvirl.runs.log import JsonObject, numbered, parse_line, read_text
 from dvirl.runs.settings import has_type
 
 Item = TypeVar("Item")
 Parsed = TypeVar("Parsed")
+Row = tuple[str, Any]
+"""A row after its place, which messages name."""
 CONVERSATIONS = ("messages", "conversations", "conversation", "items")
 """Where a row holds a conversation: OpenAI's name, ShareGPT's, that of LMSYS-Chat-1M and WildChat, old ShareGPT's."""
 ROLES = {
@@ -66,7 +68,7 @@ class Prompt:
         return " ".join("".join(letters).split()) or text  # a text of punctuation alone is its own key
 
 
-def read_rows(source: str) -> Iterator[tuple[str, Any]]:
+def read_rows(source: str) -> Iterator[Row]:
     """Rows of a file or hub data set, each after its place, which messages name.
 
     A file is JSONL, JSON (an array, one row, or an object around the rows), either with `.gz` after its name, or
@@ -123,14 +125,14 @@ def _json_rows(source: str) -> list[Any] | None:
 
 def _wrapped_rows(member: Any) -> list[Any]:
     """The rows that a member of an object holds, as "data" of {"data": [...]} does; none if it holds something else."""
-    if not has_type(member, list[dict[str, Any]]):
+    if not has_type(member, list[JsonObject]):
         return []
     rows = [row.get("row", row) for row in member]  # the hub's viewer puts each into another object
     # The turns of a conversation are objects too, but have no field of a row.
     return rows if any(_has_any(row, *ROW_FIELDS, *CONVERSATIONS) for row in rows) else []
 
 
-def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
+def _read_hub(name: str) -> Iterator[Row]:
     """Rows of a data set on the hub, `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`; the split is train if not given."""
     hub_id, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
@@ -153,8 +155,9 @@ def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(islice(rows, HUB_ROWS), start=1):
             yield f"{name}: row {number}", row
     except Exception as error:  # datasets raises a dozen kinds of error that mean the same to the user
-        reason = " ".join(str(error).split())
-        raise DvirlError(f"{name!r}: no such file, and no readable data set on the hub ({reason})") from error
+        raise DvirlError(
+            f"{name!r}: no such file, and no readable data set on the hub ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _has_any(row: Any, *names: str) -> bool:
@@ -186,9 +189,10 @@ def parse_conversation(row: Any, exchange: bool = False) -> Prompt:
         exchange: take the first question and its answer, whoever has the last turn.
     """
     turns = next((row[name] for name in CONVERSATIONS if _has_any(row, name)), None)
-    if not turns or not has_type(turns, list[dict[str, Any]]):
-        expected = f"expected a non-empty list of turns under one of {', '.join(CONVERSATIONS)}"
-        raise DvirlError(f"{expected}, not {turns!r:.40}")
+    if not turns or not has_type(turns, list[JsonObject]):
+        raise DvirlError(
+            f"expected a non-empty list of turns under one of {', '.join(CONVERSATIONS)}, not {turns!r:.40}"
+        )
     names = [str(turn.get("role") or turn.get("from")).lower() for turn in turns]
     roles = [ROLES.get(name, name) for name in names]
     if "user" not in roles:
@@ -206,11 +210,12 @@ def parse_conversation(row: Any, exchange: bool = False) -> Prompt:
         if not text.strip():
             raise DvirlError(f"expected turn {index + 1} to have a non-empty text")
         texts.append(text)
-    answers = [] if last == len(turns) or roles[last] != "assistant" else [_content(turns[last])]
-    return Prompt(tuple(texts), response="".join(answers), system="\n".join(system).strip())
+    answered = roles[last : last + 1] == ["assistant"]
+    response = _content(turns[last]) if answered else ""
+    return Prompt(tuple(texts), response=response, system="\n".join(system).strip())
 
 
-def _content(turn: dict[str, Any]) -> str:
+def _content(turn: JsonObject) -> str:
     """A turn's text, which may be a list of parts."""
     content = turn.get("content")
     if content is None:
@@ -241,8 +246,9 @@ def parse_jsonl(row: Any) -> Prompt:
     if _has_any(row, *CONVERSATIONS):
         return parse_conversation(row)
     if not _has_any(row, "prompt", "turns"):
-        fields = ", ".join(("prompt", "turns", *CONVERSATIONS))
-        raise DvirlError(f"expected an object with one of {fields}, not {row!r:.80}")
+        raise DvirlError(
+            f"expected an object with one of prompt, turns, {', '.join(CONVERSATIONS)}, not {row!r:.80}"
+        )
     turns = _texts(row["turns"]) if "turns" in row else (_text(row, "prompt"),)
     if len(turns) % 2 == 0:
         raise DvirlError(f"'turns' has {len(turns)} entries; expected an odd number, the user's last")
@@ -277,7 +283,7 @@ def parse_supervised(row: Any) -> list[Prompt]:
         answer = "output" if _has_any(row, "output") and "response" not in row else "response"
         return [replace(parse_dolly(row), response=_text(row, answer))]
     instances = row["instances"]
-    if not instances or not has_type(instances, list[dict[str, Any]]):
+    if not instances or not has_type(instances, list[JsonObject]):
         raise DvirlError("expected 'instances' to be a list of objects with 'input' and 'output'")
     prompts = []
     for instance in instances:
@@ -320,7 +326,7 @@ def parsed_rows(
         DvirlError: for a malformed row, with its file and line.
     """
 
-    def parsed(place: tuple[str, Any]) -> tuple[str, Parsed]:
+    def parsed(place: Row) -> tuple[str, Parsed]:
         where, row = place
         with placed(where):
             if isinstance(row, DvirlError):
@@ -346,14 +352,12 @@ def usable(
     for item in items:
         total += 1
         try:
-            made = make(item)
+            yield make(item)
         except DvirlError as error:
             if on_bad_row == "refuse":
                 raise
             tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
-            continue
-        yield made
     if skipped:
         tqdm.write(f"left out {skipped} of {total} {items_name}", file=sys.stderr)
 

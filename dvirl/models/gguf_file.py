@@ -2,19 +2,17 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import LlamaConfig
 
+from dvirl.models.embedded import GGUF_SIZES, Array
 from dvirl.models.tokenizers import TextEncoder
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.files import atomic_file
+from dvirl.runs.files import Tensors, atomic_file
 from kangaroo.adapter import head_dim, rotary_for
 
 QUANTISED = ("q8_0", "q4_1")
@@ -26,15 +24,13 @@ SPLITS = {"Digits": "smollm", "Split": "llama-bpe", "ByteLevel": "gpt-2"}
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
-def permute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def permute(weight: Array, heads: int) -> Array:
     """Put the rows of a query or key matrix `[heads * E, D]`, or its bias, into GGUF's order; undoes `unpermute`."""
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(
-    path: Path, config: LlamaConfig, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: str
-) -> None:
+def write_gguf(path: Path, config: LlamaConfig, tensors: Tensors, tokenizer: Any, dtype: str) -> None:
     """Write a Llama, whole or not at all.
 
     Args:
@@ -76,12 +72,8 @@ def write_gguf(
 
 def _add_shape(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    for name, key in GGUF_SIZES.items():
+        writer.add_uint32(f"llama.{key}", getattr(config, name))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -159,5 +151,5 @@ def _add_frame(writer: gguf.GGUFWriter, encoder: TextEncoder) -> None:
     before, after = encoder.frame
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
-    spaced = encoder.encode("a", (), first=True)
-    writer.add_add_space_prefix(spaced != encoder.encode("a", (), continues=True))
+    spaced = encoder.encode("a", (), begins=True)
+    writer.add_add_space_prefix(spaced != encoder.encode("a", (), begins=False))

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import JsonObject
 from dvirl.runs.settings import has_type
 from kangaroo.adapter import ROPE_TYPES
 
@@ -45,9 +45,7 @@ ROPE_OPTIONS = (
 UNDERSTOOD = (
     "attention_bias",
     "mlp_bias",
-    "head_dim",
     "rope_parameters",
-    "original_max_position_embeddings",
     "partial_rotary_factor",
     "layer_norm_eps",
     "use_sliding_window",
@@ -59,7 +57,7 @@ CHANGES_NUMBERS = re.compile(
 """Words in the names of fields by which relatives of Llama compute something else."""
 
 
-def read_json(file: str | None) -> dict[str, Any]:
+def read_json(file: str | None) -> JsonObject:
     """The content of one of a model's JSON files; nothing if the model does not have it."""
     if file is None:
         return {}
@@ -72,7 +70,7 @@ def read_json(file: str | None) -> dict[str, Any]:
     return content
 
 
-def read_config(values: Mapping[str, Any]) -> LlamaConfig:
+def read_config(values: JsonObject) -> LlamaConfig:
     """The configuration of a Llama, its positions under `rope_theta` and `rope_scaling`.
 
     Args:
@@ -95,11 +93,10 @@ def read_config(values: Mapping[str, Any]) -> LlamaConfig:
     config: LlamaConfig = LlamaConfig.from_dict(plain)
     for name in SIZES:
         size: Any = getattr(config, name, None)
-        if not has_type(size, int) or size < 1:
-            if name == "head_dim" and size is None:
-                continue
+        optional = name == "head_dim" and size is None
+        if not optional and not (has_type(size, int) and size > 0):
             raise DvirlError(f"config.json: {name} is {size!r}; expected a whole number of at least 1")
-    if not has_type(config.rms_norm_eps, int | float) or config.rms_norm_eps < 0:
+    if not has_type(config.rms_norm_eps, float) or config.rms_norm_eps < 0:
         raise DvirlError(f"config.json: rms_norm_eps is {config.rms_norm_eps!r}; expected a number")
     _check_heads(config)
     if config.hidden_act not in ACT2FN:
@@ -122,7 +119,7 @@ def _check_heads(config: LlamaConfig) -> None:
         )
 
 
-def _refuse_unknown(values: Mapping[str, Any]) -> None:
+def _refuse_unknown(values: JsonObject) -> None:
     """Refuse what relatives of Llama compute otherwise, unless it is switched off.
 
     Raises:
@@ -141,13 +138,13 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
         raise DvirlError(
             "config.json: is_causal is false; expected a model whose positions see none after them"
         )
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if values.get("partial_rotary_factor") not in (None, 1):
         raise DvirlError(
             f"config.json: partial_rotary_factor is {values['partial_rotary_factor']}, expected 1"
         )
 
 
-def _positions(values: Mapping[str, Any], config: LlamaConfig) -> tuple[float, dict[str, Any] | None]:
+def _positions(values: JsonObject, config: LlamaConfig) -> tuple[float, JsonObject | None]:
     """`rope_theta` and `rope_scaling`, wherever and by whatever names they stand.
 
     Raises:
@@ -173,13 +170,13 @@ def _positions(values: Mapping[str, Any], config: LlamaConfig) -> tuple[float, d
         if unknown and (kind != "default" or isinstance(value, dict)):
             raise DvirlError(f"config.json: rope_scaling has {name}, which {kind!r} positions do not take")
     for name in ROPE_FIELDS[kind]:
-        if not has_type(scaling.get(name), int | float) or scaling[name] <= 0:
+        if not has_type(scaling.get(name), float) or scaling[name] <= 0:
             raise DvirlError(
                 f"config.json: {name} of rope_scaling is {scaling.get(name)!r}; expected a number"
             )
     if kind == "llama3" and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
         raise DvirlError("config.json: low_freq_factor of rope_scaling is above high_freq_factor")
-    if not has_type(theta, int | float) or theta <= 0:
+    if not has_type(theta, float) or theta <= 0:
         raise DvirlError(f"config.json: rope_theta is {theta!r}; expected a number above 0")
     if kind == "default":
         return float(theta), None

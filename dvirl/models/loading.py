@@ -138,9 +138,9 @@ def load(
     except DvirlError as error:
         raise DvirlError(f"{name_or_path}: {error}") from error
     except Exception as error:  # what is in other people's files can raise anything
-        reason = " ".join(str(error).split())
         raise DvirlError(
-            f"could not load the model {name_or_path!r}: {type(error).__name__}, {reason:.300}"
+            f"could not load the model {name_or_path!r}: {type(error).__name__}, "
+            f"{' '.join(str(error).split()):.300}"
         ) from error
     if why and name_or_path not in EMBEDDED:
         _say_once(f"{name_or_path}: chat format {chat.chat_format} ({why})")
@@ -197,11 +197,15 @@ def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple
     """
     generation = read_json(find("generation_config.json"))
     ids: dict[int, None] = {}
-    places = {"config.json": config.eos_token_id, "generation_config.json": generation.get("eos_token_id")}
-    for where, value in {**places, "chat format": chat.turn_end}.items():
+    places = {
+        "config.json": config.eos_token_id,
+        "generation_config.json": generation.get("eos_token_id"),
+        "chat format": chat.turn_end,
+    }
+    for where, value in places.items():
         for token in value if isinstance(value, list) else [value]:
-            if token is not None and not has_type(token, int):
+            if not has_type(token, int | None):
                 raise DvirlError(f"{where}: eos_token_id has {token!r:.60}; expected whole numbers")
-            if token is not None and 0 <= token < config.vocab_size:
+            if token in range(config.vocab_size):
                 ids.setdefault(token)
     return tuple(ids)

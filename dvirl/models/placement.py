@@ -46,8 +46,9 @@ def placement(
     """
     if PartialState().num_processes > 1:
         raise DvirlError("device is 'balanced', which takes every card; expected one process")
-    cards = range(torch.cuda.device_count())
-    free = {card: int(SHARE * free_memory(torch.device("cuda", card))) for card in cards}
+    free = {}
+    for card in range(torch.cuda.device_count()):
+        free[card] = int(SHARE * free_memory(torch.device("cuda", card)))
     memory = get_balanced_memory(model, free, [LAYER], dtype)
     found = infer_auto_device_map(model, memory, no_split_module_classes=[LAYER], dtype=dtype)
     elsewhere = sorted(name for name, where in found.items() if not isinstance(where, int))
@@ -57,11 +58,11 @@ def placement(
         )
 
     def device_of(name: str) -> torch.device:
+        if ".layers." not in name:
+            return device
         module = name
         while module and module not in found:
             module = module.rpartition(".")[0]
-        if ".layers." not in name:
-            return device
         return torch.device(device.type, int(found[module]))
 
     return device_of

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from dvirl.models.hf_config import read_json
 from dvirl.models.weights import FindFile
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.log import JsonObject
 
+TokenIds = list[int]
+"""The ids of a text's tokens."""
 SPACE = "\u2581"
 """Stands for a space in sentencepiece's pieces."""
 DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
@@ -71,7 +74,7 @@ class TextEncoder:
         # Words that are one token each, whatever the merges would make of them.
         whole_words = tokenizer.init_kwargs.get("ignore_merges")
         self._words: Mapping[str, int] = definition["model"]["vocab"] if whole_words else {}
-        bare: dict[str, Any] = {
+        bare: JsonObject = {
             **definition,
             "added_tokens": [],
             "post_processor": None,
@@ -80,31 +83,27 @@ class TextEncoder:
         }
         self._begin = Tokenizer.from_str(json.dumps(bare))
         self._continue = Tokenizer.from_str(json.dumps({**bare, **_without_prefix(definition)}))
-        framed = tokenizer.backend_tokenizer.encode("a").ids
-        inner = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
-        places = range(len(framed) + 1)
-        before = next(place for place in places if framed[place : place + len(inner)] == inner)
-        self.frame: tuple[list[int], list[int]] = (framed[:before], framed[before + len(inner) :])
+        framed = tokenizer.backend_tokenizer.encode("a")
+        mask = framed.special_tokens_mask  # 0 where the text's own tokens stand
+        before = [*mask, 0].index(0)
+        self.frame: tuple[TokenIds, TokenIds] = (framed.ids[:before], framed.ids[before + mask.count(0) :])
 
-    def encode(
-        self, text: str, tokens: Collection[str], first: bool = False, continues: bool = False
-    ) -> list[int]:
+    def encode(self, text: str, tokens: Collection[str], begins: bool | None = None) -> TokenIds:
         """Ids of a text without what the tokenizer puts before and after it.
 
         Args:
             text: the text.
             tokens: added tokens that count as such where the text spells them.
-            first: nothing stands before it.
-            continues: it follows other text, and no added token.
+            begins: True if nothing stands before it, False if other text does, None if an added token does.
         """
-        ids: list[int] = []
-        for index, piece in enumerate(self.split(text, tokens)):
+        ids: TokenIds = []
+        for piece in self.split(text, tokens):
             if piece in tokens:
                 ids.append(self.added[piece])
-                continue
-            at_start = index == 0 and first
-            prefixed = at_start or not (self._first_only or (continues and index == 0))
-            ids += self._encode_bare(self._begin if prefixed else self._continue, piece)
+            else:
+                prefixed = not self._first_only if begins is None else begins
+                ids += self._encode_bare(self._begin if prefixed else self._continue, piece)
+            begins = None  # a piece after the first follows a token
         return ids
 
     def split(self, text: str, tokens: Collection[str]) -> list[str]:
@@ -121,7 +120,7 @@ class TextEncoder:
         pieces = re.split("|".join(parts), text) if parts else [text]
         return [piece for piece in pieces if piece]
 
-    def _encode_bare(self, tokenizer: Tokenizer, text: str) -> list[int]:
+    def _encode_bare(self, tokenizer: Tokenizer, text: str) -> TokenIds:
         if not self._words:
             return list(tokenizer.encode(text).ids)
         if tokenizer.normalizer is not None:  # a sequence of them counts as false
@@ -129,7 +128,7 @@ class TextEncoder:
         words = [text]
         if tokenizer.pre_tokenizer is not None:
             words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        ids: list[int] = []
+        ids: TokenIds = []
         for word in words:
             if word in self._words:
                 ids.append(self._words[word])
@@ -138,24 +137,20 @@ class TextEncoder:
         return ids
 
 
-def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
+def _without_prefix(definition: JsonObject) -> JsonObject:
     """The normalizer and pre-tokenizer of a tokenizer without the space that they put before a text."""
-    kept = [step for step in _steps(definition) if not _prepends(step)]
-    changed: dict[str, Any] = {"normalizer": {"type": "Sequence", "normalizers": kept}}
+    kept = [step for step in _steps(definition) if step.get("type") != "Prepend" and step != DOUBLED]
+    changed: JsonObject = {"normalizer": {"type": "Sequence", "normalizers": kept}}
     pre_tokenizer = definition["pre_tokenizer"] or {}
     if pre_tokenizer.get("type") == "Metaspace":
         changed["pre_tokenizer"] = {**pre_tokenizer, "add_prefix_space": False}
     return changed
 
 
-def _steps(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _steps(definition: JsonObject) -> list[JsonObject]:
     """The steps of a tokenizer's normalizer."""
     normalizer = definition.get("normalizer") or {"normalizers": []}
     return list(normalizer.get("normalizers", [normalizer]))
-
-
-def _prepends(step: Mapping[str, Any]) -> bool:
-    return step.get("type") == "Prepend" or step == DOUBLED
 
 
 class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # transformers is untyped here
@@ -172,7 +167,7 @@ class SegmentedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # tran
         before, after = encoder.frame if add_special_tokens else ([], [])
         rows = []
         for text in batch_text_or_text_pairs:
-            row = [*before, *encoder.encode(text, encoder.added, first=True), *after]
+            row = [*before, *encoder.encode(text, encoder.added, begins=True), *after]
             if how["truncation_strategy"].value != "do_not_truncate":
                 row = row[: how["max_length"]]
             rows.append(row)
@@ -202,7 +197,7 @@ def load_tokenizer(find: FindFile, templated: bool = True) -> PreTrainedTokenize
     file = find("tokenizer.json") or find("tokenizer.model")
     if not file:
         raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
-    definition: dict[str, Any] = read_json(file) if file.endswith(".json") else {}
+    definition: JsonObject = read_json(file) if file.endswith(".json") else {}
     named = _named_tokens(entries, find, LLAMA_ROLES if _is_llama(definition, entries) else {})
     if definition:
         how = rewrite(definition, entries)
@@ -213,10 +208,9 @@ def load_tokenizer(find: FindFile, templated: bool = True) -> PreTrainedTokenize
     backend = _backend(file, definition, listed)
     texts = {role: token["content"] for role, token in named.items()}
     # The pinned library overlooks added tokens that its model has as well, unless they are special.
-    vocabulary = _vocabulary(definition)
-    overlooked = [token for token in definition["added_tokens"] if not token["special"]]
-    segmented = any(token["content"] in vocabulary for token in overlooked)
-    segmented |= how.get("prepend_scheme") == "first" or "ignore_merges" in how
+    plain = [token["content"] for token in definition["added_tokens"] if not token["special"]]
+    overlooked = not _vocabulary(definition).keys().isdisjoint(plain)
+    segmented = overlooked or how["prepend_scheme"] == "first" or how.get("ignore_merges")
     kind = SegmentedTokenizer if segmented else PreTrainedTokenizerFast
     return kind(
         tokenizer_object=backend,
@@ -229,7 +223,7 @@ def load_tokenizer(find: FindFile, templated: bool = True) -> PreTrainedTokenize
     )
 
 
-def _backend(file: str, definition: Mapping[str, Any], listed: Mapping[str, int]) -> Tokenizer:
+def _backend(file: str, definition: JsonObject, listed: Mapping[str, int]) -> Tokenizer:
     """The tokenizer of a definition, whose tokens have the ids that the files list.
 
     Raises:
@@ -246,18 +240,14 @@ def _backend(file: str, definition: Mapping[str, Any], listed: Mapping[str, int]
     return backend
 
 
-def _named_tokens(
-    entries: Mapping[str, Any], find: FindFile, defaults: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
+def _named_tokens(entries: JsonObject, find: FindFile, defaults: Mapping[str, str]) -> dict[str, JsonObject]:
     """The control tokens that the files name, each with the flags that stand beside it.
 
     Returns:
         By role; those that are only listed, by their text.
     """
     older = read_json(find("special_tokens_map.json"))
-    named: dict[str, Any] = {
-        role: entries.get(role) or older.get(role) or defaults.get(role) for role in ROLES
-    }
+    named: JsonObject = {role: entries.get(role) or older.get(role) or defaults.get(role) for role in ROLES}
     for field in ("additional_special_tokens", "extra_special_tokens"):
         more = entries.get(field) or older.get(field) or {}
         if not isinstance(more, dict):
@@ -271,7 +261,7 @@ def _named_tokens(
     return tokens
 
 
-def chat_template(find: FindFile, entries: Mapping[str, Any], needed: bool) -> str | None:
+def chat_template(find: FindFile, entries: JsonObject, needed: bool) -> str | None:
     """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default.
 
     Raises:
@@ -285,9 +275,9 @@ def chat_template(find: FindFile, entries: Mapping[str, Any], needed: bool) -> s
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
         if "default" not in template and needed:
-            names = ", ".join(template)
             raise DvirlError(
-                f"tokenizer_config.json: chat_template has {names}; expected one with the name default"
+                f"tokenizer_config.json: chat_template has {', '.join(template)}; "
+                "expected one with the name default"
             )
         template = template.get("default")
     if not isinstance(template, str | None):
@@ -295,7 +285,7 @@ def chat_template(find: FindFile, entries: Mapping[str, Any], needed: bool) -> s
     return template
 
 
-def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+def rewrite(definition: JsonObject, entries: JsonObject) -> JsonObject:
     """Change the content of a `tokenizer.json` into what the pinned library reads, its meaning kept.
 
     Args:
@@ -312,33 +302,29 @@ def rewrite(definition: dict[str, Any], entries: Mapping[str, Any]) -> dict[str,
     definition["padding"] = None
     definition.setdefault("added_tokens", [])
     model = definition["model"]
-    how: dict[str, Any] = {}
     if "merges" in model:  # old files do not name the kind of model
         model.setdefault("type", "BPE")
     if _is_llama(definition, entries):
         _build_llama(definition, entries)
-    if model.pop("ignore_merges", False):
-        how["ignore_merges"] = True
+    ignore_merges = model.pop("ignore_merges", False)
     if model.get("type") == "BPE":
         model["merges"] = [_merge(merge) for merge in model["merges"]]
     scheme = _spaces(definition)
-    if scheme:
-        how["prepend_scheme"] = scheme
     _refuse_newer(definition)
-    return how
+    return {"prepend_scheme": scheme, "ignore_merges": ignore_merges}
 
 
-def _is_llama(definition: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
+def _is_llama(definition: JsonObject, entries: JsonObject) -> bool:
     """Whether the newest transformers builds a Llama tokenizer of its own from the vocabulary and the merges."""
     named = str(entries.get("tokenizer_class")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
     parts = json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")])
     return named and "merges" in definition.get("model", {}) and '"ByteLevel"' not in parts
 
 
-def _build_llama(definition: dict[str, Any], entries: Mapping[str, Any]) -> None:
+def _build_llama(definition: JsonObject, entries: JsonObject) -> None:
     """Make a tokenizer what the newest transformers builds, which looks at none of the parts replaced here."""
-    changes = {"byte_fallback": True, "fuse_unk": True, "ignore_merges": False, "dropout": None}
-    definition["model"] |= changes | {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    absent = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    definition["model"] |= {"byte_fallback": True, "fuse_unk": True} | dict.fromkeys(absent)
     prefixed = entries.get("add_prefix_space") is not False
     scheme = "always" if entries.get("legacy") else "first"
     definition["normalizer"] = None
@@ -348,10 +334,15 @@ def _build_llama(definition: dict[str, Any], entries: Mapping[str, Any]) -> None
         "prepend_scheme": scheme if prefixed else "never",
         "split": False,
     }
+    definition["decoder"] = _decoder(prefixed)
+
+
+def _decoder(prefixed: bool) -> JsonObject:
+    """How a Llama tokenizer makes text of its pieces; a space that was put before the text is taken away."""
     spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
     steps = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
-    definition["decoder"] = {"type": "Sequence", "decoders": steps}
+    return {"type": "Sequence", "decoders": steps}
 
 
 def _merge(merge: Any) -> str:
@@ -362,18 +353,17 @@ def _merge(merge: Any) -> str:
     return " ".join(parts)
 
 
-def _spaces(definition: dict[str, Any]) -> str | None:
+def _spaces(definition: JsonObject) -> str | None:
     """Rewrite how spaces become part of tokens.
 
     Returns:
         When a space is put before a text (first, always, never); None if the pinned library does what is meant.
     """
-    kept = _steps(definition)
     metaspace = definition.get("pre_tokenizer") or {}
     scheme: str = metaspace.get("prepend_scheme", "")
     if metaspace.get("type") != "Metaspace" or not scheme:
         return None
-    older: dict[str, Any] = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": scheme != "never"}
+    older: JsonObject = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": scheme != "never"}
     if (definition.get("decoder") or {}).get("type") == "Metaspace":
         definition["decoder"] = older
     if metaspace.get("split", True):
@@ -381,7 +371,7 @@ def _spaces(definition: dict[str, Any]) -> str | None:
         return scheme
     prefix = [] if scheme == "never" else [{"type": "Prepend", "prepend": SPACE}, DOUBLED]
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    definition["normalizer"] = {"type": "Sequence", "normalizers": [*kept, *prefix, spaces]}
+    definition["normalizer"] = {"type": "Sequence", "normalizers": [*_steps(definition), *prefix, spaces]}
     definition["pre_tokenizer"] = None
     return scheme
 
@@ -405,7 +395,7 @@ def _refuse_newer(part: Any) -> None:
                 _refuse_newer(value)
 
 
-def _vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
+def _vocabulary(definition: JsonObject) -> dict[str, int]:
     """Ids of the model's tokens, without added ones, by their texts."""
     vocabulary: dict[str, int] | list[tuple[str, float]] = definition["model"]["vocab"]
     if isinstance(vocabulary, list):
@@ -414,10 +404,10 @@ def _vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _add_tokens(
-    definition: dict[str, Any],
-    entries: Mapping[str, Any],
-    more: Mapping[str, Any],
-    named: Mapping[str, dict[str, Any]],
+    definition: JsonObject,
+    entries: JsonObject,
+    more: JsonObject,
+    named: dict[str, JsonObject],
 ) -> dict[str, int]:
     """Add the tokens that other files than `tokenizer.json` list or name, and set the flags that they list.
 
@@ -434,19 +424,18 @@ def _add_tokens(
     added = {token["content"]: token for token in definition["added_tokens"]}
     listed: dict[str, int] = {}
 
-    def add(token_id: int, entry: Mapping[str, Any], special: bool) -> None:
-        flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word")}
-        normalized = bool(entry.get("normalized", not special))
+    def add(token_id: int, entry: JsonObject, special: bool) -> None:
         text = entry["content"]
-        known = {"id": token_id, "content": text, "special": special, "normalized": normalized}
-        added[text] = {**known, **flags}
+        flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+        flags["normalized"] = bool(entry.get("normalized", not special))
+        added[text] = {"id": token_id, "content": text, "special": special, **flags}
 
     control = {token["content"] for token in named.values()}
     decoder = entries.get("added_tokens_decoder") or {}
-    for key in sorted(decoder, key=int):
-        text = decoder[key]["content"]
+    for key, entry in decoder.items():
+        text = entry["content"]
         listed[text] = int(key)
-        add(int(key), decoder[key], bool(decoder[key].get("special")) or text in control)
+        add(int(key), entry, bool(entry.get("special")) or text in control)
     for text, token_id in more.items():
         listed.setdefault(text, int(token_id))
         if text not in added:
@@ -460,9 +449,7 @@ def _add_tokens(
     return listed
 
 
-def from_sentencepiece(
-    file: str, entries: Mapping[str, Any], named: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
+def from_sentencepiece(file: str, entries: JsonObject, named: dict[str, JsonObject]) -> JsonObject:
     """The `tokenizer.json` of a sentencepiece BPE model, with the same ids.
 
     Args:
@@ -494,9 +481,6 @@ def from_sentencepiece(
     tokenizer = Tokenizer(bpe)
     prefixed = proto.normalizer_spec.add_dummy_prefix and entries.get("add_prefix_space") is not False
     tokenizer.normalizer = _normalizer(proto.normalizer_spec, prefixed)
-    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    tokenizer.decoder = decoders.Sequence(steps)
     for piece in proto.pieces:
         token = AddedToken(piece.piece, normalized=False)
         if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
@@ -504,11 +488,11 @@ def from_sentencepiece(
         elif piece.type == kinds.USER_DEFINED:
             tokenizer.add_tokens([token])
     tokenizer.post_processor = _frame(pieces, entries, named)
-    return dict(json.loads(tokenizer.to_str()))
+    return {**json.loads(tokenizer.to_str()), "decoder": _decoder(prefixed)}
 
 
 def _frame(
-    pieces: Mapping[str, int], entries: Mapping[str, Any], named: Mapping[str, dict[str, Any]]
+    pieces: Mapping[str, int], entries: JsonObject, named: dict[str, JsonObject]
 ) -> processors.TemplateProcessing:
     """What is put before and after a text."""
     bos = named.get("bos_token", {}).get("content", "<s>")

@@ -19,10 +19,13 @@ from transformers import PreTrainedModel
 
 from dvirl.models.hf_config import read_json
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import Tensors
 from dvirl.runs.settings import has_type
 
 FindFile = Callable[[str], str | None]
 """The path of one of a model's files by its name, None if the model does not have it."""
+Stored = dict[str, Callable[[], Tensor]]
+"""What reads each tensor, by the tensor's name."""
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file; with `.index.json` after the name, the list of several files."""
 HEAD = "lm_head.weight"
@@ -59,14 +62,13 @@ def load_weights(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     stored = _open_all(find)
     _check_names(expected, stored, tied=model.config.tie_word_embeddings)
-    filled: dict[str, Tensor] = {}
+    filled: Tensors = {}
 
     def fill(name: str) -> str:
         tensor = stored[name]()
         found = f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.shape != expected[name] or tensor.dtype not in DTYPES:
-            wanted = f"{list(expected[name])} of 16 or 32 bits"
-            raise DvirlError(f"tensor {name} is {found}; expected {wanted}")
+            raise DvirlError(f"tensor {name} is {found}; expected {list(expected[name])} of 16 or 32 bits")
         # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
         filled[name] = tensor.to(device_of(name), dtype, copy=True)
         _check_finite(name, filled[name])
@@ -90,11 +92,13 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         DvirlError: with the tensor's name.
     """
     if not all(bound.isfinite() for bound in tensor.aminmax()):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise DvirlError(f"tensor {name} has numbers that are not finite in {dtype}; expected finite ones")
+        raise DvirlError(
+            f"tensor {name} has numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}; "
+            "expected finite ones"
+        )
 
 
-def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
+def _open_all(find: FindFile) -> Stored:
     """What reads each tensor, by the tensor's name.
 
     Raises:
@@ -106,7 +110,7 @@ def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
             return _open(file)
         index = find(f"{name}.index.json")
         if index:
-            stored: dict[str, Callable[[], Tensor]] = {}
+            stored: Stored = {}
             places: Any = read_json(index).get("weight_map")
             if not has_type(places, dict[str, str]):
                 raise DvirlError(f"{index}: weight_map is {places!r:.60}; expected the file of each tensor")
@@ -125,7 +129,7 @@ def _open_all(find: FindFile) -> dict[str, Callable[[], Tensor]]:
     raise DvirlError(f"no weights; expected {' or '.join(FILES)}, or their parts with an index")
 
 
-def _open(file: str) -> dict[str, Callable[[], Tensor]]:
+def _open(file: str) -> Stored:
     """What reads each tensor of one file; nothing that a pickle asks for is run."""
     try:
         if file.endswith(".safetensors"):
@@ -139,12 +143,12 @@ def _open(file: str) -> dict[str, Callable[[], Tensor]]:
         ) from error
 
 
-def _unpickle(file: str) -> Mapping[str, Tensor]:
+def _unpickle(file: str) -> Tensors:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
         # torch before 1.6 wrote files that cannot be mapped.
         mapped = zipfile.is_zipfile(file)
-        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        tensors: Tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise RuntimeError("expected tensors by their names")
     return tensors

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from dvirl.runs.errors import DvirlError
-from dvirl.runs.files import atomic_directory, discard
-from dvirl.runs.log import parse_line, read_text
+from dvirl.runs.errors import DvirlError, bad_input
+from dvirl.runs.files import Tensors, atomic_directory, discard
+from dvirl.runs.log import JsonObject, parse_line, read_text
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published, is_whole_model
 from kangaroo.sgp_lora import get_peft_model_state_dict
@@ -89,8 +88,9 @@ def verify(folder: Path) -> None:
     for name, checksum in manifest.items():
         if checksums.get(name) != checksum:
             wrong = "is not what was written, cut off or changed" if name in checksums else "is missing"
-            file = folder / " ".join(name.split())
-            raise DvirlError(f"{file} {wrong}; remove {folder} to go on from the one before")
+            raise DvirlError(
+                f"{folder / ' '.join(name.split())} {wrong}; remove {folder} to go on from the one before"
+            )
 
 
 def seed_all(seed: int) -> None:
@@ -106,14 +106,11 @@ def random_state() -> State:
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state(legacy=True)
-    numbers = {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-    }
+    numbers = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
     return {"tensors": tensors, "numbers": numbers}
 
 
-def set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+def set_random_state(tensors: Tensors, numbers: JsonObject) -> None:
     """Restore what `random_state` gave."""
     torch.set_rng_state(tensors["rng.torch"].cpu())
     if torch.cuda.is_available() and "rng.cuda" in tensors:
@@ -128,13 +125,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    peft_model: PeftModel,
-    model: KangarooModel,
-    state: State,
-) -> Path:
+def save(run_dir: Path, step: int, peft_model: PeftModel, model: KangarooModel, state: State) -> Path:
     """Write `checkpoints/step-…`, whole or not at all.
 
     Args:
@@ -155,11 +146,7 @@ def save(
     return folder
 
 
-def load(
-    folder: Path,
-    peft_model: PeftModel,
-    model: KangarooModel,
-) -> State:
+def load(folder: Path, peft_model: PeftModel, model: KangarooModel) -> State:
     """Load the weights of a checkpoint in place, and return the trainer's state.
 
     Raises:
@@ -201,13 +188,12 @@ def load_weights(
     if (folder / MANIFEST).exists():  # what ships has none
         verify(folder)
     try:
-        for name in adapters:
-            _load_adapter(folder / name, peft_model, name)
-        model.load_drafter(folder, to_start)
+        with bad_input():
+            for name in adapters:
+                _load_adapter(folder / name, peft_model, name)
+            model.load_drafter(folder, to_start)
     except (SafetensorError, OSError, IndexError, RuntimeError) as error:
         raise DvirlError(f"{folder}: unreadable checkpoint ({error!s:.300})") from error
-    except ValueError as error:
-        raise DvirlError(str(error)) from error
 
 
 def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
@@ -217,14 +203,14 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
 
 
 def _load_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
-    state: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    state: Tensors = load_file(folder / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(peft_model, adapter_name=name)
     if _layout(state) != _layout(expected):
         raise DvirlError(f"{folder}: the adapter does not fit this model, exit layer and rank")
     set_peft_model_state_dict(peft_model, state, adapter_name=name)
 
 
-def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
+def _layout(state: Tensors) -> dict[str, tuple[torch.Size, bool]]:
     return {name: (tensor.shape, tensor.is_complex()) for name, tensor in state.items()}
 
 

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dvirl.runs.errors import DvirlError
+
+Tensors = dict[str, Tensor]
+"""Tensors by their names, as a file of safetensors holds them."""
 
 
 @contextmanager

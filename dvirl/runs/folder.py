@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.log import write_text
-from dvirl.runs.settings import Settings, defaults, read_yaml
+from dvirl.runs.settings import Settings, Values, defaults, read_yaml
 
 PACKAGES = ("dvirl", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 """Packages whose versions a result depends on."""
@@ -58,21 +58,18 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         DvirlError: if another process holds the lock; the message says which.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock", timeout=0)
     holder = run_dir / ".holder"
     try:
-        lock.acquire()
+        locked = FileLock(run_dir / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise DvirlError(
             f"{run_dir} is in use by {holder.read_text()}; wait for it, or choose another"
         ) from error
-    try:
+    with locked:
         write_text(holder, f"process {os.getpid()} on {platform.node()}")
         for left in (*run_dir.glob("checkpoints/.writing-*"), *run_dir.glob("checkpoints/.gone-*")):
             shutil.rmtree(left)
         yield
-    finally:
-        lock.release()
 
 
 def claim(run_dir: Path, config: Settings, loaded: Describable, **inputs: str) -> None:
@@ -117,7 +114,7 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def run_settings(run_dir: str | Path) -> dict[str, Any]:
+def run_settings(run_dir: str | Path) -> Values:
     """The settings of a run, from its `config.yaml`.
 
     Raises:
@@ -131,7 +128,7 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
 
 
 def refuse_other_settings(
-    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], instead: str = "choose another folder"
+    path: Path, before: Values, now: Values, instead: str = "choose another folder"
 ) -> None:
     """Refuse to go on if the settings `before`, kept in a file, are not those of `now`.
 

@@ -12,6 +12,8 @@ import pandas as pd
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import atomic_file
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file."""
 Line = Mapping[str, Any]
 """A line of a log: figures by name."""
 
@@ -49,7 +51,7 @@ def log_line(path: Path, values: Line) -> None:
             raise DvirlError(f"{path}: could not be written ({error.strerror})") from error
 
 
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def keep_lines(path: Path, keep: Callable[[JsonObject], bool]) -> None:
     """Keep the lines of a log for which `keep` says so; a last line without an end is dropped.
 
     Raises:

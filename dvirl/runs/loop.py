@@ -22,7 +22,7 @@ from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import Line, cut_log, log_line
 from dvirl.runs.processes import Processes
 from dvirl.runs.settings import ModelSettings, defaults, from_mapping, read_yaml
-from dvirl.runs.trackers import installed_trackers, tracking
+from dvirl.runs.trackers import Track, installed_trackers, tracking
 from kangaroo.kangaroo_model import KangarooModel
 
 
@@ -95,7 +95,7 @@ class TrainingLoop(ABC):
         self._keep_checkpoints = keep_checkpoints
         self._tracker = tracker
         self._began = 0.0
-        self.report: Callable[[Line], None] = no_report
+        self.report: Track = no_report
 
     # What a trainer defines
 

@@ -2,13 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
+
+from dvirl.runs.files import Tensors
 
 Parameters = Sequence[nn.Parameter]
 
@@ -19,7 +21,7 @@ def make_optimizer(parameters: Parameters, lr: float) -> AdamW:
     return AdamW([{"params": list(parameters)}], lr=lr, weight_decay=0.0)
 
 
-def optimizer_tensors(**optimizers: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(**optimizers: Optimizer) -> Tensors:
     """The optimizers' state as tensors, `NAME.PARAMETER.FIELD`, for safetensors."""
     tensors = {}
     for name, optimizer in optimizers.items():
@@ -29,17 +31,16 @@ def optimizer_tensors(**optimizers: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def load_optimizers(tensors: Mapping[str, Tensor], **optimizers: Optimizer) -> None:
+def load_optimizers(tensors: Tensors, **optimizers: Optimizer) -> None:
     """Restore what `optimizer_tensors` gave; other names are ignored."""
     for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        state: dict[int, Tensors] = defaultdict(dict)
         for key, value in tensors.items():
             if key.startswith(f"{name}."):
                 _, parameter, field = key.split(".")
                 # A step count stays on the CPU, where AdamW began it: parameters may lie on several devices.
                 state[int(parameter)][field] = value.cpu() if field == "step" else value
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(state)})
 
 
 def _new_muon(matrices: Sequence[Tensor]) -> Muon:
@@ -127,12 +128,7 @@ class Optimizers:
         lr: AdamW's rate in the last step.
     """
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        matrices: Parameters,
-        muon: float,
-    ) -> None:
+    def __init__(self, parameters: Parameters, matrices: Parameters, muon: float) -> None:
         self.lr = 0.0
         self._parameters = parameters
         self._captured: CapturedMuon | None = None
@@ -175,24 +171,18 @@ class Optimizers:
         # Fused and captured steps leave the versions of weights as they were, by which decoding sees changes.
         increment_version(self._parameters)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """All state, as `optimizer_tensors` names it."""
         return optimizer_tensors(**self._parts)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Tensors) -> None:
         """Restore what `tensors` gave."""
         load_optimizers(tensors, **self._parts)
         if self._captured:
             self._captured.forget()
 
 
-def cosine_rate(
-    peak: float,
-    step: int,
-    warmup_steps: int,
-    progress: float,
-    floor: float = 0.1,
-) -> float:
+def cosine_rate(peak: float, step: int, warmup_steps: int, progress: float, floor: float = 0.1) -> float:
     """The learning rate of a step.
 
     Args:

@@ -67,9 +67,8 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
             raise DvirlError(
-                f"process {self.rank} of {self.count} has lost another ({reason}); "
+                f"process {self.rank} of {self.count} has lost another ({' '.join(str(error).split()):.200}); "
                 "what was saved last is whole, go on from there"
             ) from error
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,8 @@ MOST_BITS = 999
 CONFIGS = tuple(Path(__file__).parents[2] / name for name in ("configs", "dvirl_configs"))
 """Where the settings files that ship lie: in the repository, and beside the packages of a wheel."""
 Config = TypeVar("Config")
+Values = dict[str, Any]
+"""Settings by their names."""
 
 
 def number(default: float, lowest: float, highest: float = MANY) -> Any:
@@ -62,11 +64,7 @@ def several(
         limits: range of each member, both ends included, if they are numbers.
         positional: the command line takes them by their position, without a flag.
     """
-    metadata = {
-        "count": count,
-        "range": limits,
-        "positional": positional,
-    }
+    metadata = {"count": count, "range": limits, "positional": positional}
     return field(default_factory=lambda: list(default), metadata=metadata)
 
 
@@ -116,8 +114,7 @@ def _check(spec: "dataclasses.Field[Any]", value: Any) -> None:
     expected = ""
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         raise DvirlError(f"{spec.name} is a number of {value.bit_length()} bits; expected a smaller one")
-    blank = isinstance(value, str) and not value.strip() and spec.default
-    if blank or (isinstance(value, str) and not value.isprintable()):
+    if isinstance(value, str) and not (value.isprintable() and (value.strip() or not spec.default)):
         expected = "a name in printable letters"
     elif allowed and value not in allowed:
         expected = f"one of {', '.join(allowed)}"
@@ -127,14 +124,13 @@ def _check(spec: "dataclasses.Field[Any]", value: Any) -> None:
         raise DvirlError(f"{spec.name} is {value!r:.80}; expected {expected}")
 
 
-def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+def from_mapping(kind: type[Config], values: Values, where: str) -> Config:
     """A settings object from names and values; what is missing takes its default. `where` is for messages.
 
     Raises:
         DvirlError: for an unknown name, one that is missing and has no default, or a value out of range.
     """
-    specs = dataclasses.fields(kind)  # type: ignore[arg-type]
-    known = sorted(spec.name for spec in specs)
+    known = sorted(spec.name for spec in dataclasses.fields(kind))  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in values if name not in known)
     try:
         if unknown:
@@ -151,7 +147,7 @@ def from_namespace(kind: type[Config], args: Namespace | Config) -> Config:
     return args
 
 
-def defaults(kind: Any) -> dict[str, Any]:
+def defaults(kind: Any) -> Values:
     """The defaults of all settings that have a plain one; a file from before a setting existed means its default."""
     return {spec.name: spec.default for spec in dataclasses.fields(kind) if spec.default is not MISSING}
 
@@ -159,8 +155,7 @@ def defaults(kind: Any) -> dict[str, Any]:
 def narrowed(kind: type[Config], settings: Any) -> Config:
     """A settings object of a class that the class of `settings` extends, with the same values."""
     specs = dataclasses.fields(kind)  # type: ignore[arg-type]
-    values = {spec.name: getattr(settings, spec.name) for spec in specs}
-    return kind(**values)
+    return kind(**{spec.name: getattr(settings, spec.name) for spec in specs})
 
 
 def _shipped(path: str | Path) -> Path:
@@ -173,7 +168,7 @@ def _shipped(path: str | Path) -> Path:
     return given
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> Values:
     """The names and values of a YAML settings file; `configs/NAME.yaml` and NAME also name one that ships.
 
     Raises:
@@ -197,8 +192,7 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
     """The docstring under each field, those of base classes included."""
     texts: dict[str, str] = {}
     for owner in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        source = textwrap.dedent(inspect.getsource(owner))
-        tree = ast.parse(source).body[0]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for statement, following in pairwise(tree.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
@@ -206,12 +200,7 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
     return texts
 
 
-def parse_args(
-    kind: type[Config],
-    prog: str,
-    description: str,
-    argv: Sequence[str],
-) -> Config:
+def parse_args(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
     """Settings from the command line, on top of a YAML file.
 
     The file is the one that `--config` names, or the settings of the run that `--resume` names. Each field is a flag,
@@ -220,24 +209,21 @@ def parse_args(
     Raises:
         DvirlError: for an unknown or bad setting; unknown flags end the program as argparse does, with exit code 2.
     """
-    parser = _parser(kind, prog, description)  # type: ignore[arg-type]
-    arguments = vars(parser.parse_args(list(argv)))
+    arguments = vars(_parser(kind, prog, description).parse_args(list(argv)))  # type: ignore[arg-type]
     path = arguments.pop("config", "")
     if not path and arguments.get("resume"):
         path = f"{arguments['resume']}/config.yaml"
-    in_file: dict[str, Any] = {}
+    in_file: Values = {}
     if path:
         in_file = read_yaml(path)
         if isinstance(in_file.get("config"), dict):  # a run's file also has its versions and its model
             in_file = in_file["config"]
         # The file is checked by itself, so that messages name it; fields without a default come from the command line.
         specs = dataclasses.fields(kind)  # type: ignore[arg-type]
-        required = [
-            spec.name for spec in specs if spec.default is MISSING and spec.default_factory is MISSING
-        ]
-        needed = {name: arguments[name] for name in required}
-        from_mapping(kind, {**needed, **in_file}, path)
-    return from_mapping(kind, {**in_file, **arguments}, "arguments")
+        required = [spec.name for spec in specs if spec.kw_only]
+        needed = {name: arguments[name] for name in required if name in arguments}
+        from_mapping(kind, needed | in_file, path)
+    return from_mapping(kind, in_file | arguments, "arguments")
 
 
 def command_line(kind: type[Config], prog: str, description: str) -> Callable[[Sequence[str]], Config]:
@@ -264,8 +250,7 @@ def _add_argument(parser: ArgumentParser, spec: "dataclasses.Field[Any]", text: 
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" (default: {shown})"
     if get_origin(spec.type) is list:
-        (member_type,) = get_args(spec.type)
-        options = {"type": member_type, "nargs": spec.metadata["count"]}
+        options = {"type": get_args(spec.type)[0], "nargs": spec.metadata["count"]}
     elif spec.type is bool:
         options = {"type": string_to_bool, "nargs": "?", "const": True}
     if spec.metadata.get("positional"):
@@ -286,7 +271,7 @@ def has_type(value: Any, kind: Any) -> bool:
         return any(has_type(value, option) for option in get_args(kind))
     if type(value) is get_origin(kind):  # list[member] or dict[key, member]
         member_kinds = get_args(kind)
-        members = zip(*[value] if isinstance(value, list) else [value, value.values()], strict=True)
+        members = value.items() if isinstance(value, dict) else zip(value)
         return all(all(map(has_type, member, member_kinds)) for member in members)
     if kind is float:
         return type(value) in (int, float)
