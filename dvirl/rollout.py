@@ -245,14 +245,13 @@ def generate(
 
 def _stages(model: EarlyExitLlamaForCausalLM, capacity: int, target: str, rows: int) -> Stages:
     """Stages for a large batch; its steps are captured where they can be."""
-    weight = model.lm_head.weight
-    captured = weight.is_cuda and len(model.layer_devices()) == 1
-    if not captured:
-        own = on_own_cpu_kernels(weight) and rows <= MOST_ROWS
-        return model.new_stages(capacity, None, target, rows, few_rows=own)
-    capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
-    stages = model.new_stages(capacity, None, target, rows, few_rows=rows <= MOST_ROWS)
-    stages.passes.graphs = CudaGraphs([])
+    captured = model.can_be_captured
+    few_rows = rows <= MOST_ROWS and (captured or on_own_cpu_kernels(model.lm_head.weight))
+    if captured:
+        capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
+    stages = model.new_stages(capacity, None, target, rows, few_rows=few_rows)
+    if captured:
+        stages.passes.graphs = CudaGraphs([])
     return stages
 
 
@@ -263,9 +262,8 @@ def _rollout(
     max_new_tokens = answers.tokens.shape[1]
     ended = torch.isin(answers.tokens, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
-    longest = int(response_lens.max())
-    # [B, R]; the rest is cleared.
-    inside = torch.arange(longest, device=tokens.device) < response_lens[:, None]
+    inside = in_response(response_lens)  # the rest is cleared
+    longest = inside.shape[1]
     confidence = answers.confidence[:, :longest]
     broken = (inside & ~confidence.isfinite()).nonzero()
     if len(broken):
@@ -343,11 +341,14 @@ def verifier_states(
         return base.forward_deep(base.forward_shallow(tokens), middle_layer=middle_layer)
 
 
+def in_response(response_lens: Tensor) -> Tensor:
+    """Which of the positions of the longest response each row has, boolean `[B, R]`."""
+    return torch.arange(int(response_lens.max()), device=response_lens.device) < response_lens[:, None]
+
+
 def response_index(response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
-    positions = torch.arange(int(response_lens.max()), device=response_lens.device)
-    drafted = (positions < response_lens[:, None])[:, 1:]  # [B, R - 1]
-    rows, columns = drafted.nonzero(as_tuple=True)
+    rows, columns = in_response(response_lens)[:, 1:].nonzero(as_tuple=True)
     return rows, columns + 1
 
 

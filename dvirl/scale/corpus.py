@@ -118,8 +118,7 @@ def _sampled(
     """The contexts with a sampled turn after each, without repeats."""
     prompts: dict[tuple[int, ...], None] = {}
     for start in range(0, len(contexts), batch):
-        seed = rng.getrandbits(63)
-        turns = sample_turns(loaded, contexts[start : start + batch], seed)
+        turns = sample_turns(loaded, contexts[start : start + batch], rng.getrandbits(63))
         prompts |= dict.fromkeys(turns)
     return [list(prompt) for prompt in prompts]
 
