@@ -3,7 +3,6 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,8 +55,9 @@ def resume(
     accept_changes: bool = False,
 ) -> DVITrainer:
     """A trainer that goes on with a run: `loop.resume` with the model and prompts of `make_trainer`."""
-    make = partial(make_trainer, loaded=loaded, split=split)
-    return loop.resume(make, DVIConfig, run_dir, config, accept_changes)
+    return loop.resume(
+        lambda run: make_trainer(run, loaded, split), DVIConfig, run_dir, config, accept_changes
+    )
 
 
 def main(args: Namespace | DVIConfig) -> DVITrainer:

@@ -266,19 +266,10 @@ class DVITrainer(TrainingLoop):
         if len(share):
             decisions = self.decisions(share, baseline, weight, batch)
             loss = fast_loss(decisions)
-            figures = self._logged(loss, decisions)
+            with torch.no_grad():  # before the step
+                figures = {name: OBJECTIVES[key](decisions) for name, key in LOGGED.items()}
+            figures["loss"] = loss
         grad_norm = self._take_step(self.fast_optimizer, loss, self.lr)
-        return self._fast_line(figures, reward, baseline, weight, grad_norm)
-
-    @torch.no_grad()
-    def _logged(self, loss: Tensor, decisions: Decisions) -> dict[str, Tensor]:
-        """The loss, and the objectives that the log has of every fast update, before its step."""
-        return {"loss": loss} | {name: OBJECTIVES[key](decisions) for name, key in LOGGED.items()}
-
-    def _fast_line(
-        self, figures: dict[str, Tensor], reward: float, baseline: float, weight: float, grad_norm: float
-    ) -> dict[str, Any]:
-        """The part of the log's line that a fast update knows."""
         phase = self.config.schedule
         if phase == "kl_to_rl":
             phase = "ramp" if weight else "kl"
@@ -342,7 +333,7 @@ class DVITrainer(TrainingLoop):
 
         The loss is `CE(verifier, token) + beta_kl * KL(verifier || frozen verifier)`, a mean over accepted tokens.
         """
-        num_accepted = int((batch.reward > 0).sum())
+        num_accepted = batch.num_accepted
         if not num_accepted:
             return SlowResult()
         lora.train_only(self.model, self.deep)
@@ -350,7 +341,7 @@ class DVITrainer(TrainingLoop):
         figures: dict[str, Tensor] = {}
         share = batch.share(self.processes)
         accepted = share.reward > 0
-        if bool(accepted.any()):
+        if accepted.any():
             logits = self._verifier_logits(share, accepted)
             # The frozen verifier is the same weights with lora_D switched off.
             frozen = self._verifier_logits(share, accepted, without=("lora_D",))
@@ -396,8 +387,7 @@ class DVITrainer(TrainingLoop):
     def _totals(self, figures: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, float]:
         """0-d figures of all processes together, each the sum of theirs; a process without records has none."""
         nothing = torch.zeros((), device=self.loaded.model.device)
-        values = [figures.get(name, nothing).detach() for name in names]
-        total = self.processes.sum(torch.stack(values))
+        total = self.processes.sum(torch.stack([figures.get(name, nothing).detach() for name in names]))
         return dict(zip(names, total.tolist(), strict=True))
 
     def _take_step(self, optimizer: Optimizer, loss: Tensor | None, lr: float) -> float:
