@@ -469,27 +469,25 @@ class LiveSession:
             What was done: "update", "replay", "guard", "back" (the guard went back), "checkpoint", or "" for nothing.
         """
         kind = self._due()
-        costs = self.counters.costs
+        config = self.config
+        counters = self.counters
+        # Share of the time that learning may take now. Until the guard has looked nobody knows what it is worth.
+        share = config.budget
+        if counters.gain is not None:
+            share = min(share, config.stake + SAVED * counters.gain)
         # The budget must hold if it takes as long as it did last time.
-        learn_s = self.counters.learn_s + costs.get(kind, 0.0)
-        if not kind or learn_s > self._share() * (self.counters.answer_s + learn_s):
+        learn_s = counters.learn_s + counters.costs.get(kind, 0.0)
+        if not kind or learn_s > share * (counters.answer_s + learn_s):
             return ""
         began = self._clock()
         figures = self._do(kind)
         self._pack()  # here and not in the next answer, so that it counts as learning
         seconds = self._clock() - began
         if kind != "checkpoint":  # its own time cannot stand in it
-            self.counters.learn_s += seconds
-            costs[kind] = seconds
+            counters.learn_s += seconds
+            counters.costs[kind] = seconds
         self._log(kind, seconds=seconds, **figures)
         return "back" if figures.get("verdict") == "back" else kind
-
-    def _share(self) -> float:
-        """Share of the time that learning may take now."""
-        config = self.config
-        gain = self.counters.gain
-        # Until the guard has looked nobody knows what learning is worth.
-        return config.budget if gain is None else min(config.budget, config.stake + SAVED * gain)
 
     def _due(self) -> str:
         """What is to be done next; the guard looks before the draft changes any further."""
@@ -572,15 +570,16 @@ class LiveSession:
             return
         self.counters.unsaved = 0
         trainer = self.trainer
+        keep_text = self.config.keep_text
         state = trainer.state_dict()
         # The program's global random generators are not ours; nothing draws from them here.
         left_out = ["rng."]
-        if not self.config.keep_text:
+        if not keep_text:
             # Tokens are text, and so are the verifier's states: its head turns them into tokens.
             left_out.append("buffer.")
             state["numbers"]["buffer"] = ReplayBuffer(1).state_dict()["numbers"]
-        tensors = self.guard.tensors(self.config.keep_text)
-        if self.memory is not None and self.config.keep_text:
+        tensors = self.guard.tensors(keep_text)
+        if self.memory is not None and keep_text:
             texts = enumerate(self.memory.texts)
             tensors |= {f"memory.{index}": torch.tensor(text) for index, text in texts}
         for name, value in state["tensors"].items():

@@ -224,8 +224,9 @@ def generate(
         DvirlError: if the model's logits are not finite, or not even one prompt fits into the free memory.
     """
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
-        expected = "prompts of at least one token and max_new_tokens >= 1"
-        raise ValueError(f"expected {expected}, got {max_new_tokens}")
+        raise ValueError(
+            f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}"
+        )
     device = model.lm_head.weight.device
     tokens = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True).to(device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -323,8 +324,9 @@ def replay_depths(
             index = start + num_drafted - 1
             depth = min(num_drafted, len(accepted) - 1)
             num_drafted += 1
-            num_accepted += accepted[depth][index]
-            if not accepted[depth][index] or confidence[depth][index] < settings.threshold:
+            is_accepted = accepted[depth][index]
+            num_accepted += is_accepted
+            if not is_accepted or confidence[depth][index] < settings.threshold:
                 break
         committed = tuple(response[start : start + num_accepted + 1])
         blocks.append(Verification(prompt_len + start, committed, num_drafted, num_accepted))

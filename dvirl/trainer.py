@@ -128,8 +128,11 @@ class DVITrainer(TrainingLoop):
         checkpoint.seed_all(config.seed)  # the draft's first weights are drawn next
         with bad_input():
             base.set_exit_layer(config.exit_layer)
-
-        self.peft_model, self.model = lora.attach_draft(base, config, self._count_tokens(), deep=True)
+        tokens: Tensor | None = None
+        if config.draft_vocab:  # counted on what the untouched model answers
+            sample = self.split.stream.peek(VOCAB_SAMPLE)
+            tokens = self.processes.once(lambda: self._generate(sample).response_tokens().cpu())
+        self.peft_model, self.model = lora.attach_draft(base, config, tokens, deep=True)
         if config.start_from:
             folder = Path(config.start_from)
             checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"], to_start=True)
@@ -151,13 +154,6 @@ class DVITrainer(TrainingLoop):
             count = min(config.slow_batch, config.num_prompts)
             deep = layers[config.exit_layer :]
             fitting("slow_batch", count, base, deep, longest, logits, self.deep)
-
-    def _count_tokens(self) -> Tensor | None:
-        """The untouched model's response tokens that the draft vocabulary is counted on; None if it covers all."""
-        if not self.config.draft_vocab:
-            return None
-        sample = self.split.stream.peek(VOCAB_SAMPLE)
-        return self.processes.once(lambda: self._generate(sample).response_tokens().cpu())
 
     # The method
 
@@ -297,16 +293,17 @@ class DVITrainer(TrainingLoop):
             batch: the records of all processes, of which these are this process's share; by default these.
         """
         everything = share if batch is None else batch
+        index_of = self.model.draft_index
         return Decisions(
             config=self.config,
             logits=self.draft_logits(share),
             verifier=cache(lambda: self.model.verifier_logits(share.verifier_hidden)),
-            drafted=self.model.draft_index(share.token),
-            verified=self.model.draft_index(share.verifier_token),
+            drafted=index_of(share.token),
+            verified=index_of(share.verifier_token),
             rewards=share.reward,
             baseline=baseline,
             reward_share=reward_share,
-            totals=count(everything.reward, self.model.draft_index(everything.verifier_token)),
+            totals=count(everything.reward, index_of(everything.verifier_token)),
         )
 
     def draft_logits(self, share: TrainingBatch) -> Tensor:

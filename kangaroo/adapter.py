@@ -217,8 +217,9 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
         ValueError: unless 1 <= exit_layer < num_layers.
     """
     if not 1 <= exit_layer < num_layers:
-        expected = f"this model of {num_layers} layers takes 1 to {num_layers - 1}"
-        raise ValueError(f"exit_layer is {exit_layer}; {expected}")
+        raise ValueError(
+            f"exit_layer is {exit_layer}; this model of {num_layers} layers takes 1 to {num_layers - 1}"
+        )
 
 
 def unpadded_positions(attention_mask: Tensor) -> Tensor:

@@ -307,7 +307,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
 
         For few rows they are kept while the weights last.
         """
-        dtype = self.lm_head.weight.dtype
+        head_weight = self.lm_head.weight
+        dtype = head_weight.dtype
         layers: list[Any] = list(self.model.layers[first:stop])
 
         def make() -> StageWeights:
@@ -315,9 +316,9 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
                 cached = [CachedLayer(layer, dtype, few_rows) for layer in layers]
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
-            head = product(self.lm_head.weight) if few_rows else self.lm_head
+            head = product(head_weight) if few_rows else self.lm_head
             norm = rms_norm(self.model.norm, dtype)
-            return StageWeights(cached, norm=norm, head=head, head_weight=self.lm_head.weight)
+            return StageWeights(cached, norm=norm, head=head, head_weight=head_weight)
 
         if not few_rows:
             return make()
@@ -328,7 +329,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         if name not in self._used or self._used[name][0] != key:
             with self.without_adapters(*without):
                 self._used[name] = (key, [weight for layer in layers for weight in weights_of(layer)])
-        used = [*self._used[name][1], self.model.norm.weight, self.lm_head.weight]
+        used = [*self._used[name][1], self.model.norm.weight, head_weight]
         return self._weights.get(name, used, make)
 
     def _reused(self, fresh: Stages) -> Stages:

@@ -104,7 +104,11 @@ class KangarooModel(nn.Module):
         rows = weight if ids is None else weight[ids]
         self.head_rows: Tensor
         self.register_buffer("head_rows", rows, persistent=False)
-        self.exit_proj: nn.Linear = self._new_exit_proj()
+        # The weight is set below; on "meta" no memory is spent on one that is thrown away.
+        self.exit_proj = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        is_trained = self.head == "full"
+        head_weight = rows.clone().float() if is_trained else rows
+        self.exit_proj.weight = nn.Parameter(head_weight, requires_grad=is_trained)
         if self.head == "lora":
             rank = getattr(args, "head_rank", 64)
             width = rows.shape[1]
@@ -156,15 +160,6 @@ class KangarooModel(nn.Module):
             getattr(args, "recurrent", False),
             middle_layer,
         )
-
-    def _new_exit_proj(self) -> nn.Linear:
-        rows = self.head_rows
-        exit_proj = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
-        # The weight is set below; on "meta" no memory is spent on one that is thrown away.
-        trained = self.head == "full"
-        weight = rows.clone().float() if trained else rows
-        exit_proj.weight = nn.Parameter(weight, requires_grad=trained)
-        return exit_proj
 
     def _start_from_base(self) -> None:
         """Copy norm and layers of the base model into the drafter, in float32 on its device."""
@@ -223,11 +218,12 @@ class KangarooModel(nn.Module):
         if set(state) != set(own):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
         for key, value in own.items():
-            if state[key].shape != value.shape or state[key].is_complex():
+            loaded = state[key]
+            if loaded.shape != value.shape or loaded.is_complex():
                 raise ValueError(
-                    f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}, real"
+                    f"{folder}: {key} is {list(loaded.shape)}, expected {list(value.shape)}, real"
                 )
-            value.copy_(state[key])
+            value.copy_(loaded)
         if self.draft_ids is not None:  # another draft vocabulary reads other rows of the head
             self.head_rows.copy_(self.head_model.weight[self.draft_ids])
             self._set_draft_index()
@@ -239,7 +235,8 @@ class KangarooModel(nn.Module):
             other: of any shape, changed in place. Its tokens are this model's. Rows that only its vocabulary has are
                 cut off, so that they are never drafted; its embedding of tokens that it lacks is 0.
         """
-        rows = len(self.head_model.weight)
+        weight = self.head_model.weight
+        rows = len(weight)
         embedding = other.model.embed_tokens
         missing = rows - len(embedding.weight)
         if missing:
@@ -254,10 +251,10 @@ class KangarooModel(nn.Module):
         self.head = "frozen"
         self.exit_proj = other.lm_head
         covered = len(other.lm_head.weight)
-        self.head_rows = self.head_model.weight.detach()[:covered]
+        self.head_rows = weight.detach()[:covered]
         self.draft_ids = None
         if covered < rows:
-            self.draft_ids = torch.arange(covered, device=self.head_model.weight.device)
+            self.draft_ids = torch.arange(covered, device=weight.device)
             self._set_draft_index()
 
     # The draft policy
@@ -270,18 +267,19 @@ class KangarooModel(nn.Module):
         adapter = self.adapter_model
         layers = [*weights_of(adapter), self._embeddings()]
         how = [float(self.int8_draft)]
+        kept = self._weights.get
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.
-            drafter = self._weights.get("drafter layers", layers, self._fused_drafter)
-            exit_head = self._weights.get("exit head", head, self._merged_head, how)
+            drafter = kept("drafter layers", layers, self._fused_drafter)
+            exit_head = kept("exit head", head, self._merged_head, how)
             return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
 
-        weights = self._weights.get("drafter", [*layers, *head], make, how)
+        weights = kept("drafter", [*layers, *head], make, how)
         shallow = None
         if adapter.embed_tokens is not None:
             embed = adapter.embed_tokens
-            shallow = self._weights.get("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
+            shallow = kept("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
         return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow)
 
     def _fused_drafter(self) -> StageWeights:

@@ -218,22 +218,23 @@ class _Objective(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Draft after the chosen positions; arguments and results as the class says."""
         config = self.config
+        model = self.model
         half = verifier_hidden.dtype == torch.bfloat16
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             # 1) What the verifier says there.
-            last = verifier_hidden[..., : self.model.head_rows.shape[1]]
+            last = verifier_hidden[..., : model.head_rows.shape[1]]
             chosen = last.flatten(0, 1).index_select(0, positions)
             normalizer = None
             if config.objective in OVER_ALL_TOKENS:
-                normalizer = self.model.verifier_normalizer(chosen, config.temperature)
-            teacher = Teacher.of(self.model.verifier_logits(chosen) / config.temperature, normalizer)
+                normalizer = model.verifier_normalizer(chosen, config.temperature)
+            teacher = Teacher.of(model.verifier_logits(chosen) / config.temperature, normalizer)
             # 2) The drafts of every depth; without feedback they are the same, and there is one.
-            exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
+            exit_hidden = model.base_model.forward_shallow(tokens)
+            states = model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
             depths = []
             for depth, state in enumerate(states):
                 where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
-                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
+                logits = model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
                 depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
             # 3) The loss.
             if config.objective in BY_DEPTH:
