@@ -444,8 +444,7 @@ def along_blocks(values: Sequence[Tensor], inside: Tensor) -> Tensor:
     Returns:
         `[K, N]`, by the place of the block's first draft; 0 for drafts after the end of a text.
     """
-    shifted = [value.roll(-depth) for depth, value in enumerate(values)]
-    return torch.stack(shifted) * inside
+    return torch.stack([value.roll(-depth) for depth, value in enumerate(values)]) * inside
 
 
 def expected_accepted(chances: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ class Responses:
         # A response is what lies between its prompt and the padding.
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         starts = self.prompt_lens[:, None]
-        ends = self.lengths[:, None]
-        return self.tokens[(positions >= starts) & (positions < ends)]
+        return self.tokens[(positions >= starts) & (positions < self.lengths[:, None])]
 
     def take(self, rows: Tensor | slice) -> Responses:
         """Some rows, cut to their longest."""
@@ -112,11 +111,11 @@ class Rollout(Responses):
             rows = slice(start, start + size)
             taken = self.take(rows)
             longest = int(taken.response_lens.max())
-            yield Rollout(
+            yield replace(
+                self,
                 **vars(taken),
                 verifier_hidden=self.verifier_hidden[rows, :longest],
                 verifier_confidence=self.verifier_confidence[rows, :longest],
-                max_new_tokens=self.max_new_tokens,
             )
 
     def prompts(self) -> list[list[int]]:

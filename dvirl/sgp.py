@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from dvirl import lora
 from dvirl.config import SGPConfig
@@ -169,9 +167,7 @@ class SGPTrainer(TrainingLoop):
             else:
                 too_long += 1
         if too_long:
-            tqdm.write(
-                f"left out {too_long} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr
-            )
+            self.say(f"left out {too_long} records: their prompts fill {config.max_tokens} tokens")
         random.Random(config.seed).shuffle(examples)
         count = math.ceil(config.held_out_share * len(examples))
         if len(examples) <= count:
@@ -232,8 +228,7 @@ class SGPTrainer(TrainingLoop):
         size = self.config.batch_size
         parts = []
         for start in range(0, len(self.held_out), size):
-            sums = self._sums(self.held_out[start : start + size])
-            parts.append(torch.stack(sums))
+            parts.append(torch.stack(self._sums(self.held_out[start : start + size])))
         return HeadSums(*torch.stack(parts).sum(dim=0)).figures()
 
     def _sums(self, examples: Sequence[Tensor]) -> HeadSums:

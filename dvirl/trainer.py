@@ -152,8 +152,7 @@ class DVITrainer(TrainingLoop):
         fitting("judge_batch", count, base, drafting, longest, logits, self.shallow)
         if config.slow_every:
             count = min(config.slow_batch, config.num_prompts)
-            deep = layers[config.exit_layer :]
-            fitting("slow_batch", count, base, deep, longest, logits, self.deep)
+            fitting("slow_batch", count, base, layers[config.exit_layer :], longest, logits, self.deep)
 
     # The method
 

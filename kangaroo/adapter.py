@@ -333,10 +333,13 @@ class LlamaAttention(nn.Module):
         self.num_groups = config.num_key_value_heads
         self.head_dim = head_dim(config)
         bias = getattr(config, "attention_bias", False)
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        size = config.hidden_size
+        query_size = self.num_heads * self.head_dim
+        key_size = self.num_groups * self.head_dim
+        self.q_proj = nn.Linear(size, query_size, bias=bias)
+        self.k_proj = nn.Linear(size, key_size, bias=bias)
+        self.v_proj = nn.Linear(size, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, size, bias=bias)
 
     def forward(self, hidden: Tensor, plan: AttentionPlan, earlier: KeysValues | None = None) -> Tensor:
         """Attend among the positions of `hidden [B, T, D]`; the same shape comes back.

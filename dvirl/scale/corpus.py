@@ -33,8 +33,7 @@ def answer(
     batch: int,
 ) -> Responses:
     """The untouched model's greedy answers, in the prompts' order; prompts of like length are answered together."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    order = lengths.argsort(stable=True)
+    order = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
     parts = []
     for rows in torch.split(order, batch):
         together = [prompts[row] for row in rows.tolist()]
