@@ -469,15 +469,10 @@ class LiveSession:
             What was done: "update", "replay", "guard", "back" (the guard went back), "checkpoint", or "" for nothing.
         """
         kind = self._due()
-        config = self.config
         counters = self.counters
-        # Share of the time that learning may take now. Until the guard has looked nobody knows what it is worth.
-        share = config.budget
-        if counters.gain is not None:
-            share = min(share, config.stake + SAVED * counters.gain)
         # The budget must hold if it takes as long as it did last time.
         learn_s = counters.learn_s + counters.costs.get(kind, 0.0)
-        if not kind or learn_s > share * (counters.answer_s + learn_s):
+        if not kind or learn_s > self._share() * (counters.answer_s + learn_s):
             return ""
         began = self._clock()
         figures = self._do(kind)
@@ -488,6 +483,13 @@ class LiveSession:
             counters.costs[kind] = seconds
         self._log(kind, seconds=seconds, **figures)
         return "back" if figures.get("verdict") == "back" else kind
+
+    def _share(self) -> float:
+        """Share of the time that learning may take now."""
+        config = self.config
+        gain = self.counters.gain
+        # Until the guard has looked nobody knows what learning is worth.
+        return config.budget if gain is None else min(config.budget, config.stake + SAVED * gain)
 
     def _due(self) -> str:
         """What is to be done next; the guard looks before the draft changes any further."""

@@ -261,10 +261,19 @@ class DVITrainer(TrainingLoop):
         if len(share):
             decisions = self.decisions(share, baseline, weight, batch)
             loss = fast_loss(decisions)
-            with torch.no_grad():  # before the step
-                figures = {name: OBJECTIVES[key](decisions) for name, key in LOGGED.items()}
-            figures["loss"] = loss
+            figures = self._logged(loss, decisions)
         grad_norm = self._take_step(self.fast_optimizer, loss, self.lr)
+        return self._fast_line(figures, reward, baseline, weight, grad_norm)
+
+    @torch.no_grad()
+    def _logged(self, loss: Tensor, decisions: Decisions) -> dict[str, Tensor]:
+        """The loss, and the objectives that the log has of every fast update, before its step."""
+        return {"loss": loss} | {name: OBJECTIVES[key](decisions) for name, key in LOGGED.items()}
+
+    def _fast_line(
+        self, figures: dict[str, Tensor], reward: float, baseline: float, weight: float, grad_norm: float
+    ) -> dict[str, Any]:
+        """The part of the log's line that a fast update knows."""
         phase = self.config.schedule
         if phase == "kl_to_rl":
             phase = "ramp" if weight else "kl"
