@@ -431,8 +431,8 @@ def score_drafts(
     # 1) Choose a draft at each position, for every depth of a block.
     drawn = None if noise is None else noise[rows, positions]
     chosen = [choose_tokens(logits, settings.draft_temperature, drawn) for logits in drafts.logits]
-    drafted = torch.stack([model.token_ids(index) for index, _ in chosen])  # [depths, N]
-    confidence = torch.stack([chances for _, chances in chosen])
+    rows_of_head, confidence = (torch.stack(values) for values in zip(*chosen, strict=True))
+    drafted = model.token_ids(rows_of_head)  # [depths, N]
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
     agrees = drafted == verified
@@ -520,10 +520,11 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_state
     for block in blocks:
         # Of several chains each follows verified text up to its first reject; the main one may have lost.
         chain = block.main_chain
-        scored = min(chain.num_drafted, chain.draft.num_learned, block.block_len)
+        draft = chain.draft
+        scored = min(chain.num_drafted, draft.num_learned, block.block_len)
         start = block.start - prompt_len
-        tokens.append(chain.draft.tokens[:scored])
-        hidden = chain.draft.drafter_hidden if head_states else chain.draft.exit_hidden
+        tokens.append(draft.tokens[:scored])
+        hidden = draft.drafter_hidden if head_states else draft.exit_hidden
         states.append(hidden[:scored].to(device))
         places += [(start + depth, depth, depth < chain.num_accepted) for depth in range(scored)]
     position, depth, accepted = torch.tensor(places, dtype=torch.long, device=device).view(-1, 3).T

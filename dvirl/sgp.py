@@ -46,16 +46,16 @@ class HeadSums(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """Means: loss_main, loss_exit in nats, their exponentials, and the shares agreement and coverage."""
-        sums = HeadSums(*(value.detach().double() for value in self))
-        loss_main = sums.main / sums.tokens
-        loss_exit = sums.exit / sums.covered
+        main, early, tokens, covered, agreed = torch.stack(self).detach().double()
+        loss_main = main / tokens
+        loss_exit = early / covered
         means = {
             "loss_main": loss_main,
             "loss_exit": loss_exit,
             "ppl_main": loss_main.exp(),
             "ppl_exit": loss_exit.exp(),
-            "agreement": sums.agreed / sums.tokens,
-            "coverage": sums.covered / sums.tokens,
+            "agreement": agreed / tokens,
+            "coverage": covered / tokens,
         }
         return {name: float(value) for name, value in means.items()}
 

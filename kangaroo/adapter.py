@@ -205,7 +205,7 @@ def _prepare_decoder_attention_mask(position_ids: Tensor, slots: Tensor, window:
         Boolean `[B, 1, T, S]`, True where the query sees the slot.
     """
     queries = position_ids[:, None, :, None]
-    keys = slots[None, None, None, :] if slots.dim() == 1 else slots[:, None, None, :]
+    keys = slots[..., None, None, :]
     visible = (keys <= queries) & (keys >= 0)
     return visible if window is None else visible & (keys > queries - window)
 
@@ -419,7 +419,7 @@ class DecoderLayer(nn.Module):
 
 def before(states: Tensor) -> Tensor:
     """The states `[B, T, D]` of the positions before; zeros before the first."""
-    return F.pad(states, (0, 0, 1, 0))[:, :-1]
+    return F.pad(states, (0, 0, 1, -1))
 
 
 def at_positions(states: Tensor, positions: Tensor) -> Tensor:

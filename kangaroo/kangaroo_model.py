@@ -184,7 +184,7 @@ class KangarooModel(nn.Module):
 
     def drafter_state(self) -> dict[str, Tensor]:
         """What `drafter.safetensors` holds: drafter, exit norm, exit head and draft vocabulary where they are ours."""
-        state = {f"adapter_model.{k}": v for k, v in self.adapter_model.state_dict().items()}
+        state: dict[str, Tensor] = self.adapter_model.state_dict(prefix="adapter_model.")
         if self.head == "full":
             state["exit_proj.weight"] = self.exit_proj.weight
         if self.head == "lora":
