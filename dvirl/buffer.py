@@ -1,7 +1,7 @@
 """The replay buffer: scored drafts, accepted and rejected, and the responses that they stood in."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,14 +43,10 @@ class TrainingBatch(Records):
             return self
         rows = slice(processes.rank, None, processes.count)
         mine = self.row % processes.count == processes.rank
-        records = {spec.name: getattr(self, spec.name)[mine] for spec in fields(Records)}
-        records["row"] = records["row"] // processes.count  # rows are counted within the share
-        return TrainingBatch(
-            **records,
-            tokens=self.tokens[rows],
-            prompt_lens=self.prompt_lens[rows],
-            verifier_hidden=self.verifier_hidden[mine],
-        )
+        by_row = {"tokens": self.tokens[rows], "prompt_lens": self.prompt_lens[rows]}
+        records = {name: values[mine] for name, values in vars(self).items() if name not in by_row}
+        records["row"] //= processes.count  # rows are counted within the share
+        return TrainingBatch(**records, **by_row)
 
 
 FIELDS = (
@@ -111,10 +107,9 @@ class ReplayBuffer:
         # A record points to its response by an id that stays valid, not by the row of its rollout.
         added = {**vars(records), "response_id": records.row + self._next_response}
         for one in rollout.groups(1):
-            # A clone keeps this response alone alive; a view would keep the whole rollout.
-            hidden = one.verifier_hidden[0].clone()
+            # Clones keep this response alone alive; views would keep the whole rollout.
             self._responses[self._next_response] = Response(
-                one.tokens[0].clone(), int(one.prompt_lens), hidden
+                one.tokens[0].clone(), int(one.prompt_lens), one.verifier_hidden[0].clone()
             )
             self._next_response += 1
         for name in FIELDS:

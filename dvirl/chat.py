@@ -97,8 +97,7 @@ def open_session(config: ChatConfig) -> LiveSession:
     live = replace(narrowed(LiveConfig, config), run_dir=folder)
     if not wants_to_learn(config.learn, folder):
         live = replace(live, budget=0.0)
-    model = load_for(config)
-    return LiveSession(model, config.draft, live)
+    return LiveSession(load_for(config), config.draft, live)
 
 
 def wants_to_learn(learn: str, folder: str) -> bool:
@@ -132,6 +131,7 @@ def read_replay(path: str) -> list[tuple[str, Prompt]]:
     return prompts
 
 
+@dataclass
 class Chat:
     """Answers turn by turn and prints what comes.
 
@@ -140,9 +140,8 @@ class Chat:
         config: what is shown.
     """
 
-    def __init__(self, session: LiveSession, config: ChatConfig) -> None:
-        self.session = session
-        self.config = config
+    session: LiveSession
+    config: ChatConfig
 
     def converse(self) -> None:
         """Answer what the user types until the end of input."""
@@ -236,8 +235,7 @@ class Chat:
         """What is printed before a token: its colour and, before a correction, the draft that was rejected."""
         draft = block.draft
         if place < block.num_accepted:
-            is_learned = place < draft.num_learned
-            return LEARNED if is_learned else LOOKED_UP
+            return LEARNED if place < draft.num_learned else LOOKED_UP
         if block.num_drafted == block.num_accepted:
             return ""
         rejected = self.session.loaded.tokenizer.decode([int(draft.tokens[place])])

@@ -17,8 +17,8 @@ SCHEDULES = ("reinforce", "exact_pg", "ce", "masked_ce", "kl", "tv", "kl_to_rl")
 
 
 @dataclass(frozen=True)
-class LoraSettings(ModelSettings):
-    """Where the model is split, and the adapters on its two halves."""
+class DraftSettings(ModelSettings):
+    """Where the model is split, and what drafts: lora_S, the drafter between exit state and exit head, and the head."""
 
     exit_layer: int = number(6, 1, 1000)
     """k: layers[:k] draft, layers[k:] verify."""
@@ -28,19 +28,6 @@ class LoraSettings(ModelSettings):
     """The LoRA update is scaled by lora_alpha / lora_rank."""
     lora_targets: str = ",".join(LORA_TARGETS)
     """Linear layers that get LoRA, separated by commas."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unknown = set(self.lora_targets.split(",")) - set(LORA_TARGETS)
-        if unknown:
-            names = ", ".join(sorted(unknown))
-            raise DvirlError(f"lora_targets has {names}; expected some of {', '.join(LORA_TARGETS)}")
-
-
-@dataclass(frozen=True)
-class DraftSettings(LoraSettings):
-    """What drafts: lora_S, the drafter between exit state and exit head, and the head."""
-
     lora_shallow: bool = True
     """Train lora_S; off leaves it at zero, and the shallow layers are the untouched model's."""
     drafter: str = choice("none", DRAFTERS)
@@ -68,6 +55,10 @@ class DraftSettings(LoraSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        unknown = set(self.lora_targets.split(",")) - set(LORA_TARGETS)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise DvirlError(f"lora_targets has {names}; expected some of {', '.join(LORA_TARGETS)}")
         if self.middle_layer and not self.feedback:
             raise DvirlError(f"middle_layer is {self.middle_layer}; expected feedback with it")
         if self.recurrent and not self.feedback:
@@ -200,8 +191,9 @@ class DVIConfig(TrainSettings):
         if self.exit_states == "stored" and self.drafter != "none":
             raise DvirlError(f"exit_states is stored; expected drafter none with it, not {self.drafter}")
         if self.feedback and (self.exit_states == "stored" or self.target == "adapted"):
-            expected = "expected target base and exit_states recomputed with it"
-            raise DvirlError(f"feedback reads the verifier's states; {expected}")
+            raise DvirlError(
+                "feedback reads the verifier's states; expected target base and exit_states recomputed with it"
+            )
 
     @property
     def decode(self) -> DecodeConfig:

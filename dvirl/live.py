@@ -18,10 +18,9 @@ The user's text stays in memory unless `keep_text` is set.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -110,8 +109,13 @@ class LiveConfig(Settings):
     @property
     def decode(self) -> DecodeConfig:
         """How answers are decoded."""
-        how = DecodeConfig(self.draft_len, source=self.source, adaptive=self.adaptive)
-        return replace(how, temperature=self.temperature, keep_states=self.budget > 0)
+        return DecodeConfig(
+            self.draft_len,
+            source=self.source,
+            adaptive=self.adaptive,
+            temperature=self.temperature,
+            keep_states=self.budget > 0,
+        )
 
 
 def training_settings(config: LiveConfig, drafter: LoadedDrafter, name: str) -> DVIConfig:
@@ -164,7 +168,7 @@ class HeadTrainer(DVITrainer):
         return state
 
 
-@dataclass
+@dataclass(eq=False)
 class KeptDraft:
     """A head to go back to, and the share of right drafts on the guard's answers, the first ones first."""
 
@@ -177,6 +181,7 @@ class KeptDraft:
         return expected_tokens(fmean(self.rates), GUARDED_DRAFTS) if self.rates else 0.0
 
 
+@dataclass(eq=False)
 class Guard:
     """Heads to go back to, and recent answers on which they are compared with the live one.
 
@@ -194,25 +199,24 @@ class Guard:
         start, floor: the draft of the beginning, and the last good one.
     """
 
-    def __init__(
-        self, model: KangarooModel, parameters: Sequence[nn.Parameter], size: int, margin: float
-    ) -> None:
-        self._model = model
-        self._parameters = parameters
-        self._size = size
-        self._margin = margin
-        self.held: list[tuple[Tensor, Tensor]] = []
+    model: KangarooModel
+    parameters: Sequence[nn.Parameter]
+    size: int
+    margin: float
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self.start = self._live()
         self.floor = self.start
 
     def _live(self) -> KeptDraft:
         """A copy of the draft as it is now."""
-        return KeptDraft([parameter.detach().clone() for parameter in self._parameters])
+        return KeptDraft([parameter.detach().clone() for parameter in self.parameters])
 
     @torch.no_grad()
     def put(self, draft: KeptDraft) -> None:
         """Make it the live draft."""
-        for parameter, weight in zip(self._parameters, draft.weights, strict=True):
+        for parameter, weight in zip(self.parameters, draft.weights, strict=True):
             parameter.copy_(weight)
 
     def hold(self, records: Records) -> None:
@@ -220,9 +224,9 @@ class Guard:
         if not len(records):
             return
         self.held.append((records.hidden, records.verifier_token))
-        if len(self.held) > self._size:
+        if len(self.held) > self.size:
             self.held.pop(0)
-            for draft in {id(draft): draft for draft in (self.start, self.floor)}.values():
+            for draft in {self.start, self.floor}:  # they may be one
                 draft.rates = draft.rates[1:]
 
     @torch.no_grad()
@@ -231,7 +235,7 @@ class Guard:
         self.put(draft)
         # An answer that this draft was judged on before has its rate already.
         for hidden, token in self.held[len(draft.rates) :]:
-            drafted = self._model.token_ids(self._model.head_logits(hidden).argmax(dim=-1))
+            drafted = self.model.token_ids(self.model.head_logits(hidden).argmax(dim=-1))
             draft.rates.append(float((drafted == token).float().mean()))
         return draft.mat
 
@@ -249,7 +253,7 @@ class Guard:
         if means["start"] > means["floor"]:
             best = self.start  # as after a change of what is asked
         verdict = ""
-        if live.mat < (1 - self._margin) * best.mat:
+        if live.mat < (1 - self.margin) * best.mat:
             verdict = "back"
             self.put(best)
             self.floor = best
@@ -270,7 +274,7 @@ class Guard:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave; what was measured is measured again when it is needed."""
         if "guard.floor.0" in tensors:
-            count = len(self._parameters)
+            count = len(self.parameters)
             self.floor = KeptDraft([tensors[f"guard.floor.{index}"] for index in range(count)])
         self.held = []
         while f"guard.token.{len(self.held)}" in tensors:
@@ -355,19 +359,16 @@ class LiveSession:
         self._merged = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as on_error:
-            on_error.push(self._open)
-            if self._folder is not None:
-                self._open.enter_context(run_folder.run_lock(self._folder))
+        if self._folder is not None:
+            with ExitStack() as on_error:
+                on_error.enter_context(run_folder.run_lock(self._folder))
                 self._start(self._folder)
-            on_error.pop_all()
+                self._open = on_error.pop_all()
         self._merge()
         self.model.block_policy(self.config.decode)  # adaptive blocks need the costs of steps, measured once
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._merged.close()
         with self._open:
             # What another error has left half-done is no state to go on from.
@@ -392,8 +393,8 @@ class LiveSession:
                 self._load(checkpoint.newest(folder))
         run_folder.write_config(folder, settings, self.loaded, live=asdict(self.config))
         # Lines after the checkpoint are written again.
-        (folder / "metrics.jsonl").touch()
-        cut_log(folder / "metrics.jsonl", self.trainer.counters.step)
+        self.trainer.log.touch()
+        cut_log(self.trainer.log, self.trainer.counters.step)
         keep_lines(folder / EVENTS, lambda line: line["answer"] <= self.counters.answers)
 
     # Answers
@@ -441,12 +442,13 @@ class LiveSession:
                 self.memory.add([*prompt, *(token for block in blocks for token in block.committed)])
         if not self.config.budget:
             return
+        rest = blocks[1:]  # the first one is the prefill's
         tally = Tally()
-        tally.count(blocks[1:])  # the first one is the prefill's
+        tally.count(rest)
         with self._timed("learn_s"):
             rollout = decoded_rollout(prompt, blocks, self.config.max_new_tokens)
             records = decoded_records(rollout, blocks, head_states=True)
-            self.trainer.count(rollout, Judgement(records, [blocks[1:]]))
+            self.trainer.count(rollout, Judgement(records, [rest]))
             # What the guard judges by must not have been learned from.
             if counters.answers % self.config.hold_every == 0:
                 self.guard.hold(records)
@@ -467,18 +469,18 @@ class LiveSession:
             What was done: "update", "replay", "guard", "back" (the guard went back), "checkpoint", or "" for nothing.
         """
         kind = self._due()
-        costs = self.counters.costs
+        counters = self.counters
         # The budget must hold if it takes as long as it did last time.
-        learn_s = self.counters.learn_s + costs.get(kind, 0.0)
-        if not kind or learn_s > self._share() * (self.counters.answer_s + learn_s):
+        learn_s = counters.learn_s + counters.costs.get(kind, 0.0)
+        if not kind or learn_s > self._share() * (counters.answer_s + learn_s):
             return ""
         began = self._clock()
         figures = self._do(kind)
         self._pack()  # here and not in the next answer, so that it counts as learning
         seconds = self._clock() - began
         if kind != "checkpoint":  # its own time cannot stand in it
-            self.counters.learn_s += seconds
-            costs[kind] = seconds
+            counters.learn_s += seconds
+            counters.costs[kind] = seconds
         self._log(kind, seconds=seconds, **figures)
         return "back" if figures.get("verdict") == "back" else kind
 
@@ -517,11 +519,11 @@ class LiveSession:
         if kind == "guard":
             counters.unguarded = 0
             figures = self.guard.look()
-            best = max(figures["floor"], figures["start"])
-            now = best if figures["verdict"] == "back" else figures["live"]
-            counters.gain = max(0.0, now / figures["start"] - 1)
+            now = figures["live"]
             if figures["verdict"] == "back":
+                now = max(figures["floor"], figures["start"])
                 trainer.fast_optimizer.state.clear()  # moments of a draft that is gone
+            counters.gain = max(0.0, now / figures["start"] - 1)
             return figures
         # Many small updates learn more than few large ones in the same time; what is passed over can be replayed.
         trainer.buffer.skip_fresh(FRESH_ANSWERS)
@@ -530,7 +532,7 @@ class LiveSession:
         counters.unguarded += 1
         counters.unsaved += 1
         if self._folder is not None:
-            log_line(self._folder / "metrics.jsonl", metrics)
+            log_line(trainer.log, metrics)
         return {"loss": metrics["loss"]}
 
     def _merge(self) -> None:
@@ -570,15 +572,16 @@ class LiveSession:
             return
         self.counters.unsaved = 0
         trainer = self.trainer
+        keep_text = self.config.keep_text
         state = trainer.state_dict()
         # The program's global random generators are not ours; nothing draws from them here.
         left_out = ["rng."]
-        if not self.config.keep_text:
+        if not keep_text:
             # Tokens are text, and so are the verifier's states: its head turns them into tokens.
             left_out.append("buffer.")
             state["numbers"]["buffer"] = ReplayBuffer(1).state_dict()["numbers"]
-        tensors = self.guard.tensors(self.config.keep_text)
-        if self.memory is not None and self.config.keep_text:
+        tensors = self.guard.tensors(keep_text)
+        if self.memory is not None and keep_text:
             texts = enumerate(self.memory.texts)
             tensors |= {f"memory.{index}": torch.tensor(text) for index, text in texts}
         for name, value in state["tensors"].items():

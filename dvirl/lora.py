@@ -67,9 +67,9 @@ def train_only(model: nn.Module, wanted: Iterable[nn.Parameter]) -> None:
     Each update calls this first, because PEFT's `set_adapter` and the end of its `disable_adapter()` make every active
     adapter trainable again, whoever calls them.
     """
-    wanted_ids = {id(parameter) for parameter in wanted}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in wanted_ids)
+    model.requires_grad_(False)
+    for parameter in wanted:
+        parameter.requires_grad_()
 
 
 def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> list[int] | None:

@@ -244,8 +244,7 @@ def slow_loss(verifier_logits: Tensor, tokens: Tensor, frozen_logits: Tensor) ->
 
 def log_prob_of(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
     """`[N]` log-probabilities of `index [N]` under `logits [N, V']` at a temperature."""
-    log_probs = (logits / temperature).log_softmax(dim=-1)
-    return torch.gather(log_probs, 1, index[:, None]).squeeze(1)
+    return -F.cross_entropy(logits / temperature, index, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -445,8 +444,7 @@ def along_blocks(values: Sequence[Tensor], inside: Tensor) -> Tensor:
     Returns:
         `[K, N]`, by the place of the block's first draft; 0 for drafts after the end of a text.
     """
-    shifted = [value.roll(-depth) for depth, value in enumerate(values)]
-    return torch.stack(shifted) * inside
+    return torch.stack([value.roll(-depth) for depth, value in enumerate(values)]) * inside
 
 
 def expected_accepted(chances: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dvirl.data.examples import collate
 from dvirl.losses import kl_divergence
-from dvirl.rollout import Judgement, Rollout, verifier_states
+from dvirl.rollout import Judgement, Rollout, in_response, verifier_states
 from dvirl.runs import loop
 from kangaroo.decoding.blocks import Verification
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
@@ -239,8 +239,7 @@ class Served(Tally):
         """Add a group of responses; a response's first token comes from the prefill and is in no block."""
         for row in judgement.blocks:
             self.count(row)
-        positions = torch.arange(rollout.verifier_confidence.shape[1], device=rollout.response_lens.device)
-        inside = positions < rollout.response_lens[:, None]  # [B, R]
+        inside = in_response(rollout.response_lens)
         self.nll -= float(rollout.verifier_confidence[inside].log().sum())
         self.tokens += rollout.num_tokens
 

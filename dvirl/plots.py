@@ -125,8 +125,9 @@ def learning_curve(
         if held_out is not None:
             ends = [0, tokens.iloc[-1]]
             above.plot(ends, held_out, "D", color=GREEN, markersize=7, clip_on=False, zorder=3)
-            text = "\u25c6 unseen prompts, before and after"
-            above.text(0.01, 0.93, text, color=GREEN, transform=above.transAxes)
+            above.text(
+                0.01, 0.93, "\u25c6 unseen prompts, before and after", color=GREEN, transform=above.transAxes
+            )
         above.set(
             ylabel="acceptance rate",
             ylim=(0, None),
@@ -299,7 +300,11 @@ def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
     methods = list(events.method.unique())
     if not 0 < len(methods) <= len(PALETTE):
         raise DvirlError(f"{len(methods)} methods; a figure shows 1 to {len(PALETTE)}, chosen by --method")
-    groups = _facet_groups(events)
+    groups = []
+    for by in FACETS:
+        rates = events.groupby(by).accepted.mean()
+        groups.append(rates.sort_values(ascending=False).index)
+    groups[0] = groups[0].sort_values()  # positions stay in their order
     heights = [len(group) + 0.5 for group in groups]
     with _figure(
         save,
@@ -323,16 +328,6 @@ def rejections(events: pd.DataFrame, save: SavePath = None) -> None:
             labelcolor="linecolor",
             handlelength=0.5,
         )
-
-
-def _facet_groups(events: pd.DataFrame) -> list[pd.Index]:
-    """The groups of every facet, the most accepted first; positions, the first facet, stay in their order."""
-    groups = []
-    for by in FACETS:
-        rates = events.groupby(by).accepted.mean()
-        groups.append(rates.sort_values(ascending=False).index)
-    groups[0] = groups[0].sort_values()
-    return groups
 
 
 def _draw_facet(
@@ -408,7 +403,8 @@ def scatter(
         save: also write the figure here.
     """
     parts = found.name.str.partition(", ")
-    found = found.assign(group=parts[0], label=parts[2].where(parts[2] != "", parts[0]))
+    has_label = parts[2] != ""
+    found = found.assign(group=parts[0], label=parts[2].where(has_label, parts[0]))
     with _figure(save, 4.6) as axes:
         _guide(axes, guide)
         axes.set(**text)
@@ -426,7 +422,7 @@ def scatter(
                 major_formatter="{x:g}",
                 minor_formatter="",
             )
-        if (parts[2] != "").any():
+        if has_label.any():
             axes.set_title(axes.get_title(), pad=ABOVE_LEGEND)
             _legend_above(axes)
         axes.autoscale_view()
@@ -516,9 +512,10 @@ def gradients(norms: pd.DataFrame, exit_layer: int, save: SavePath = None) -> No
             for detached, lines in norms[norms.loss == loss].groupby("detached"):
                 axes.plot(lines.layer, lines.norm, **looks[bool(detached)])
             axes.set(title=loss, xlabel="layer")
-        row[0].set(ylabel="norm of the gradient", ylim=(-0.02 * norms.norm.max(), None))
-        row[0].text(exit_layer / 2 + 0.5, 0.98 * row[0].get_ylim()[1], "shallow", ha="center", va="top")
-        row[0].figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        first = row[0]
+        first.set(ylabel="norm of the gradient", ylim=(-0.02 * norms.norm.max(), None))
+        first.text(exit_layer / 2 + 0.5, 0.98 * first.get_ylim()[1], "shallow", ha="center", va="top")
+        first.figure.legend(*first.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
 def step_shares(found: pd.DataFrame, save: SavePath = None) -> None:

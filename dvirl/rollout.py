@@ -76,8 +76,7 @@ class Responses:
         # A response is what lies between its prompt and the padding.
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         starts = self.prompt_lens[:, None]
-        ends = self.lengths[:, None]
-        return self.tokens[(positions >= starts) & (positions < ends)]
+        return self.tokens[(positions >= starts) & (positions < self.lengths[:, None])]
 
     def take(self, rows: Tensor | slice) -> Responses:
         """Some rows, cut to their longest."""
@@ -112,11 +111,11 @@ class Rollout(Responses):
             rows = slice(start, start + size)
             taken = self.take(rows)
             longest = int(taken.response_lens.max())
-            yield Rollout(
+            yield replace(
+                self,
                 **vars(taken),
                 verifier_hidden=self.verifier_hidden[rows, :longest],
                 verifier_confidence=self.verifier_confidence[rows, :longest],
-                max_new_tokens=self.max_new_tokens,
             )
 
     def prompts(self) -> list[list[int]]:
@@ -224,8 +223,9 @@ def generate(
         DvirlError: if the model's logits are not finite, or not even one prompt fits into the free memory.
     """
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
-        expected = "prompts of at least one token and max_new_tokens >= 1"
-        raise ValueError(f"expected {expected}, got {max_new_tokens}")
+        raise ValueError(
+            f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}"
+        )
     device = model.lm_head.weight.device
     tokens = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True).to(device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -245,14 +245,13 @@ def generate(
 
 def _stages(model: EarlyExitLlamaForCausalLM, capacity: int, target: str, rows: int) -> Stages:
     """Stages for a large batch; its steps are captured where they can be."""
-    weight = model.lm_head.weight
-    captured = weight.is_cuda and len(model.layer_devices()) == 1
-    if not captured:
-        own = on_own_cpu_kernels(weight) and rows <= MOST_ROWS
-        return model.new_stages(capacity, None, target, rows, few_rows=own)
-    capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
-    stages = model.new_stages(capacity, None, target, rows, few_rows=rows <= MOST_ROWS)
-    stages.passes.graphs = CudaGraphs([])
+    captured = model.can_be_captured
+    few_rows = rows <= MOST_ROWS and (captured or on_own_cpu_kernels(model.lm_head.weight))
+    if captured:
+        capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
+    stages = model.new_stages(capacity, None, target, rows, few_rows=few_rows)
+    if captured:
+        stages.passes.graphs = CudaGraphs([])
     return stages
 
 
@@ -263,9 +262,8 @@ def _rollout(
     max_new_tokens = answers.tokens.shape[1]
     ended = torch.isin(answers.tokens, ends)
     response_lens = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)
-    longest = int(response_lens.max())
-    # [B, R]; the rest is cleared.
-    inside = torch.arange(longest, device=tokens.device) < response_lens[:, None]
+    inside = in_response(response_lens)  # the rest is cleared
+    longest = inside.shape[1]
     confidence = answers.confidence[:, :longest]
     broken = (inside & ~confidence.isfinite()).nonzero()
     if len(broken):
@@ -325,8 +323,9 @@ def replay_depths(
             index = start + num_drafted - 1
             depth = min(num_drafted, len(accepted) - 1)
             num_drafted += 1
-            num_accepted += accepted[depth][index]
-            if not accepted[depth][index] or confidence[depth][index] < settings.threshold:
+            is_accepted = accepted[depth][index]
+            num_accepted += is_accepted
+            if not is_accepted or confidence[depth][index] < settings.threshold:
                 break
         committed = tuple(response[start : start + num_accepted + 1])
         blocks.append(Verification(prompt_len + start, committed, num_drafted, num_accepted))
@@ -343,11 +342,14 @@ def verifier_states(
         return base.forward_deep(base.forward_shallow(tokens), middle_layer=middle_layer)
 
 
+def in_response(response_lens: Tensor) -> Tensor:
+    """Which of the positions of the longest response each row has, boolean `[B, R]`."""
+    return torch.arange(int(response_lens.max()), device=response_lens.device) < response_lens[:, None]
+
+
 def response_index(response_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and response indices of all draftable positions, `[M]` each: every response token but the first."""
-    positions = torch.arange(int(response_lens.max()), device=response_lens.device)
-    drafted = (positions < response_lens[:, None])[:, 1:]  # [B, R - 1]
-    rows, columns = drafted.nonzero(as_tuple=True)
+    rows, columns = in_response(response_lens)[:, 1:].nonzero(as_tuple=True)
     return rows, columns + 1
 
 
@@ -429,8 +431,8 @@ def score_drafts(
     # 1) Choose a draft at each position, for every depth of a block.
     drawn = None if noise is None else noise[rows, positions]
     chosen = [choose_tokens(logits, settings.draft_temperature, drawn) for logits in drafts.logits]
-    drafted = torch.stack([model.token_ids(index) for index, _ in chosen])  # [depths, N]
-    confidence = torch.stack([chances for _, chances in chosen])
+    rows_of_head, confidence = (torch.stack(values) for values in zip(*chosen, strict=True))
+    drafted = model.token_ids(rows_of_head)  # [depths, N]
     verified = rollout.tokens[rows, rollout.prompt_lens[rows] + positions]
     # 2) Score them by the block rule, as the step-by-step decoder would.
     agrees = drafted == verified
@@ -518,10 +520,11 @@ def decoded_records(rollout: Rollout, blocks: Sequence[Verification], head_state
     for block in blocks:
         # Of several chains each follows verified text up to its first reject; the main one may have lost.
         chain = block.main_chain
-        scored = min(chain.num_drafted, chain.draft.num_learned, block.block_len)
+        draft = chain.draft
+        scored = min(chain.num_drafted, draft.num_learned, block.block_len)
         start = block.start - prompt_len
-        tokens.append(chain.draft.tokens[:scored])
-        hidden = chain.draft.drafter_hidden if head_states else chain.draft.exit_hidden
+        tokens.append(draft.tokens[:scored])
+        hidden = draft.drafter_hidden if head_states else draft.exit_hidden
         states.append(hidden[:scored].to(device))
         places += [(start + depth, depth, depth < chain.num_accepted) for depth in range(scored)]
     position, depth, accepted = torch.tensor(places, dtype=torch.long, device=device).view(-1, 3).T

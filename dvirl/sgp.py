@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from dvirl import lora
 from dvirl.config import SGPConfig
@@ -48,16 +46,16 @@ class HeadSums(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """Means: loss_main, loss_exit in nats, their exponentials, and the shares agreement and coverage."""
-        sums = HeadSums(*(value.detach().double() for value in self))
-        loss_main = sums.main / sums.tokens
-        loss_exit = sums.exit / sums.covered
+        main, early, tokens, covered, agreed = torch.stack(self).detach().double()
+        loss_main = main / tokens
+        loss_exit = early / covered
         means = {
             "loss_main": loss_main,
             "loss_exit": loss_exit,
             "ppl_main": loss_main.exp(),
             "ppl_exit": loss_exit.exp(),
-            "agreement": sums.agreed / sums.tokens,
-            "coverage": sums.covered / sums.tokens,
+            "agreement": agreed / tokens,
+            "coverage": covered / tokens,
         }
         return {name: float(value) for name, value in means.items()}
 
@@ -169,9 +167,7 @@ class SGPTrainer(TrainingLoop):
             else:
                 too_long += 1
         if too_long:
-            tqdm.write(
-                f"left out {too_long} records: their prompts fill {config.max_tokens} tokens", file=sys.stderr
-            )
+            self.say(f"left out {too_long} records: their prompts fill {config.max_tokens} tokens")
         random.Random(config.seed).shuffle(examples)
         count = math.ceil(config.held_out_share * len(examples))
         if len(examples) <= count:
@@ -232,8 +228,7 @@ class SGPTrainer(TrainingLoop):
         size = self.config.batch_size
         parts = []
         for start in range(0, len(self.held_out), size):
-            sums = self._sums(self.held_out[start : start + size])
-            parts.append(torch.stack(sums))
+            parts.append(torch.stack(self._sums(self.held_out[start : start + size])))
         return HeadSums(*torch.stack(parts).sum(dim=0)).figures()
 
     def _sums(self, examples: Sequence[Tensor]) -> HeadSums:

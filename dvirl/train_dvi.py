@@ -3,7 +3,6 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,8 +55,9 @@ def resume(
     accept_changes: bool = False,
 ) -> DVITrainer:
     """A trainer that goes on with a run: `loop.resume` with the model and prompts of `make_trainer`."""
-    make = partial(make_trainer, loaded=loaded, split=split)
-    return loop.resume(make, DVIConfig, run_dir, config, accept_changes)
+    return loop.resume(
+        lambda run: make_trainer(run, loaded, split), DVIConfig, run_dir, config, accept_changes
+    )
 
 
 def main(args: Namespace | DVIConfig) -> DVITrainer:
@@ -95,12 +95,15 @@ def _report(trainer: DVITrainer) -> None:
         last = metrics.accept_rate.tail(tenth).mean()
         print(f"acceptance rate: {first:.3f} over the first {tenth} steps, {last:.3f} over the last {tenth}")
     else:
-        accepted = f"{trainer.buffer.accepted_since_update} drafts were accepted in all"
-        needed = f"the first update waits for fast_batch = {trainer.config.fast_batch}"
-        print(f"nothing was learned: {accepted}, and {needed}; lower it, or give more prompts")
+        print(
+            f"nothing was learned: {trainer.buffer.accepted_since_update} drafts were accepted in all, and the "
+            f"first update waits for fast_batch = {trainer.config.fast_batch}; lower it, or give more prompts"
+        )
     counters = trainer.counters
-    updates = f"{counters.fast_s:.0f} s drafting and fast updates, {counters.slow_s:.0f} s slow updates"
-    print(f"time: {counters.rollout_s:.0f} s generation, {updates}")
+    print(
+        f"time: {counters.rollout_s:.0f} s generation, {counters.fast_s:.0f} s drafting and fast updates, "
+        f"{counters.slow_s:.0f} s slow updates"
+    )
     print(f"log: {trainer.log}")
     print(f"checkpoint: {step_folder(trainer.run_dir, counters.step)}")
 

@@ -39,8 +39,9 @@ def make_trainer(
     torch.set_num_threads(config.threads)
     if records is None:
         if not config.records_path:
-            expected = "expected a JSON or JSONL file or a hub id of supervised records"
-            raise DvirlError(f"records_path is empty; {expected}")
+            raise DvirlError(
+                "records_path is empty; expected a JSON or JSONL file or a hub id of supervised records"
+            )
         records = read_prompts("supervised", config.records_path, config.on_bad_row)
     loaded = loaded or load_for(config)
     return SGPTrainer(config, loaded, records)

@@ -128,8 +128,11 @@ class DVITrainer(TrainingLoop):
         checkpoint.seed_all(config.seed)  # the draft's first weights are drawn next
         with bad_input():
             base.set_exit_layer(config.exit_layer)
-
-        self.peft_model, self.model = lora.attach_draft(base, config, self._count_tokens(), deep=True)
+        tokens: Tensor | None = None
+        if config.draft_vocab:  # counted on what the untouched model answers
+            sample = self.split.stream.peek(VOCAB_SAMPLE)
+            tokens = self.processes.once(lambda: self._generate(sample).response_tokens().cpu())
+        self.peft_model, self.model = lora.attach_draft(base, config, tokens, deep=True)
         if config.start_from:
             folder = Path(config.start_from)
             checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"], to_start=True)
@@ -149,15 +152,7 @@ class DVITrainer(TrainingLoop):
         fitting("judge_batch", count, base, drafting, longest, logits, self.shallow)
         if config.slow_every:
             count = min(config.slow_batch, config.num_prompts)
-            deep = layers[config.exit_layer :]
-            fitting("slow_batch", count, base, deep, longest, logits, self.deep)
-
-    def _count_tokens(self) -> Tensor | None:
-        """The untouched model's response tokens that the draft vocabulary is counted on; None if it covers all."""
-        if not self.config.draft_vocab:
-            return None
-        sample = self.split.stream.peek(VOCAB_SAMPLE)
-        return self.processes.once(lambda: self._generate(sample).response_tokens().cpu())
+            fitting("slow_batch", count, base, layers[config.exit_layer :], longest, logits, self.deep)
 
     # The method
 
@@ -306,16 +301,17 @@ class DVITrainer(TrainingLoop):
             batch: the records of all processes, of which these are this process's share; by default these.
         """
         everything = share if batch is None else batch
+        index_of = self.model.draft_index
         return Decisions(
             config=self.config,
             logits=self.draft_logits(share),
             verifier=cache(lambda: self.model.verifier_logits(share.verifier_hidden)),
-            drafted=self.model.draft_index(share.token),
-            verified=self.model.draft_index(share.verifier_token),
+            drafted=index_of(share.token),
+            verified=index_of(share.verifier_token),
             rewards=share.reward,
             baseline=baseline,
             reward_share=reward_share,
-            totals=count(everything.reward, self.model.draft_index(everything.verifier_token)),
+            totals=count(everything.reward, index_of(everything.verifier_token)),
         )
 
     def draft_logits(self, share: TrainingBatch) -> Tensor:
@@ -342,7 +338,7 @@ class DVITrainer(TrainingLoop):
 
         The loss is `CE(verifier, token) + beta_kl * KL(verifier || frozen verifier)`, a mean over accepted tokens.
         """
-        num_accepted = int((batch.reward > 0).sum())
+        num_accepted = batch.num_accepted
         if not num_accepted:
             return SlowResult()
         lora.train_only(self.model, self.deep)
@@ -350,7 +346,7 @@ class DVITrainer(TrainingLoop):
         figures: dict[str, Tensor] = {}
         share = batch.share(self.processes)
         accepted = share.reward > 0
-        if bool(accepted.any()):
+        if accepted.any():
             logits = self._verifier_logits(share, accepted)
             # The frozen verifier is the same weights with lora_D switched off.
             frozen = self._verifier_logits(share, accepted, without=("lora_D",))
@@ -396,8 +392,7 @@ class DVITrainer(TrainingLoop):
     def _totals(self, figures: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, float]:
         """0-d figures of all processes together, each the sum of theirs; a process without records has none."""
         nothing = torch.zeros((), device=self.loaded.model.device)
-        values = [figures.get(name, nothing).detach() for name in names]
-        total = self.processes.sum(torch.stack(values))
+        total = self.processes.sum(torch.stack([figures.get(name, nothing).detach() for name in names]))
         return dict(zip(names, total.tolist(), strict=True))
 
     def _take_step(self, optimizer: Optimizer, loss: Tensor | None, lr: float) -> float:

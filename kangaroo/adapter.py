@@ -67,26 +67,27 @@ class LlamaRotaryEmbedding(nn.Module):
 
     def _scaled(self, positions: Tensor, whole: bool) -> tuple[Tensor, float]:
         """Frequencies `[E / 2]` or, if they depend on the position, `[P, E / 2]`; and the factor on cos and sin."""
-        kind = self.scaling["rope_type"]
-        inverse = self.frequencies(self.base)
-        if kind == "dynamic":
+        if self.dynamic:
             # A text longer than the training's context gets a larger base (NTK-aware scaling). In decoding each token
             # keeps the base that the text's length gave when the token came.
             lengths = (positions.amax().expand_as(positions) if whole else positions) + 1
             beyond = (lengths / self.trained_context).clamp(min=1)[:, None]
             stretch = self.scaling_factor * beyond - (self.scaling_factor - 1)
             return self.frequencies(self.base * stretch ** (self.dim / (self.dim - 2))), 1.0
+        kind = self.scaling["rope_type"]
+        inverse = self.frequencies(self.base)
+        kept: Tensor | float = 0.0  # share in which a frequency stays; by linear scaling all are slowed down
+        magnitude = 1.0
         if kind == "llama3":
             # Llama 3.1: slow pairs are slowed down, fast ones stay, those between are mixed.
             turns = self.trained_context * inverse / (2 * math.pi)  # over the training's context
             low = self.scaling["low_freq_factor"]
             high = self.scaling["high_freq_factor"]
             kept = ((turns - low) / (high - low)).clamp(0, 1)
-            return kept * inverse + (1 - kept) * inverse / self.scaling_factor, 1.0
-        if kind == "yarn":
+        elif kind == "yarn":
             kept = self._kept_by_yarn()
-            return kept * inverse + (1 - kept) * inverse / self.scaling_factor, self._yarn_attention()
-        return inverse / self.scaling_factor, 1.0
+            magnitude = self._yarn_attention()
+        return kept * inverse + (1 - kept) * inverse / self.scaling_factor, magnitude
 
     def _kept_by_yarn(self) -> Tensor:
         """Share in which YaRN keeps each pair's frequency (arXiv 2309.00071, Sec. 3.2), `[E / 2]`."""
@@ -175,8 +176,8 @@ def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_scaling has the type {kind!r}; expected one of {', '.join(ROPE_TYPES)}")
     factor = scaling.get("factor", 1.0) if kind != "default" else 1.0
-    base = getattr(config, "rope_theta", 10000.0)
-    return LlamaRotaryEmbedding(head_dim(config), config.max_position_embeddings, base, factor, scaling)
+    context = config.max_position_embeddings
+    return LlamaRotaryEmbedding(head_dim(config), context, config.rope_theta, factor, scaling)
 
 
 def head_dim(config: LlamaConfig) -> int:
@@ -204,9 +205,26 @@ def _prepare_decoder_attention_mask(position_ids: Tensor, slots: Tensor, window:
         Boolean `[B, 1, T, S]`, True where the query sees the slot.
     """
     queries = position_ids[:, None, :, None]
-    keys = slots[None, None, None, :] if slots.dim() == 1 else slots[:, None, None, :]
+    keys = slots[..., None, None, :]
     visible = (keys <= queries) & (keys >= 0)
     return visible if window is None else visible & (keys > queries - window)
+
+
+def check_exit_layer(exit_layer: int, num_layers: int) -> None:
+    """Check that a model of some layers can be split after `exit_layer`.
+
+    Raises:
+        ValueError: unless 1 <= exit_layer < num_layers.
+    """
+    if not 1 <= exit_layer < num_layers:
+        raise ValueError(
+            f"exit_layer is {exit_layer}; this model of {num_layers} layers takes 1 to {num_layers - 1}"
+        )
+
+
+def unpadded_positions(attention_mask: Tensor) -> Tensor:
+    """Positions `[B, T]` counted over the unpadded tokens, -1 at padding, from a mask that is 0 there."""
+    return (attention_mask.cumsum(dim=1) - 1).masked_fill(attention_mask == 0, -1)
 
 
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -228,8 +246,6 @@ class AttentionPlan:
 
     def on(self, device: torch.device) -> AttentionPlan:
         """The same plan on a device, for layers that are spread over several."""
-        if self.cos.device == device:
-            return self
         mask = None if self.mask is None else self.mask.to(device)
         return AttentionPlan(self.cos.to(device), self.sin.to(device), mask)
 
@@ -286,10 +302,11 @@ def plan_unrolled(
     back = later[..., None] - places  # positions from the key to the query
     place = torch.arange(later.shape[1], device=states.device)
     apart = place[:, None] - place
-    seen = [back >= depth - 1]
-    seen += [(apart == depth - step).expand(len(later), -1, -1) for step in range(2, depth + 1)]
-    if window is not None:
-        seen = [seen[0] & (back < window), *(mask & (apart < window) for mask in seen[1:])]
+    nearby = math.inf if window is None else window
+    seen = [(back >= depth - 1) & (back < nearby)]
+    for step in range(2, depth + 1):
+        mask = (apart == depth - step) & (apart < nearby)
+        seen.append(mask.expand(len(later), -1, -1))
     cos, sin = rotary(later, length - 1, states.dtype, whole=True)
     return AttentionPlan(cos, sin, torch.cat(seen, dim=-1)[:, None])
 
@@ -316,10 +333,13 @@ class LlamaAttention(nn.Module):
         self.num_groups = config.num_key_value_heads
         self.head_dim = head_dim(config)
         bias = getattr(config, "attention_bias", False)
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        size = config.hidden_size
+        query_size = self.num_heads * self.head_dim
+        key_size = self.num_groups * self.head_dim
+        self.q_proj = nn.Linear(size, query_size, bias=bias)
+        self.k_proj = nn.Linear(size, key_size, bias=bias)
+        self.v_proj = nn.Linear(size, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, size, bias=bias)
 
     def forward(self, hidden: Tensor, plan: AttentionPlan, earlier: KeysValues | None = None) -> Tensor:
         """Attend among the positions of `hidden [B, T, D]`; the same shape comes back.
@@ -330,13 +350,15 @@ class LlamaAttention(nn.Module):
             earlier: keys and values of earlier passes over the same positions, which stand before the own ones; these
                 are appended.
         """
-        batch, length, _ = hidden.shape
-        queries = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-        keys = self.k_proj(hidden).view(batch, length, self.num_groups, self.head_dim).transpose(1, 2)
-        values = self.v_proj(hidden).view(batch, length, self.num_groups, self.head_dim).transpose(1, 2)
+
+        def by_head(projected: Tensor) -> Tensor:
+            """`[B, T, heads E]` to `[B, heads, T, E]`."""
+            return torch.unflatten(projected, -1, (-1, self.head_dim)).transpose(1, 2)
+
         # Positions enter by rotating queries and keys; values carry none.
-        queries = apply_rotary(queries, plan.cos, plan.sin)
-        keys = apply_rotary(keys, plan.cos, plan.sin)
+        queries = apply_rotary(by_head(self.q_proj(hidden)), plan.cos, plan.sin)
+        keys = apply_rotary(by_head(self.k_proj(hidden)), plan.cos, plan.sin)
+        values = by_head(self.v_proj(hidden))
         if earlier is not None:
             earlier.append((keys, values))
             keys = torch.cat([keys for keys, _ in earlier], dim=2)
@@ -346,7 +368,7 @@ class LlamaAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             queries, keys, values, plan.mask, is_causal=plan.mask is None, enable_gqa=grouped
         )
-        projected: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        projected: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return projected
 
 
@@ -397,7 +419,7 @@ class DecoderLayer(nn.Module):
 
 def before(states: Tensor) -> Tensor:
     """The states `[B, T, D]` of the positions before; zeros before the first."""
-    return F.pad(states, (0, 0, 1, 0))[:, :-1]
+    return F.pad(states, (0, 0, 1, -1))
 
 
 def at_positions(states: Tensor, positions: Tensor) -> Tensor:
@@ -473,7 +495,7 @@ class AdapterModel(nn.Module):
         """From two states, side by side, to one; a fresh one gives the first of them."""
         size = self.config.hidden_size
         new = nn.Linear(2 * size, size, bias=False)
-        new.weight.data = torch.eye(size, 2 * size)
+        nn.init.eye_(new.weight)
         return new
 
     def forward_unrolled(
@@ -558,10 +580,9 @@ class AdapterModel(nn.Module):
             `[B, T, D]`, normed.
         """
         hidden = inputs_embeds
-        if len(self.layers):
-            plan = plan_uncached(self.rotary, hidden, position_ids, self.window)
-            for layer in self.layers:
-                hidden = layer(hidden, plan)
+        plan = plan_uncached(self.rotary, hidden, position_ids, self.window)
+        for layer in self.layers:
+            hidden = layer(hidden, plan)
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -586,9 +607,7 @@ def inject_adapter_hooks(
         ValueError: for an exit layer that the model does not have.
     """
     layers = model.model.layers
-    if not 1 <= exit_layer < len(layers):
-        most = len(layers) - 1
-        raise ValueError(f"exit_layer is {exit_layer}; this model of {most + 1} layers takes 1 to {most}")
+    check_exit_layer(exit_layer, len(layers))
     model.adapter_model = adapter
     exit_states: list[Tensor] = []
 
@@ -600,8 +619,8 @@ def inject_adapter_hooks(
     ) -> Any:
         if named.get("past_key_values") is not None:
             raise ValueError("exit_logits need the whole text at once; expected no past_key_values")
-        mask = named.get("attention_mask")  # positions count the unpadded tokens
-        position_ids = None if mask is None else (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
+        mask = named.get("attention_mask")
+        position_ids = None if mask is None else unpadded_positions(mask)
         exit_state = exit_states.pop()
         normed = adapter.forward_early_stop(exit_state, position_ids)
         output["exit_logits"] = model.lm_head(normed.to(exit_state.dtype))

@@ -7,28 +7,35 @@ How it decodes is in `kangaroo.decoding`; start at `decoding/speculate.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from kangaroo.adapter import DecoderLayer, LlamaRotaryEmbedding, plan_uncached, rotary_for
+from kangaroo.adapter import (
+    DecoderLayer,
+    LlamaRotaryEmbedding,
+    check_exit_layer,
+    plan_uncached,
+    rotary_for,
+    unpadded_positions,
+)
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.cache import KVCache
 from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import (
     CachedLayer,
     MadeFromWeights,
+    Weights,
     on_own_cpu_kernels,
     product,
     rms_norm,
-    weights_of,
 )
 from kangaroo.decoding.passes import CudaGraphs, Passes, view
 from kangaroo.decoding.speculate import Text, spec_decode_step
@@ -70,10 +77,10 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self.model = _Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary: LlamaRotaryEmbedding = rotary_for(config)
-        self.adapter_switch: AdapterSwitch | None = None
+        self.adapter_switch = AdapterSwitch(self)  # of no adapters yet
         self.past_key_values: Stages | None = None
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
-        self._used: dict[str, tuple[object, list[Tensor]]] = {}  # what the weights of a stage are made from
+        self._used: dict[str, Weights] = {}  # what the weights of a stage are made from
         self._kept_stages: list[Stages] = []
         self._capture_seconds: list[float] = []
         # A model of one layer cannot be split, but it can draft.
@@ -88,11 +95,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         Raises:
             ValueError: unless 1 <= exit_layer < number of layers.
         """
-        layers = self.config.num_hidden_layers
-        if not 1 <= exit_layer < layers:
-            raise ValueError(
-                f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}"
-            )
+        check_exit_layer(exit_layer, self.config.num_hidden_layers)
         self.exit_layer = exit_layer
 
     @property
@@ -105,31 +108,26 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         layers: list[Any] = list(self.model.layers)
         return {self.lm_head.weight.device, *(layer.input_layernorm.weight.device for layer in layers)}
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding, for weight tying."""
-        return self.model.embed_tokens
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether passes can be captured as CUDA graphs: those over several cards cannot."""
+        return self.lm_head.weight.is_cuda and len(self.layer_devices()) == 1
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language-model head, for weight tying."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the language-model head."""
-        self.lm_head = new_embeddings
+    # Embedding and head have Hugging Face's names, and so its methods to get and to replace them fit.
+    get_input_embeddings = LlamaForCausalLM.get_input_embeddings
+    set_input_embeddings = LlamaForCausalLM.set_input_embeddings
+    get_output_embeddings = LlamaForCausalLM.get_output_embeddings
+    set_output_embeddings = LlamaForCausalLM.set_output_embeddings
 
     # Passes without a cache
 
     def without_adapters(self, *names: str) -> AbstractContextManager[None]:
         """Leave the named adapters ("lora_S", "lora_D") out inside this context."""
-        return nullcontext() if self.adapter_switch is None else self.adapter_switch.without(*names)
+        return self.adapter_switch.without(*names)
 
     def merged(self) -> AbstractContextManager[None]:
         """Compute with the adapters merged into plain weights inside this context: for inference."""
-        return nullcontext() if self.adapter_switch is None else self.adapter_switch.merged()
+        return self.adapter_switch.merged()
 
     def forward_shallow(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """layers[:k]: tokens `[B, T]` to exit states `[B, T, D]`.
@@ -212,7 +210,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             `logits [B, T, V]` and, if asked for, `hidden_states`.
         """
         if attention_mask is not None and position_ids is None:
-            position_ids = (attention_mask.cumsum(dim=1) - 1).masked_fill(attention_mask == 0, -1)
+            position_ids = unpadded_positions(attention_mask)
         hidden = self.model.embed_tokens(input_ids)
         plan = plan_uncached(self.rotary, hidden, position_ids)
         states = [hidden]  # hidden_states[0] is the embedding, hidden_states[k] the exit state
@@ -248,16 +246,14 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             deterministic: as in `DecodeConfig`.
             chains: of drafts that a block may have, at most.
         """
-        # On CUDA capacities are powers of two, so that captured passes fit later texts; padding needs room of its own.
-        # Passes over several cards cannot be captured.
-        on_cuda = self.lm_head.weight.is_cuda and len(self.layer_devices()) == 1
-        if on_cuda:
+        # Captured, capacities are powers of two, so that passes fit later texts; padding needs room of its own.
+        if self.can_be_captured:
             capacity = view(capacity + PASS_ROWS, 1 << 62)
         elif deterministic or batch_size > 1 or chains > 1:
             capacity += PASS_ROWS  # room for padding
         with self.merged():
             stages = self.new_stages(capacity, drafter, target, batch_size, chains)
-            if on_cuda:
+            if self.can_be_captured:
                 stages = self._reused(stages)
             stages.passes.positions = PASS_ROWS if deterministic else 0
             self.past_key_values = stages
@@ -282,61 +278,45 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         """
         passes = Passes(self.lm_head.weight.device)
         k = self.exit_layer
+        parts = drafter or DrafterParts(StageWeights([]), self.rotary, self.config)
 
-        def stage(weights: StageWeights) -> Stage:
-            cache = self._cache(self.config, weights, batch_size, capacity, chains=chains)
-            return Stage(weights, self.rotary, cache, passes)
+        def stage(
+            weights: StageWeights,
+            of: EarlyExitLlamaForCausalLM | DrafterParts = self,
+            window: int | None = None,
+        ) -> Stage:
+            devices = [layer.device for layer in weights.layers]
+            norm = self.model.norm.weight
+            cache = KVCache(of.config, devices, batch_size, capacity, norm, window, chains)
+            return Stage(weights, of.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
         without = ("lora_S",) if target == "base" else ()
-        base = stage(self._stage_weights(f"shallow layers, {target}", 0, k, few_rows, without))
-        deep = stage(self._stage_weights("deep layers", k, self.config.num_hidden_layers, few_rows))
-        if drafter is None:
-            drafter = DrafterParts(StageWeights([]), self.rotary, self.config)
-            shallow = base  # nothing drafts
-        elif target == "adapted":
-            shallow = base
-        else:
-            name = "shallow layers, adapted"
-            adapted = drafter.shallow or self._stage_weights(name, 0, k, few_rows)
-            shallow = stage(adapted)
-        cache = self._cache(drafter.config, drafter.weights, batch_size, capacity, drafter.window, chains)
-        drafting = Stage(drafter.weights, drafter.rotary, cache, passes)
+        base = stage(self._stage_weights(0, k, few_rows, without))
+        deep = stage(self._stage_weights(k, self.config.num_hidden_layers, few_rows))
+        shallow = base
+        if drafter and target == "base":
+            shallow = stage(drafter.shallow or self._stage_weights(0, k, few_rows))
+        drafting = stage(parts.weights, parts, parts.window)
         feedback = None
-        if drafter.weights.fuse is not None:
+        if parts.weights.fuse:
             feedback = Feedback(batch_size, self.model.norm.weight)
         layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
-        dynamic = self.rotary.dynamic or drafter.rotary.dynamic
+        dynamic = self.rotary.dynamic or parts.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in layers) and not dynamic
         passes.own_on_cpu = few_rows and on_own_cpu_kernels(self.lm_head.weight)
         hidden_size = self.config.hidden_size
-        return Stages(shallow, drafting, base, deep, passes, hidden_size, drafter.draft_ids, feedback)
-
-    def _cache(
-        self,
-        config: LlamaConfig,
-        weights: StageWeights,
-        batch_size: int,
-        capacity: int,
-        window: int | None = None,
-        chains: int = 1,
-    ) -> KVCache:
-        devices = [layer.device for layer in weights.layers]
-        return KVCache(config, devices, batch_size, capacity, self.model.norm.weight, window, chains)
+        return Stages(shallow, drafting, base, deep, passes, hidden_size, parts.draft_ids, feedback)
 
     def _stage_weights(
-        self,
-        name: str,
-        first: int,
-        stop: int,
-        few_rows: bool,
-        without: tuple[str, ...] = (),
+        self, first: int, stop: int, few_rows: bool, without: tuple[str, ...] = ()
     ) -> StageWeights:
         """layers[first:stop] without some adapters, with the embedding or with final norm and head.
 
         For few rows they are kept while the weights last.
         """
-        dtype = self.lm_head.weight.dtype
+        head_weight = self.lm_head.weight
+        dtype = head_weight.dtype
         all_layers: list[Any] = list(self.model.layers)
         layers = all_layers[first:stop]  # to slice a list of modules takes a tenth of a millisecond
 
@@ -345,34 +325,37 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
                 cached = [CachedLayer(layer, dtype, few_rows) for layer in layers]
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
-            head = product(self.lm_head.weight) if few_rows else self.lm_head
+            head = product(head_weight) if few_rows else self.lm_head
             norm = rms_norm(self.model.norm, dtype)
-            return StageWeights(cached, norm=norm, head=head, head_weight=self.lm_head.weight)
+            return StageWeights(cached, norm=norm, head=head, head_weight=head_weight)
 
         if not few_rows:
             return make()
-        # To list these tensors takes a millisecond. They are the same while the modules and each layer's first norm
-        # weight are.
-        adapters = [] if self.adapter_switch is None else self.adapter_switch.modules
-        key = (layers, adapters, [id(layer.input_layernorm.weight) for layer in layers])
-        if name not in self._used or self._used[name][0] != key:
+        name = f"{'deep' if first else 'shallow'} layers without {without}"
+        adapters = self.adapter_switch.modules
+        if name not in self._used or not self._used[name].are_in(layers, adapters):
             with self.without_adapters(*without):
-                self._used[name] = (key, [weight for layer in layers for weight in weights_of(layer)])
-        used = [*self._used[name][1], self.model.norm.weight, self.lm_head.weight]
-        return self._weights.get(name, used, make)
+                self._used[name] = Weights(layers, adapters)
+        used = self._used[name]
+        outside = [self.model.embed_tokens.weight, self.model.norm.weight, head_weight]
+        numbers = [norm.eps for norm in (*used.norms, self.model.norm)]
+        return self._weights.get(name, [*used.weights, *outside], make, numbers)
+
+    def forget_weights(self) -> None:
+        """Let decoding prepare all weights again. It notices changes itself, but for those in place through `.data`."""
+        self._weights = MadeFromWeights()
+        self._kept_stages.clear()
 
     def _reused(self, fresh: Stages) -> Stages:
         """The stages of an earlier decoding, emptied, if what was captured over them fits; else the fresh ones."""
-        used = next((kept for kept in self._kept_stages if _shape(kept) == _shape(fresh)), None)
-        if used is None:
-            used = fresh
+        used = next((kept for kept in self._kept_stages if _shape(kept) == _shape(fresh)), fresh)
+        if used is fresh:
             used.passes.graphs = CudaGraphs(self._capture_seconds)
         else:
             used.reset()
         # The last ones used, as many as there is room for.
         kept = [used, *(stages for stages in self._kept_stages if stages is not used)]
-        size = list(accumulate(_cache_bytes(stages) for stages in kept))
-        within = sum(total <= KEPT_BYTES for total in size)
+        within = sum(total <= KEPT_BYTES for total in accumulate(map(_cache_bytes, kept)))
         self._kept_stages[:] = kept[: max(1, min(within, KEPT_STAGES))]
         return used
 

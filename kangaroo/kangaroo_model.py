@@ -22,10 +22,10 @@ from kangaroo.decoding.layers import (
     Fuse,
     MadeFromWeights,
     Middle,
+    Weights,
     head_product,
     product,
     rms_norm,
-    weights_of,
 )
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
@@ -88,27 +88,32 @@ class KangarooModel(nn.Module):
         base.requires_grad_(False).eval()
         self.base_model = base
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
-        self._costs: dict[int, StepCosts] = {}
+        self._costs: StepCosts | None = None
         self._policies: dict[DecodeConfig, AdaptivePolicy] = {}
         self.adapter_model = self._new_adapter(args)
         draft_vocab: Sequence[int] | None = getattr(args, "draft_vocab", None)
         self.head = getattr(args, "head", "frozen")
         if self.head not in HEADS:
             raise ValueError(f"head is {self.head!r}; expected one of {', '.join(HEADS)}")
-        ids = None if draft_vocab is None else torch.as_tensor(list(draft_vocab), dtype=torch.long)
+        weight = self.head_model.weight.detach()
+        ids = None
+        if draft_vocab is not None:
+            ids = torch.as_tensor(list(draft_vocab), dtype=torch.long, device=weight.device)
         self.draft_ids: Tensor | None
         self.register_buffer("draft_ids", ids)
-        weight = self.head_model.weight.detach()
+        rows = weight if ids is None else weight[ids]
         self.head_rows: Tensor
-        self.register_buffer(
-            "head_rows", weight if ids is None else weight[ids.to(weight.device)], persistent=False
-        )
-        self.exit_proj: nn.Linear = self._new_exit_proj()
+        self.register_buffer("head_rows", rows, persistent=False)
+        # The weight is set below; on "meta" no memory is spent on one that is thrown away.
+        self.exit_proj = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        is_trained = self.head == "full"
+        head_weight = rows.clone().float() if is_trained else rows
+        self.exit_proj.weight = nn.Parameter(head_weight, requires_grad=is_trained)
         if self.head == "lora":
-            rows, width = self.head_rows.shape
             rank = getattr(args, "head_rank", 64)
+            width = rows.shape[1]
             self.head_down = nn.Parameter(torch.randn(rank, width, device=weight.device) / width**0.5)
-            self.head_up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+            self.head_up = nn.Parameter(torch.zeros(len(rows), rank, device=weight.device))
         self._start_from_base()
         if adapter_model_path is not None:
             self.load_drafter(adapter_model_path)
@@ -156,28 +161,17 @@ class KangarooModel(nn.Module):
             middle_layer,
         )
 
-    def _new_exit_proj(self) -> nn.Linear:
-        exit_proj = nn.Linear(self.head_rows.shape[1], self.head_rows.shape[0], bias=False, device="meta")
-        # The weight is set below; on "meta" no memory is spent on one that is thrown away.
-        if self.head == "full":
-            exit_proj.weight = nn.Parameter(self.head_rows.detach().clone().float())
-        else:
-            exit_proj.weight = nn.Parameter(self.head_rows, requires_grad=False)
-        return exit_proj
-
     def _start_from_base(self) -> None:
         """Copy norm and layers of the base model into the drafter, in float32 on its device."""
         base = self.base_model
-        device = base.model.norm.weight.device
         self.adapter_model.norm.load_state_dict(base.model.norm.state_dict())
         for index, layer in enumerate(self.adapter_model.layers, start=base.exit_layer):
             source = base.model.layers[min(index, base.config.num_hidden_layers - 1)].state_dict()
             # A linear layer that carries LoRA keeps its own weight under another name.
             plain = {name.replace(".base_layer", ""): value for name, value in source.items()}
-            layer.load_state_dict({name: plain[name] for name in layer.state_dict()})
-        self.adapter_model.to(device=device, dtype=torch.float32)
+            layer.load_state_dict(plain, strict=False)  # what the drafter's layer lacks is left out
+        self.adapter_model.to(device=base.model.norm.weight.device, dtype=torch.float32)
         if self.draft_ids is not None:
-            self.draft_ids = self.draft_ids.to(device)
             self._set_draft_index()
 
     def _set_draft_index(self) -> None:
@@ -190,7 +184,7 @@ class KangarooModel(nn.Module):
 
     def drafter_state(self) -> dict[str, Tensor]:
         """What `drafter.safetensors` holds: drafter, exit norm, exit head and draft vocabulary where they are ours."""
-        state = {f"adapter_model.{k}": v for k, v in self.adapter_model.state_dict().items()}
+        state: dict[str, Tensor] = self.adapter_model.state_dict(prefix="adapter_model.")
         if self.head == "full":
             state["exit_proj.weight"] = self.exit_proj.weight
         if self.head == "lora":
@@ -224,11 +218,12 @@ class KangarooModel(nn.Module):
         if set(state) != set(own):
             raise ValueError(f"{folder}: the drafter holds {sorted(state)}, this model expects {sorted(own)}")
         for key, value in own.items():
-            if state[key].shape != value.shape or state[key].is_complex():
+            loaded = state[key]
+            if loaded.shape != value.shape or loaded.is_complex():
                 raise ValueError(
-                    f"{folder}: {key} is {list(state[key].shape)}, expected {list(value.shape)}, real"
+                    f"{folder}: {key} is {list(loaded.shape)}, expected {list(value.shape)}, real"
                 )
-            value.copy_(state[key])
+            value.copy_(loaded)
         if self.draft_ids is not None:  # another draft vocabulary reads other rows of the head
             self.head_rows.copy_(self.head_model.weight[self.draft_ids])
             self._set_draft_index()
@@ -240,7 +235,8 @@ class KangarooModel(nn.Module):
             other: of any shape, changed in place. Its tokens are this model's. Rows that only its vocabulary has are
                 cut off, so that they are never drafted; its embedding of tokens that it lacks is 0.
         """
-        rows = len(self.head_model.weight)
+        weight = self.head_model.weight
+        rows = len(weight)
         embedding = other.model.embed_tokens
         missing = rows - len(embedding.weight)
         if missing:
@@ -255,10 +251,10 @@ class KangarooModel(nn.Module):
         self.head = "frozen"
         self.exit_proj = other.lm_head
         covered = len(other.lm_head.weight)
-        self.head_rows = self.head_model.weight.detach()[:covered]
+        self.head_rows = weight.detach()[:covered]
         self.draft_ids = None
         if covered < rows:
-            self.draft_ids = torch.arange(covered, device=self.head_model.weight.device)
+            self.draft_ids = torch.arange(covered, device=weight.device)
             self._set_draft_index()
 
     # The draft policy
@@ -269,37 +265,37 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head += [self.head_down, self.head_up]
         adapter = self.adapter_model
-        layers = [*weights_of(adapter), self._embeddings()]
+        layers = [*Weights([adapter]).weights, self._embeddings()]
         how = [float(self.int8_draft)]
+        kept = self._weights.get
 
         def make() -> StageWeights:
             # An update may have changed one of the two alone.
-            drafter = self._weights.get("drafter layers", layers, self._fused_drafter)
-            exit_head = self._weights.get("exit head", head, self._merged_head, how)
+            drafter = kept("drafter layers", layers, self._fused_drafter)
+            exit_head = kept("exit head", head, self._merged_head, how)
             return replace(drafter, head=exit_head.head, head_weight=exit_head.head_weight)
 
-        weights = self._weights.get("drafter", [*layers, *head], make, how)
+        weights = kept("drafter", [*layers, *head], make, how)
         shallow = None
         if adapter.embed_tokens is not None:
             embed = adapter.embed_tokens
-            shallow = self._weights.get("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
+            shallow = kept("embedding", [embed.weight], lambda: StageWeights([], embed=embed))
         return DrafterParts(weights, adapter.rotary, adapter.config, adapter.window, self.draft_ids, shallow)
 
     def _fused_drafter(self) -> StageWeights:
         """Drafter and exit norm for decoding."""
         dtype = self.head_rows.dtype
-        layers = [CachedLayer(layer, dtype) for layer in self.adapter_model.layers]  # type: ignore[arg-type]
-        norm = rms_norm(self.exit_norm, dtype)
-        fuse, fuse_later = self.adapter_model.fuse, self.adapter_model.fuse_later
-        first = None if fuse is None else Fuse(fuse.weight.detach().to(dtype))
-        later = None
-        if fuse_later is not None:
-            later = Fuse(fuse_later.weight.detach().to(dtype), self._embeddings())
-        middle = None
-        if self.adapter_model.fuse_middle is not None:
-            weight = self.adapter_model.fuse_middle.weight.detach().to(dtype)
-            middle = Middle(self.middle_layer, product(weight), self.base_model.model.norm.eps)
-        return StageWeights(layers, norm=norm, fuse=first, fuse_later=later, middle=middle)
+        adapter = self.adapter_model
+        layers = [CachedLayer(layer, dtype) for layer in adapter.layers]  # type: ignore[arg-type]
+        weights = StageWeights(layers, norm=rms_norm(self.exit_norm, dtype))
+        if adapter.fuse:
+            weights.fuse = Fuse(adapter.fuse.weight.detach().to(dtype))
+        if adapter.fuse_later:
+            weights.fuse_later = Fuse(adapter.fuse_later.weight.detach().to(dtype), self._embeddings())
+        if adapter.fuse_middle:
+            from_middle = product(adapter.fuse_middle.weight.detach().to(dtype))
+            weights.middle = Middle(self.middle_layer, from_middle, self.base_model.model.norm.eps)
+        return weights
 
     @contextmanager
     def with_int8_draft(self, wanted: bool) -> Iterator[None]:
@@ -309,7 +305,7 @@ class KangarooModel(nn.Module):
         """
         before = (self.int8_draft, self._costs, self._policies)
         if wanted != self.int8_draft:
-            self.int8_draft, self._costs, self._policies = wanted, {}, {}
+            self.int8_draft, self._costs, self._policies = wanted, None, {}
         try:
             yield
         finally:
@@ -392,9 +388,7 @@ class KangarooModel(nn.Module):
 
     def draft_index(self, token_ids: Tensor) -> Tensor:
         """Rows of the exit head for vocabulary ids; -1 for ids that it does not cover."""
-        if self.draft_ids is None:
-            return token_ids
-        return self._draft_index[token_ids]
+        return token_ids if self.draft_ids is None else self._draft_index[token_ids]
 
     def verifier_logits(self, verifier_hidden: Tensor) -> Tensor:
         """The verifier's float32 logits over the draft's tokens, `[…, D]` to `[…, V']`."""
@@ -430,7 +424,13 @@ class KangarooModel(nn.Module):
         deterministic: bool = False,
         chains: int = 1,
     ) -> AbstractContextManager[Stages]:
-        """Stages with empty caches, this draft's among them; arguments as in `EarlyExitLlamaForCausalLM.decoding`."""
+        """Stages with empty caches, this draft's among them; arguments as in `EarlyExitLlamaForCausalLM.decoding`.
+
+        Raises:
+            ValueError: for a target that this drafter cannot draft for.
+        """
+        if (self.feedback or self.adapter_model.embed_tokens) and target != "base":
+            raise ValueError(f'target is {target!r}; a whole model or a drafter with feedback needs "base"')
         parts = self.drafter_parts()
         return self.base_model.decoding(capacity, parts, target, batch_size, deterministic, chains)
 
@@ -447,11 +447,11 @@ class KangarooModel(nn.Module):
             self._policies[config] = AdaptivePolicy(config, self.step_costs(config.draft_len))
         return self._policies[config]
 
-    def step_costs(self, longest: int = 8, rows: int = 1) -> StepCosts:
-        """What steps of `rows` texts cost here; measured once for blocks up to this length, in a second or two."""
-        if rows not in self._costs or len(self._costs[rows].verify) <= longest:
-            self._costs[rows] = self.measure_costs(longest, rows=rows)
-        return self._costs[rows]
+    def step_costs(self, longest: int = 8) -> StepCosts:
+        """What steps of one text cost here; measured once for blocks up to this length, in a second or two."""
+        if self._costs is None or len(self._costs.verify) <= longest:
+            self._costs = self.measure_costs(longest)
+        return self._costs
 
     def share_costs(self, other: "KangarooModel") -> None:
         """Take what steps cost from another of the same model and draft, measured once for both."""
@@ -502,11 +502,10 @@ class KangarooModel(nn.Module):
             verifications are the prefill's.
 
         Raises:
-            ValueError: for a prompt that `check_prompt` refuses, a limit below 1, or logits that are not finite.
+            ValueError: as `check_prompt` and `decoding` do; for a limit below 1, or logits that are not finite.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        chains = self._chains(settings)
         rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
         if not rows:
             raise ValueError("there is no prompt; expected at least one")
@@ -519,20 +518,9 @@ class KangarooModel(nn.Module):
                 text.seed(text_seed, max_new_tokens)
             texts.append(text)
         capacity = max(text.stop for text in texts)
-        with self.decoding(capacity, settings.target, len(texts), settings.deterministic, chains) as stages:
+        how = (settings.target, len(texts), settings.deterministic, settings.chains)
+        with self.decoding(capacity, *how) as stages:
             yield from decode_texts(stages, texts, settings, end_ids(eos_ids))
-
-    def _chains(self, settings: DecodeConfig) -> int:
-        """Chains of drafts that a block may have.
-
-        Raises:
-            ValueError: for a target that this drafter cannot draft for.
-        """
-        if (self.feedback or self.adapter_model.embed_tokens) and settings.target != "base":
-            raise ValueError(
-                f'target is {settings.target!r}; a whole model or a drafter with feedback needs "base"'
-            )
-        return settings.chains
 
     def decode_blocks(
         self,

@@ -11,9 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from kangaroo.adapter import check_exit_layer
 from kangaroo.decoding.layers import LARGE, MadeFromWeights
-
-__all__ = ["AdapterSwitch", "get_peft_model_state_dict", "inject_dual_lora", "inject_lora", "lora_parameters"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -146,8 +145,7 @@ def inject_lora(
         ValueError: for an exit layer or rank out of range, or a model that carries adapters already.
     """
     layers = int(base_model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-    if not 1 <= exit_layer < layers:
-        raise ValueError(f"exit_layer is {exit_layer}; this model of {layers} layers takes 1 to {layers - 1}")
+    check_exit_layer(exit_layer, layers)
     if any(isinstance(module, LoraLinear) for module in base_model.modules()):
         raise ValueError("the model carries adapters already; load it again")
     if rank < 1:
@@ -158,9 +156,8 @@ def inject_lora(
     shallow_config = LoraConfig(layers_to_transform=list(range(exit_layer)), **shared)
     peft_model = get_peft_model(base_model, shallow_config, adapter_name="lora_S")
     if deep:
-        peft_model.add_adapter(
-            "lora_D", LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared)
-        )
+        deep_config = LoraConfig(layers_to_transform=list(range(exit_layer, layers)), **shared)
+        peft_model.add_adapter("lora_D", deep_config)
         peft_model.base_model.set_adapter(["lora_S", "lora_D"])
     # Base weights may be bfloat16; adapters and their optimizer state are float32.
     for parameter in lora_parameters(peft_model, ["lora_S", "lora_D"]):

@@ -113,7 +113,9 @@ def test_attention_by_heads_of_any_size(size, window):
         mask = torch.from_numpy((distance >= 0) & (distance < window))
         asked = torch.from_numpy(queries).double().view(1, rows, heads, size).transpose(1, 2)
         stored = [torch.from_numpy(each).double().repeat_interleave(3, dim=1) for each in (keys, values)]
-        exact = F.scaled_dot_product_attention(asked, *stored, attn_mask=mask).transpose(1, 2).reshape(rows, -1)
+        exact = (
+            F.scaled_dot_product_attention(asked, *stored, attn_mask=mask).transpose(1, 2).reshape(rows, -1)
+        )
         torch.testing.assert_close(torch.from_numpy(mixed).double(), exact, atol=2e-6, rtol=1e-5)
         for row in (0, 7, 18):
             alone = cpu_kernels._attend_all(

@@ -131,7 +131,7 @@ def test_what_is_remembered_wrongly_is_soon_no_longer_drafted():
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.adaptive}")
 def test_no_choice_changes_an_answer(how, target):
     model = tiny_kangaroo(deep_scale=0.3, drafter="layer")
-    model._costs = {1: COSTS}
+    model._costs = COSTS
     looked, learned = 0, 0
     for prompt in (part * 2 for part in random_prompts(6)):
         plain = model.generate(prompt, 40, DecodeConfig(0, target=target)).tokens
@@ -152,7 +152,7 @@ def test_blocks_stay_within_their_length_and_tails_stand_behind_the_drafts(longe
         tiny_kangaroo(deep_scale=0.0, lora=False),
         DecodeConfig(longest, source="hybrid", adaptive=True),
     )
-    model._costs, tails = {1: StepCosts(COSTS.verify[: longest + 1], 5.0)}, 0
+    model._costs, tails = StepCosts(COSTS.verify[: longest + 1], 5.0), 0
     for prompt in (part * 3 for part in random_prompts(6)):
         index = LookupIndex(prompt)
         for block in model.decode_blocks(prompt, 60, how):
@@ -522,7 +522,7 @@ def test_the_policy_is_a_function_of_costs_and_text():
     found = []
     for _ in range(2):
         model = tiny_kangaroo(deep_scale=0.3)
-        model._costs = {1: COSTS}
+        model._costs = COSTS
         how = DecodeConfig(8, source="hybrid", adaptive=True)
         found.append([[b.committed for b in model.generate(p, 40, how).blocks] for p in random_prompts(4)])
     assert found[0] == found[1]
@@ -532,7 +532,7 @@ def test_the_policy_is_a_function_of_costs_and_text():
 def test_a_threshold_does_not_count_where_costs_decide(adaptive, longest, monkeypatch):
     """In blocks that run ahead as in others."""
     model = tiny_kangaroo(deep_scale=0.3)
-    model._costs = {1: COSTS}
+    model._costs = COSTS
     monkeypatch.setattr(Planner, "plan", lambda planner: Plan(3))
     made = capture_passes(model, monkeypatch)
     blocks = model.generate([5, 6, 7], 30, DecodeConfig(3, threshold=1.0, adaptive=adaptive)).blocks

@@ -33,8 +33,7 @@ def answer(
     batch: int,
 ) -> Responses:
     """The untouched model's greedy answers, in the prompts' order; prompts of like length are answered together."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    order = lengths.argsort(stable=True)
+    order = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
     parts = []
     for rows in torch.split(order, batch):
         together = [prompts[row] for row in rows.tolist()]
@@ -118,8 +117,7 @@ def _sampled(
     """The contexts with a sampled turn after each, without repeats."""
     prompts: dict[tuple[int, ...], None] = {}
     for start in range(0, len(contexts), batch):
-        seed = rng.getrandbits(63)
-        turns = sample_turns(loaded, contexts[start : start + batch], seed)
+        turns = sample_turns(loaded, contexts[start : start + batch], rng.getrandbits(63))
         prompts |= dict.fromkeys(turns)
     return [list(prompt) for prompt in prompts]
 

@@ -57,7 +57,6 @@ from dvirl.scale.corpus import (
     write_shard,
 )
 from kangaroo.adapter import DRAFTERS
-from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import HEADS, KangarooModel
 
 SHARD = 16384
@@ -219,22 +218,23 @@ class _Objective(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Draft after the chosen positions; arguments and results as the class says."""
         config = self.config
+        model = self.model
         half = verifier_hidden.dtype == torch.bfloat16
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             # 1) What the verifier says there.
-            last = verifier_hidden[..., : self.model.head_rows.shape[1]]
+            last = verifier_hidden[..., : model.head_rows.shape[1]]
             chosen = last.flatten(0, 1).index_select(0, positions)
             normalizer = None
             if config.objective in OVER_ALL_TOKENS:
-                normalizer = self.model.verifier_normalizer(chosen, config.temperature)
-            teacher = Teacher.of(self.model.verifier_logits(chosen) / config.temperature, normalizer)
+                normalizer = model.verifier_normalizer(chosen, config.temperature)
+            teacher = Teacher.of(model.verifier_logits(chosen) / config.temperature, normalizer)
             # 2) The drafts of every depth; without feedback they are the same, and there is one.
-            exit_hidden = self.model.base_model.forward_shallow(tokens)
-            states = self.model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
+            exit_hidden = model.base_model.forward_shallow(tokens)
+            states = model.drafter_depths(tokens, exit_hidden, verifier_hidden, config.depths, later)
             depths = []
             for depth, state in enumerate(states):
                 where = positions if depth == 0 else self._among(later, positions, tokens.shape[1])
-                logits = self.model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
+                logits = model.head_logits(state.flatten(0, 1).index_select(0, where), exact=False)
                 depths.append(DraftsAtDepth(logits, teacher, index, weight, config.ce_weight))
             # 3) The loss.
             if config.objective in BY_DEPTH:
@@ -303,30 +303,6 @@ def conversations(loaded: LoadedModel, config: DistillConfig, path: Path, count:
     return read_shard(path)
 
 
-def kept_states(
-    base: EarlyExitLlamaForCausalLM, responses: Responses, middle_layer: int = 0
-) -> dict[int, Tensor]:
-    """The verifier's states on every response, `[T, D]` or with a middle layer `[T, 2 D]`, by row.
-
-    None if they would take too much of the memory.
-    """
-    kept: dict[int, Tensor] = {}
-    device = base.model.norm.weight.device
-    lengths = responses.lengths
-    numbers = base.config.hidden_size * (2 if middle_layer else 1)
-    needed = int(lengths.sum()) * numbers * base.dtype.itemsize
-    if needed > KEPT_SHARE * free_memory(device):
-        return kept
-    parts = torch.split(lengths.argsort(), SWEPT)
-    for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
-        tokens = responses.take(rows).tokens.to(device)
-        states = verifier_states(base, tokens, ["lora_S"], middle_layer)
-        for row, state in zip(rows.tolist(), states, strict=True):
-            # A copy, so that padding is not kept with it.
-            kept[row] = state[: lengths[row]].clone()
-    return kept
-
-
 class Distiller(TrainingLoop):
     """One distillation: its responses, its draft, its optimizer. A run folder that is not finished goes on.
 
@@ -365,11 +341,11 @@ class Distiller(TrainingLoop):
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         self.parameters = shallow_parameters(self.model, config.lora_shallow)
-        # Updates of one shape are replayed from a CUDA graph, which cannot span devices.
-        self._use_cuda_graphs = base.device.type == "cuda" and len(base.layer_devices()) == 1
+        # Updates of one shape are replayed from a CUDA graph.
+        self._use_cuda_graphs = base.can_be_captured
         self._captured: dict[tuple[int, str], Any] = {}
         # States that are read once are not kept.
-        self._kept = kept_states(base, self.responses, config.middle_layer) if config.passes > 1 else {}
+        self._kept = self._kept_states() if config.passes > 1 else {}
         self._begin()
 
     def begin_again(self, config: DistillConfig) -> None:
@@ -388,7 +364,7 @@ class Distiller(TrainingLoop):
         if CAPTURED_BY(config) != CAPTURED_BY(self.config):
             self._captured.clear()  # the graphs of one objective take gigabytes
         self.config = config
-        self._kept = self._kept or kept_states(self.loaded.model, self.responses, config.middle_layer)
+        self._kept = self._kept or self._kept_states()
         self._begin()
 
     def _begin(self) -> None:
@@ -428,14 +404,15 @@ class Distiller(TrainingLoop):
                 count = min(SHARD, max(8, 2 * (config.num_tokens - num_tokens) // config.answer_tokens))
                 shard = conversations(self.loaded, config, path, count, config.seed * 1_000_003 + len(parts))
                 if is_new:
-                    line = {
-                        "phase": "write",
-                        "shard": len(parts),
-                        "tokens": shard.num_tokens,
-                        "memory_gb": self._memory_gb(),
-                        "wall_s": time.perf_counter() - began,
-                    }
-                    self._log_line(line)
+                    self._log_line(
+                        {
+                            "phase": "write",
+                            "shard": len(parts),
+                            "tokens": shard.num_tokens,
+                            "memory_gb": self._memory_gb(),
+                            "wall_s": time.perf_counter() - began,
+                        }
+                    )
                 parts.append(shard)
                 num_tokens += shard.num_tokens
                 bar.update(shard.num_tokens)
@@ -462,6 +439,28 @@ class Distiller(TrainingLoop):
         if not len(chosen):
             raise DvirlError(f"none of {len(responses)} responses is left to learn from ({left_out})")
         return chosen, left_out
+
+    def _kept_states(self) -> dict[int, Tensor]:
+        """The verifier's states on every response, `[T, D]` or with a middle layer `[T, 2 D]`, by row.
+
+        None if they would take too much of the memory.
+        """
+        kept: dict[int, Tensor] = {}
+        base = self.loaded.model
+        middle_layer = self.config.middle_layer
+        lengths = self.responses.lengths
+        numbers = base.config.hidden_size * (2 if middle_layer else 1)
+        needed = int(lengths.sum()) * numbers * base.dtype.itemsize
+        if needed > KEPT_SHARE * free_memory(base.device):
+            return kept
+        parts = torch.split(lengths.argsort(), SWEPT)
+        for rows in tqdm(parts, desc="verifier's states", unit="batch", leave=False):
+            tokens = self.responses.take(rows).tokens.to(base.device)
+            states = verifier_states(base, tokens, ["lora_S"], middle_layer)
+            for row, state in zip(rows.tolist(), states, strict=True):
+                # A copy, so that padding is not kept with it.
+                kept[row] = state[: lengths[row]].clone()
+        return kept
 
     # The loop
 
@@ -494,14 +493,12 @@ class Distiller(TrainingLoop):
         """Begin with the next batch; say what is learned from."""
         train_only(self.model, self.parameters)
         self._batches = self.batches()
-        line = {
-            "phase": "start",
+        figures = {
             "step": self.counters.step,
             "rows": len(self.responses),
             "tokens": self.responses.num_tokens,
-            **self.left_out,
         }
-        return [line]
+        return [{"phase": "start", **figures, **self.left_out}]
 
     @property
     def progress(self) -> float:
@@ -581,9 +578,8 @@ class Distiller(TrainingLoop):
         """From the next update on: responses, tokens on the device, and the verifier's states `[B, T, D]` on them."""
         size = self.config.batch
         per_pass = math.ceil(len(self.responses) / size)
-        first_pass, done = divmod(
-            self.counters.step, per_pass
-        )  # passes, and updates of the next one, that are done
+        # Passes that are done, and updates of the next one that are.
+        first_pass, done = divmod(self.counters.step, per_pass)
         for pass_index in range(first_pass, self.config.passes):
             groups = torch.split(self._order(pass_index), TEACHER_BATCHES * size)
             for rows in groups[done // TEACHER_BATCHES :]:
@@ -717,8 +713,7 @@ def main(args: Namespace | DistillConfig) -> DistillResult:
         DvirlError: as `Distiller` does.
     """
     config = settings.from_namespace(DistillConfig, args)
-    loaded = load_for(config)
-    result = Distiller(config, loaded).train()
+    result = Distiller(config, load_for(config)).train()
     work = [("written", result.written, result.write_s), ("learned from", result.learned, result.train_s)]
     for verb, tokens, seconds in work:
         if tokens:

@@ -295,7 +295,9 @@ def _use_threads() -> None:
     # Setting them takes a lock, which a process that was forked meanwhile might never get.
     if not _forked and getattr(_used, "threads", None) != threads:
         numba.set_num_threads(threads)
-        torch.set_num_threads(of_torch)  # Numba starts its threads with the first call, and sets OpenMP's number
+        torch.set_num_threads(
+            of_torch
+        )  # Numba starts its threads with the first call, and sets OpenMP's number
         _used.threads = threads
 
 
@@ -360,7 +362,9 @@ def _sums_of_lanes(build, vectors):
     # Neighbours are added within halves of a vector, twice; moving numbers between the halves takes longer.
     for _ in range(2):
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [_added(build, pair, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15)) for pair in pairs]
+        vectors = [
+            _added(build, pair, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15)) for pair in pairs
+        ]
     return _added(build, vectors, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
 
 
@@ -411,7 +415,9 @@ def _exponentials(numbers, less):
         power = np.floor(number * LOG2_E + HALF)
         rest = number - power * LN_2_HIGH - power * LN_2_LOW
         high = ((SERIES[7] * rest + SERIES[6]) * rest + SERIES[5]) * rest + SERIES[4]
-        numbers[place] = (((high * rest + SERIES[3]) * rest + SERIES[2]) * rest + SERIES[1]) * rest + SERIES[0]
+        numbers[place] = (((high * rest + SERIES[3]) * rest + SERIES[2]) * rest + SERIES[1]) * rest + SERIES[
+            0
+        ]
         bits[place] += np.int32(power) << 23  # its exponent
 
 

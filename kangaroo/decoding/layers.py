@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._triton import has_triton
 from transformers.activations import ACT2FN
 
@@ -328,13 +330,53 @@ def compiled(function: Callable[..., Made], dynamic: bool = True) -> Callable[..
     return torch.compile(function, dynamic=dynamic)
 
 
-def weights_of(module: nn.Module) -> list[Tensor]:
-    """All parameters of a module; faster than `parameters()`."""
-    weights: list[Tensor] = [weight for weight in module._parameters.values() if weight is not None]
-    for child in module._modules.values():
-        if child is not None:
-            weights += weights_of(child)
-    return weights
+class Weights:
+    """All parameters of some modules. To list them takes a millisecond, to see that they still are theirs a tenth.
+
+    Args:
+        modules: they and what is in them.
+        others: modules on which it depends, too, what the parameters mean.
+
+    Attributes:
+        weights: the parameters.
+        norms: the norms among the modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[nn.Module] = ()) -> None:
+        self._modules = [*modules, *others]
+        self._held: list[tuple[dict[str, Any], str, Any]] = []
+        self.weights: list[Tensor] = []
+        self.norms: list[nn.RMSNorm] = []
+        for module in modules:
+            self._list(module)
+
+    def _list(self, module: nn.Module) -> None:
+        if isinstance(module, nn.RMSNorm):
+            self.norms.append(module)
+        for name, weight in module._parameters.items():
+            self._held.append((module._parameters, name, weight))
+            if weight is not None:
+                self.weights.append(weight)
+        for name, child in module._modules.items():
+            self._held.append((module._modules, name, child))
+            if child is not None:
+                self._list(child)
+
+    def are_in(self, modules: Sequence[nn.Module], others: Sequence[nn.Module] = ()) -> bool:
+        """Whether these are the modules, and nothing in them was put in another's place."""
+        if self._modules != [*modules, *others]:
+            return False
+        return all(place.get(name) is thing for place, name, thing in self._held)
+
+
+def _notice_fused_step(optimizer: Optimizer, *_: Any) -> None:
+    """A fused step leaves the versions of weights as they were, by which `MadeFromWeights` sees changes."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_notice_fused_step)
 
 
 def _version(weight: Tensor) -> object:
