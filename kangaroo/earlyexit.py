@@ -338,8 +338,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
                 self._used[name] = Weights(layers, adapters)
         used = self._used[name]
         outside = [self.model.embed_tokens.weight, self.model.norm.weight, head_weight]
-        numbers = [norm.eps for norm in (*used.norms, self.model.norm)]
-        return self._weights.get(name, [*used.weights, *outside], make, numbers)
+        beside = [used.names, *(norm.eps for norm in (*used.norms, self.model.norm))]
+        return self._weights.get(name, [*used.weights, *outside], make, beside)
 
     def forget_weights(self) -> None:
         """Let decoding prepare all weights again. It notices changes itself, but for those in place through `.data`."""

@@ -345,6 +345,26 @@ def test_a_prompt_gives_the_same_bits_alone_and_in_a_batch(lengths):
             assert torch.equal(block.verifier_confidence, other.verifier_confidence)
 
 
+@pytest.mark.parametrize("length", [20, 100])
+def test_a_callers_autocast_changes_nothing(length):
+    model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer")
+    prompt = torch.randint(3, 200, (length,)).tolist()
+    expected = model.generate(prompt, 12, DecodeConfig(3)).tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(prompt, 12, DecodeConfig(3)).tokens == expected
+
+
+def test_biases_of_some_of_the_joined_projections():
+    model = tiny_model(1)
+    layer = model.model.layers[0]
+    layer.self_attn.k_proj.bias = torch.nn.Parameter(torch.randn(layer.self_attn.k_proj.out_features))
+    tokens = torch.randint(3, 200, (1, 9))
+    with torch.no_grad():
+        stages = model.new_stages(16)
+        found = stages.deep.logits(stages.deep(stages.base(tokens)))
+        torch.testing.assert_close(found, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_states_that_do_not_fit_are_refused_before_memory_is_read():
     product = PanelProduct(torch.randn(32, 16))
     for width in (8, 64, 2_000_000):

@@ -203,6 +203,16 @@ def test_equal_files_pass(answered, tmp_path, capsys):
     assert "3 of 3 answers are identical" in capsys.readouterr().out
 
 
+def test_a_question_may_be_named_like_a_turn(answered, tmp_path, capsys):
+    name, _, answers = answered
+    turns = answers[1][1]
+    names = ("a, turn 1", "b")
+    files = [write_answers(tmp_path / "a.jsonl", [(each, turns) for each in names])]
+    files.append(write_answers(tmp_path / "b.jsonl", [(names[0], [turns[0] + "x"]), (names[1], turns)]))
+    check(name, "--answers", *files)
+    assert "1 of 2 answers are identical" in capsys.readouterr().out
+
+
 def test_missing_extra_repeated_and_cut_answers_are_errors(answered, tmp_path, capsys):
     name, questions, answers = answered
     (first, turns), second = answers[:2]

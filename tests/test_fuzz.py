@@ -786,6 +786,7 @@ PUBLISHED = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 8
 CORPUS = [
     ("prompts jsonl", rows_of(ONE_PROMPT, {"prompt": "a\u2028b\x85c"}), ""),
     ("prompts jsonl", rows_of(ONE_PROMPT) + b'{"prompt": "a\\ud800"}\n', r"jsonl:2: not valid JSON \(.*surrogates"),
+    ("prompts jsonl", b'{"data": [{"prompt": "a\\ud800"}]}', r"jsonl:? ?.*not valid JSON \(.*surrogates"),
     ("prompts jsonl", rows_of(ONE_PROMPT) + b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}", "jsonl:2: not valid JSON"),
     ("prompts jsonl", rows_of(ONE_PROMPT) + b"[" * 10**5, "jsonl:2: not valid JSON"),
     ("prompts jsonl", rows_of(ONE_PROMPT).decode().encode("utf-8-sig"), ""),

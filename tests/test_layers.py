@@ -7,6 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import EOS, capture_passes, random_prompts, scramble_lora, tiny_kangaroo, tiny_model
+from torch import nn
+from torch.nn.utils import prune
 
 from kangaroo import sgp_lora
 from kangaroo.decoding import layers
@@ -286,3 +288,57 @@ def test_a_model_that_was_loaded_in_inference_mode_decodes():
     with torch.inference_mode():
         model = tiny_kangaroo(2, deep_scale=0.1)
     assert model.generate([5, 6, 7], 12, DecodeConfig(3)).tokens == expected
+
+
+def _step(optimizer_class):
+    """A change of all weights by an optimizer's fused step."""
+
+    def change(model):
+        model.requires_grad_(True)
+        optimizer = optimizer_class(model.parameters(), lr=0.1, fused=True)
+        model(torch.randint(3, 200, (1, 20))).logits.logsumexp(-1).sum().backward()
+        optimizer.step()
+        model.requires_grad_(False)
+
+    return change
+
+
+def _scale_data(model):
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    model.forget_weights()
+
+
+CHANGES = {
+    "a fused AdamW step": _step(torch.optim.AdamW),
+    "a fused SGD step": _step(torch.optim.SGD),
+    "another weight": lambda model: setattr(
+        model.model.layers[0].mlp.down_proj, "weight", nn.Parameter(torch.randn(32, 64))
+    ),
+    "another module": lambda model: setattr(
+        model.model.layers[2].mlp, "down_proj", nn.Linear(64, 32, bias=False)
+    ),
+    "half of a weight pruned": lambda model: prune.l1_unstructured(
+        model.model.layers[0].mlp.down_proj, "weight", 0.5
+    ),
+    "another embedding": lambda model: model.set_input_embeddings(nn.Embedding(264, 32)),
+    "another epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "eps", 1.0),
+    "in place through data, told": _scale_data,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_decoding_notices_what_was_put_in_another_s_place(name):
+    model = tiny_model(1)
+    tokens = torch.randint(3, 200, (1, 20))
+
+    @torch.no_grad()
+    def decoded():
+        stages = model.new_stages(32)
+        return stages.deep.logits(stages.deep(stages.base(tokens)))
+
+    before = decoded()
+    CHANGES[name](model)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert not torch.allclose(before, expected, atol=1e-2)
+    torch.testing.assert_close(decoded(), expected, atol=1e-3, rtol=1e-3)

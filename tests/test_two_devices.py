@@ -11,7 +11,6 @@ import dataclasses
 import pytest
 import safetensors.torch
 import torch
-from accelerate.utils.modeling import check_device_map
 from conftest import (
     copied,
     random_prompts,
@@ -338,18 +337,14 @@ def test_two_cards_go_on_from_a_checkpoint(tmp_path):
     same_weights(trainer.model, again.model)
 
 
-def test_every_part_of_the_baseline_has_the_device_of_the_models_a_tied_head_too(monkeypatch):
+def test_the_baseline_answers_with_layers_on_two_devices(monkeypatch):
+    """Hugging Face's loop over a model that lies on several: the tokens are those on one."""
     loaded = tiny_loaded()
-    spread(loaded.model)
-    found = {}
-
-    def dispatch(model, places, main_device):
-        check_device_map(model, places)
-        found.update(places)
-        return model
-
+    prompt = random_prompts(1, 3)[0]
     monkeypatch.setattr(inference_baseline, "load", lambda *_: loaded)
-    monkeypatch.setattr(inference_baseline, "dispatch_model", dispatch)
-    inference_baseline.hugging_face(loaded)
-    assert found["lm_head"] == found["model.layers.0.mlp.up_proj"] == HOME
-    assert found["model.layers.3.mlp.up_proj"] == SECOND
+    how = dict(limit=8, settings=DecodeConfig(0), eos_ids=(2,), seed=0)
+    expected = inference_baseline.generate_forward(inference_baseline.hugging_face(loaded), prompt, **how)
+    spread(loaded.model)
+    theirs = inference_baseline.hugging_face(loaded)
+    assert theirs.hf_device_map["model.layers.3"] == SECOND and theirs.hf_device_map["lm_head"] == HOME
+    assert inference_baseline.generate_forward(theirs, prompt, **how).tokens == expected.tokens

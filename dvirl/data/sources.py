@@ -116,10 +116,11 @@ def _json_rows(source: str) -> list[Any] | None:
     if isinstance(value, dict) and ROW_FIELDS.isdisjoint(value):
         lists = [rows for rows in map(_wrapped_rows, value.values()) if rows]
         if len(lists) == 1:
+            parse_line(source, text)  # half characters are refused
             return lists[0]
     if "\n" not in text.strip() and not isinstance(value, list):
         return None  # a JSONL file of one line
-    parse_line(source, text)  # half characters are refused
+    parse_line(source, text)
     return value if isinstance(value, list) else [value]
 
 

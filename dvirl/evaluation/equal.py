@@ -264,11 +264,13 @@ def compare_files(
     extra = "extra, the reference has no such answer"
     differences += [_whole(name, extra) for name in theirs if name not in own]
     both = [name for name in own if name in theirs]
+    different = {found.question for found in differences}
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
         # 1) Answers of other lengths differ as a whole.
         turns = own[name]["turns"]
         if (num_turns := len(theirs[name]["turns"])) != len(turns):
             differences.append(_whole(name, f"{num_turns} turns, the reference has {len(turns)}"))
+            different.add(name)
             continue
         # 2) The first turn that differs changes the prompts of those after it.
         pairs = zip(*_turn_ids([own[name], theirs[name]], loaded, limit), strict=True)
@@ -277,8 +279,8 @@ def compare_files(
             found = compare(f"{name}, turn {turn + 1}", first, second, limit, loaded.eos_ids, dtype, after)
             if found:
                 differences.append(found)
+                different.add(name)
                 break
-    different = {found.question.split(", turn ")[0] for found in differences}
     return Report(len(own | theirs), len(set(both) - different), differences)
 
 

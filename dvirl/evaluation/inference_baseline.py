@@ -36,7 +36,7 @@ class _Rotary(nn.Module):
             return self.rotary.forward(positions, seq_len - 1, states.dtype, whole)
         cos = self.rotary.cos_cached[None, None, :seq_len]
         sin = self.rotary.sin_cached[None, None, :seq_len]
-        return cos.to(states.dtype), sin.to(states.dtype)
+        return cos.to(states), sin.to(states)  # all layers share the table, whatever their devices
 
 
 def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
@@ -46,9 +46,11 @@ def hugging_face(loaded: LoadedModel) -> LlamaForCausalLM:
     device = BALANCED if spread else how["device"]
     theirs = as_hugging_face(load(loaded.name, how["dtype"], device, how["chat_format"]).model)
     if spread:  # Accelerate's hooks move what a layer reads to its device
-        parameters = theirs.named_parameters(remove_duplicate=False)  # a tied head lies somewhere, too
-        places = {name.rpartition(".")[0]: parameter.device for name, parameter in parameters}
-        theirs = dispatch_model(theirs, places, main_device=loaded.model.device)
+        home = loaded.model.device
+        places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), home)
+        for index, layer in enumerate(theirs.model.layers):
+            places[f"model.layers.{index}"] = layer.input_layernorm.weight.device
+        theirs = dispatch_model(theirs, places, main_device=home)
     return theirs
 
 

@@ -3,7 +3,6 @@
 import html
 import json
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +85,7 @@ def origin(content: Mapping[str, Any]) -> str:
 def command_record(command: str, argv: Sequence[str]) -> dict[str, Any]:
     """What repeats a result: the command, the date, the versions and the machine."""
     line = shlex.join(["dvirl", command, *argv])
-    return {"command": line, "date": time.strftime("%Y-%m-%d"), **environment()}
+    return {"command": line, **environment()}
 
 
 def write_out(config: Any, **content: Any) -> None:

@@ -344,7 +344,6 @@ def evaluate(draft: Draft, config: EvalConfig) -> pd.DataFrame:
     content = {
         "arguments": asdict(config),
         **provenance(draft.loaded),
-        "date": time.strftime("%Y-%m-%d"),
         "capture_s": draft.model.base_model.capture_s,
         "overhead": overhead,
         "too_long": longer,

@@ -1,6 +1,5 @@
 """One experiment end to end: inject and evaluate, train, evaluate again, and a report of what changed."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -91,7 +90,6 @@ def run_experiment(
     content = {
         "settings": asdict(config),
         **provenance(draft.loaded),
-        "date": time.strftime("%Y-%m-%d"),
         "figures": {f"{name}_{when}": compared[when][name] for name in compared.index for when in compared},
         "before": before.to_dict("records"),
         "after": after.to_dict("records"),

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,16 +32,16 @@ class Describable(Protocol):
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on besides its settings: versions and machine."""
+    """What a result depends on besides its settings: date, versions and machine."""
     machine = {"platform": platform.platform(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         machine["accelerator"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {"versions": versions, "machine": machine}
+    return {"date": time.strftime("%Y-%m-%d"), "versions": versions, "machine": machine}
 
 
 def provenance(loaded: Describable) -> dict[str, Any]:
-    """What a result depends on besides its settings: the model, the versions and the machine."""
+    """What a result depends on besides its settings: the model, date, versions and machine."""
     return {"model": loaded.description(), **environment()}
 
 

@@ -299,8 +299,13 @@ def _fused(dtype: torch.dtype, *projections: nn.Linear) -> Product:
         for weight, linear in zip(weights, projections, strict=True):
             products.append(product(weight, linear.bias))
         return _side_by_side(products)
-    biases = [linear.bias.detach().to(dtype) for linear in projections if linear.bias is not None]
-    bias = torch.cat(biases) if biases else None
+    bias = None
+    if any(linear.bias is not None for linear in projections):
+        bias = torch.zeros(sum(map(len, weights)), dtype=dtype, device=weights[0].device)
+        parts = torch.split(bias, [len(weight) for weight in weights])
+        for part, linear in zip(parts, projections, strict=True):
+            if linear.bias is not None:
+                part.copy_(linear.bias.detach())
     return product(torch.cat(weights), bias)
 
 
@@ -339,16 +344,18 @@ class Weights:
 
     Attributes:
         weights: the parameters.
+        names: of everything in the modules, in their order.
         norms: the norms among the modules.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], others: Sequence[nn.Module] = ()) -> None:
-        self._modules = [*modules, *others]
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[nn.Module | None] = ()) -> None:
+        self._modules: list[nn.Module | None] = [*modules, *others]
         self._held: list[tuple[dict[str, Any], str, Any]] = []
         self.weights: list[Tensor] = []
         self.norms: list[nn.RMSNorm] = []
         for module in modules:
             self._list(module)
+        self.names = [name for _, name, _ in self._held]
 
     def _list(self, module: nn.Module) -> None:
         if isinstance(module, nn.RMSNorm):
@@ -362,7 +369,7 @@ class Weights:
             if child is not None:
                 self._list(child)
 
-    def are_in(self, modules: Sequence[nn.Module], others: Sequence[nn.Module] = ()) -> bool:
+    def are_in(self, modules: Sequence[nn.Module], others: Sequence[nn.Module | None] = ()) -> bool:
         """Whether these are the modules, and nothing in them was put in another's place."""
         if self._modules != [*modules, *others]:
             return False
@@ -392,15 +399,15 @@ class MadeFromWeights(Generic[Made]):
         self._made: dict[str, tuple[list[Tensor], list[object], Made]] = {}
 
     def get(
-        self, name: str, weights: Sequence[Tensor], make: Callable[[], Made], numbers: Sequence[float] = ()
+        self, name: str, weights: Sequence[Tensor], make: Callable[[], Made], beside: Sequence[object] = ()
     ) -> Made:
-        """What was made last under this name if it was made from these weights and numbers, else a new one.
+        """What was made last under this name if it was made from these weights and what else is named, or a new one.
 
         The weights are held, so that no other tensor can take their place in memory.
         """
         # An in-place change of a weight raises its version; a new tensor has another address.
         versions: list[object] = [(weight.data_ptr(), _version(weight)) for weight in weights]
-        versions += numbers
+        versions += beside
         if name in self._made:
             _, made_from, made = self._made[name]
             if made_from == versions:

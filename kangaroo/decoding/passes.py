@@ -151,7 +151,8 @@ class Passes:
             key = ((name, by_library), slots)  # later passes can be as wide as a prompt
             outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
-            outputs = function(*(tensor.to(self.device) for tensor in inputs))
+            with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is kept
+                outputs = function(*(tensor.to(self.device) for tensor in inputs))
         # Count each row's own tokens only: the next pass overwrites its padding.
         for cache in caches:
             cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]
@@ -182,9 +183,10 @@ class Passes:
             finally:
                 self.fixed = None
 
-        if self.graphs:
-            return self.graphs(key, fixed, starts, *inputs)
-        return fixed(starts.to(self.device), *(tensor.to(self.device) for tensor in inputs))
+        with torch.autocast(self.device.type, enabled=False):
+            if self.graphs:
+                return self.graphs(key, fixed, starts, *inputs)
+            return fixed(starts.to(self.device), *(tensor.to(self.device) for tensor in inputs))
 
 
 @dataclass(frozen=True)
