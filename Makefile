@@ -44,7 +44,7 @@ train: $(READY)  ## run notebooks/03_train.ipynb on its defaults: a draft learns
 test test-quick check-notebooks experiments-quick: export OMP_WAIT_POLICY = passive
 
 test: $(READY)  ## the whole test suite with coverage, lint, the notebooks against their outputs, a row of every study
-	$(BIN)/pytest tests -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 	$(MAKE) --no-print-directory -j 2 lint check-notebooks $(STUDIES) QUICK=runs/test \
 	  SET="threads=1 num_prompts=16 held_out=8 max_new_tokens=16" ROWS="--minutes 0.1"
 

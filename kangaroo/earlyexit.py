@@ -37,7 +37,7 @@ from kangaroo.decoding.layers import (
     product,
     rms_norm,
 )
-from kangaroo.decoding.passes import CudaGraphs, Passes, view
+from kangaroo.decoding.passes import OWN_PROMPT, OWN_PROMPT_WORK, CudaGraphs, Passes, view
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import DrafterParts, Stage, Stages, StageWeights
 from kangaroo.sgp_lora import AdapterSwitch
@@ -304,6 +304,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
         dynamic = self.rotary.dynamic or parts.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in layers) and not dynamic
+        in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
+        passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
         passes.own_on_cpu = few_rows and on_own_cpu_kernels(self.lm_head.weight)
         hidden_size = self.config.hidden_size
         return Stages(shallow, drafting, base, deep, passes, hidden_size, parts.draft_ids, feedback)

@@ -34,8 +34,10 @@ read as they are."""
 TIMED_REPLAYS = 5
 """Replays over which the time of a captured pass is measured."""
 OWN_PROMPT = 192
-"""Tokens of a prompt that our own kernels on CUDA read, at most: they read the weights again for every 16 rows, and are
-slower than a library's from 256 on."""
+"""Tokens of a prompt that our own kernels on CUDA read, at most."""
+OWN_PROMPT_WORK = 3 * 2**28
+"""The same, times the weights of a layer: they are read again for every 16 tokens, so for larger ones a library is
+faster, in which they are read once. (It took 2 ms on an H200, up to 500 tokens and with twice as large layers.)"""
 
 
 def view(needed: int, capacity: int) -> int:
@@ -66,6 +68,7 @@ class Passes:
         begun: whether the prompts are in the caches.
         own_kernels: whether our own kernels on CUDA compute all layers, and a position has the same angles in every
             text. Then prompts can be read by captured passes, too. Otherwise they are read as they are.
+        own_prompt: tokens of a prompt that they read, at most.
         own_on_cpu: whether our own kernels on a CPU do.
     """
 
@@ -76,6 +79,7 @@ class Passes:
         self.fixed: FixedShape | None = None
         self.begun = False
         self.own_kernels = False
+        self.own_prompt = OWN_PROMPT
         self.own_on_cpu = False
 
     def takes_prompt(self, longest: int) -> bool:
@@ -89,7 +93,7 @@ class Passes:
         """
         if self.own_on_cpu:
             return longest > OWN_PROMPT_ON_CPU
-        return self.graphs is not None and not (self.own_kernels and longest <= OWN_PROMPT)
+        return self.graphs is not None and not (self.own_kernels and longest <= self.own_prompt)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids `[B, T]` on the host, zeros after each row's own."""
@@ -147,7 +151,7 @@ class Passes:
                 slots = capacity
             if starts is None:
                 starts = torch.tensor(before)
-            by_library = is_prompt and width > OWN_PROMPT
+            by_library = is_prompt and width > self.own_prompt
             key = ((name, by_library), slots)  # later passes can be as wide as a prompt
             outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
