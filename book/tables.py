@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-own", "h200": "-plans"}
+SECOND = {"cpu": "-own", "h200": "-prompts"}
 """What the names of the newest evaluations with the second drafter end in, by machine."""
 SAMPLED = {
     "packaged, H200, rejection": ("mini-rejection", "h200"),
@@ -356,6 +356,21 @@ def tail_blocks() -> str:
             cells = [f"{row['ms_a_block']:.2f}", f"{row['tokens_a_block']:.2f}", f"{row['tok_per_s']:,.0f}"]
             rows.append([plan or "plain decoding", *cells])
     return table(["a block", "ms", "tokens a block", "tokens a second"], rows)
+
+
+def own_prompts() -> str:
+    """Answers after prompts that a library reads, and after prompts that our own kernels read."""
+    rows = []
+    answers = read("prompts-own-h200")["answers"]
+    ways = {"plain": "plain decoding", "fixed": "four learned drafts always", "hybrid": "learned and looked up"}
+    for name, title in SETS.items():
+        for way, words in ways.items():
+            (row,) = [row for row in answers if (row["set"], row["way"]) == (name, way)]
+            speeds = f"{row['library_tok_per_s']:,} → {row['own_tok_per_s']:,}"
+            firsts = f"{row['library_first_token_ms']:.2f} → {row['own_first_token_ms']:.2f}"
+            gain = f"{100 * (row['own_tok_per_s'] / row['library_tok_per_s'] - 1):+.1f} %"
+            rows.append([f"{title}, {words}", firsts, speeds, gain.replace("-", "\u2212")])
+    return table(["", "ms to the first token", "tokens a second", "gain"], rows)
 
 
 def prompts() -> str:
@@ -698,8 +713,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: before_and_after("early", "steps"),
     "tail": lambda: before_and_after("second-chain", "tail"),
     "tail_blocks": tail_blocks,
-    "tail_sampled": lambda: sampled({text: (f"{name}-plans-sampled", "h200") for name, text in SETS.items()}),
+    "tail_sampled": lambda: sampled({text: (f"{name}-prompts-sampled", "h200") for name, text in SETS.items()}),
     "prompts": prompts,
+    "own_prompts": own_prompts,
     "costs": costs,
     "cpu_kernels": cpu_kernels,
     "cpu_kernels_steps": cpu_kernels_steps,

@@ -301,14 +301,19 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         feedback = None
         if parts.weights.fuse:
             feedback = Feedback(batch_size, self.model.norm.weight)
-        layers = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
-        dynamic = self.rotary.dynamic or parts.rotary.dynamic
-        passes.own_kernels = all(weights.fused for weights in layers) and not dynamic
-        in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
-        passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
+        used = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
+        passes.own_kernels = all(weights.fused for weights in used)
+        passes.own_kernels &= not (self.rotary.dynamic or parts.rotary.dynamic)
+        passes.own_prompt = self._own_prompt()
         passes.own_on_cpu = few_rows and on_own_cpu_kernels(self.lm_head.weight)
-        hidden_size = self.config.hidden_size
-        return Stages(shallow, drafting, base, deep, passes, hidden_size, parts.draft_ids, feedback)
+        return Stages(
+            shallow, drafting, base, deep, passes, self.config.hidden_size, parts.draft_ids, feedback
+        )
+
+    def _own_prompt(self) -> int:
+        """Tokens of a prompt that our own kernels on CUDA read, at most."""
+        in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
+        return min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
 
     def _stage_weights(
         self, first: int, stop: int, few_rows: bool, without: tuple[str, ...] = ()

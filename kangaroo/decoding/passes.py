@@ -141,14 +141,13 @@ class Passes:
         """
         # The prefill by a library reads and writes what it needs; every other pass can have a fixed shape.
         before = caches[0].lengths
-        capacity = caches[0].capacity
         width = inputs[0].shape[1]
         is_prompt = not caches[0].length
         is_fixed = self.takes_prompt(width) if is_prompt else self.graphs or self.positions
         if is_fixed:
-            slots = view(max(before) + width + ahead, capacity)
+            slots = view(max(before) + width + ahead, caches[0].capacity)
             if self.positions and not is_prompt:
-                slots = capacity
+                slots = caches[0].capacity
             if starts is None:
                 starts = torch.tensor(before)
             by_library = is_prompt and width > self.own_prompt

@@ -9,6 +9,8 @@ from kangaroo.decoding.sampling import count_accepted
 
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
+BEFORE_LOOKUPS = (3, 4)
+"""The same where a lookup follows, which makes up for a chain that is too short; of fewer plans fewer are wrong."""
 CLEARLY = 1.06
 """Ratio of speeds from which another plan is taken."""
 DECAY = 0.97
@@ -113,6 +115,22 @@ class _Continuations:
         return tokens
 
 
+def _learned_plans(config: DecodeConfig, longest: int) -> list[Plan]:
+    """The plans with learned drafts, up to `longest` drafts in all."""
+    plans = []
+    if config.source == "hybrid":
+        lengths = [length for length in BEFORE_LOOKUPS if length < longest] or [max(1, longest - 1)]
+        plans = [Plan(length, looked_up=longest - length) for length in lengths]
+    if config.source == "learned" or (plans and config.temperature):  # lookups are seldom what is drawn
+        for length in LENGTHS:
+            if length <= longest:
+                plans.append(Plan(length))
+                branched = Plan(length, min(config.chains - 1, length))
+                if branched.branches and branched.chains * (length + 1) <= PASS_ROWS:
+                    plans.append(branched)
+    return plans
+
+
 class Planner:
     """Chooses the plan that is fastest by recent acceptance and measured times.
 
@@ -134,21 +152,11 @@ class Planner:
         self._plan = Plan()
         self._is_due = True  # whether something was learned since the plan was chosen
         self.longest = min(config.draft_len, PASS_ROWS - 1)
-        self._plans = [Plan()]
+        self._plans = [Plan(), *_learned_plans(config, self.longest)]
         if config.source != "learned":
             self._plans.append(Plan(looked_up=self.longest))
-        if config.source != "lookup":
-            for length in LENGTHS:
-                if length > self.longest:
-                    break
-                self._plans.append(Plan(length))
-                branched = Plan(length, min(config.chains - 1, length))
-                if branched.branches and branched.chains * (length + 1) <= PASS_ROWS:
-                    self._plans.append(branched)
-                if config.source == "hybrid" and length < self.longest:
-                    self._plans.append(Plan(length, looked_up=self.longest - length))
         # Of a lookup after a number of right drafts.
-        self._continuations = {length: _Continuations(self.longest) for length in (0, *LENGTHS)}
+        self._continuations = {plan.learned: _Continuations(self.longest) for plan in self._plans}
 
     def plan(self) -> Plan:
         """What to draft in the next block: what was drafted before, unless something else is clearly faster."""
