@@ -298,22 +298,15 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         if drafter and target == "base":
             shallow = stage(drafter.shallow or self._stage_weights(0, k, few_rows))
         drafting = stage(parts.weights, parts, parts.window)
-        feedback = None
-        if parts.weights.fuse:
-            feedback = Feedback(batch_size, self.model.norm.weight)
+        feedback = Feedback(batch_size, self.model.norm.weight) if parts.weights.fuse else None
         used = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
-        passes.own_kernels = all(weights.fused for weights in used)
-        passes.own_kernels &= not (self.rotary.dynamic or parts.rotary.dynamic)
-        passes.own_prompt = self._own_prompt()
+        is_dynamic = self.rotary.dynamic or parts.rotary.dynamic
+        passes.own_kernels = all(weights.fused for weights in used) and not is_dynamic
         passes.own_on_cpu = few_rows and on_own_cpu_kernels(self.lm_head.weight)
-        return Stages(
-            shallow, drafting, base, deep, passes, self.config.hidden_size, parts.draft_ids, feedback
-        )
-
-    def _own_prompt(self) -> int:
-        """Tokens of a prompt that our own kernels on CUDA read, at most."""
         in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
-        return min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
+        passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
+        size = self.config.hidden_size
+        return Stages(shallow, drafting, base, deep, passes, size, parts.draft_ids, feedback)
 
     def _stage_weights(
         self, first: int, stop: int, few_rows: bool, without: tuple[str, ...] = ()

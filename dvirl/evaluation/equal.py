@@ -259,10 +259,9 @@ def compare_files(
     theirs, repeated_theirs = read_answers(candidate)
     known = [question for path in questions for question in read_questions(path, True)]
     asked = {str(question.question_id): question for question in known}
-    differences = [*repeated, *repeated_theirs]
-    differences += [_whole(name, "missing") for name in own if name not in theirs]
-    extra = "extra, the reference has no such answer"
-    differences += [_whole(name, extra) for name in theirs if name not in own]
+    missing = [_whole(name, "missing") for name in own if name not in theirs]
+    differences = [*repeated, *repeated_theirs, *missing]
+    differences += [_whole(name, "extra, the reference has none") for name in theirs if name not in own]
     both = [name for name in own if name in theirs]
     different = {found.question for found in differences}
     for name in tqdm(both, desc="comparing", unit="answer", leave=False):
