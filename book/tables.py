@@ -716,6 +716,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tail_sampled": lambda: sampled({text: (f"{name}-prompts-sampled", "h200") for name, text in SETS.items()}),
     "prompts": prompts,
     "own_prompts": own_prompts,
+    "fewer_plans": lambda: before_and_after("many-plans", "prompts"),
     "costs": costs,
     "cpu_kernels": cpu_kernels,
     "cpu_kernels_steps": cpu_kernels_steps,
