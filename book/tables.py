@@ -20,7 +20,7 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-own", "h200": "-prompts"}
+SECOND = {"cpu": "-attention", "h200": "-prompts"}
 """What the names of the newest evaluations with the second drafter end in, by machine."""
 SAMPLED = {
     "packaged, H200, rejection": ("mini-rejection", "h200"),
@@ -362,7 +362,11 @@ def own_prompts() -> str:
     """Answers after prompts that a library reads, and after prompts that our own kernels read."""
     rows = []
     answers = read("prompts-own-h200")["answers"]
-    ways = {"plain": "plain decoding", "fixed": "four learned drafts always", "hybrid": "learned and looked up"}
+    ways = {
+        "plain": "plain decoding",
+        "fixed": "four learned drafts always",
+        "hybrid": "learned and looked up",
+    }
     for name, title in SETS.items():
         for way, words in ways.items():
             (row,) = [row for row in answers if (row["set"], row["way"]) == (name, way)]
@@ -453,7 +457,8 @@ def costs() -> str:
 def cpu_kernels_steps() -> str:
     """What blocks cost in float32 on a CPU by torch's operators and by our own kernels, by the number of drafts."""
     rows = []
-    names = {"torch's operators": "cost-float32-torch-cpu", "own kernels": "cost-float32-cpu"}
+    names = {"torch's operators": "cost-float32-torch-cpu", "own kernels at first": "cost-float32-cpu"}
+    names["own kernels"] = "cost-float32-attention-cpu"
     shown = (0, 1, 2, 4, 6, 8, 11, 15)
     for context in (128, 1024):
         for text, name in names.items():
@@ -713,7 +718,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: before_and_after("early", "steps"),
     "tail": lambda: before_and_after("second-chain", "tail"),
     "tail_blocks": tail_blocks,
-    "tail_sampled": lambda: sampled({text: (f"{name}-prompts-sampled", "h200") for name, text in SETS.items()}),
+    "tail_sampled": lambda: sampled(
+        {text: (f"{name}-prompts-sampled", "h200") for name, text in SETS.items()}
+    ),
     "prompts": prompts,
     "own_prompts": own_prompts,
     "fewer_plans": lambda: before_and_after("many-plans", "prompts"),

@@ -243,8 +243,8 @@ def test_what_the_pages_say_of_lookup_and_the_learned_draft_holds():
     assert lookup == {("mini", "cpu"), ("mini", "h200"), ("humaneval", "h200")}
     fastest = {place for place, by in speed.items() if by["hybrid"] == max(by.values())}
     first = {place for place in speed if "second" not in place[1]}
-    second = {("h200", "mini"), ("h200", "gsm8k"), ("h200", "humaneval"), ("cpu", "mini"), ("cpu", "alpaca")}
-    assert fastest == first | {(name, f"{machine}, second drafter") for machine, name in second}
+    second = {place for place in speed if "second" in place[1]} - {("humaneval", "cpu, second drafter")}
+    assert fastest == first | second
 
 
 # How it is built
