@@ -41,7 +41,8 @@ class DecodeConfig:
     block each."""
     branches: int = 0
     """Chains beside the learned one, at most: the first takes the draft's second choice at the first token and goes on
-    from there, the next one at the second token, and so on. With `adaptive` where that pays, if blocks run ahead."""
+    from there, the next one at the second token, and so on. With `adaptive` where that pays, if blocks run ahead;
+    none in a greedy hybrid."""
     adaptive: bool = False
     """Choose source and length of each block by acceptance and step costs, up to `draft_len`; False drafts always.
     Several texts at once share each pass; their blocks are not adapted."""

@@ -340,7 +340,7 @@ class Weights:
 
     Args:
         modules: they and what is in them.
-        others: modules on which it depends, too, what the parameters mean.
+        others: modules that say what these compute, such as the adapters that are switched; not looked into.
 
     Attributes:
         weights: the parameters.

@@ -10,7 +10,8 @@ from kangaroo.decoding.sampling import count_accepted
 LENGTHS = (2, 3, 4, 6)
 """Lengths of learned chains to choose from; each takes captures of its own."""
 BEFORE_LOOKUPS = (3, 4)
-"""The same where a lookup follows, which makes up for a chain that is too short; of fewer plans fewer are wrong."""
+"""The same where a lookup follows, which makes up for a chain that is too short. With more plans a wrong one was held
+more often."""
 CLEARLY = 1.06
 """Ratio of speeds from which another plan is taken."""
 DECAY = 0.97
