@@ -32,13 +32,26 @@ from kangaroo.decoding.cache import CachedPass, KVCache
 
 LANES = 8
 """Numbers of a vector, as AVX2 has them; for narrower registers the compiler takes several."""
-VECTORS = 2
+WIDTH = 16
+"""Outputs of a panel."""
+_features = binding.get_host_cpu_features()
+_is_native = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None  # or code is made for another one
+TILE_LANES = WIDTH if _is_native and _features.get("avx512f") else LANES
+"""Numbers of a vector of a panel. It does not change a bit, since each sum is made in the order of its inputs."""
+MULTIPLIES_PAIRS = bool(_is_native and _features.get("avx512bf16"))
+"""Whether the processor has an instruction for the products of two bfloat16 inputs at once."""
+if MULTIPLIES_PAIRS:
+    binding.initialize_native_asmparser()  # it is written as assembly
+VECTORS = WIDTH // TILE_LANES
 """Vectors of a panel's outputs."""
-WIDTH = LANES * VECTORS
-TALLEST = 6
-"""Rows of a tile, at most: twelve sums, two vectors of weights and an input fit into sixteen registers."""
+TALLEST = 12 // VECTORS
+"""Rows of a tile, at most: twelve sums and what is added to them fit into sixteen registers."""
 NUMBER = 4
 """Bytes of a number."""
+WHOLE, UPPER, PAIRED = range(3)
+"""How a panel has its weights: as float32 numbers; as their upper halves, where the lower ones are zeros; as pairs of
+upper halves of neighbouring inputs, which are multiplied by pairs of inputs rounded to bfloat16. To the kernels a pair
+is a number."""
 CHUNK = 256
 """Inputs that all tiles of a panel add before any goes on: at most 16 KB of the panel, half of the first cache."""
 BLOCK = 64
@@ -84,29 +97,29 @@ _used = threading.local()
 # Products: a tile, instruction by instruction, since its sums must not leave the registers
 
 FLOAT, INDEX, FLAG = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-VECTOR, HALVES = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(16), LANES)
+VECTOR, TILE_VECTOR = ir.VectorType(FLOAT, LANES), ir.VectorType(FLOAT, TILE_LANES)
+HALVES = ir.VectorType(ir.IntType(16), TILE_LANES)
+FORMS = (WHOLE, UPPER, PAIRED) if MULTIPLIES_PAIRS else (WHOLE, UPPER)
 BYTES = ir.IntType(8).as_pointer()
 
 
 @intrinsic
-def _add_tile(typing, rows, size, memory):
-    """`(rows, size, (states, width, panel, soon, step, sums, outputs, depth))`, for Numba.
+def _add_tile(typing, rows, form, memory):
+    """`(rows, form, (states, width, panel, soon, step, sums, outputs, depth))`, for Numba.
 
-    Adds states `[rows, depth]` times a panel `[depth, WIDTH]` to sums `[rows, WIDTH]`, all three addresses of float32
-    numbers; but if `size` is 2, the panel has only their upper halves, the lower ones being zeros. Rows of states are
-    `width` numbers apart, those of sums `outputs`. Meanwhile memory from the address `soon` on is fetched, `step` bytes
-    an input.
+    Adds states `[rows, depth]` times a panel `[depth, WIDTH]`, whose form is WHOLE, UPPER or PAIRED, to sums
+    `[rows, WIDTH]`, all three addresses. Rows of states are `width` numbers apart, those of sums `outputs`. Meanwhile
+    memory from the address `soon` on is fetched, `step` bytes an input.
     """
 
     def generate(context, build, signature, arguments):
-        rows, size, memory = arguments
+        rows, form, memory = arguments
         done = build.append_basic_block("done")
-        switch = build.switch(build.add(build.mul(rows, ir.Constant(INDEX, NUMBER)), size), done)
-        for count, halves in product(range(1, TALLEST + 1), (False, True)):
+        switch = build.switch(build.add(build.mul(rows, ir.Constant(INDEX, len(FORMS))), form), done)
+        for count, which in product(range(1, TALLEST + 1), FORMS):
             with build.goto_block(build.append_basic_block("tile")):
-                case = NUMBER * count + (NUMBER // 2 if halves else NUMBER)
-                switch.add_case(ir.Constant(INDEX, case), build.block)
-                _write_tile(build, count, halves, memory)
+                switch.add_case(ir.Constant(INDEX, len(FORMS) * count + which), build.block)
+                _write_tile(build, count, which, memory)
                 build.branch(done)
         build.position_at_end(done)
         return context.get_dummy_value()
@@ -114,39 +127,49 @@ def _add_tile(typing, rows, size, memory):
     return numba.void(numba.intp, numba.intp, numba.types.UniTuple(numba.intp, 8)), generate
 
 
-def _write_tile(build, rows, halves, memory):
-    """Write the instructions of `_add_tile` for this many rows, and for a panel of halves or of whole numbers."""
+def _write_tile(build, rows, form, memory):
+    """Write the instructions of `_add_tile` for this many rows and a panel of this form."""
     states, width, panel, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
     fetch = ir.FunctionType(ir.VoidType(), [BYTES, FLAG, FLAG, FLAG])
     prefetch = cgutils.get_or_insert_function(build.module, fetch, "llvm.prefetch.p0i8")
     for_reading, keep, data = [ir.Constant(FLAG, value) for value in (0, 3, 1)]
     places = []
     for row in range(rows):
-        places += _vectors_at(build, VECTORS, VECTOR, sums, build.mul(outputs, ir.Constant(INDEX, row)))
+        start = build.mul(outputs, ir.Constant(INDEX, row))
+        places += _vectors_at(build, VECTORS, TILE_VECTOR, sums, start)
     # The compiler keeps these in registers.
-    own = [cgutils.alloca_once(build, VECTOR) for _ in places]
+    own = [cgutils.alloca_once(build, TILE_VECTOR) for _ in places]
     for place, total in zip(places, own, strict=True):
         build.store(_load(build, place), total)
+    add = _multiply_add_pairs if form == PAIRED else _multiply_add
     with cgutils.for_range(build, depth) as loop:
         fetched = build.add(soon, build.mul(loop.index, step))
         build.call(prefetch, [build.inttoptr(fetched, BYTES), for_reading, keep, data])
         start = build.mul(loop.index, ir.Constant(INDEX, WIDTH))
-        kind = HALVES if halves else VECTOR
+        kind = HALVES if form == UPPER else TILE_VECTOR
         weights = [_load(build, place) for place in _vectors_at(build, VECTORS, kind, panel, start)]
         for row in range(rows):
             place = build.add(build.mul(width, ir.Constant(INDEX, row)), loop.index)
-            everywhere = _in_all_lanes(build, _number_at(build, states, place))
+            everywhere = _in_all_lanes(build, TILE_VECTOR, _number_at(build, states, place))
             for weight, total in zip(weights, own[row * VECTORS :], strict=False):
-                _multiply_add(build, everywhere, weight, total)
+                add(build, everywhere, weight, total)
     for place, total in zip(places, own, strict=True):
         _store(build, build.load(total), place)
 
 
 def _multiply_add(build, one, other, total):
     """Add the product of two vectors to the one that is kept at `total`, rounded once."""
-    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    fma = cgutils.get_or_insert_function(build.module, kind, f"llvm.fma.v{LANES}f32")
+    vector = one.type
+    kind = ir.FunctionType(vector, [vector] * 3)
+    fma = cgutils.get_or_insert_function(build.module, kind, f"llvm.fma.v{vector.count}f32")
     build.store(build.call(fma, [one, other, build.load(total)]), total)
+
+
+def _multiply_add_pairs(build, one, other, total):
+    """Add the products of both halves of each number of two vectors to the sums at `total`, one after the other."""
+    kind = ir.FunctionType(TILE_VECTOR, [TILE_VECTOR] * 3)
+    summed = build.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [build.load(total), one, other], False)
+    build.store(summed, total)
 
 
 def _number_at(build, matrix, place):
@@ -157,7 +180,7 @@ def _number_at(build, matrix, place):
 def _vectors_at(build, count, kind, matrix, start):
     """Addresses of `count` vectors from a place of a matrix on."""
     first = build.gep(build.inttoptr(matrix, kind.element.as_pointer()), [start])
-    places = [build.gep(first, [ir.Constant(INDEX, LANES * which)]) for which in range(count)]
+    places = [build.gep(first, [ir.Constant(INDEX, kind.count * which)]) for which in range(count)]
     return [build.bitcast(place, kind.as_pointer()) for place in places]
 
 
@@ -174,102 +197,133 @@ def _load(build, place):
     """The vector there, of whole numbers."""
     loaded = build.load(place)
     loaded.align = NUMBER // 2
-    if place.type.pointee == VECTOR:
+    kind = loaded.type
+    if kind.element == FLOAT:
         return loaded
-    whole = ir.VectorType(FLAG, LANES)
-    return build.bitcast(build.shl(build.zext(loaded, whole), ir.Constant(whole, [16] * LANES)), VECTOR)
+    whole = ir.VectorType(FLAG, kind.count)
+    raised = build.shl(build.zext(loaded, whole), ir.Constant(whole, [16] * kind.count))
+    return build.bitcast(raised, ir.VectorType(FLOAT, kind.count))
 
 
-def _in_all_lanes(build, number):
-    """A vector that has a number in every lane."""
-    nothing = ir.Constant(VECTOR, ir.Undefined)
+def _in_all_lanes(build, kind, number):
+    """A vector of a kind that has a number in every lane."""
+    nothing = ir.Constant(kind, ir.Undefined)
     first_lane = build.insert_element(nothing, number, ir.Constant(FLAG, 0))
-    return build.shuffle_vector(first_lane, nothing, ir.Constant(ir.VectorType(FLAG, LANES), [0] * LANES))
+    return build.shuffle_vector(first_lane, nothing, ir.Constant(ir.VectorType(FLAG, kind.count), [0] * kind.count))
 
 
 @_compiled()
-def _multiply_panel(states, rows, width, panel, size, sums, outputs):
+def _multiply_panel(states, rows, width, panel, form, sums, outputs):
     """Add states `[rows, width]` times a panel `[width, WIDTH]` to sums `[rows, WIDTH]`; see `_add_tile`."""
     tiles = max(1, -(-rows // TALLEST))
+    row_bytes = WIDTH * (NUMBER // 2 if form == UPPER else NUMBER)
     # Each tile fetches its share of the next chunk, so that reading it takes no time of its own.
-    step = size * WIDTH // tiles
+    step = row_bytes // tiles
     for start in range(0, width, CHUNK):
         depth = min(CHUNK, width - start)
-        weights = panel + size * WIDTH * start
+        weights = panel + row_bytes * start
         for tile in range(tiles):
             row = rows * tile // tiles
             count = rows * (tile + 1) // tiles - row
             inputs = states + NUMBER * (width * row + start)
-            soon = weights + size * WIDTH * CHUNK + step * depth * tile
+            soon = weights + row_bytes * CHUNK + step * depth * tile
             own = sums + NUMBER * outputs * row
-            _add_tile(count, size, (inputs, width, weights, soon, step, own, outputs, depth))
+            _add_tile(count, form, (inputs, width, weights, soon, step, own, outputs, depth))
 
 
 @_compiled()
-def _multiply_one(which, states, panels, sums):
+def _multiply_one(which, states, panels, form, sums):
     """Add states `[R, D]` times one of the panels to its sums, of `[R, P * WIDTH]`; see `PanelProduct.panels`."""
     rows, width = states.shape
-    row_bytes = panels.shape[2]
-    panel = panels.ctypes.data + row_bytes * width * which
+    panel = panels.ctypes.data + panels.shape[2] * width * which
     own = sums.ctypes.data + NUMBER * WIDTH * which
-    _multiply_panel(states.ctypes.data, rows, width, panel, row_bytes // WIDTH, own, sums.shape[1])
+    _multiply_panel(states.ctypes.data, rows, width, panel, form, own, sums.shape[1])
 
 
 @_compiled(parallel=True)
-def _multiply_in_threads(states, panels, sums):
+def _multiply_in_threads(states, panels, form, sums):
     """Add states times all panels, each thread a run of them."""
     for which in numba.prange(len(panels)):
-        _multiply_one(which, states, panels, sums)
+        _multiply_one(which, states, panels, form, sums)
 
 
 @_compiled()
-def _product(states, panels, bias, alone):
-    """Rows `[R, D]` times panels, and the bias; `alone` on one thread, without asking for others."""
+def _paired(states):
+    """Rows `[R, D]` rounded to bfloat16, two to a number: `[R, D / 2]`, zero after an odd D. NaN stays NaN."""
+    rows, size = states.shape
+    pairs = np.zeros((rows, (size + 1) // 2 * 2), np.uint16)
+    bits = states.view(np.uint32)
+    for row in range(rows):
+        for place in range(size):
+            number = bits[row, place]
+            rounded = (number + np.uint32(0x7FFF) + ((number >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            is_nan = (number & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            pairs[row, place] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+    return pairs.view(np.float32)
+
+
+@_compiled()
+def _product(states, weights, alone):
+    """Rows `[R, D]` times a product's weights, see `PanelProduct`; `alone` on one thread, without asking for others."""
+    panels, bias, form = weights
     sums = np.empty((len(states), len(bias)), np.float32)
     for row in range(len(states)):
         sums[row] = bias
+    inputs = _paired(states) if form == PAIRED else states
     if not alone:
-        _multiply_in_threads(states, panels, sums)
+        _multiply_in_threads(inputs, panels, form, sums)
         return sums
     for which in range(len(panels)):
-        _multiply_one(which, states, panels, sums)
+        _multiply_one(which, inputs, panels, form, sums)
     return sums
 
 
 class PanelProduct:
     """`x -> x @ weight.T + bias` of float32 states on a CPU; no gradients.
 
+    Weights in bfloat16 stay so in memory. Where the processor multiplies pairs of such numbers, states are rounded to
+    bfloat16 before, as in a library's product, but sums are not. Weights in float32 that are bfloat16 numbers, as in
+    most published models, are kept in half of the memory, too, and read in half of the time: the same product.
+
     Args:
-        weight: `[N, D]`, which is copied.
+        weight: `[N, D]` in float32 or bfloat16, which is copied.
         bias: `[N]`.
 
     Attributes:
-        panels: the bytes of `[N / WIDTH, D, WIDTH]` numbers, the last panel filled up with zeros. Where all weights are
-            bfloat16 numbers, as in most published models, only these halves are kept and read: the same product in
-            half of the time. (Bytes, so that one compiled function takes both.)
-        bias: where the sums begin, as many numbers as the panels have outputs.
+        weights: what the kernels read:
+            panels: the bytes of `[N / WIDTH, D, WIDTH]` numbers, halves, or `[N / WIDTH, D / 2, WIDTH]` pairs of
+                halves; the last panel, and the last pair, filled up with zeros. (Bytes, so that one compiled function
+                takes all.)
+            bias: `[P * WIDTH]`, where the sums begin.
+            form: WHOLE, UPPER or PAIRED.
         num_outputs: N.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.num_outputs, depth = weight.shape
+        self.num_outputs, self._num_inputs = weight.shape
         num_panels = -(-self.num_outputs // WIDTH)
+        form = PAIRED if weight.dtype == torch.bfloat16 and MULTIPLIES_PAIRS else WHOLE
+        depth = self._num_inputs + (self._num_inputs % 2 if form == PAIRED else 0)
         filled_up = torch.zeros(num_panels * WIDTH, depth, dtype=torch.float32, device="cpu")
-        filled_up[: self.num_outputs] = weight.detach()
+        filled_up[: self.num_outputs, : self._num_inputs] = weight.detach()
         panels = filled_up.view(num_panels, WIDTH, depth).transpose(1, 2).contiguous()
         halves = panels.bfloat16()
-        is_exact = torch.equal(halves.float(), panels)
-        self.panels = (halves if is_exact else panels).view(torch.uint8).numpy()
-        self.bias = np.zeros(num_panels * WIDTH, np.float32)
+        if form == PAIRED:
+            panels = halves.view(num_panels, depth // 2, 2, WIDTH).transpose(2, 3).contiguous()
+            panels = panels.view(num_panels, depth // 2, 2 * WIDTH)
+        elif torch.equal(halves.float(), panels):
+            form, panels = UPPER, halves
+        start = np.zeros(num_panels * WIDTH, np.float32)
         if bias is not None:
-            self.bias[: self.num_outputs] = bias.detach().numpy()
+            start[: self.num_outputs] = bias.detach().float().numpy()
+        self.weights = (panels.view(torch.uint8).numpy(), start, form)
 
     def __call__(self, states: Tensor) -> Tensor:
         """`[…, D]` to `[…, N]`; errors as in `_rows`."""
         _use_threads()
-        rows = _rows(states, self.panels.shape[1])
-        result = torch.from_numpy(_product(rows, self.panels, self.bias, _forked))
-        if len(self.bias) > self.num_outputs:
+        rows = _rows(states, self._num_inputs)
+        result = torch.from_numpy(_product(rows, self.weights, _forked))
+        if result.shape[1] > self.num_outputs:
             result = result[:, : self.num_outputs].contiguous()
         return result.view(*states.shape[:-1], self.num_outputs)
 
@@ -389,7 +443,7 @@ def _mix(typing, memory):
         for place, total in zip(places, own, strict=True):
             build.store(_load(build, place), total)
         with cgutils.for_range(build, slots) as loop:
-            everywhere = _in_all_lanes(build, _number_at(build, weights, loop.index))
+            everywhere = _in_all_lanes(build, VECTOR, _number_at(build, weights, loop.index))
             value = _vectors_at(build, MIXED, VECTOR, values, build.mul(size, loop.index))
             for place, total in zip(value, own, strict=True):
                 _multiply_add(build, everywhere, _load(build, place), total)
@@ -582,7 +636,7 @@ def _attention(hidden, norm, qkv, out, seen, alone):
     Args:
         hidden: `[R, D]`, the T tokens of each of B texts.
         norm: weight and epsilon of the norm before.
-        qkv, out: panels and bias of each product.
+        qkv, out: weights of each product.
         seen: of this pass and its cache:
             slots: `[B, T]`, where the tokens are stored; `[1, T]` if that is the same in all texts.
             cos, sin: `[B, T, E]` or `[1, T, E]`.
@@ -593,7 +647,7 @@ def _attention(hidden, norm, qkv, out, seen, alone):
     slots, cos, sin, keys, values, window = seen
     groups, size = keys.shape[1], keys.shape[3]
     length = slots.shape[1]
-    projected = _product(_normed(hidden, norm[0], norm[1]), qkv[0], qkv[1], alone)
+    projected = _product(_normed(hidden, norm[0], norm[1]), qkv, alone)
     rotated = projected.shape[1] // size - groups  # heads of queries and keys
     heads = rotated - groups
     for row in range(len(hidden)):
@@ -607,14 +661,14 @@ def _attention(hidden, norm, qkv, out, seen, alone):
             keys[text, group, slot] = projected[row, key : key + size]
             values[text, group, slot] = projected[row, value : value + size]
     mixed = _attend_all(heads, projected, slots, keys, values, window, alone)
-    return hidden + _product(mixed, out[0], out[1], alone)
+    return hidden + _product(mixed, out, alone)
 
 
 @_compiled()
 def _feed_forward(hidden, norm, gate_up, down, alone):
     """The other half: `hidden + down(silu(gate) * up)`, `[R, D]`; the rest as in `_attention`."""
-    both = _product(_normed(hidden, norm[0], norm[1]), gate_up[0], gate_up[1], alone)
-    return hidden + _product(_gated(both, alone), down[0], down[1], alone)
+    both = _product(_normed(hidden, norm[0], norm[1]), gate_up, alone)
+    return hidden + _product(_gated(both, alone), down, alone)
 
 
 class PanelLayer:
@@ -627,7 +681,7 @@ class PanelLayer:
     """
 
     def __init__(self, layer: DecoderLayer, products: Sequence[PanelProduct]) -> None:
-        parts = [(product.panels, product.bias) for product in products]
+        parts = [product.weights for product in products]
         self._attention = (_weights_of(layer.input_layernorm), *parts[:2])
         self._feed_forward = None
         if layer.feed_forward:
@@ -654,7 +708,7 @@ class PanelLayer:
 
 def _weights_of(norm: nn.RMSNorm) -> tuple[Any, float | None]:
     """Its weight as it is now, and its epsilon."""
-    return norm.weight.detach().clone().numpy(), norm.eps
+    return norm.weight.detach().float().clone().numpy(), norm.eps
 
 
 def own_layer(layer: DecoderLayer, products: Sequence[Any]) -> PanelLayer | None:
@@ -673,8 +727,7 @@ def works() -> bool:
 
     All kernels are compiled and tried, so that what goes wrong does so here and not in the middle of an answer.
     """
-    features = binding.get_host_cpu_features()
-    if numba.config.DISABLE_JIT or not (features.get("fma") or features.get("neon")):
+    if numba.config.DISABLE_JIT or not (_features.get("fma") or _features.get("neon")):
         return False
     numbers = torch.arange(2 * CHUNK + 7, dtype=torch.float32, device="cpu").sin()
     weight, states = numbers * numbers[:40, None], numbers.flip(0) * numbers[:9, None]
@@ -689,7 +742,7 @@ def _layer_works() -> bool:
     size = WIDTH
     numbers = torch.arange(9 * size * size, dtype=torch.float32, device="cpu").sin().view(-1, size)
     weights = numbers[: 7 * size].split([3 * size, size, 2 * size, size])
-    qkv, out, gate_up, down = [(each.panels, each.bias) for each in map(PanelProduct, weights)]
+    qkv, out, gate_up, down = [each.weights for each in map(PanelProduct, weights)]
     hidden = numbers[-2:]
     norm = (np.ones(size, np.float32), 1e-6)
     cos = np.ones((1, 2, size), np.float32)
