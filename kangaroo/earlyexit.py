@@ -36,6 +36,7 @@ from kangaroo.decoding.layers import (
     on_own_cpu_kernels,
     product,
     rms_norm,
+    states_dtype,
 )
 from kangaroo.decoding.passes import OWN_PROMPT, OWN_PROMPT_WORK, CudaGraphs, Passes, view
 from kangaroo.decoding.speculate import Text, spec_decode_step
@@ -184,11 +185,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         if in_tokens_small is not None:
             if stages is None:
                 return self.forward_shallow(in_tokens_small, position_ids)
-            return _continue(stages.shallow, in_tokens_small, position_ids)
+            return _continue(stages.shallow, in_tokens_small, position_ids).to(stages.dtype)
         assert in_features_large is not None
         if stages is None:
             return self.forward_deep(in_features_large, position_ids)
-        return _continue(stages.deep, in_features_large, position_ids)
+        return _continue(stages.deep, in_features_large, position_ids).to(stages.dtype)
 
     def forward(
         self,
@@ -277,6 +278,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             few_rows: as in `CachedLayer`; the stages are kept for texts to come while the weights stay the same.
         """
         passes = Passes(self.lm_head.weight.device)
+        head_weight = self.lm_head.weight
+        like = self.model.norm.weight.to(states_dtype(head_weight.device, head_weight.dtype, few_rows))
         k = self.exit_layer
         parts = drafter or DrafterParts(StageWeights([]), self.rotary, self.config)
 
@@ -286,8 +289,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             window: int | None = None,
         ) -> Stage:
             devices = [layer.device for layer in weights.layers]
-            norm = self.model.norm.weight
-            cache = KVCache(of.config, devices, batch_size, capacity, norm, window, chains)
+            cache = KVCache(of.config, devices, batch_size, capacity, like, window, chains)
             return Stage(weights, of.rotary, cache, passes)
 
         # What drafts in the shallow layers (lora_S) is no part of the verifier, unless the target is the adapted model.
@@ -298,11 +300,11 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         if drafter and target == "base":
             shallow = stage(drafter.shallow or self._stage_weights(0, k, few_rows))
         drafting = stage(parts.weights, parts, parts.window)
-        feedback = Feedback(batch_size, self.model.norm.weight) if parts.weights.fuse else None
+        feedback = Feedback(batch_size, like) if parts.weights.fuse else None
         used = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
         is_dynamic = self.rotary.dynamic or parts.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in used) and not is_dynamic
-        passes.own_on_cpu = few_rows and on_own_cpu_kernels(self.lm_head.weight)
+        passes.own_on_cpu = few_rows and on_own_cpu_kernels(head_weight.device, head_weight.dtype)
         in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
         passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
         size = self.config.hidden_size
@@ -326,7 +328,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             if first == 0:
                 return StageWeights(cached, embed=self.model.embed_tokens)
             head = product(head_weight) if few_rows else self.lm_head
-            norm = rms_norm(self.model.norm, dtype)
+            norm = rms_norm(self.model.norm, states_dtype(head_weight.device, dtype, few_rows))
             return StageWeights(cached, norm=norm, head=head, head_weight=head_weight)
 
         if not few_rows:

@@ -26,6 +26,7 @@ from kangaroo.decoding.layers import (
     head_product,
     product,
     rms_norm,
+    states_dtype,
 )
 from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import DrafterParts, Stages, StageWeights
@@ -287,7 +288,7 @@ class KangarooModel(nn.Module):
         dtype = self.head_rows.dtype
         adapter = self.adapter_model
         layers = [CachedLayer(layer, dtype) for layer in adapter.layers]  # type: ignore[arg-type]
-        weights = StageWeights(layers, norm=rms_norm(self.exit_norm, dtype))
+        weights = StageWeights(layers, norm=rms_norm(self.exit_norm, states_dtype(self.head_rows.device, dtype)))
         if adapter.fuse:
             weights.fuse = Fuse(adapter.fuse.weight.detach().to(dtype))
         if adapter.fuse_later:

@@ -50,6 +50,7 @@ class KVCache:
         chains: rows of a text, at most.
 
     Attributes:
+        dtype: of keys, values and the states that they are made from.
         keys, values: one `[B * chains, G, capacity, E]` tensor a layer.
         lengths: slots filled so far, of each row in use.
         shared: of each further chain, the slots of each text that its row holds, too.
@@ -72,6 +73,7 @@ class KVCache:
         self.capacity = capacity
         self.window = window
         self.device = like.device
+        self.dtype = like.dtype
         self._like = like
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         self.clear()
@@ -90,7 +92,7 @@ class KVCache:
         stores = []
         for device, layers in groupby(self._devices):
             num_layers = len(list(layers))
-            stores.append(torch.zeros(2, num_layers, *shape, dtype=self._like.dtype, device=device))
+            stores.append(torch.zeros(2, num_layers, *shape, dtype=self.dtype, device=device))
         return stores
 
     @functools.cached_property

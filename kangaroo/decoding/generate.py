@@ -103,12 +103,14 @@ class PlainBatch:
         rows: `[B]`, the place of each remaining row in the batch.
         last: `[B, D]`, the normed states that the next tokens are chosen from.
         captured: whether the steps after the prompts are captured.
+        dtype: of the model's weights, and of the states that are kept.
     """
 
     def __init__(self, stages: Stages, tokens: Tensor, lengths: Tensor) -> None:
         self._stages = (stages.base, stages.deep)
         self._passes = stages.passes
         self.captured = stages.passes.graphs is not None
+        self.dtype = stages.dtype
         self.rows = torch.arange(len(tokens), device=tokens.device)
         # Prompts of one chat format begin alike; what they share is computed once.
         shared = common_prefix(tokens, lengths)
@@ -219,7 +221,7 @@ def decode_plainly(
     device = batch.last.device
     tokens = batch.rows.new_zeros(count, max_new_tokens)
     hidden_size = batch.last.shape[1] if keep_states else 0
-    hidden = batch.last.new_zeros(count, max_new_tokens, hidden_size)
+    hidden = batch.last.new_zeros(count, max_new_tokens, hidden_size, dtype=batch.dtype)
     confidence = torch.zeros(count, max_new_tokens, device=device)
     alive = torch.ones(count, dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
@@ -227,7 +229,7 @@ def decode_plainly(
     for step in range(max_new_tokens):
         chosen, chances = batch.best() if sampler is None else batch.sampled(sampler)
         if keep_states:
-            hidden[batch.rows, step] = batch.last
+            hidden[batch.rows, step] = batch.last.to(batch.dtype)
         confidence[batch.rows, step] = chances
         tokens[batch.rows, step] = chosen
         alive = alive & ~torch.isin(chosen, ends)

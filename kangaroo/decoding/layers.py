@@ -1,6 +1,6 @@
 """Decoder layers as decoding runs them: projections that read the same input fused, and on a CPU weights laid out anew.
 
-In float32 a CPU has kernels of our own (`cpu_kernels`). In bfloat16 oneDNN lays weights out again at every call unless
+A CPU has kernels of our own (`cpu_kernels`). Where they do not run, oneDNN lays weights out again at every call unless
 they are packed once, which saves a third to half of a product of few rows. Nothing here is trained: layers are made
 from the weights as they are, and made again when these have changed.
 """
@@ -49,7 +49,7 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Product:
         weight: `[N, D]`.
         bias: `[N]`.
     """
-    if on_own_cpu_kernels(weight):
+    if on_own_cpu_kernels(weight.device, weight.dtype):
         from kangaroo.decoding.cpu_kernels import PanelProduct
 
         return PanelProduct(weight, bias)
@@ -109,9 +109,19 @@ def packed_dtypes() -> tuple[torch.dtype, ...]:
     return tuple(packable)
 
 
-def on_own_cpu_kernels(weight: Tensor) -> bool:
-    """Whether `kangaroo.decoding.cpu_kernels` multiplies by weights like this one."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _cpu_kernels_work()
+def on_own_cpu_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `kangaroo.decoding.cpu_kernels` multiplies by weights of this dtype there."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _cpu_kernels_work()
+
+
+def states_dtype(device: torch.device, dtype: torch.dtype, few_rows: bool = True) -> torch.dtype:
+    """The dtype of states, keys and values in decoding: the weights', but float32 in our own kernels on a CPU.
+
+    Args:
+        device, dtype: of the model's weights.
+        few_rows: as in `CachedLayer`.
+    """
+    return torch.float32 if few_rows and on_own_cpu_kernels(device, dtype) else dtype
 
 
 @cache
@@ -125,7 +135,7 @@ def _cpu_kernels_work() -> bool:
         return False
     # Nowhere to keep what was compiled, no space left, no such threads.
     except (RuntimeError, OSError, ValueError) as error:
-        warnings.warn(f"decoding in float32 is slower than it could be: {error}", stacklevel=1)
+        warnings.warn(f"decoding is slower than it could be: {error}", stacklevel=1)
         return False
 
 
@@ -139,14 +149,16 @@ class CachedLayer:
 
     Args:
         layer: the layer, its adapters merged or left out.
-        dtype: to compute in.
+        dtype: of the weights to compute with.
         few_rows: what makes few rows fast: our own kernels, or packed weights. False leaves the products to the
             library, as batches of many rows do; on a CPU to the layer's own modules.
     """
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype, few_rows: bool = True) -> None:
         attention = layer.self_attn
-        on_cuda = attention.q_proj.weight.is_cuda
+        self.device = attention.q_proj.weight.device
+        on_cuda = self.device.type == "cuda"
+        of_states = states_dtype(self.device, dtype, few_rows)
         self.kernels = _kernels_for(layer, dtype) if few_rows and on_cuda else None
         # Where our kernels run, the library's only read prompts, which is not worth a compilation.
         is_compiled = on_cuda and self.kernels is None
@@ -154,8 +166,7 @@ class CachedLayer:
         self._heads = attention.num_heads
         self._groups = attention.num_groups
         self._head_dim = attention.head_dim
-        self.device = attention.q_proj.weight.device
-        self._input_norm = rms_norm(layer.input_layernorm, dtype)
+        self._input_norm = rms_norm(layer.input_layernorm, of_states)
 
         def join(*projections: nn.Linear) -> Product:
             """Products of the same input as one, of copied weights, unless the modules are to run."""
@@ -168,12 +179,14 @@ class CachedLayer:
         self._gate_up: Product | None = None
         self._down: Product | None = None
         if layer.feed_forward:
-            self._mlp_norm = rms_norm(layer.post_attention_layernorm, dtype)
+            self._mlp_norm = rms_norm(layer.post_attention_layernorm, of_states)
             self._gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
             self._down = join(layer.mlp.down_proj)
             gated = _gated_by(layer.mlp.hidden_act)
             self._gate: Callable[..., Tensor] = compiled(gated) if is_compiled else gated
-        self._own = _own_layer(layer, [self._qkv, self._out, self._gate_up, self._down])
+        self._own: PanelLayer | None = None
+        if few_rows and on_own_cpu_kernels(self.device, dtype):
+            self._own = _own_layer(layer, [self._qkv, self._out, self._gate_up, self._down])
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
@@ -200,8 +213,6 @@ class CachedLayer:
 
 def _own_layer(layer: DecoderLayer, products: Sequence[Product | None]) -> PanelLayer | None:
     """The layer by our own kernels on a CPU, if they compute it."""
-    if not on_own_cpu_kernels(layer.input_layernorm.weight):
-        return None
     from kangaroo.decoding.cpu_kernels import own_layer
 
     return own_layer(layer, [product for product in products if product])

@@ -41,7 +41,7 @@ class StageWeights:
         embed: token ids to states, for stages that begin with tokens.
         norm: after the layers.
         head: from normed states to logits.
-        head_weight: `[V, D]`, its weight, in the dtype to compute in.
+        head_weight: `[V, D]`, its weight, in the dtype of the model's weights.
         fuse: from exit states and the verifier's states of the positions before to what the first layer reads; None for
             a stage without feedback.
         fuse_later: the same for later drafts of a block, from tokens; None where these read exit states, too.
@@ -126,6 +126,7 @@ class Stage:
         fuse = self.weights.fuse_later if later else self.weights.fuse
         if fuse is not None and feedback is not None:
             states = self._mapped(fuse, inputs, feedback)
+        states = states.to(self.cache.dtype)
         length = states.shape[1]
         if self.passes.fixed and self._by_own_kernels:
             states = self._run_fused(states, self.passes.fixed)
@@ -390,6 +391,12 @@ class Stages:
         if middle is not None:
             self.deep.kept_after = middle.layer - len(self.base.weights.layers)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights, and so of the states that others than stages see."""
+        assert self.deep.weights.head_weight is not None
+        return self.deep.weights.head_weight.dtype
+
     def caches(self) -> list[KVCache]:
         """Every cache once."""
         stages = [self.shallow, self.drafter, self.deep]
@@ -518,7 +525,7 @@ class Stages:
         outputs = self.passes.run(name, run, caches, counts, *inputs, ahead=count - 1)
         # Copies: the verification, which may run before the host looks, can write over a captured pass's outputs.
         chosen, exit_hidden, self._drafter_hidden, *read = [each.clone() for each in outputs]
-        return Drafted(chosen, exit_hidden, self._drafter_hidden, read)
+        return Drafted(chosen, exit_hidden.to(self.dtype), self._drafter_hidden.to(self.dtype), read)
 
     def chain(
         self,
@@ -705,7 +712,7 @@ class Stages:
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden = hidden[rows, extra[0]][:, None]
             own, confidence = self.deep.best(hidden, drawn=drawn and Drawn(drawn.how, extra[-1]))
-            kept = hidden if self.keep_states else hidden[..., :0]
+            kept = hidden.to(self.dtype) if self.keep_states else hidden[..., :0]
             return packed(own[0], confidence), kept, fed_back
 
         extra = []
