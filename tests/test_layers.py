@@ -22,7 +22,7 @@ from kangaroo.sgp_lora import AdapterSwitch, inject_dual_lora
 def test_a_product_is_the_product(own, monkeypatch):
     assert packed_dtypes()  # else nothing below says anything; every CPU that we test on has oneDNN
     if not own:
-        monkeypatch.setattr(layers, "on_own_cpu_kernels", lambda weight: False)
+        monkeypatch.setattr(layers, "on_own_cpu_kernels", lambda *_: False)
     for dtype in packed_dtypes():
         for rows in (1, 2, 3, 5, 40):
             x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, rows, 24), (56, 24), (56,)))

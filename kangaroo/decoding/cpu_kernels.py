@@ -48,10 +48,10 @@ TALLEST = 12 // VECTORS
 """Rows of a tile, at most: twelve sums and what is added to them fit into sixteen registers."""
 NUMBER = 4
 """Bytes of a number."""
-WHOLE, UPPER, PAIRED = range(3)
+WHOLE, UPPER, PAIRED, BYTES = range(4)
 """How a panel has its weights: as float32 numbers; as their upper halves, where the lower ones are zeros; as pairs of
-upper halves of neighbouring inputs, which are multiplied by pairs of inputs rounded to bfloat16. To the kernels a pair
-is a number."""
+upper halves of neighbouring inputs, which are multiplied by pairs of inputs rounded to bfloat16 (to the kernels a pair
+is a number); as 8-bit integers, which are multiplied by a scale of each output at the end."""
 CHUNK = 256
 """Inputs that all tiles of a panel add before any goes on: at most 16 KB of the panel, half of the first cache."""
 BLOCK = 64
@@ -98,39 +98,44 @@ _used = threading.local()
 
 FLOAT, INDEX, FLAG = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 VECTOR, TILE_VECTOR = ir.VectorType(FLOAT, LANES), ir.VectorType(FLOAT, TILE_LANES)
-HALVES = ir.VectorType(ir.IntType(16), TILE_LANES)
-FORMS = (WHOLE, UPPER, PAIRED) if MULTIPLIES_PAIRS else (WHOLE, UPPER)
-BYTES = ir.IntType(8).as_pointer()
+STORED = {
+    form: ir.VectorType(kind, TILE_LANES)
+    for form, kind in ((WHOLE, FLOAT), (UPPER, ir.IntType(16)), (PAIRED, FLOAT), (BYTES, ir.IntType(8)))
+    if MULTIPLIES_PAIRS or form != PAIRED
+}
+"""Vectors of a panel by its form, as far as this processor multiplies by them."""
+NUM_FORMS = 4
+ADDRESS = ir.IntType(8).as_pointer()
 
 
 @intrinsic
 def _add_tile(typing, rows, form, memory):
-    """`(rows, form, (states, width, panel, soon, step, sums, outputs, depth))`, for Numba.
+    """`(rows, form, (states, panel, soon, step, sums, outputs, depth))`, for Numba.
 
-    Adds states `[rows, depth]` times a panel `[depth, WIDTH]`, whose form is WHOLE, UPPER or PAIRED, to sums
-    `[rows, WIDTH]`, all three addresses. Rows of states are `width` numbers apart, those of sums `outputs`. Meanwhile
-    memory from the address `soon` on is fetched, `step` bytes an input.
+    Adds states `[depth, rows]` times a panel `[depth, WIDTH]`, of some form, to sums
+    `[rows, WIDTH]`, all three addresses. Rows of sums are `outputs` numbers apart. Meanwhile memory from the address
+    `soon` on is fetched, `step` bytes an input.
     """
 
     def generate(context, build, signature, arguments):
         rows, form, memory = arguments
         done = build.append_basic_block("done")
-        switch = build.switch(build.add(build.mul(rows, ir.Constant(INDEX, len(FORMS))), form), done)
-        for count, which in product(range(1, TALLEST + 1), FORMS):
+        switch = build.switch(build.add(build.mul(rows, ir.Constant(INDEX, NUM_FORMS)), form), done)
+        for count, which in product(range(1, TALLEST + 1), STORED):
             with build.goto_block(build.append_basic_block("tile")):
-                switch.add_case(ir.Constant(INDEX, len(FORMS) * count + which), build.block)
+                switch.add_case(ir.Constant(INDEX, NUM_FORMS * count + which), build.block)
                 _write_tile(build, count, which, memory)
                 build.branch(done)
         build.position_at_end(done)
         return context.get_dummy_value()
 
-    return numba.void(numba.intp, numba.intp, numba.types.UniTuple(numba.intp, 8)), generate
+    return numba.void(numba.intp, numba.intp, numba.types.UniTuple(numba.intp, 7)), generate
 
 
 def _write_tile(build, rows, form, memory):
     """Write the instructions of `_add_tile` for this many rows and a panel of this form."""
-    states, width, panel, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
-    fetch = ir.FunctionType(ir.VoidType(), [BYTES, FLAG, FLAG, FLAG])
+    states, panel, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
+    fetch = ir.FunctionType(ir.VoidType(), [ADDRESS, FLAG, FLAG, FLAG])
     prefetch = cgutils.get_or_insert_function(build.module, fetch, "llvm.prefetch.p0i8")
     for_reading, keep, data = [ir.Constant(FLAG, value) for value in (0, 3, 1)]
     places = []
@@ -144,12 +149,12 @@ def _write_tile(build, rows, form, memory):
     add = _multiply_add_pairs if form == PAIRED else _multiply_add
     with cgutils.for_range(build, depth) as loop:
         fetched = build.add(soon, build.mul(loop.index, step))
-        build.call(prefetch, [build.inttoptr(fetched, BYTES), for_reading, keep, data])
+        build.call(prefetch, [build.inttoptr(fetched, ADDRESS), for_reading, keep, data])
         start = build.mul(loop.index, ir.Constant(INDEX, WIDTH))
-        kind = HALVES if form == UPPER else TILE_VECTOR
-        weights = [_load(build, place) for place in _vectors_at(build, VECTORS, kind, panel, start)]
+        weights = [_load(build, place) for place in _vectors_at(build, VECTORS, STORED[form], panel, start)]
+        first = build.mul(loop.index, ir.Constant(INDEX, rows))
         for row in range(rows):
-            place = build.add(build.mul(width, ir.Constant(INDEX, row)), loop.index)
+            place = build.add(first, ir.Constant(INDEX, row))
             everywhere = _in_all_lanes(build, TILE_VECTOR, _number_at(build, states, place))
             for weight, total in zip(weights, own[row * VECTORS :], strict=False):
                 add(build, everywhere, weight, total)
@@ -196,11 +201,13 @@ def _store(build, vector, place):
 def _load(build, place):
     """The vector there, of whole numbers."""
     loaded = build.load(place)
-    loaded.align = NUMBER // 2
+    loaded.align = 1
     kind = loaded.type
     if kind.element == FLOAT:
         return loaded
     whole = ir.VectorType(FLAG, kind.count)
+    if kind.element.width == 8:
+        return build.sitofp(build.sext(loaded, whole), ir.VectorType(FLOAT, kind.count))
     raised = build.shl(build.zext(loaded, whole), ir.Constant(whole, [16] * kind.count))
     return build.bitcast(raised, ir.VectorType(FLOAT, kind.count))
 
@@ -214,9 +221,13 @@ def _in_all_lanes(build, kind, number):
 
 @_compiled()
 def _multiply_panel(states, rows, width, panel, form, sums, outputs):
-    """Add states `[rows, width]` times a panel `[width, WIDTH]` to sums `[rows, WIDTH]`; see `_add_tile`."""
+    """Add states, as `_by_tiles` lays them out, times a panel `[width, WIDTH]` to sums `[rows, WIDTH]`."""
     tiles = max(1, -(-rows // TALLEST))
-    row_bytes = WIDTH * (NUMBER // 2 if form == UPPER else NUMBER)
+    row_bytes = WIDTH * NUMBER
+    if form == UPPER:
+        row_bytes //= 2
+    elif form == BYTES:
+        row_bytes //= 4
     # Each tile fetches its share of the next chunk, so that reading it takes no time of its own.
     step = row_bytes // tiles
     for start in range(0, width, CHUNK):
@@ -225,26 +236,42 @@ def _multiply_panel(states, rows, width, panel, form, sums, outputs):
         for tile in range(tiles):
             row = rows * tile // tiles
             count = rows * (tile + 1) // tiles - row
-            inputs = states + NUMBER * (width * row + start)
+            inputs = states + NUMBER * (width * row + count * start)
             soon = weights + row_bytes * CHUNK + step * depth * tile
             own = sums + NUMBER * outputs * row
-            _add_tile(count, form, (inputs, width, weights, soon, step, own, outputs, depth))
+            _add_tile(count, form, (inputs, weights, soon, step, own, outputs, depth))
 
 
 @_compiled()
-def _multiply_one(which, states, panels, form, sums):
-    """Add states `[R, D]` times one of the panels to its sums, of `[R, P * WIDTH]`; see `PanelProduct.panels`."""
-    rows, width = states.shape
-    panel = panels.ctypes.data + panels.shape[2] * width * which
+def _multiply_one(which, states, rows, panels, form, sums):
+    """Add states, laid out by tiles, times one of the panels to its sums, of `[R, P * WIDTH]`."""
+    panel = panels.ctypes.data + panels.shape[1] * panels.shape[2] * which
     own = sums.ctypes.data + NUMBER * WIDTH * which
-    _multiply_panel(states.ctypes.data, rows, width, panel, form, own, sums.shape[1])
+    _multiply_panel(states.ctypes.data, rows, panels.shape[1], panel, form, own, sums.shape[1])
 
 
 @_compiled(parallel=True)
-def _multiply_in_threads(states, panels, form, sums):
+def _multiply_in_threads(states, rows, panels, form, sums):
     """Add states times all panels, each thread a run of them."""
     for which in numba.prange(len(panels)):
-        _multiply_one(which, states, panels, form, sums)
+        _multiply_one(which, states, rows, panels, form, sums)
+
+
+@_compiled()
+def _by_tiles(numbers):
+    """Rows `[R, D]` as tiles read them, one after the other: the first input of each row of a tile, then the second."""
+    rows, size = numbers.shape
+    if rows == 1:
+        return numbers.reshape(-1)
+    laid_out = np.empty(rows * size, np.float32)
+    tiles = -(-rows // TALLEST)
+    for tile in range(tiles):
+        row = rows * tile // tiles
+        count = rows * (tile + 1) // tiles - row
+        own = laid_out[row * size : (row + count) * size].reshape(size, count)
+        for which in range(count):
+            own[:, which] = numbers[row + which]
+    return laid_out
 
 
 @_compiled()
@@ -265,16 +292,22 @@ def _paired(states):
 @_compiled()
 def _product(states, weights, alone):
     """Rows `[R, D]` times a product's weights, see `PanelProduct`; `alone` on one thread, without asking for others."""
-    panels, bias, form = weights
-    sums = np.empty((len(states), len(bias)), np.float32)
-    for row in range(len(states)):
+    panels, bias, form, scales = weights
+    rows = len(states)
+    sums = np.empty((rows, len(bias)), np.float32)
+    for row in range(rows):
         sums[row] = bias
-    inputs = _paired(states) if form == PAIRED else states
-    if not alone:
-        _multiply_in_threads(inputs, panels, form, sums)
+    if not rows:
         return sums
-    for which in range(len(panels)):
-        _multiply_one(which, inputs, panels, form, sums)
+    inputs = _by_tiles(_paired(states) if form == PAIRED else states)
+    if alone:
+        for which in range(len(panels)):
+            _multiply_one(which, inputs, rows, panels, form, sums)
+    else:
+        _multiply_in_threads(inputs, rows, panels, form, sums)
+    if form == BYTES:
+        for row in range(rows):
+            sums[row] *= scales
     return sums
 
 
@@ -288,35 +321,44 @@ class PanelProduct:
     Args:
         weight: `[N, D]` in float32 or bfloat16, which is copied.
         bias: `[N]`.
+        int8: round the weights to 8 bits, with a scale for each output; they have no bias.
 
     Attributes:
         weights: what the kernels read:
-            panels: the bytes of `[N / WIDTH, D, WIDTH]` numbers, halves, or `[N / WIDTH, D / 2, WIDTH]` pairs of
-                halves; the last panel, and the last pair, filled up with zeros. (Bytes, so that one compiled function
-                takes all.)
+            panels: the bytes of `[N / WIDTH, D, WIDTH]` numbers, halves or 8-bit integers, or `[N / WIDTH, D / 2,
+                WIDTH]` pairs of halves; the last panel, and the last pair, filled up with zeros. (Bytes, so that one
+                compiled function takes all.)
             bias: `[P * WIDTH]`, where the sums begin.
-            form: WHOLE, UPPER or PAIRED.
+            form: one of `STORED`.
+            scales: `[P * WIDTH]`, or nothing.
         num_outputs: N.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> None:
         self.num_outputs, self._num_inputs = weight.shape
-        num_panels = -(-self.num_outputs // WIDTH)
-        form = PAIRED if weight.dtype == torch.bfloat16 and MULTIPLIES_PAIRS else WHOLE
+        form = PAIRED if weight.dtype == torch.bfloat16 and PAIRED in STORED else WHOLE
+        outputs = -(-self.num_outputs // WIDTH) * WIDTH
         depth = self._num_inputs + (self._num_inputs % 2 if form == PAIRED else 0)
-        filled_up = torch.zeros(num_panels * WIDTH, depth, dtype=torch.float32, device="cpu")
+        filled_up = torch.zeros(outputs, depth, dtype=torch.float32, device="cpu")
         filled_up[: self.num_outputs, : self._num_inputs] = weight.detach()
-        panels = filled_up.view(num_panels, WIDTH, depth).transpose(1, 2).contiguous()
+        scales = np.empty(0, np.float32)
+        if int8:
+            largest = filled_up.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            scales, form = (largest / 127).numpy(), BYTES
+            filled_up = (filled_up * (127 / largest)[:, None]).round()
+        panels = filled_up.view(-1, WIDTH, depth).transpose(1, 2).contiguous()
         halves = panels.bfloat16()
-        if form == PAIRED:
-            panels = halves.view(num_panels, depth // 2, 2, WIDTH).transpose(2, 3).contiguous()
-            panels = panels.view(num_panels, depth // 2, 2 * WIDTH)
+        if form == BYTES:
+            panels = panels.to(torch.int8)
+        elif form == PAIRED:
+            panels = halves.view(len(panels), depth // 2, 2, WIDTH).transpose(2, 3).contiguous()
+            panels = panels.view(len(panels), depth // 2, 2 * WIDTH)
         elif torch.equal(halves.float(), panels):
             form, panels = UPPER, halves
-        start = np.zeros(num_panels * WIDTH, np.float32)
+        start = np.zeros(outputs, np.float32)
         if bias is not None:
             start[: self.num_outputs] = bias.detach().float().numpy()
-        self.weights = (panels.view(torch.uint8).numpy(), start, form)
+        self.weights = (panels.view(torch.uint8).numpy(), start, form, scales)
 
     def __call__(self, states: Tensor) -> Tensor:
         """`[…, D]` to `[…, N]`; errors as in `_rows`."""

@@ -1,15 +1,12 @@
-"""Decoder layers as decoding runs them: projections that read the same input fused, and on a CPU weights laid out anew.
+"""Decoder layers as decoding runs them: by kernels of our own, or projections that read the same input fused.
 
-A CPU has kernels of our own (`cpu_kernels`). Where they do not run, oneDNN lays weights out again at every call unless
-they are packed once, which saves a third to half of a product of few rows. Nothing here is trained: layers are made
-from the weights as they are, and made again when these have changed.
+Nothing here is trained: layers are made from the weights as they are, and made again when these have changed.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
 Product = Callable[[Tensor], Tensor]
 Made = TypeVar("Made")
 
-PACKED_FOR_ROWS = 8
-"""Rows for which the layout of packed weights is chosen; others work too."""
 OWN_PROMPT_ON_CPU = 64
 """Tokens of a prompt that our own layers on a CPU read, at most: a library is faster at the attention of more. All
 later passes are theirs, so that drafts and other texts do not change a bit."""
@@ -43,7 +38,7 @@ products, and a second copy of them would take the memory."""
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Product:
-    """`x -> x @ weight.T + bias`; on a CPU by our own kernels, or else the weight packed if torch can.
+    """`x -> x @ weight.T + bias`, on a CPU by our own kernels if they run there.
 
     Args:
         weight: `[N, D]`.
@@ -53,8 +48,6 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Product:
         from kangaroo.decoding.cpu_kernels import PanelProduct
 
         return PanelProduct(weight, bias)
-    if can_pack(weight):
-        return _packed_product(weight, bias)
     return partial(F.linear, weight=weight, bias=bias)
 
 
@@ -63,50 +56,13 @@ def head_product(weight: Tensor, int8: bool = False) -> Product:
 
     Args:
         weight: `[V, D]`.
-        int8: on a CPU round the states to 8 bits, too, all rows with one scale: a head has so many rows of weights that
-            computing takes as long as reading, and no layer reads its logits.
+        int8: in our own kernels on a CPU, with weights of 8 bits: no layer reads its logits.
     """
-    if int8 and weight.device.type == "cpu":
-        with suppress(AttributeError, RuntimeError):  # these operators are private to torch, too
-            packed = _in_8_bits(weight.float())
-            multiply = torch.ops.quantized.linear_dynamic
-            # With its last argument True sums of 8-bit products fit into 16 bits, as older processors need it.
-            return lambda states: multiply(states.float(), packed, True)
+    if int8 and on_own_cpu_kernels(weight.device, weight.dtype):
+        from kangaroo.decoding.cpu_kernels import PanelProduct
+
+        return PanelProduct(weight, int8=True)
     return product(weight)
-
-
-def _packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
-    """The same by operators that are private to torch."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
-    run = torch.ops.mkldnn._linear_pointwise
-    return lambda states: run(states, packed, bias, "none", [], "")
-
-
-def _in_8_bits(weight: Tensor) -> Any:
-    """The weight as torch multiplies by it, each row with a scale of its own."""
-    scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a later torch will have another form of this
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(rounded, None)
-
-
-@cache
-def packed_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes in which weights can be packed here; none without oneDNN, or where its operators have another form."""
-    packable = []
-    for dtype in (torch.float32, torch.bfloat16):
-        identity = torch.eye(16, dtype=dtype)
-        ones = torch.ones(1, 2, 16, dtype=dtype)
-        # They are tried on numbers before they are believed.
-        try:
-            result = _packed_product(identity)(ones)
-            if torch.equal(result, ones):
-                packable.append(dtype)
-        except (AttributeError, RuntimeError, TypeError):
-            continue
-    return tuple(packable)
 
 
 def on_own_cpu_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -139,18 +95,13 @@ def _cpu_kernels_work() -> bool:
         return False
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether weights like this one can be packed."""
-    return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
-
-
 class CachedLayer:
     """One decoder layer over a cache, without gradients. Attention is computed here for all of decoding.
 
     Args:
         layer: the layer, its adapters merged or left out.
         dtype: of the weights to compute with.
-        few_rows: what makes few rows fast: our own kernels, or packed weights. False leaves the products to the
+        few_rows: whether our own kernels run, which make few rows fast. False leaves the products to the
             library, as batches of many rows do; on a CPU to the layer's own modules.
     """
 
