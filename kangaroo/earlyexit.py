@@ -277,9 +277,9 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         Args:
             few_rows: as in `CachedLayer`; the stages are kept for texts to come while the weights stay the same.
         """
-        passes = Passes(self.lm_head.weight.device)
-        head_weight = self.lm_head.weight
-        like = self.model.norm.weight.to(states_dtype(head_weight.device, head_weight.dtype, few_rows))
+        where = (self.lm_head.weight.device, self.lm_head.weight.dtype)
+        passes = Passes(where[0])
+        like = self.model.norm.weight.to(states_dtype(*where, few_rows))
         k = self.exit_layer
         parts = drafter or DrafterParts(StageWeights([]), self.rotary, self.config)
 
@@ -304,7 +304,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         used = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
         is_dynamic = self.rotary.dynamic or parts.rotary.dynamic
         passes.own_kernels = all(weights.fused for weights in used) and not is_dynamic
-        passes.own_on_cpu = few_rows and on_own_cpu_kernels(head_weight.device, head_weight.dtype)
+        passes.own_on_cpu = few_rows and on_own_cpu_kernels(*where)
         in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
         passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
         size = self.config.hidden_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -42,9 +43,18 @@ def test_a_product_is_the_product(outputs, inputs, biased):
     assert torch.equal(ours(across.T), ours(across.T.contiguous()))
 
 
+FORMS = {
+    "whole": lambda weight: PanelProduct(weight),
+    "halves": lambda weight: PanelProduct(weight.bfloat16().float()),
+    "bfloat16": lambda weight: PanelProduct(weight.bfloat16()),
+    "bytes": lambda weight: PanelProduct(weight, int8=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("outputs,inputs", SHAPES)
-def test_a_row_gives_the_same_bits_alone_and_among_others(outputs, inputs):
-    ours, states = PanelProduct(torch.randn(outputs, inputs)), torch.randn(19, inputs)
+def test_a_row_gives_the_same_bits_alone_and_among_others(form, outputs, inputs):
+    ours, states = FORMS[form](torch.randn(outputs, inputs)), torch.randn(19, inputs)
     together = ours(states)
     for count in range(1, 19):
         for start in range(0, 20 - count, 3):
@@ -55,13 +65,53 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(outputs, inputs):
 def test_bfloat16_weights_are_stored_in_half_of_the_memory_with_the_same_bits(outputs, inputs):
     weight = torch.randn(outputs, inputs).bfloat16().float()
     halves, whole = PanelProduct(weight), PanelProduct(weight)
-    whole.panels = (halves.panels.view(np.int16).astype(np.int32) << 16).view(np.uint8)
-    assert whole.panels.nbytes == 2 * halves.panels.nbytes
+    panels, *others = halves.weights
+    whole.weights = ((panels.view(np.int16).astype(np.int32) << 16).view(np.uint8), others[0], 0, others[2])
+    assert others[1] == cpu_kernels.UPPER and cpu_kernels.WHOLE == 0
     for rows in (1, 2, 3, 4, 5, 6, 7, 20):
         states = torch.randn(rows, inputs)
         assert torch.equal(halves(states), whole(states))
     weight[0, 0] = 1 + 2**-12
-    assert PanelProduct(weight).panels.nbytes == whole.panels.nbytes
+    assert PanelProduct(weight).weights[0].nbytes == 2 * panels.nbytes
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("outputs,inputs", SHAPES)
+def test_weights_in_bfloat16_stay_so_and_states_are_rounded_where_the_processor_multiplies_pairs(
+    outputs, inputs, pairs, monkeypatch
+):
+    if not pairs:
+        monkeypatch.delitem(cpu_kernels.STORED, cpu_kernels.PAIRED, raising=False)
+    rounds = cpu_kernels.PAIRED in cpu_kernels.STORED
+    weight, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16()
+    ours = PanelProduct(weight, bias)
+    assert ours.weights[2] == (cpu_kernels.PAIRED if rounds else cpu_kernels.UPPER)
+    assert ours.weights[0].nbytes <= 2 * (outputs + 15) * (inputs + 1)
+    for rows in (0, 1, 5, 12, 13, 40):
+        states = torch.randn(rows, inputs)
+        read = states.bfloat16() if rounds else states
+        exact = F.linear(read.double(), weight.double(), bias.double())
+        torch.testing.assert_close(ours(states).double(), exact, atol=2e-4, rtol=1e-5)
+
+
+def test_inputs_are_rounded_to_bfloat16_as_torch_rounds_them():
+    odd = [math.nan, -math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-40, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]
+    numbers = torch.cat([torch.tensor(odd), torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))])
+    found = torch.from_numpy(cpu_kernels._paired(numbers[None].numpy()).view(np.int16)).view(torch.bfloat16)
+    expected = numbers.bfloat16()
+    assert torch.equal(found[0, : len(expected)].nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert bool(found[0, :2].isnan().all()) and not found[0, 2:].isnan().any()
+
+
+@pytest.mark.parametrize("outputs,inputs", SHAPES)
+def test_weights_in_8_bits_have_a_scale_for_each_output(outputs, inputs):
+    weight = torch.randn(outputs, inputs) * torch.logspace(-6, 6, outputs)[:, None]
+    weight[0] = 0.0
+    ours, states = PanelProduct(weight, int8=True), torch.randn(5, inputs)
+    scales = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
+    exact = states.double() @ (weight / scales).round().double().T * scales.double().T
+    largest = weight.norm(dim=1).double() * states.norm(dim=1, keepdim=True).double() + 1e-30
+    assert bool(((ours(states) - exact).abs() <= 1e-4 * largest).all())
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -197,9 +247,10 @@ def test_a_layer_is_the_layer_of_torch_s_operators(starts, length, window, biase
             )
 
 
-def test_drafts_do_not_change_a_bit_of_what_the_verifier_computes():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_do_not_change_a_bit_of_what_the_verifier_computes(dtype):
     """Its states after each token, from single steps and from blocks of every length, alone and in a batch."""
-    model = tiny_model(3)
+    model = tiny_model(3).to(dtype)
     tokens = torch.randint(3, 200, (1, 200))
     first = 4
 
@@ -225,7 +276,9 @@ def test_drafts_do_not_change_a_bit_of_what_the_verifier_computes():
 def test_layers_that_they_do_not_compute_are_left_to_torch():
     layer = tiny_model(1).model.layers[0]
     assert CachedLayer(layer, torch.float32)._own is not None
-    assert CachedLayer(layer, torch.bfloat16)._own is None
+    assert CachedLayer(layer, torch.bfloat16)._own is not None
+    assert CachedLayer(layer, torch.float16)._own is None
+    assert CachedLayer(layer, torch.bfloat16, few_rows=False)._own is None
     layer.mlp.hidden_act = "gelu"
     assert CachedLayer(layer, torch.float32)._own is None
     narrow = LlamaConfig(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, intermediate_size=40)
@@ -243,6 +296,25 @@ def test_answers_are_those_without_them(monkeypatch):
     model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer")
     assert answers(model) == expected
     assert not isinstance(model.drafter_parts().weights.head, PanelProduct)
+
+
+def test_a_model_in_bfloat16_decodes_in_float32_and_gives_its_states_in_bfloat16():
+    model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer", feedback=True)
+    model.base_model.to(torch.bfloat16)
+    with torch.no_grad():
+        model.base_model.lm_head.weight.copy_(model.base_model.lm_head.weight.sign() / 16)  # full of near-ties
+    settings = [DecodeConfig(0), DecodeConfig(4, keep_states=True), DecodeConfig(4, source="hybrid", adaptive=True)]
+    for prompt in [*random_prompts(3, 2), *random_prompts(80, 2)]:
+        plain, learned, both = [model.generate(prompt, 40, how) for how in settings]
+        assert plain.tokens == learned.tokens == both.tokens
+        for block in learned.blocks[1:]:
+            kept = (block.verifier_hidden, block.draft.exit_hidden, block.draft.drafter_hidden)
+            assert all(states.dtype == torch.bfloat16 for states in kept if len(states))
+    with model.decoding(8) as stages:
+        assert {cache.dtype for cache in stages.caches()} == {torch.float32}
+        states = model.base_model.forward_draft_or_large_model(in_tokens_small=torch.tensor([[3, 4]]))
+        assert states.dtype == torch.bfloat16
+        assert model.base_model.forward_draft_or_large_model(in_features_large=states).dtype == torch.bfloat16
 
 
 def _send_answers(model, states, product, queue):
@@ -277,7 +349,7 @@ def test_without_numba_torch_s_operators_decode(how):
 import torch
 from kangaroo.decoding.layers import on_own_cpu_kernels, product
 weight = torch.randn(8, 4)
-assert not on_own_cpu_kernels(weight)
+assert not on_own_cpu_kernels(weight.device, weight.dtype)
 print(torch.allclose(product(weight)(weight), weight @ weight.T, atol=1e-5))"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "True\n", result.stderr
@@ -289,7 +361,7 @@ def test_threads_that_they_are_not_made_for(monkeypatch):
 
 
 def test_processors_that_they_are_not_made_for(monkeypatch):
-    monkeypatch.setattr(cpu_kernels.binding, "get_host_cpu_features", lambda: {"sse2": True})
+    monkeypatch.setattr(cpu_kernels, "FEATURES", {"sse2": True})
     assert not cpu_kernels.works()
 
 

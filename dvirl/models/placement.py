@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dvirl.runs.errors import DvirlError
 from kangaroo.adapter import head_dim
+from kangaroo.decoding.layers import states_dtype
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 BALANCED = "balanced"
@@ -100,7 +101,7 @@ def fitting(
         DvirlError: if a batch that learns does not fit, or not even one text of another.
     """
     config = model.config
-    size = positions * model.dtype.itemsize
+    size = positions * (model.dtype if trained else states_dtype(model.device, model.dtype)).itemsize
     # What a layer computes for a position: states around its norms and products, and attention's weights.
     computed = 10 * config.hidden_size + 4 * config.intermediate_size + config.num_attention_heads * positions
     # Keys and values, with room for the copy that is made of half of them when rows that have ended are dropped.

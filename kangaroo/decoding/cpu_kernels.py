@@ -34,11 +34,12 @@ LANES = 8
 """Numbers of a vector, as AVX2 has them; for narrower registers the compiler takes several."""
 WIDTH = 16
 """Outputs of a panel."""
-_features = binding.get_host_cpu_features()
+FEATURES = binding.get_host_cpu_features()
+"""Of this processor."""
 _is_native = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None  # or code is made for another one
-TILE_LANES = WIDTH if _is_native and _features.get("avx512f") else LANES
+TILE_LANES = WIDTH if _is_native and FEATURES.get("avx512f") else LANES
 """Numbers of a vector of a panel. It does not change a bit, since each sum is made in the order of its inputs."""
-MULTIPLIES_PAIRS = bool(_is_native and _features.get("avx512bf16"))
+MULTIPLIES_PAIRS = bool(_is_native and FEATURES.get("avx512bf16"))
 """Whether the processor has an instruction for the products of two bfloat16 inputs at once."""
 if MULTIPLIES_PAIRS:
     binding.initialize_native_asmparser()  # it is written as assembly
@@ -769,12 +770,17 @@ def works() -> bool:
 
     All kernels are compiled and tried, so that what goes wrong does so here and not in the middle of an answer.
     """
-    if numba.config.DISABLE_JIT or not (_features.get("fma") or _features.get("neon")):
+    if numba.config.DISABLE_JIT or not (FEATURES.get("fma") or FEATURES.get("neon")):
         return False
     numbers = torch.arange(2 * CHUNK + 7, dtype=torch.float32, device="cpu").sin()
     weight, states = numbers * numbers[:40, None], numbers.flip(0) * numbers[:9, None]
-    if not torch.allclose(PanelProduct(weight)(states), states @ weight.T, rtol=1e-3, atol=1e-3):
-        return False
+    halves = weight.bfloat16(), states.bfloat16().float()
+    for product, inputs, known in (
+        (PanelProduct(weight), states, weight),
+        (PanelProduct(halves[0]), halves[1], halves[0].float()),
+    ):
+        if not torch.allclose(product(inputs), inputs @ known.T, rtol=1e-3, atol=1e-3):
+            return False
     # It is known once threads have been started. That layer allows one thread of Python only.
     return _layer_works() and bool(numba.threading_layer() != "workqueue")
 
