@@ -307,8 +307,8 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         passes.own_on_cpu = few_rows and on_own_cpu_kernels(*where)
         in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
         passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
-        size = self.config.hidden_size
-        return Stages(shallow, drafting, base, deep, passes, size, parts.draft_ids, feedback)
+        hidden_size = self.config.hidden_size
+        return Stages(shallow, drafting, base, deep, passes, hidden_size, parts.draft_ids, feedback)
 
     def _stage_weights(
         self, first: int, stop: int, few_rows: bool, without: tuple[str, ...] = ()

@@ -45,12 +45,10 @@ class DualLogits:
     Attributes:
         exit_logits: `[B, T, V']`, the draft's, float32.
         final_logits: `[B, T, V]`, the deep layers'.
-        exit_hidden: `[B, T, D]`, with gradient.
     """
 
     exit_logits: Tensor
     final_logits: Tensor
-    exit_hidden: Tensor
 
 
 class KangarooModel(nn.Module):
@@ -413,7 +411,7 @@ class KangarooModel(nn.Module):
         found = self.base_model.forward_deep(exits, middle_layer=self.middle_layer)
         final = found[..., : exits.shape[-1]]
         states = self.drafter_depths(input_ids, exit_hidden, found.detach(), 1)[0]
-        return DualLogits(self.head_logits(states), self.head_model(final), exit_hidden)
+        return DualLogits(self.head_logits(states), self.head_model(final))
 
     # Decoding
 
