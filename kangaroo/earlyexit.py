@@ -301,14 +301,18 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
             shallow = stage(drafter.shallow or self._stage_weights(0, k, few_rows))
         drafting = stage(parts.weights, parts, parts.window)
         feedback = Feedback(batch_size, like) if parts.weights.fuse else None
-        used = [stage.weights for stage in (shallow, drafting, base, deep) if stage.weights.layers]
-        is_dynamic = self.rotary.dynamic or parts.rotary.dynamic
-        passes.own_kernels = all(weights.fused for weights in used) and not is_dynamic
+        four = (shallow, drafting, base, deep)
+        used = [stage.weights for stage in four if stage.weights.layers]
+        static = not (self.rotary.dynamic or parts.rotary.dynamic)
+        passes.own_kernels = static and all(weights.fused for weights in used)
         passes.own_on_cpu = few_rows and on_own_cpu_kernels(*where)
+        passes.own_prompt = self._own_prompt()
+        return Stages(*four, passes, self.config.hidden_size, parts.draft_ids, feedback)
+
+    def _own_prompt(self) -> int:
+        """Tokens of a prompt that our own kernels on CUDA read, at most."""
         in_a_layer = sum(weight.numel() for weight in Weights([self.model.layers[-1]]).weights)
-        passes.own_prompt = min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
-        hidden_size = self.config.hidden_size
-        return Stages(shallow, drafting, base, deep, passes, hidden_size, parts.draft_ids, feedback)
+        return min(OWN_PROMPT, OWN_PROMPT_WORK // in_a_layer)
 
     def _stage_weights(
         self, first: int, stop: int, few_rows: bool, without: tuple[str, ...] = ()

@@ -286,7 +286,9 @@ class KangarooModel(nn.Module):
         dtype = self.head_rows.dtype
         adapter = self.adapter_model
         layers = [CachedLayer(layer, dtype) for layer in adapter.layers]  # type: ignore[arg-type]
-        weights = StageWeights(layers, norm=rms_norm(self.exit_norm, states_dtype(self.head_rows.device, dtype)))
+        weights = StageWeights(
+            layers, norm=rms_norm(self.exit_norm, states_dtype(self.head_rows.device, dtype))
+        )
         if adapter.fuse:
             weights.fuse = Fuse(adapter.fuse.weight.detach().to(dtype))
         if adapter.fuse_later:

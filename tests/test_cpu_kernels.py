@@ -95,7 +95,19 @@ def test_weights_in_bfloat16_stay_so_and_states_are_rounded_where_the_processor_
 
 
 def test_inputs_are_rounded_to_bfloat16_as_torch_rounds_them():
-    odd = [math.nan, -math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-40, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]
+    odd = [
+        math.nan,
+        -math.nan,
+        math.inf,
+        -math.inf,
+        3.4e38,
+        -3.4e38,
+        1e-40,
+        0.0,
+        -0.0,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+    ]
     numbers = torch.cat([torch.tensor(odd), torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))])
     found = torch.from_numpy(cpu_kernels._paired(numbers[None].numpy()).view(np.int16)).view(torch.bfloat16)
     expected = numbers.bfloat16()
@@ -302,8 +314,14 @@ def test_a_model_in_bfloat16_decodes_in_float32_and_gives_its_states_in_bfloat16
     model = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer", feedback=True)
     model.base_model.to(torch.bfloat16)
     with torch.no_grad():
-        model.base_model.lm_head.weight.copy_(model.base_model.lm_head.weight.sign() / 16)  # full of near-ties
-    settings = [DecodeConfig(0), DecodeConfig(4, keep_states=True), DecodeConfig(4, source="hybrid", adaptive=True)]
+        model.base_model.lm_head.weight.copy_(
+            model.base_model.lm_head.weight.sign() / 16
+        )  # full of near-ties
+    settings = [
+        DecodeConfig(0),
+        DecodeConfig(4, keep_states=True),
+        DecodeConfig(4, source="hybrid", adaptive=True),
+    ]
     for prompt in [*random_prompts(3, 2), *random_prompts(80, 2)]:
         plain, learned, both = [model.generate(prompt, 40, how) for how in settings]
         assert plain.tokens == learned.tokens == both.tokens

@@ -115,14 +115,19 @@ def test_in_bfloat16_every_difference_is_judged_in_float32():
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
-    ("how", "identical"),
+    ("how", "own_kernels", "identical"),
     [
-        (DecodeConfig(5, deterministic=True), True),
-        (DecodeConfig(5, deterministic=True, source="hybrid", adaptive=True), True),
-        (DecodeConfig(5), False),  # the control: it is the size of passes that makes the difference
+        (DecodeConfig(5, deterministic=True), False, True),
+        (DecodeConfig(5, deterministic=True, source="hybrid", adaptive=True), False, True),
+        (DecodeConfig(5), False, False),  # the control: it is the size of passes that makes the difference
+        (DecodeConfig(5), True, True),
     ],
 )
-def test_in_bfloat16_passes_of_one_size_give_identical_answers(how, identical):
+def test_in_bfloat16_own_kernels_or_passes_of_one_size_give_identical_answers(
+    how, own_kernels, identical, monkeypatch
+):
+    if not own_kernels:
+        monkeypatch.setattr("kangaroo.decoding.layers._cpu_kernels_work", lambda: False)
     model, prompts = tiny_kangaroo(2, 3, deep_scale=0.2, drafter="layer").bfloat16(), random_prompts(20, 3)
     prompts = [*prompts[:2], *prompts[11:]]  # of these four differ in the control; of the others none did
     report = compare_decoders(model, {"random": prompts}, 50, how, (EOS,))

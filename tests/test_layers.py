@@ -28,7 +28,9 @@ def test_a_product_is_the_product(own, monkeypatch):
             expected = torch.nn.functional.linear(x, weight, bias)
             states = x.float() if own and dtype == torch.bfloat16 else x
             torch.testing.assert_close(product(weight, bias)(states).to(dtype), expected)
-            torch.testing.assert_close(product(weight)(states).to(dtype), torch.nn.functional.linear(x, weight))
+            torch.testing.assert_close(
+                product(weight)(states).to(dtype), torch.nn.functional.linear(x, weight)
+            )
 
 
 def test_a_head_in_8_bits_is_nearly_the_product():

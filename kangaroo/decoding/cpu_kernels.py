@@ -36,7 +36,9 @@ WIDTH = 16
 """Outputs of a panel."""
 FEATURES = binding.get_host_cpu_features()
 """Of this processor."""
-_is_native = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None  # or code is made for another one
+_is_native = (
+    numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
+)  # or code is made for another one
 TILE_LANES = WIDTH if _is_native and FEATURES.get("avx512f") else LANES
 """Numbers of a vector of a panel. It does not change a bit, since each sum is made in the order of its inputs."""
 MULTIPLIES_PAIRS = bool(_is_native and FEATURES.get("avx512bf16"))
@@ -217,7 +219,9 @@ def _in_all_lanes(build, kind, number):
     """A vector of a kind that has a number in every lane."""
     nothing = ir.Constant(kind, ir.Undefined)
     first_lane = build.insert_element(nothing, number, ir.Constant(FLAG, 0))
-    return build.shuffle_vector(first_lane, nothing, ir.Constant(ir.VectorType(FLAG, kind.count), [0] * kind.count))
+    return build.shuffle_vector(
+        first_lane, nothing, ir.Constant(ir.VectorType(FLAG, kind.count), [0] * kind.count)
+    )
 
 
 @_compiled()
@@ -284,7 +288,9 @@ def _paired(states):
     for row in range(rows):
         for place in range(size):
             number = bits[row, place]
-            rounded = (number + np.uint32(0x7FFF) + ((number >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            rounded = (number + np.uint32(0x7FFF) + ((number >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
+                16
+            )
             is_nan = (number & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             pairs[row, place] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
     return pairs.view(np.float32)
@@ -359,7 +365,7 @@ class PanelProduct:
         start = np.zeros(outputs, np.float32)
         if bias is not None:
             start[: self.num_outputs] = bias.detach().float().numpy()
-        self.weights = (panels.view(torch.uint8).numpy(), start, form, scales)
+        self.weights: tuple[Any, Any, int, Any] = (panels.view(torch.uint8).numpy(), start, form, scales)
 
     def __call__(self, states: Tensor) -> Tensor:
         """`[…, D]` to `[…, N]`; errors as in `_rows`."""
@@ -725,7 +731,7 @@ class PanelLayer:
 
     def __init__(self, layer: DecoderLayer, products: Sequence[PanelProduct]) -> None:
         parts = [product.weights for product in products]
-        self._attention = (_weights_of(layer.input_layernorm), *parts[:2])
+        self._attention: tuple[Any, ...] = (_weights_of(layer.input_layernorm), *parts[:2])
         self._feed_forward = None
         if layer.feed_forward:
             self._feed_forward = (_weights_of(layer.post_attention_layernorm), *parts[2:])
@@ -749,7 +755,7 @@ class PanelLayer:
         return torch.from_numpy(states).view(hidden.shape)
 
 
-def _weights_of(norm: nn.RMSNorm) -> tuple[Any, float | None]:
+def _weights_of(norm: nn.RMSNorm) -> tuple[Any, Any]:
     """Its weight as it is now, and its epsilon."""
     return norm.weight.detach().float().clone().numpy(), norm.eps
 
@@ -775,11 +781,8 @@ def works() -> bool:
     numbers = torch.arange(2 * CHUNK + 7, dtype=torch.float32, device="cpu").sin()
     weight, states = numbers * numbers[:40, None], numbers.flip(0) * numbers[:9, None]
     halves = weight.bfloat16(), states.bfloat16().float()
-    for product, inputs, known in (
-        (PanelProduct(weight), states, weight),
-        (PanelProduct(halves[0]), halves[1], halves[0].float()),
-    ):
-        if not torch.allclose(product(inputs), inputs @ known.T, rtol=1e-3, atol=1e-3):
+    for known, inputs in ((weight, states), halves):
+        if not torch.allclose(PanelProduct(known)(inputs), inputs @ known.float().T, rtol=1e-3, atol=1e-3):
             return False
     # It is known once threads have been started. That layer allows one thread of Python only.
     return _layer_works() and bool(numba.threading_layer() != "workqueue")
