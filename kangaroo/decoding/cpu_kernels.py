@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from torch import Tensor, nn
 
 from kangaroo.adapter import DecoderLayer
@@ -49,14 +49,17 @@ VECTORS = WIDTH // TILE_LANES
 """Vectors of a panel's outputs."""
 TALLEST = 12 // VECTORS
 """Rows of a tile, at most: twelve sums and what is added to them fit into sixteen registers."""
+TILE_PANELS = 3 - VECTORS
+"""Panels of a tile, at most: a processor with vectors of sixteen numbers has 32 registers, enough for two. An input is
+then read for two products, and a row alone has two sums that do not wait for one another."""
 NUMBER = 4
 """Bytes of a number."""
 WHOLE, UPPER, PAIRED, BYTES = range(4)
 """How a panel has its weights: as float32 numbers; as their upper halves, where the lower ones are zeros; as pairs of
 upper halves of neighbouring inputs, which are multiplied by pairs of inputs rounded to bfloat16 (to the kernels a pair
 is a number); as 8-bit integers, which are multiplied by a scale of each output at the end."""
-CHUNK = 256
-"""Inputs that all tiles of a panel add before any goes on: at most 16 KB of the panel, half of the first cache."""
+CHUNK = 256 // TILE_PANELS
+"""Inputs that all tiles add before any goes on: at most 16 KB of their panels, half of the first cache."""
 BLOCK = 64
 """Slots that all rows attend to before any goes on: keys and values of 64 numbers fill the first cache."""
 TOGETHER = 16
@@ -111,55 +114,66 @@ NUM_FORMS = 4
 ADDRESS = ir.IntType(8).as_pointer()
 
 
-@intrinsic
-def _add_tile(typing, rows, form, memory):
-    """`(rows, form, (states, panel, soon, step, sums, outputs, depth))`, for Numba.
+@register_jitable
+def _case(rows, form, count):
+    """The number of `_add_tile`'s case of this many rows and panels of this form."""
+    return (NUM_FORMS * rows + form) * (TILE_PANELS + 1) + count
 
-    Adds states `[depth, rows]` times a panel `[depth, WIDTH]`, of some form, to sums
-    `[rows, WIDTH]`, all three addresses. Rows of sums are `outputs` numbers apart. Meanwhile memory from the address
-    `soon` on is fetched, `step` bytes an input.
+
+@intrinsic
+def _add_tile(typing, case, memory):
+    """`(case, (states, panel, apart, soon, step, sums, outputs, depth))`, for Numba.
+
+    Adds states `[depth, rows]` times `count` panels `[depth, WIDTH]` of some form to sums `[rows, count * WIDTH]`, all
+    addresses. Panels are `apart` bytes apart, rows of sums `outputs` numbers. Meanwhile memory from the address `soon`
+    on is fetched for each panel, `step` bytes an input.
     """
 
     def generate(context, build, signature, arguments):
-        rows, form, memory = arguments
+        case, memory = arguments
         done = build.append_basic_block("done")
-        switch = build.switch(build.add(build.mul(rows, ir.Constant(INDEX, NUM_FORMS)), form), done)
-        for count, which in product(range(1, TALLEST + 1), STORED):
+        switch = build.switch(case, done)
+        for each in product(range(1, TALLEST + 1), STORED, range(1, TILE_PANELS + 1)):
             with build.goto_block(build.append_basic_block("tile")):
-                switch.add_case(ir.Constant(INDEX, NUM_FORMS * count + which), build.block)
-                _write_tile(build, count, which, memory)
+                switch.add_case(ir.Constant(INDEX, _case(*each)), build.block)
+                _write_tile(build, *each, memory)
                 build.branch(done)
         build.position_at_end(done)
         return context.get_dummy_value()
 
-    return numba.void(numba.intp, numba.intp, numba.types.UniTuple(numba.intp, 7)), generate
+    return numba.void(numba.intp, numba.types.UniTuple(numba.intp, 8)), generate
 
 
-def _write_tile(build, rows, form, memory):
-    """Write the instructions of `_add_tile` for this many rows and a panel of this form."""
-    states, panel, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
+def _write_tile(build, rows, form, count, memory):
+    """Write the instructions of `_add_tile` for this many rows and panels of this form."""
+    states, panel, apart, soon, step, sums, outputs, depth = cgutils.unpack_tuple(build, memory)
     fetch = ir.FunctionType(ir.VoidType(), [ADDRESS, FLAG, FLAG, FLAG])
     prefetch = cgutils.get_or_insert_function(build.module, fetch, "llvm.prefetch.p0i8")
     for_reading, keep, data = [ir.Constant(FLAG, value) for value in (0, 3, 1)]
     places = []
     for row in range(rows):
         start = build.mul(outputs, ir.Constant(INDEX, row))
-        places += _vectors_at(build, VECTORS, TILE_VECTOR, sums, start)
+        places += _vectors_at(build, count * VECTORS, TILE_VECTOR, sums, start)
     # The compiler keeps these in registers.
     own = [cgutils.alloca_once(build, TILE_VECTOR) for _ in places]
     for place, total in zip(places, own, strict=True):
         build.store(_load(build, place), total)
     add = _multiply_add_pairs if form == PAIRED else _multiply_add
+    starts = [build.mul(apart, ir.Constant(INDEX, which)) for which in range(count)]
     with cgutils.for_range(build, depth) as loop:
         fetched = build.add(soon, build.mul(loop.index, step))
-        build.call(prefetch, [build.inttoptr(fetched, ADDRESS), for_reading, keep, data])
         start = build.mul(loop.index, ir.Constant(INDEX, WIDTH))
-        weights = [_load(build, place) for place in _vectors_at(build, VECTORS, STORED[form], panel, start)]
+        weights = []
+        for offset in starts:
+            address = build.inttoptr(build.add(fetched, offset), ADDRESS)
+            build.call(prefetch, [address, for_reading, keep, data])
+            vectors = _vectors_at(build, VECTORS, STORED[form], build.add(panel, offset), start)
+            weights += [_load(build, place) for place in vectors]
         first = build.mul(loop.index, ir.Constant(INDEX, rows))
         for row in range(rows):
             place = build.add(first, ir.Constant(INDEX, row))
             everywhere = _in_all_lanes(build, TILE_VECTOR, _number_at(build, states, place))
-            for weight, total in zip(weights, own[row * VECTORS :], strict=False):
+            for weight, total in zip(weights, own[row * len(weights) :], strict=False):
                 add(build, everywhere, weight, total)
     for place, total in zip(places, own, strict=True):
         _store(build, build.load(total), place)
@@ -225,40 +239,34 @@ def _in_all_lanes(build, kind, number):
 
 
 @_compiled()
-def _multiply_panel(states, rows, width, panel, form, sums, outputs):
-    """Add states, as `_by_tiles` lays them out, times a panel `[width, WIDTH]` to sums `[rows, WIDTH]`."""
+def _multiply_one(which, states, rows, panels, form, sums):
+    """Add states, as `_by_tiles` lays them out, times the next `TILE_PANELS` panels to sums of `[rows, P * WIDTH]`."""
     tiles = max(1, -(-rows // TALLEST))
-    row_bytes = WIDTH * NUMBER
-    if form == UPPER:
-        row_bytes //= 2
-    elif form == BYTES:
-        row_bytes //= 4
+    width, row_bytes = panels.shape[1:]
+    count = min(TILE_PANELS, len(panels) - TILE_PANELS * which)
+    apart = row_bytes * width
+    first = panels.ctypes.data + apart * TILE_PANELS * which
     # Each tile fetches its share of the next chunk, so that reading it takes no time of its own.
     step = row_bytes // tiles
-    for start in range(0, width, CHUNK):
-        depth = min(CHUNK, width - start)
-        weights = panel + row_bytes * start
+    chunk = -(-width // -(-width // CHUNK))  # all as large as one another, or nearly
+    for start in range(0, width, chunk):
+        depth = min(chunk, width - start)
+        weights = first + row_bytes * start
+        following = weights + row_bytes * depth if start + depth < width else first + apart * count
         for tile in range(tiles):
             row = rows * tile // tiles
-            count = rows * (tile + 1) // tiles - row
-            inputs = states + NUMBER * (width * row + count * start)
-            soon = weights + row_bytes * CHUNK + step * depth * tile
-            own = sums + NUMBER * outputs * row
-            _add_tile(count, form, (inputs, weights, soon, step, own, outputs, depth))
-
-
-@_compiled()
-def _multiply_one(which, states, rows, panels, form, sums):
-    """Add states, laid out by tiles, times one of the panels to its sums, of `[R, P * WIDTH]`."""
-    panel = panels.ctypes.data + panels.shape[1] * panels.shape[2] * which
-    own = sums.ctypes.data + NUMBER * WIDTH * which
-    _multiply_panel(states.ctypes.data, rows, panels.shape[1], panel, form, own, sums.shape[1])
+            tall = rows * (tile + 1) // tiles - row
+            inputs = states.ctypes.data + NUMBER * (width * row + tall * start)
+            soon = following + step * depth * tile
+            own = sums.ctypes.data + NUMBER * (sums.shape[1] * row + WIDTH * TILE_PANELS * which)
+            memory = (inputs, weights, apart, soon, step, own, sums.shape[1], depth)
+            _add_tile(_case(tall, form, count), memory)
 
 
 @_compiled(parallel=True)
 def _multiply_in_threads(states, rows, panels, form, sums):
     """Add states times all panels, each thread a run of them."""
-    for which in numba.prange(len(panels)):
+    for which in numba.prange(-(-len(panels) // TILE_PANELS)):
         _multiply_one(which, states, rows, panels, form, sums)
 
 
@@ -308,7 +316,7 @@ def _product(states, weights, alone):
         return sums
     inputs = _by_tiles(_paired(states) if form == PAIRED else states)
     if alone:
-        for which in range(len(panels)):
+        for which in range(-(-len(panels) // TILE_PANELS)):
             _multiply_one(which, inputs, rows, panels, form, sums)
     else:
         _multiply_in_threads(inputs, rows, panels, form, sums)
