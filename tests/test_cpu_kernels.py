@@ -66,8 +66,10 @@ def test_bfloat16_weights_are_stored_in_half_of_the_memory_with_the_same_bits(ou
     weight = torch.randn(outputs, inputs).bfloat16().float()
     halves, whole = PanelProduct(weight), PanelProduct(weight)
     panels, *others = halves.weights
-    whole.weights = ((panels.view(np.int16).astype(np.int32) << 16).view(np.uint8), others[0], 0, others[2])
-    assert others[1] == cpu_kernels.UPPER and cpu_kernels.WHOLE == 0
+    bias, form, *rest = others
+    assert form == cpu_kernels.UPPER
+    as_numbers = (panels.view(np.int16).astype(np.int32) << 16).view(np.uint8)
+    whole.weights = (as_numbers, bias, cpu_kernels.WHOLE, *rest)
     for rows in (1, 2, 3, 4, 5, 6, 7, 20):
         states = torch.randn(rows, inputs)
         assert torch.equal(halves(states), whole(states))

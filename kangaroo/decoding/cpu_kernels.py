@@ -11,11 +11,11 @@ for a row depends on other rows, nor on the number of threads: a row gives the s
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -80,7 +80,7 @@ LN_2_LOW = np.float32(math.log(2) - 0.693359375)
 SERIES = tuple(np.float32(1 / math.factorial(power)) for power in range(8))
 """Factors of the exponential's series."""
 
-_compiled = partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+_compiled = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 """Numba's decorator; a division by zero gives what it gives in torch."""
 IN_ANY_ORDER = {"reassoc", "contract"}
 """The compiler may choose the order of a sum, always the same one for as many numbers, so that it fills vectors."""
@@ -238,14 +238,13 @@ def _in_all_lanes(build, kind, number):
     )
 
 
-@_compiled()
-def _multiply_one(which, states, rows, panels, form, sums):
-    """Add states, as `_by_tiles` lays them out, times the next `TILE_PANELS` panels to sums of `[rows, P * WIDTH]`."""
+def _multiply_panels(first, count, width, row_bytes, form, states, rows, sums, outputs):
+    """Add states, as `_by_tiles` lays them out, times `count` panels `[width, WIDTH]` to sums `[rows, count * WIDTH]`.
+
+    The first panel, states and sums are addresses, as in `_add_tile`.
+    """
     tiles = max(1, -(-rows // TALLEST))
-    width, row_bytes = panels.shape[1:]
-    count = min(TILE_PANELS, len(panels) - TILE_PANELS * which)
     apart = row_bytes * width
-    first = panels.ctypes.data + apart * TILE_PANELS * which
     # Each tile fetches its share of the next chunk, so that reading it takes no time of its own.
     step = row_bytes // tiles
     chunk = -(-width // -(-width // CHUNK))  # all as large as one another, or nearly
@@ -256,18 +255,47 @@ def _multiply_one(which, states, rows, panels, form, sums):
         for tile in range(tiles):
             row = rows * tile // tiles
             tall = rows * (tile + 1) // tiles - row
-            inputs = states.ctypes.data + NUMBER * (width * row + tall * start)
+            inputs = states + NUMBER * (width * row + tall * start)
             soon = following + step * depth * tile
-            own = sums.ctypes.data + NUMBER * (sums.shape[1] * row + WIDTH * TILE_PANELS * which)
-            memory = (inputs, weights, apart, soon, step, own, sums.shape[1], depth)
-            _add_tile(_case(tall, form, count), memory)
+            own = sums + NUMBER * outputs * row
+            _add_tile(_case(tall, form, count), (inputs, weights, apart, soon, step, own, outputs, depth))
+
+
+@functools.cache
+def _multiply():
+    """`_multiply_panels`, to be called at its address: so it is compiled once, not again with each of its callers."""
+    return numba.cfunc(numba.void(*[numba.intp] * 9), cache=True)(_multiply_panels)
+
+
+@intrinsic
+def _call(typing, address, numbers):
+    """`(address, numbers)`, for Numba: call the function of integers at an address."""
+
+    def generate(context, build, signature, arguments):
+        values = cgutils.unpack_tuple(build, arguments[1])
+        kind = ir.FunctionType(ir.VoidType(), [INDEX] * len(values))
+        build.call(build.inttoptr(arguments[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return numba.void(numba.intp, numbers), generate
+
+
+@_compiled()
+def _multiply_one(which, states, rows, panels, form, sums, multiply):
+    """Add states, laid out by tiles, times the next `TILE_PANELS` panels to sums of `[rows, P * WIDTH]`."""
+    width, row_bytes = panels.shape[1:]
+    first = TILE_PANELS * which
+    count = min(TILE_PANELS, len(panels) - first)
+    panel = panels.ctypes.data + row_bytes * width * first
+    own = sums.ctypes.data + NUMBER * WIDTH * first
+    _call(multiply, (panel, count, width, row_bytes, form, states.ctypes.data, rows, own, sums.shape[1]))
 
 
 @_compiled(parallel=True)
-def _multiply_in_threads(states, rows, panels, form, sums):
+def _multiply_in_threads(states, rows, panels, form, sums, multiply):
     """Add states times all panels, each thread a run of them."""
     for which in numba.prange(-(-len(panels) // TILE_PANELS)):
-        _multiply_one(which, states, rows, panels, form, sums)
+        _multiply_one(which, states, rows, panels, form, sums, multiply)
 
 
 @_compiled()
@@ -307,7 +335,7 @@ def _paired(states):
 @_compiled()
 def _product(states, weights, alone):
     """Rows `[R, D]` times a product's weights, see `PanelProduct`; `alone` on one thread, without asking for others."""
-    panels, bias, form, scales = weights
+    panels, bias, form, scales, multiply = weights
     rows = len(states)
     sums = np.empty((rows, len(bias)), np.float32)
     for row in range(rows):
@@ -317,9 +345,9 @@ def _product(states, weights, alone):
     inputs = _by_tiles(_paired(states) if form == PAIRED else states)
     if alone:
         for which in range(-(-len(panels) // TILE_PANELS)):
-            _multiply_one(which, inputs, rows, panels, form, sums)
+            _multiply_one(which, inputs, rows, panels, form, sums, multiply)
     else:
-        _multiply_in_threads(inputs, rows, panels, form, sums)
+        _multiply_in_threads(inputs, rows, panels, form, sums, multiply)
     if form == BYTES:
         for row in range(rows):
             sums[row] *= scales
@@ -346,6 +374,7 @@ class PanelProduct:
             bias: `[P * WIDTH]`, where the sums begin.
             form: one of `STORED`.
             scales: `[P * WIDTH]`, or nothing.
+            multiply: address of what multiplies.
         num_outputs: N.
     """
 
@@ -373,7 +402,13 @@ class PanelProduct:
         start = np.zeros(outputs, np.float32)
         if bias is not None:
             start[: self.num_outputs] = bias.detach().float().numpy()
-        self.weights: tuple[Any, Any, int, Any] = (panels.view(torch.uint8).numpy(), start, form, scales)
+        self.weights: tuple[Any, ...] = (
+            panels.view(torch.uint8).numpy(),
+            start,
+            form,
+            scales,
+            _multiply().address,
+        )
 
     def __call__(self, states: Tensor) -> Tensor:
         """`[…, D]` to `[…, N]`; errors as in `_rows`."""
