@@ -20,8 +20,15 @@ PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"([+\u2212]?)(\d[\d,]*(?:\.\d+)?)( ?%)?(\**<!-- = ([^>\n]+?) -->)")
 PLANNED = {"learned": "learned", "branches": "branch", "looked_up": "looked up"}
 SETS = {"mini": "packaged questions", "alpaca": "alpaca", "gsm8k": "gsm8k", "humaneval": "humaneval"}
-SECOND = {"cpu": "-attention", "h200": "-prompts"}
-"""What the names of the newest evaluations with the second drafter end in, by machine."""
+EVALUATIONS = {
+    "cpu": ("", "cpu"),
+    "h200": ("", "h200"),
+    "cpu, second drafter": ("-tiles", "cpu"),
+    "cpu, bfloat16": ("-bfloat16", "cpu"),
+    "h200, second drafter": ("-prompts", "h200"),
+}
+"""Evaluations on all question sets, of the first drafter and the newest of the second: what stands in the names of
+their records after the set, and the machine."""
 SAMPLED = {
     "packaged, H200, rejection": ("mini-rejection", "h200"),
     "packaged, H200, one noise by torch": ("mini-sampled-torch", "h200"),
@@ -65,13 +72,9 @@ def overall(name: str, machine: str) -> dict[str, Any]:
 
 
 def recorded_by(machine: str) -> dict[str, dict[str, Any]]:
-    """Both of a machine's evaluations have names: "cpu" or "h200", and "cpu, second drafter" or "h200, second drafter".
-
-    Returns:
-        The rows over all tasks, by question set and method.
-    """
-    place, _, second = machine.partition(",")
-    return {name: overall(name + (SECOND[place] if second else ""), place) for name in SETS}
+    """One of `EVALUATIONS`: the rows over all tasks, by question set and method."""
+    end, place = EVALUATIONS[machine]
+    return {name: overall(name + end, place) for name in SETS}
 
 
 def default_run() -> str:
@@ -454,11 +457,22 @@ def costs() -> str:
     return table([*head, *(f"break-even of {count}" for count in (2, 4, 8))], rows)
 
 
-def cpu_kernels_steps() -> str:
-    """What blocks cost in float32 on a CPU by torch's operators and by our own kernels, by the number of drafts."""
+FLOAT32_STEPS = {
+    "torch's operators": "cost-float32-torch-cpu",
+    "own kernels at first": "cost-float32-cpu",
+    "own kernels": "cost-float32-attention-cpu",
+}
+BFLOAT16_STEPS = {
+    "bfloat16, oneDNN": "cost-bfloat16-packed-cpu",
+    "bfloat16, own kernels": "cost-bfloat16-pairs-cpu",
+    "float32, before": "cost-float32-panels-cpu",
+    "float32": "cost-float32-tiles-cpu",
+}
+
+
+def cpu_steps(names: Mapping[str, str]) -> str:
+    """What blocks cost on a CPU by the number of drafts; what the rows are called, and their records."""
     rows = []
-    names = {"torch's operators": "cost-float32-torch-cpu", "own kernels at first": "cost-float32-cpu"}
-    names["own kernels"] = "cost-float32-attention-cpu"
     shown = (0, 1, 2, 4, 6, 8, 11, 15)
     for context in (128, 1024):
         for text, name in names.items():
@@ -477,11 +491,11 @@ def cpu_kernels_steps() -> str:
     )
 
 
-def cpu_kernels() -> str:
-    """Tokens a second in float32 on a CPU before and after our own kernels."""
+def cpu_kernels(old: str, new: str) -> str:
+    """Tokens a second on a CPU before and after other kernels, from the evaluations with these names."""
     rows = []
     for name, text in SETS.items():
-        before, after = overall(f"{name}-tail", "cpu"), overall(f"{name}-own", "cpu")
+        before, after = overall(f"{name}-{old}", "cpu"), overall(f"{name}-{new}", "cpu")
         cells = []
         for method in ("plain", "pld", "dvi", "hybrid"):
             pair = [found[method]["tok_per_s"] for found in (before, after)]
@@ -698,6 +712,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation_cpu": lambda: evaluation("cpu"),
     "evaluation_h200": lambda: evaluation("h200"),
     "evaluation_cpu_second": lambda: evaluation("cpu, second drafter"),
+    "evaluation_bfloat16": lambda: evaluation("cpu, bfloat16"),
     "evaluation_h200_second": lambda: evaluation("h200, second drafter"),
     "tasks_cpu": lambda: tasks("cpu"),
     "tasks_h200": lambda: tasks("h200"),
@@ -725,8 +740,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "own_prompts": own_prompts,
     "fewer_plans": lambda: before_and_after("many-plans", "prompts"),
     "costs": costs,
-    "cpu_kernels": cpu_kernels,
-    "cpu_kernels_steps": cpu_kernels_steps,
+    "cpu_kernels": lambda: cpu_kernels("tail", "own"),
+    "cpu_kernels_steps": lambda: cpu_steps(FLOAT32_STEPS),
+    "bfloat16_cpu": lambda: cpu_kernels("packed", "bfloat16"),
+    "bfloat16_cpu_steps": lambda: cpu_steps(BFLOAT16_STEPS),
     "bench_cpu": lambda: bench("cpu"),
     "bench_h200": lambda: bench("h200"),
     "default_seeds": default_seeds,
@@ -744,9 +761,6 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 # Numbers in sentences
-
-
-EVALUATIONS = ("cpu", "h200", "cpu, second drafter", "h200, second drafter")
 
 
 def speedups(method: str, machine: str) -> list[float]:
@@ -771,8 +785,8 @@ def answers(machine: str, key: str) -> int:
 
 def lost_to_lookup(machine: str) -> int:
     """The number of the six tasks on which prompt lookup is faster than the learned draft."""
-    place, _, second = machine.partition(",")
-    rows = read(f"evaluate-mini{SECOND[place] if second else ''}-{place}")["figures"]
+    end, place = EVALUATIONS.get(machine, ("", machine))
+    rows = read(f"evaluate-mini{end}-{place}")["figures"]
     speed = {(row["task"], row["method"]): row["speedup"] for row in rows if row["task"] != "overall"}
     return sum(speed[task, "pld"] > speed[task, "dvi"] for task in {task for task, _ in speed})
 
@@ -785,6 +799,7 @@ def derived() -> dict[str, Callable[[], float]]:
         "equal-h200": lambda: answers("h200", "identical"),
         "answers-cpu-second": lambda: answers("cpu, second drafter", "questions"),
         "equal-cpu-second": lambda: answers("cpu, second drafter", "identical"),
+        "equal-bfloat16": lambda: answers("cpu, bfloat16", "identical"),
     }
     for word, pick in picks.items():
         for variant in ("kl_to_rl", "kl, js", "exact_pg + kl"):

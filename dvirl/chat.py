@@ -40,6 +40,8 @@ DONE = {
 }
 """What `LiveSession.learn` did, in words."""
 HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+ON_A_GPU = "On a GPU answers are not learned from, which would take twice the time; --learn true does it."
+"""What a user reads there in place of the question."""
 QUESTION = """May the draft learn from your conversations? It then gets faster at what you ask; answers stay the same.
 What you write is not stored, but the weights of the draft that are learned from it are, in {folder}.
 Learn (yes or no; Enter is yes)? """
@@ -54,7 +56,8 @@ class ChatConfig(LiveConfig, ModelSettings):
     run_dir: str = ""
     """Folder of what the draft learned, from which the next conversation goes on; by default one in the cache."""
     learn: str = choice("ask", ("ask", "true", "false"))
-    """Whether the draft learns from the conversation; ask: as answered the first time, and false without a terminal."""
+    """Whether the draft learns from the conversation; ask: as answered the first time, and false without a terminal.
+    On a GPU a session is faster without, and unless this is true it neither learns nor remembers."""
     show_blocks: bool = False
     """Colour drafts: accepted ones green (learned) or cyan (looked up), the rejected one struck out, others plain."""
     replay: str = ""
@@ -95,9 +98,13 @@ def open_session(config: ChatConfig) -> LiveSession:
     """The session of a conversation, its model loaded."""
     folder = config.run_dir or str(cache_root() / "live" / Path(config.draft).name)
     live = replace(narrowed(LiveConfig, config), run_dir=folder)
-    if not wants_to_learn(config.learn, folder):
+    loaded = load_for(config)
+    if loaded.model.can_be_captured and config.learn != "true":
+        print(ON_A_GPU)
+        live = replace(live, budget=0.0, remember=0)
+    elif not wants_to_learn(config.learn, folder):
         live = replace(live, budget=0.0)
-    return LiveSession(load_for(config), config.draft, live)
+    return LiveSession(loaded, config.draft, live)
 
 
 def wants_to_learn(learn: str, folder: str) -> bool:

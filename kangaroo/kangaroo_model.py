@@ -300,10 +300,7 @@ class KangarooModel(nn.Module):
 
     @contextmanager
     def with_int8_draft(self, wanted: bool) -> Iterator[None]:
-        """Decode with `int8_draft` as wanted, with step costs and policies of its own.
-
-        Rows of a batch share a scale in the exit head, so that what is drafted for one text may depend on the others.
-        """
+        """Decode with `int8_draft` as wanted, with step costs and policies of its own."""
         before = (self.int8_draft, self._costs, self._policies)
         if wanted != self.int8_draft:
             self.int8_draft, self._costs, self._policies = wanted, None, {}

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from test_drafters import exported
@@ -187,3 +188,21 @@ def test_help_says_how_it_is_used(capsys):
         cli.main(["chat", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "/reset begins a new conversation" in out and "--replay" in out and "smollm2-135m-k2" in out
+
+
+@pytest.mark.parametrize(
+    ("learn", "budget", "remember"), [("ask", 0, 0), ("false", 0, 0), ("true", 0.1, 50_000)]
+)
+def test_on_a_gpu_a_session_learns_and_remembers_only_if_that_is_asked_for(
+    parts, learn, budget, remember, monkeypatch, capsys
+):
+    """There learning and remembering take more time than they save."""
+    opened = []
+    loaded = SimpleNamespace(model=SimpleNamespace(can_be_captured=True))
+    monkeypatch.setattr(chat, "load_for", lambda config: loaded)
+    monkeypatch.setattr(chat, "LiveSession", lambda *arguments: opened.append(arguments))
+    assert type_in(monkeypatch, []) == []
+    chat.open_session(chat.parse_args([*parts, "--learn", learn]))
+    (config,) = [arguments[2] for arguments in opened]
+    assert (config.budget, config.remember) == (budget, remember)
+    assert (chat.ON_A_GPU in capsys.readouterr().out) == (learn != "true")

@@ -70,6 +70,11 @@ def test_a_rounded_head_chooses_drafts_and_no_token():
         rounded = model.drafter_parts().weights.head
         assert not torch.equal(exact(states), rounded(states))
         assert [model.generate(prompt, 40, how).tokens for how in ways] == [plain, plain]
+        together = model.generate_batch([prompt, *random_prompts(4, 2)], 40, ways[0])[0]
+        alone = model.generate(prompt, 40, ways[0])  # each text drafts as if alone
+        assert [one.draft.tokens.tolist() for one in together.blocks] == [
+            one.draft.tokens.tolist() for one in alone.blocks
+        ]
         with torch.no_grad():
             model.exit_proj.weight.neg_()  # an update is seen here, too
         assert model.drafter_parts().weights.head(states).allclose(-rounded(states), atol=0.05)

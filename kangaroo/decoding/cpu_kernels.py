@@ -1,10 +1,11 @@
-"""Decoding in float32 on a CPU, written in Numba: products of few rows, and decoder layers made of them.
+"""Decoding on a CPU, written in Numba: products of few rows, and decoder layers made of them.
 
 A product of few rows takes as long as its weight takes to read. Libraries use the time that is left for computing less
 well than they could: oneDNN takes a third longer for six rows than for one. Here six rows take hardly longer than one.
 And half a layer is one call, where torch's operators for what is not a product take as long as half of the products.
+States are float32, weights float32 or bfloat16.
 
-A weight is stored in *panels* of sixteen outputs. A *tile* has the sums of up to six rows and one panel in the
+A weight is stored in *panels* of sixteen outputs. A *tile* has the sums of some rows and one or two panels in the
 processor's registers, and adds to them input by input (GotoBLAS, Goto and van de Geijn 2008). Nothing that is computed
 for a row depends on other rows, nor on the number of threads: a row gives the same bits alone and among others.
 """
@@ -36,9 +37,8 @@ WIDTH = 16
 """Outputs of a panel."""
 FEATURES = binding.get_host_cpu_features()
 """Of this processor."""
-_is_native = (
-    numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
-)  # or code is made for another one
+# Numba can be told to make code for another processor.
+_is_native = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
 TILE_LANES = WIDTH if _is_native and FEATURES.get("avx512f") else LANES
 """Numbers of a vector of a panel. It does not change a bit, since each sum is made in the order of its inputs."""
 MULTIPLIES_PAIRS = bool(_is_native and FEATURES.get("avx512bf16"))
