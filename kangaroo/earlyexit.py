@@ -388,7 +388,8 @@ def _continue(stage: Stage, inputs: Tensor, position_ids: Tensor | None) -> Tens
         if start > filled:
             raise ValueError(f"position {start} would leave a gap after the {filled} cached positions")
         stage.cache.truncate([start] * len(inputs))
-    return stage(inputs)
+    with torch.autocast(inputs.device.type, enabled=False):  # as in `Passes.run`
+        return stage(inputs)
 
 
 def _cache_bytes(stages: Stages) -> int:

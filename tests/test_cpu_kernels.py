@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
+import os
+import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -22,6 +26,7 @@ from kangaroo.decoding.cache import plan_cached
 from kangaroo.decoding.cpu_kernels import CHUNK, PanelProduct
 from kangaroo.decoding.layers import CachedLayer
 
+HOST = cpu_kernels.binding.get_host_cpu_name()
 SHAPES = [(1, 1), (16, 8), (40, 23), (33, CHUNK), (48, CHUNK + 1), (7, 3 * CHUNK - 5)]
 
 
@@ -48,6 +53,7 @@ FORMS = {
     "halves": lambda weight: PanelProduct(weight.bfloat16().float()),
     "bfloat16": lambda weight: PanelProduct(weight.bfloat16()),
     "bytes": lambda weight: PanelProduct(weight, int8=True),
+    "bytes of bfloat16": lambda weight: PanelProduct(weight.bfloat16(), int8=True),
 }
 
 
@@ -69,7 +75,7 @@ def test_bfloat16_weights_are_stored_in_half_of_the_memory_with_the_same_bits(ou
     bias, form, *rest = others
     assert form == cpu_kernels.UPPER
     as_numbers = (panels.view(np.int16).astype(np.int32) << 16).view(np.uint8)
-    whole.weights = (as_numbers, bias, cpu_kernels.WHOLE, *rest)
+    whole._parts = (as_numbers, bias, cpu_kernels.WHOLE, rest[0])
     for rows in (1, 2, 3, 4, 5, 6, 7, 20):
         states = torch.randn(rows, inputs)
         assert torch.equal(halves(states), whole(states))
@@ -117,12 +123,15 @@ def test_inputs_are_rounded_to_bfloat16_as_torch_rounds_them():
     assert bool(found[0, :2].isnan().all()) and not found[0, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs,inputs", SHAPES)
-def test_weights_in_8_bits_have_a_scale_for_each_output(outputs, inputs):
+def test_weights_in_8_bits_have_a_scale_for_each_output(outputs, inputs, dtype):
     weight = torch.randn(outputs, inputs) * torch.logspace(-6, 6, outputs)[:, None]
     weight[0] = 0.0
-    ours, states = PanelProduct(weight, int8=True), torch.randn(5, inputs)
-    scales = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
+    weight = weight.to(dtype)
+    ours, states = PanelProduct(weight, int8=True), torch.randn(37, inputs)
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
     exact = states.double() @ (weight / scales).round().double().T * scales.double().T
     largest = weight.norm(dim=1).double() * states.norm(dim=1, keepdim=True).double() + 1e-30
     assert bool(((ours(states) - exact).abs() <= 1e-4 * largest).all())
@@ -485,3 +494,38 @@ def test_a_wrong_product_is_noticed(monkeypatch):
     right = cpu_kernels._product
     monkeypatch.setattr(cpu_kernels, "_product", lambda *inputs: 1.01 * right(*inputs))
     assert not cpu_kernels.works()
+
+
+def test_under_a_callers_autocast_the_kernels_are_believed_and_stages_run_by_themselves():
+    """Neither whether the kernels are believed, nor what a stage computes that is called by itself."""
+    model, tokens = tiny_kangaroo(1, drafter="layer").bfloat16(), torch.ones(1, 70).long()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad(), model.decoding(80):
+            assert cpu_kernels.works()
+            found.append(model.base_model.forward_draft_or_large_model(in_tokens_small=tokens))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copy_knows_where_the_kernel_of_its_process_is(copied, monkeypatch):
+    ours, states = PanelProduct(torch.randn(20, 30)), torch.randn(3, 30)
+    expected, address = ours(states), cpu_kernels._multiply().address
+    monkeypatch.setattr(cpu_kernels, "_multiply", lambda: SimpleNamespace(address=0))
+    other = copied(ours)
+    monkeypatch.setattr(cpu_kernels, "_multiply", lambda: SimpleNamespace(address=address))
+    assert torch.equal(other(states), expected)
+
+
+@pytest.mark.parametrize(
+    "setting", ["NUMBA_ENABLE_AVX=0", "NUMBA_CPU_NAME=generic", f"NUMBA_CPU_NAME={HOST}"]
+)
+def test_settings_of_numba_end_no_process(setting, tmp_path):
+    code = """import torch
+from kangaroo.decoding.cpu_kernels import PanelProduct
+weight, states = torch.randn(20, 31).bfloat16(), torch.randn(3, 31).bfloat16().float()
+print(torch.allclose(PanelProduct(weight)(states), states @ weight.float().T, atol=1e-4))"""
+    name, _, value = setting.partition("=")
+    environment = {**os.environ, name: value, "NUMBA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout == "True\n", result.stderr

@@ -38,7 +38,10 @@ WIDTH = 16
 FEATURES = binding.get_host_cpu_features()
 """Of this processor."""
 # Numba can be told to make code for another processor.
-_is_native = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
+_is_its_code = (
+    numba.config.CPU_NAME in (None, binding.get_host_cpu_name()) and numba.config.CPU_FEATURES is None
+)
+_is_native = _is_its_code and numba.config.ENABLE_AVX
 TILE_LANES = WIDTH if _is_native and FEATURES.get("avx512f") else LANES
 """Numbers of a vector of a panel. It does not change a bit, since each sum is made in the order of its inputs."""
 MULTIPLIES_PAIRS = bool(_is_native and FEATURES.get("avx512bf16"))
@@ -380,16 +383,17 @@ class PanelProduct:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> None:
         self.num_outputs, self._num_inputs = weight.shape
-        form = PAIRED if weight.dtype == torch.bfloat16 and PAIRED in STORED else WHOLE
+        form = BYTES if int8 else WHOLE
+        if weight.dtype == torch.bfloat16 and PAIRED in STORED and not int8:
+            form = PAIRED
         outputs = -(-self.num_outputs // WIDTH) * WIDTH
         depth = self._num_inputs + (self._num_inputs % 2 if form == PAIRED else 0)
         filled_up = torch.zeros(outputs, depth, dtype=torch.float32, device="cpu")
         filled_up[: self.num_outputs, : self._num_inputs] = weight.detach()
-        scales = np.empty(0, np.float32)
+        scales = torch.empty(0, dtype=torch.float32)
         if int8:
-            largest = filled_up.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-            scales, form = (largest / 127).numpy(), BYTES
-            filled_up = (filled_up * (127 / largest)[:, None]).round()
+            scales = filled_up.abs().amax(dim=1).clamp_min(1e-30) / 127  # what divides by it stays finite
+            filled_up = (filled_up / scales[:, None]).round()
         panels = filled_up.view(-1, WIDTH, depth).transpose(1, 2).contiguous()
         halves = panels.bfloat16()
         if form == BYTES:
@@ -402,13 +406,12 @@ class PanelProduct:
         start = np.zeros(outputs, np.float32)
         if bias is not None:
             start[: self.num_outputs] = bias.detach().float().numpy()
-        self.weights: tuple[Any, ...] = (
-            panels.view(torch.uint8).numpy(),
-            start,
-            form,
-            scales,
-            _multiply().address,
-        )
+        self._parts = (panels.view(torch.uint8).numpy(), start, form, scales.numpy())
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """What the kernels read, see the class; the address is this process's."""
+        return (*self._parts, _multiply().address)
 
     def __call__(self, states: Tensor) -> Tensor:
         """`[…, D]` to `[…, N]`; errors as in `_rows`."""
@@ -773,11 +776,10 @@ class PanelLayer:
     """
 
     def __init__(self, layer: DecoderLayer, products: Sequence[PanelProduct]) -> None:
-        parts = [product.weights for product in products]
-        self._attention: tuple[Any, ...] = (_weights_of(layer.input_layernorm), *parts[:2])
-        self._feed_forward = None
+        self._products = products
+        self._norms = [_weights_of(layer.input_layernorm)]
         if layer.feed_forward:
-            self._feed_forward = (_weights_of(layer.post_attention_layernorm), *parts[2:])
+            self._norms.append(_weights_of(layer.post_attention_layernorm))
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """As `CachedLayer`.
@@ -791,10 +793,11 @@ class PanelLayer:
         if texts > len(stored[0]) or plan.slots.shape not in ((1, length), (texts, length)):
             raise ValueError(f"expected states of the {len(stored[0])} texts that the cache has, got {texts}")
         seen = (*plan.arrays, *stored, cache.window or cache.capacity)
-        norm = self._attention[0][0]
-        states = _attention(_rows(hidden, len(norm)), *self._attention, seen, _forked)
-        if self._feed_forward is not None:
-            states = _feed_forward(states, *self._feed_forward, _forked)
+        parts = [product.weights for product in self._products]
+        norm = self._norms[0]
+        states = _attention(_rows(hidden, len(norm[0])), norm, *parts[:2], seen, _forked)
+        if len(self._norms) > 1:
+            states = _feed_forward(states, self._norms[1], *parts[2:], _forked)
         return torch.from_numpy(states).view(hidden.shape)
 
 
@@ -821,14 +824,22 @@ def works() -> bool:
     """
     if numba.config.DISABLE_JIT or not (FEATURES.get("fma") or FEATURES.get("neon")):
         return False
+    with torch.autocast("cpu", enabled=False):  # a caller's would round what is expected
+        # It is known once threads have been started. That layer allows one thread of Python only.
+        return _products_work() and _layer_works() and bool(numba.threading_layer() != "workqueue")
+
+
+def _products_work() -> bool:
+    """Whether products of weights in every form give what torch's give."""
     numbers = torch.arange(2 * CHUNK + 7, dtype=torch.float32, device="cpu").sin()
     weight, states = numbers * numbers[:40, None], numbers.flip(0) * numbers[:9, None]
-    halves = weight.bfloat16(), states.bfloat16().float()
-    for known, inputs in ((weight, states), halves):
-        if not torch.allclose(PanelProduct(known)(inputs), inputs @ known.float().T, rtol=1e-3, atol=1e-3):
-            return False
-    # It is known once threads have been started. That layer allows one thread of Python only.
-    return _layer_works() and bool(numba.threading_layer() != "workqueue")
+    rounded = weight.bfloat16(), states.bfloat16().float()
+    for known, inputs in ((weight, states), rounded):
+        for int8 in (False, True):
+            expected, far = inputs @ known.float().T, 0.1 if int8 else 1e-3
+            if not torch.allclose(PanelProduct(known, int8=int8)(inputs), expected, rtol=1e-3, atol=far):
+                return False
+    return True
 
 
 def _layer_works() -> bool:

@@ -712,7 +712,7 @@ class Stages:
                 rows = torch.arange(len(hidden), device=hidden.device)
                 hidden = hidden[rows, extra[0]][:, None]
             own, confidence = self.deep.best(hidden, drawn=drawn and Drawn(drawn.how, extra[-1]))
-            kept = hidden.to(self.dtype) if self.keep_states else hidden[..., :0]
+            kept = (hidden if self.keep_states else hidden[..., :0]).to(self.dtype)
             return packed(own[0], confidence), kept, fed_back
 
         extra = []
