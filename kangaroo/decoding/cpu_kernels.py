@@ -370,14 +370,6 @@ class PanelProduct:
         int8: round the weights to 8 bits, with a scale for each output; they have no bias.
 
     Attributes:
-        weights: what the kernels read:
-            panels: the bytes of `[N / WIDTH, D, WIDTH]` numbers, halves or 8-bit integers, or `[N / WIDTH, D / 2,
-                WIDTH]` pairs of halves; the last panel, and the last pair, filled up with zeros. (Bytes, so that one
-                compiled function takes all.)
-            bias: `[P * WIDTH]`, where the sums begin.
-            form: one of `STORED`.
-            scales: `[P * WIDTH]`, or nothing.
-            multiply: address of what multiplies.
         num_outputs: N.
     """
 
@@ -390,7 +382,7 @@ class PanelProduct:
         depth = self._num_inputs + (self._num_inputs % 2 if form == PAIRED else 0)
         filled_up = torch.zeros(outputs, depth, dtype=torch.float32, device="cpu")
         filled_up[: self.num_outputs, : self._num_inputs] = weight.detach()
-        scales = torch.empty(0, dtype=torch.float32)
+        scales = torch.empty(0, dtype=torch.float32, device="cpu")
         if int8:
             scales = filled_up.abs().amax(dim=1).clamp_min(1e-30) / 127  # what divides by it stays finite
             filled_up = (filled_up / scales[:, None]).round()
@@ -410,7 +402,13 @@ class PanelProduct:
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        """What the kernels read, see the class; the address is this process's."""
+        """What the kernels read.
+
+        The bytes of panels `[N / WIDTH, D, WIDTH]` of numbers, halves or 8-bit integers, or `[N / WIDTH, D / 2, WIDTH]`
+        of pairs of halves, the last panel and pair filled up with zeros (bytes, so that one compiled function takes
+        all); where the sums begin, `[P * WIDTH]`; the form, one of `STORED`; scales `[P * WIDTH]`, or nothing; and this
+        process's address of what multiplies.
+        """
         return (*self._parts, _multiply().address)
 
     def __call__(self, states: Tensor) -> Tensor:
