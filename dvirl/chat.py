@@ -40,7 +40,8 @@ DONE = {
 }
 """What `LiveSession.learn` did, in words."""
 HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
-ON_A_GPU = "On a GPU answers are not learned from, which would take twice the time; --learn true does it."
+ON_A_GPU = """On a GPU answers are neither learned from nor remembered: learning takes twice the time there.
+--learn true does both."""
 """What a user reads there in place of the question."""
 QUESTION = """May the draft learn from your conversations? It then gets faster at what you ask; answers stay the same.
 What you write is not stored, but the weights of the draft that are learned from it are, in {folder}.

@@ -246,8 +246,7 @@ def generate(
 def _stages(model: EarlyExitLlamaForCausalLM, capacity: int, target: str, rows: int) -> Stages:
     """Stages for a large batch; its steps are captured where they can be."""
     captured = model.can_be_captured
-    weight = model.lm_head.weight
-    few_rows = rows <= MOST_ROWS and (captured or on_own_cpu_kernels(weight.device, weight.dtype))
+    few_rows = rows <= MOST_ROWS and (captured or on_own_cpu_kernels(model.device, model.dtype))
     if captured:
         capacity = CAPACITY_STEP * math.ceil(capacity / CAPACITY_STEP)
     stages = model.new_stages(capacity, None, target, rows, few_rows=few_rows)

@@ -241,6 +241,13 @@ def _in_all_lanes(build, kind, number):
     )
 
 
+@register_jitable
+def _rows_of_tile(tile, tiles, rows):
+    """The first row of a tile and how many it has; tiles are as large as one another, or nearly."""
+    first = rows * tile // tiles
+    return first, rows * (tile + 1) // tiles - first
+
+
 def _multiply_panels(first, count, width, row_bytes, form, states, rows, sums, outputs):
     """Add states, as `_by_tiles` lays them out, times `count` panels `[width, WIDTH]` to sums `[rows, count * WIDTH]`.
 
@@ -256,8 +263,7 @@ def _multiply_panels(first, count, width, row_bytes, form, states, rows, sums, o
         weights = first + row_bytes * start
         following = weights + row_bytes * depth if start + depth < width else first + apart * count
         for tile in range(tiles):
-            row = rows * tile // tiles
-            tall = rows * (tile + 1) // tiles - row
+            row, tall = _rows_of_tile(tile, tiles, rows)
             inputs = states + NUMBER * (width * row + tall * start)
             soon = following + step * depth * tile
             own = sums + NUMBER * outputs * row
@@ -310,8 +316,7 @@ def _by_tiles(numbers):
     laid_out = np.empty(rows * size, np.float32)
     tiles = -(-rows // TALLEST)
     for tile in range(tiles):
-        row = rows * tile // tiles
-        count = rows * (tile + 1) // tiles - row
+        row, count = _rows_of_tile(tile, tiles, rows)
         own = laid_out[row * size : (row + count) * size].reshape(size, count)
         for which in range(count):
             own[:, which] = numbers[row + which]
@@ -337,14 +342,12 @@ def _paired(states):
 
 @_compiled()
 def _product(states, weights, alone):
-    """Rows `[R, D]` times a product's weights, see `PanelProduct`; `alone` on one thread, without asking for others."""
+    """Rows `[R, D]` times `PanelProduct.weights`; `alone` on one thread, without asking for others."""
     panels, bias, form, scales, multiply = weights
     rows = len(states)
     sums = np.empty((rows, len(bias)), np.float32)
     for row in range(rows):
         sums[row] = bias
-    if not rows:
-        return sums
     inputs = _by_tiles(_paired(states) if form == PAIRED else states)
     if alone:
         for which in range(-(-len(panels) // TILE_PANELS)):
