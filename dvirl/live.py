@@ -383,10 +383,7 @@ class LiveSession:
             before = run_folder.run_settings(folder)
             same = {"start_from": settings.start_from}
             run_folder.refuse_other_settings(path, before, same, "choose another run_dir")
-            written = read_yaml(path)
-            if "remember" not in written.get("live", {}):
-                raise DvirlError(f"{path}: of a version that learned the whole draft; choose another run_dir")
-            fingerprint = written.get("model", {}).get("fingerprint")
+            fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
             if fingerprint != self.loaded.fingerprint:
                 raise DvirlError(f"{path}: learned with the model {fingerprint}; choose another run_dir")
             if any(folder.glob("checkpoints/step-*")):

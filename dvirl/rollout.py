@@ -383,11 +383,26 @@ def draft_logits_at(
     return model.head_logits(chosen), exit_hidden[rows, before]
 
 
+def refuse_stretched(base: EarlyExitLlamaForCausalLM, length: int) -> None:
+    """Refuse texts of so many tokens if one pass over all of a text does not see what decoding saw.
+
+    Raises:
+        DvirlError: for dynamic positions beyond the context of training, where a token's angles depend on how long the
+            text was when it came.
+    """
+    if base.rotary.stretches([length]):
+        raise DvirlError(
+            f"texts have up to {length} tokens; expected at most {base.rotary.trained_context}, the context that the "
+            "model was trained with: beyond it dynamic positions differ between decoding and a pass over a whole text"
+        )
+
+
 def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[list[Tensor], Tensor]:
     """What the exit head reads after every token `[B, T]`, by depth, and the exit states; `[B, T, D]` each.
 
     One pass gives the draft after every position, since each stands on verified text.
     """
+    refuse_stretched(model.base_model, tokens.shape[1])
     exit_hidden = model.base_model.forward_shallow(tokens)
     verifier_hidden = exit_hidden
     if model.feedback:

@@ -5,9 +5,8 @@ Letters in shapes: B batch, T positions, S key positions, H query heads, G key/v
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +64,15 @@ class LlamaRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         return 1.0 / (base**exponents)
 
-    def _scaled(self, positions: Tensor, whole: bool) -> tuple[Tensor, float]:
-        """Frequencies `[E / 2]` or, if they depend on the position, `[P, E / 2]`; and the factor on cos and sin."""
+    def _scaled(self, lengths: Tensor) -> tuple[Tensor, float]:
+        """Frequencies `[E / 2]`, and the factor on cos and sin.
+
+        If they depend on the text's length, they are `[…, E / 2]` for `lengths […]`.
+        """
         if self.dynamic:
             # A text longer than the training's context gets a larger base (NTK-aware scaling). In decoding each token
             # keeps the base that the text's length gave when the token came.
-            lengths = (positions.amax().expand_as(positions) if whole else positions) + 1
-            beyond = (lengths / self.trained_context).clamp(min=1)[:, None]
+            beyond = (lengths / self.trained_context).clamp(min=1)[..., None]
             stretch = self.scaling_factor * beyond - (self.scaling_factor - 1)
             return self.frequencies(self.base * stretch ** (self.dim / (self.dim - 2))), 1.0
         kind = self.scaling["rope_type"]
@@ -121,21 +122,20 @@ class LlamaRotaryEmbedding(nn.Module):
         lower = self.scaling.get("mscale_all_dim")
         return magnitude(upper) / magnitude(lower) if upper and lower else magnitude(1)
 
-    def _set_cos_sin_cache(
-        self, seq_len: int, device: torch.device, dtype: torch.dtype, whole: bool = False
-    ) -> None:
-        """Tabulate cos and sin for positions 0…seq_len-1, each `[seq_len, E]`.
-
-        Args:
-            whole: as positions of one text that is read at once; matters for dynamic scaling alone.
-        """
-        positions = torch.arange(seq_len, dtype=torch.float32, device="cpu")
-        inverse, magnitude = self._scaled(positions, whole)
-        angles = positions[:, None] * inverse
+    def _factors(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin `[…, E]` of positions in texts of some lengths, float32 `[…]` on the CPU."""
+        inverse, magnitude = self._scaled(lengths)
+        angles = positions[..., None] * inverse
         angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * magnitude, angles.sin() * magnitude
+
+    def _set_cos_sin_cache(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Tabulate cos and sin for positions 0…seq_len-1, each `[seq_len, E]`."""
+        positions = torch.arange(seq_len, dtype=torch.float32, device="cpu")
+        cos, sin = self._factors(positions, positions + 1)
         self.max_seq_len_cached = seq_len
-        self.cos_cached = (angles.cos() * magnitude).to(device, dtype)
-        self.sin_cached = (angles.sin() * magnitude).to(device, dtype)
+        self.cos_cached = cos.to(device, dtype)
+        self.sin_cached = sin.to(device, dtype)
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cos and sin of at least the positions 0…length-1, float32 `[P, E]`."""
@@ -144,21 +144,26 @@ class LlamaRotaryEmbedding(nn.Module):
             self._set_cos_sin_cache(length, device, torch.float32)
         return self.cos_cached, self.sin_cached
 
+    def stretches(self, lengths: Sequence[int]) -> bool:
+        """Whether the angles of texts that are read at once depend on how long these are."""
+        return self.dynamic and max(lengths, default=0) > self.trained_context
+
     def forward(
-        self, position_ids: Tensor, highest: int, dtype: torch.dtype, whole: bool = False
+        self, position_ids: Tensor, highest: int, dtype: torch.dtype, lengths: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
         """Cos and sin `[B, 1, T, E]`.
 
         Args:
-            position_ids: `[B, T]`.
+            position_ids: `[B, T]`, or `[1, T]` if they are the same in all rows.
             highest: the largest of them.
             dtype: of the result.
-            whole: they are a text from its beginning on, read at once.
+            lengths: of texts that are read at once from their beginnings: one for each row, or one for all.
         """
-        if whole and self.dynamic and highest >= self.trained_context:
-            rotary = copy.copy(self)  # a table for this length alone
-            rotary._set_cos_sin_cache(highest + 1, position_ids.device, torch.float32, whole)
-            return rotary.forward(position_ids, highest, dtype)
+        if self.stretches(lengths):
+            positions = position_ids.cpu().float()
+            own = torch.tensor(lengths, dtype=torch.float32, device="cpu")[:, None]
+            cos, sin = self._factors(positions, own)
+            return cos.to(position_ids.device, dtype)[:, None], sin.to(position_ids.device, dtype)[:, None]
         # Doubled, so that a growing text does not make a table at every step.
         length = 2 * highest if highest >= self.max_seq_len_cached else 0
         cos, sin = self.table(length, position_ids.device)
@@ -276,7 +281,7 @@ def plan_uncached(
         itself = torch.eye(length, dtype=torch.bool, device=states.device)
         # A padding row sees itself: seeing nothing would make it not a number.
         mask = _prepare_decoder_attention_mask(positions, positions, window) | itself
-    cos, sin = rotary(positions.clamp(min=0), highest, states.dtype, whole=True)
+    cos, sin = rotary(positions.clamp(min=0), highest, states.dtype, [highest + 1])
     return AttentionPlan(cos, sin, mask)
 
 
@@ -307,7 +312,7 @@ def plan_unrolled(
     for step in range(2, depth + 1):
         mask = (apart == depth - step) & (apart < nearby)
         seen.append(mask.expand(len(later), -1, -1))
-    cos, sin = rotary(later, length - 1, states.dtype, whole=True)
+    cos, sin = rotary(later, length - 1, states.dtype, [length])
     return AttentionPlan(cos, sin, torch.cat(seen, dim=-1)[:, None])
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_config, tiny_kangaroo
 
+from dvirl.rollout import generate
+from kangaroo.adapter import rotary_for
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.passes import SHORTEST_VIEW, CudaGraphs, _Captured, view
@@ -60,6 +62,52 @@ def test_a_batch_gives_what_each_row_gives_alone(how, args):
     assert lengths == [[block.block_len for block in one.blocks] for one in alone]
     if how.draft_len > 3 and how.source == "learned" and not how.temperature:
         assert len({tuple(row) for row in lengths}) > 1 and max(map(max, lengths)) > 2
+
+
+def stretched(model):
+    """The model under dynamic positions whose context of training is 8 tokens."""
+    rotary = rotary_for(
+        tiny_config(rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=8)
+    )
+    model.base_model.rotary = model.adapter_model.rotary = rotary
+    return model
+
+
+@pytest.mark.parametrize("how", SETTINGS[:6], ids=NAME)
+def test_each_text_of_a_batch_has_the_angles_of_its_own_length(how):
+    """Under dynamic positions the angles of a prompt depend on its length, not on that of the longest."""
+    model = stretched(tiny_kangaroo(2, drafter="layer", deep_scale=0.3)).double()
+    prompts = random_prompts(6, 2, longest=30)
+    assert min(map(len, prompts)) < 8 < sorted(map(len, prompts))[3]
+    alone = row_by_row(model, prompts, how)
+    together = model.generate_batch(prompts, 24, how, (EOS,), seed=3)
+    for one, other in zip(together, alone, strict=True):
+        assert one.tokens == other.tokens
+        assert [block.block_len for block in one.blocks] == [block.block_len for block in other.blocks]
+    # They begin alike, as prompts of one chat format do.
+    prompts = [prompts[0][:3] + prompt for prompt in prompts]
+    plain = [model.generate(prompt, 24, DecodeConfig(0, target=how.target), (EOS,)) for prompt in prompts]
+    rollout = generate(model.base_model, prompts, 24, (EOS,), how.target)
+    assert rollout.responses() == [one.tokens for one in plain]
+
+
+def test_what_is_captured_under_passes_of_one_size_drafts_in_such_passes_too(monkeypatch):
+    """With target "adapted" the verifier reads what drafting computed."""
+    model = tiny_kangaroo(2, drafter="layer", deep_scale=0.1)
+    capture_passes(model, monkeypatch)
+    run = Stage.__call__
+    sizes = Counter()
+
+    def watched(self, inputs, *feedback):
+        if self.weights.embed is not None and self.cache.length:
+            sizes[inputs.shape[1]] += 1
+        return run(self, inputs, *feedback)
+
+    monkeypatch.setattr(Stage, "__call__", watched)
+    how = DecodeConfig(6, target="adapted", deterministic=True)
+    decoded = model.generate(random_prompts(1, 2)[0], 24, how, (EOS,))
+    assert max(block.num_drafted for block in decoded.blocks) > 1
+    assert set(sizes) == {PASS_ROWS}
 
 
 @pytest.mark.no_cover

@@ -21,10 +21,6 @@ from dvirl.models import loading
 from dvirl.models.drafters import load_drafter
 from dvirl.runs.errors import DvirlError
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
-from kangaroo.decoding.costs import StepCosts
-
-COSTS = StepCosts((0.1, 0.1), 0.0)
-"""Blocks of 0.1 ms, whatever they hold."""
 
 
 def answer(token: int, count: int, wall_s: float, decoding_s: float, blocks: int) -> Answer:
@@ -38,14 +34,12 @@ def answer(token: int, count: int, wall_s: float, decoding_s: float, blocks: int
 def test_figures_are_medians_of_ratios_on_the_same_question():
     plain = [answer(1, 10, 1.0, 9e-4, 9), answer(2, 10, 2.0, 1.8e-3, 9), answer(3, 10, 4.0, 9e-4, 9)]
     way = [answer(1, 10, 0.5, 6e-4, 3), answer(2, 10, 2.0, 1.8e-3, 9), answer(4, 21, 2.1, 8e-4, 4)]
-    found = _speed(way, plain, COSTS)
-    assert found.over_plain == 2.0 and found.over_ideal == pytest.approx(
-        0.5
-    )  # of 2, 1 and 4; of 0.5, 0.5 and 0.5
+    found = _speed(way, plain)
+    assert found.over_plain == 2.0  # of 2, 1 and 4
     assert found.tok_per_s == pytest.approx((20 + 5 + 10) / 3)
     assert found.mat == pytest.approx((9 + 9 + 20) / 16) and (found.equal, found.questions) == (2, 3)
-    theirs = _speed([Answer(one.tokens, one.wall_s) for one in way], plain, COSTS)
-    assert theirs.over_ideal is None and theirs.mat is None and theirs.over_plain == 2.0
+    theirs = _speed([Answer(one.tokens, one.wall_s) for one in way], plain)
+    assert theirs.mat is None and theirs.over_plain == 2.0
 
 
 def test_what_capturing_takes_is_left_out_of_an_answer(monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
+from conftest import EOS, capture_passes, random_prompts, tiny_config, tiny_kangaroo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,8 @@ from dvirl.rollout import (
     replay_blocks,
     verifier_states,
 )
+from dvirl.runs.errors import DvirlError
+from kangaroo.adapter import rotary_for
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy
 from kangaroo.decoding.generate import common_prefix
@@ -119,6 +123,23 @@ def test_they_agree_where_drafts_are_often_right():
     assert any(block.block_len == block.num_accepted for row in judgement.blocks for block in row), (
         "no end was accepted"
     )
+
+
+def test_texts_that_dynamic_positions_stretch_are_not_judged_at_once():
+    """Beyond the context of training a pass over a whole text has other angles than decoding had."""
+    model = tiny_kangaroo(0, 3, lora=False)
+    prompts = random_prompts(2, 5, longest=4)
+    rollout = generate(model.base_model, prompts, LENGTH)
+    scaling = {"type": "dynamic", "factor": 2.0}
+    longest = rollout.tokens.shape[1]
+    for context in (longest, longest - 1):
+        config = tiny_config(rope_scaling=scaling, max_position_embeddings=context)
+        model.base_model.rotary = rotary_for(config)
+        refused = pytest.raises(
+            DvirlError, match=f"texts have up to {longest} tokens; expected at most {context}"
+        )
+        with nullcontext() if context == longest else refused:
+            judge(model, rollout, DecodeConfig(2))
 
 
 def test_rewards_hold_accepts_and_rejects():

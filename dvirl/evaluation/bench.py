@@ -31,7 +31,6 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.settings import command_line, number, positional
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.costs import StepCosts
 
 WAYS = {PLAIN: PLAIN, "lookup": "pld", "learned, 4": "fixed", "learned": "dvi", "hybrid": "hybrid"}
 """The names of our own methods in this table, and the methods."""
@@ -54,8 +53,6 @@ class Speed:
     Attributes:
         tok_per_s: mean over questions of new tokens over wall seconds, the prefill included (Spec-Bench).
         over_plain: median over questions of the speed over plain decoding's on the same question.
-        over_ideal: median over questions of expected over measured time without the prefill, where the step costs
-            measured before the set give the expected time; None for Hugging Face's.
         mat: mean number of tokens that a verification commits, without the prefill; None for Hugging Face's.
         accept_rate: accepted over scored drafts; None without drafts.
         equal: number of answers that are plain decoding's, token for token.
@@ -64,7 +61,6 @@ class Speed:
 
     tok_per_s: float
     over_plain: float
-    over_ideal: float | None
     mat: float | None
     accept_rate: float | None
     equal: int
@@ -95,23 +91,16 @@ def compare(
             for decode in run.values():
                 decode(prompt)
         for name, prompts in sets.items():
-            costs = model.measure_costs(longest)
             answers = answer_in_turn(run, prompts, name)
-            yield name, {way: _speed(given, answers[PLAIN], costs) for way, given in answers.items()}
+            yield name, {way: _speed(given, answers[PLAIN]) for way, given in answers.items()}
 
 
-def _speed(answers: Sequence[Answer], plain: Sequence[Answer], costs: StepCosts) -> Speed:
+def _speed(answers: Sequence[Answer], plain: Sequence[Answer]) -> Speed:
     counts = tally(answers)
-    ideals = []
-    for answer in answers:
-        if len(answer.blocks) > 1:
-            expected_ms = sum(costs.block(learned, looked_up) for learned, looked_up, _ in answer.drafts)
-            ideals.append(expected_ms / 1e3 / answer.decoding_s)
     pairs = list(zip(answers, plain, strict=True))
     return Speed(
         tok_per_s=fmean(answer.tok_per_s for answer in answers),
         over_plain=median(answer.tok_per_s / base.tok_per_s for answer, base in pairs),
-        over_ideal=median(ideals) if ideals else None,
         mat=counts.mat if counts.blocks else None,
         accept_rate=counts.accept_rate if counts.drafted else None,
         equal=sum(answer.tokens == base.tokens for answer, base in pairs),

@@ -30,7 +30,7 @@ class _Rotary(nn.Module):
         self.rotary = rotary
 
     def forward(self, states: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        whole = states.shape[-2] == seq_len
+        whole = [seq_len] if states.shape[-2] == seq_len else []
         if seq_len > self.rotary.max_seq_len_cached or whole:
             positions = torch.arange(seq_len, device=states.device)[None]
             return self.rotary.forward(positions, seq_len - 1, states.dtype, whole)

@@ -40,7 +40,7 @@ from dvirl.losses import (
 from dvirl.models.drafters import drafter_folder, export
 from dvirl.models.loading import LoadedModel, load_for
 from dvirl.models.placement import fitting, free_memory
-from dvirl.rollout import Responses, join, verifier_states
+from dvirl.rollout import Responses, join, refuse_stretched, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import claim
@@ -336,6 +336,7 @@ class Distiller(TrainingLoop):
         logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
         fitting("batch", config.batch, base, layers, positions, logits, drafter)
+        refuse_stretched(base, positions)
         claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
         torch.manual_seed(config.seed)

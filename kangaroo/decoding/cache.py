@@ -282,45 +282,48 @@ def plan_cached(
     length: int,
     dtype: torch.dtype,
     fixed: FixedShape | None = None,
+    prompt_lens: Sequence[int] = (),
 ) -> CachedPass:
-    """Plan a pass over `length` new tokens a row, which follow what `cache` holds.
+    """Plan a pass over `length` new tokens a row after what `cache` holds; prompts have `prompt_lens` without padding.
 
     Raises:
         ValueError: if they do not fit into the cache.
     """
-    device = cache.device
     shortest = min(cache.lengths)
     last = cache.capacity - 1
     highest = cache.length + length - 1
     same_slots = fixed is None and cache.length == shortest
     # Padding of a row may reach beyond the last slot; it then stays in the last one. Tokens must fit.
-    needed = highest if same_slots else cache.length
-    if needed > last:
+    if (highest if same_slots else cache.length) > last:
         raise ValueError(f"the sequence needs {highest + 1} cache slots, the cache has {cache.capacity}")
-    places = torch.arange(length, device=device)
+    places = torch.arange(length, device=cache.device)
     rows = None
-    if same_slots:
-        slots = (shortest + places)[None]
-    else:
+    slots = (shortest + places)[None]
+    if not same_slots:
         highest = min(highest, last)
-        starts = fixed.starts if fixed else torch.tensor(cache.lengths, device=device)
+        starts = fixed.starts if fixed else torch.tensor(cache.lengths, device=cache.device)
         slots = (starts[:, None] + places).clamp(max=last)
-        rows = torch.arange(len(starts), device=device)[:, None]
+        rows = torch.arange(len(starts), device=cache.device)[:, None]
     # Slots before every query's window are not read at all.
     window = cache.window or cache.capacity
     first = max(0, shortest - window + 1)
-    within_window = highest - first < window
     read = slice(0, fixed.num_slots) if fixed else slice(first, highest + 1)
     is_prefill = same_slots and shortest == 0
     # No mask is needed where plain causal attention, or everything, is what the queries see.
-    mask = None
-    if not (same_slots and within_window and (is_prefill or length == 1)):
-        slots_read = torch.arange(read.start, read.stop, device=device)
-        mask = _prepare_decoder_attention_mask(slots, slots_read, cache.window)
+    needless = same_slots and highest - first < window and (is_prefill or length == 1)
+    mask = None if needless else _mask(slots, read, cache.window)
     # A token's slot is its position. A text that is over goes on within its row, on the device, beyond what is read.
-    cos, sin = rotary(slots, last if fixed else highest, dtype, is_prefill)
+    whole = (prompt_lens or [length]) if is_prefill else []
+    cos, sin = rotary(slots, last if fixed else highest, dtype, whole)
+    is_causal = mask is None and length > 1
     bias = _bias(mask, cache, dtype) if fixed and mask is not None else None
-    return CachedPass(cos, sin, slots, rows, read, mask, mask is None and length > 1, bias)
+    return CachedPass(cos, sin, slots, rows, read, mask, is_causal, bias)
+
+
+def _mask(slots: Tensor, read: slice, window: int | None) -> Tensor:
+    """Which of the slots that are read the queries at `slots [B, T]` see."""
+    slots_read = torch.arange(read.start, read.stop, device=slots.device)
+    return _prepare_decoder_attention_mask(slots, slots_read, window)
 
 
 def _bias(mask: Tensor, cache: KVCache, dtype: torch.dtype) -> Tensor:

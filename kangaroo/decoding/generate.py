@@ -112,13 +112,18 @@ class PlainBatch:
         self.captured = stages.passes.graphs is not None
         self.dtype = stages.dtype
         self.rows = torch.arange(len(tokens), device=tokens.device)
-        # Prompts of one chat format begin alike; what they share is computed once.
-        shared = common_prefix(tokens, lengths)
+        # Prompts of one chat format begin alike; what they share is computed once, if its angles are the same in all.
+        own = lengths.tolist()
+        stretched = any(stage.rotary.stretches(own) for stage in self._stages)
+        shared = 0 if stretched else common_prefix(tokens, lengths)
         if shared:
             self._read_prefix(tokens[:1, :shared])
+        else:
+            self._passes.prompt_lens = own
         hidden = self._read(tokens[:, shared:])
+        self._passes.prompt_lens = ()
         for stage in self._stages:
-            stage.cache.lengths = lengths.tolist()  # padding is overwritten
+            stage.cache.lengths = list(own)  # padding is overwritten
         self._lengths = lengths.clone()
         self.last = hidden[self.rows, lengths - shared - 1]
         self._best: tuple[Tensor, Tensor] | None = None

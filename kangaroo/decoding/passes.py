@@ -67,6 +67,7 @@ class Passes:
     Attributes:
         fixed: the shape of the pass that is running; None where it reads what is filled. Stages look at it.
         begun: whether the prompts are in the caches.
+        prompt_lens: tokens of each row of the pass that is running, without its padding; empty outside of passes.
         own_kernels: whether our own kernels on CUDA compute all layers, and a position has the same angles in every
             text. Then prompts can be read by captured passes, too. Otherwise they are read as they are.
         own_prompt: tokens of a prompt that our own kernels on CUDA read, at most.
@@ -79,6 +80,7 @@ class Passes:
         self.graphs = graphs
         self.fixed: FixedShape | None = None
         self.begun = False
+        self.prompt_lens: Sequence[int] = ()
         self.own_kernels = False
         self.own_prompt = OWN_PROMPT
         self.own_on_cpu = False
@@ -147,16 +149,16 @@ class Passes:
         is_fixed = self.takes_prompt(width) if is_prompt else self.graphs or self.positions
         if is_fixed:
             slots = view(max(before) + width + ahead, caches[0].capacity)
-            if self.positions and not is_prompt:
-                slots = caches[0].capacity
-            if starts is None:
-                starts = torch.tensor(before)
+            slots = caches[0].capacity if self.positions and not is_prompt else slots
+            starts = torch.tensor(before) if starts is None else starts
             by_library = is_prompt and width > self.own_prompt
             key = ((name, by_library), slots)  # later passes can be as wide as a prompt
             outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
+            self.prompt_lens = counts
             with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is kept
                 outputs = function(*(tensor.to(self.device) for tensor in inputs))
+            self.prompt_lens = ()
         # Count each row's own tokens only: the next pass overwrites its padding.
         for cache in caches:
             cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]

@@ -131,7 +131,10 @@ class Stage:
         if self.passes.fixed and self._by_own_kernels:
             states = self._run_fused(states, self.passes.fixed)
         elif self.weights.layers:
-            plan = plan_cached(self.rotary, self.cache, length, states.dtype, self.passes.fixed)
+            passes = self.passes
+            plan = plan_cached(
+                self.rotary, self.cache, length, states.dtype, passes.fixed, passes.prompt_lens
+            )
             if self.passes.graphs and id(self.rotary.cos_cached) not in map(id, self._angles):
                 self._angles += [self.rotary.cos_cached, self.rotary.sin_cached]
             for index, layer in enumerate(self.weights.layers):
@@ -474,7 +477,8 @@ class Stages:
         """Drafts to make in one go: one, after which the host looks; where passes are captured, all that are wanted."""
         if self.passes.graphs is None or not self.shallow.cache.length:
             return 1
-        return wanted
+        # What the verifier reads of the shallow layers comes from passes of one size if that is asked for.
+        return 1 if self.passes.positions and self.shallow is self.base else wanted
 
     def begin_drafting(self, chains: int) -> None:
         """Begin blocks of some learned chains."""
