@@ -72,8 +72,9 @@ faults: $(READY)  ## kill a run at 120 places and see that, resumed, it is the r
 soak: $(READY)  ## 2,000 updates in which memory, file handles and step time stay flat, and what bigger settings cost
 	$(RECORD) DVIRL_SOAK=2000 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_soak.py
 
-fuzz: $(READY)  ## give every reader broken files, 12,000 in all and other ones each time
-	DVIRL_FUZZ=12000 $(BIN)/pytest tests/test_fuzz.py -n 2 --dist worksteal
+fuzz: $(READY)  ## give every reader 12,000 broken files, and decode with 200 random models in every way; others each time
+	DVIRL_FUZZ=12000 DVIRL_RANDOM_MODELS=200 DVIRL_RANDOM_FIRST=$$(date +%s) OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest tests/test_fuzz.py tests/test_random_models.py -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff, mypy --strict and codespell
 	$(BIN)/ruff check .

@@ -73,10 +73,11 @@ def stretched(model):
     return model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.double])  # by our own kernels, and not
 @pytest.mark.parametrize("how", SETTINGS[:6], ids=NAME)
-def test_each_text_of_a_batch_has_the_angles_of_its_own_length(how):
+def test_each_text_of_a_batch_has_the_angles_of_its_own_length(how, dtype):
     """Under dynamic positions the angles of a prompt depend on its length, not on that of the longest."""
-    model = stretched(tiny_kangaroo(2, drafter="layer", deep_scale=0.3)).double()
+    model = stretched(tiny_kangaroo(2, drafter="layer", deep_scale=0.3)).to(dtype)
     prompts = random_prompts(6, 2, longest=30)
     assert min(map(len, prompts)) < 8 < sorted(map(len, prompts))[3]
     alone = row_by_row(model, prompts, how)
@@ -185,6 +186,7 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, 
     assert all(one.passes.graphs.held for one in held.values())
 
 
+@pytest.mark.parametrize("target", ["base", "adapted"])
 @pytest.mark.parametrize(
     ("captured", "lengths", "shapes"),
     [
@@ -193,7 +195,7 @@ def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, 
         (True, (200, 3, 17), [(1, 256), (1, 9), (1, 64)]),
     ],
 )
-def test_prompts_of_a_captured_batch_are_read_as_if_alone(captured, lengths, shapes, monkeypatch):
+def test_prompts_of_a_captured_batch_are_read_as_if_alone(captured, lengths, shapes, target, monkeypatch):
     """In bfloat16 a library rounds by the shape of the whole batch; the padding of others must not be seen."""
     model = tiny_kangaroo(2, drafter="layer", lora=False).to(
         torch.bfloat16 if len(shapes) > 1 else torch.double
@@ -209,9 +211,10 @@ def test_prompts_of_a_captured_batch_are_read_as_if_alone(captured, lengths, sha
         monkeypatch.setattr("kangaroo.decoding.layers._cpu_kernels_work", lambda: False)
     capture_passes(model, monkeypatch, prompts=captured)
     prompts = [[token] * length for token, length in zip((5, 6, 9), lengths, strict=True)]
-    alone = [model.generate(prompt, 6, DecodeConfig(2)) for prompt in prompts]
+    how = DecodeConfig(2, target=target)
+    alone = [model.generate(prompt, 6, how) for prompt in prompts]
     monkeypatch.setattr(Stage, "__call__", watched)
-    together = model.generate_batch(prompts, 6, DecodeConfig(2))
+    together = model.generate_batch(prompts, 6, how)
     assert seen == shapes
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one.blocks[0].verifier_confidence, other.blocks[0].verifier_confidence)

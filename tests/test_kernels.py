@@ -15,7 +15,15 @@ from conftest import tiny_config
 from kangaroo.adapter import DecoderLayer, rotary_for
 from kangaroo.decoding import kernels
 from kangaroo.decoding.cache import FixedShape, KVCache
-from kangaroo.decoding.kernels import FusedLayer, best_tokens, normed, plan_fused, supports, two_maps
+from kangaroo.decoding.kernels import (
+    FusedLayer,
+    best_tokens,
+    head_logits,
+    normed,
+    plan_fused,
+    supports,
+    two_maps,
+)
 from kangaroo.decoding.layers import CachedLayer
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.sampling import Drawn, Sampling, gumbel_noise
@@ -172,6 +180,10 @@ def test_the_likeliest_token_and_its_probability(rows):
     assert torch.equal(both, (states @ head.T).topk(2).indices.T) and torch.equal(same, confidence)
     ids = torch.randperm(1000, device=DEVICE)[:300]
     assert torch.equal(best_tokens(states, head, two=True, ids=ids)[0], ids[both])
+    logits = head_logits(states, head)
+    torch.testing.assert_close(logits, states @ head.T, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits.argmax(dim=-1), tokens[0])
+    assert torch.equal(head_logits(states[:1].contiguous(), head), logits[:1])
 
 
 def exact_logits(rows: int, vocab: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

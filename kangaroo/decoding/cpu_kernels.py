@@ -735,7 +735,7 @@ def _attention(hidden, norm, qkv, out, seen, alone):
         qkv, out: weights of each product.
         seen: of this pass and its cache:
             slots: `[B, T]`, where the tokens are stored; `[1, T]` if that is the same in all texts.
-            cos, sin: `[B, T, E]` or `[1, T, E]`.
+            cos, sin: `[B, T, E]`, or `[1, T, E]` if the angles are the same in all texts.
             keys, values: `[B, G, S, E]` or with more rows; they are written.
             window: how many slots back a query sees, its own included.
         alone: as in `_product`.
@@ -748,10 +748,10 @@ def _attention(hidden, norm, qkv, out, seen, alone):
     heads = rotated - groups
     for row in range(len(hidden)):
         text, place = row // length, row % length
-        own = text % len(slots)
+        turned = text % len(cos)
         for head in range(rotated):
-            _rotate(projected[row, head * size : (head + 1) * size], cos[own, place], sin[own, place])
-        slot = slots[own, place]
+            _rotate(projected[row, head * size : (head + 1) * size], cos[turned, place], sin[turned, place])
+        slot = slots[text % len(slots), place]
         for group in range(groups):
             key, value = (heads + group) * size, (rotated + group) * size
             keys[text, group, slot] = projected[row, key : key + size]

@@ -415,6 +415,39 @@ def _noise(keys, ids, row, column, rows, N: tl.constexpr, NAMED: tl.constexpr):
     return -tl.log(-tl.log(uniform))
 
 
+@triton.jit
+def _head_tile(
+    x, weight, row, column, rows,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Logits of some rows and tokens, float32; minus infinity beyond the last token."""
+    inner = tl.arange(0, BLOCK_K)
+    logits = tl.zeros((16, BLOCK_N), dtype=tl.float32)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    for start in range(0, K, BLOCK_K):
+        k = start + inner
+        values = tl.load(x + _at(row, k, K), mask=_both(row < rows, k < K), other=0.0)
+        used = tl.load(weight + tl.trans(_at(column, k, K)), mask=_both(k < K, column < N), other=0.0)
+        logits = tl.dot(values, used, logits, input_precision=precision)
+    return tl.where(column[None, :] < N, logits, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _score(
+    x, weight, logits, rows,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The logits of `BLOCK_N` tokens of each row."""
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = _head_tile(x, weight, row, column, rows, K, N, BLOCK_N, BLOCK_K, EXACT)
+    tl.store(logits + _at(row, column, N), tile, mask=_both(row < rows, column < N))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _choose(
     x, weight, ids, keys, highest, index, sums, rows, temperature: tl.float64,
@@ -429,18 +462,10 @@ def _choose(
     block = tl.program_id(0)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    logits = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    for start in range(0, K, BLOCK_K):
-        k = start + inner
-        values = tl.load(x + _at(row, k, K), mask=_both(row < rows, k < K), other=0.0)
-        used = tl.load(weight + tl.trans(_at(column, k, K)), mask=_both(k < K, column < N), other=0.0)
-        logits = tl.dot(values, used, logits, input_precision=precision)
-    logits = tl.where(column[None, :] < N, logits, float("-inf"))
+    logits = _head_tile(x, weight, row, column, rows, K, N, BLOCK_N, BLOCK_K, EXACT)
     top = tl.max(logits, axis=1)
     scores = logits
     if DRAWN:
@@ -757,8 +782,7 @@ def best_tokens(
         Tokens `[1, M]`, or `[2, M]` with the runners-up; probabilities `[M]` as of `Stage.best`.
     """
     rows = len(states)
-    vocab, inner = head.shape
-    blocks = -(-vocab // HEAD_BLOCK)
+    blocks = -(-len(head) // HEAD_BLOCK)
     count = 2 if two else 1
     kind = torch.float64 if drawn else torch.float32
     highest = torch.empty(count, rows, blocks, dtype=kind, device=states.device)
@@ -766,18 +790,31 @@ def best_tokens(
     index = torch.empty(count, rows, blocks, dtype=torch.long, device=states.device)
     tokens = torch.empty(count, rows, dtype=torch.long, device=states.device)
     confidence = torch.empty(rows, device=states.device)
-    exact = states.dtype == torch.float32
     names = index if ids is None else ids
     keys = drawn.keys.contiguous() if drawn else index
     temperature = float(drawn.how.temperature) if drawn else 1.0
     arguments = (states, head, names, keys, highest, index, sums, rows, temperature)
     how = {"NAMED": ids is not None, "DRAWN": drawn is not None, "TWO": two}
-    shape = {"K": inner, "N": vocab, "BLOCK_N": HEAD_BLOCK, "BLOCK_K": 32 if exact else 64, "EXACT": exact}
-    _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, **shape, **how)
+    _launch(_choose, (blocks, _tiles(rows)), arguments, 4, 3, **_head_shape(states, head), **how)
     parts = (highest, index, sums, names, tokens, confidence, blocks)
     how["VERIFIED"] = drawn is not None and not drawn.is_draft
     _launch(_best, (rows,), parts, 4, 1, BLOCKS=triton.next_power_of_2(blocks), **how)
     return tokens, confidence
+
+
+def _head_shape(states: Tensor, head: Tensor) -> dict[str, Any]:
+    exact = states.dtype == torch.float32
+    vocab, inner = head.shape
+    return {"K": inner, "N": vocab, "BLOCK_N": HEAD_BLOCK, "BLOCK_K": 32 if exact else 64, "EXACT": exact}
+
+
+def head_logits(states: Tensor, head: Tensor) -> Tensor:
+    """Logits `[M, V]`, float32, of normed states `[M, D]` by a head `[V, D]`; a row's bits are the same among any."""
+    rows = len(states)
+    logits = torch.empty(rows, len(head), device=states.device)
+    grid = (-(-len(head) // HEAD_BLOCK), _tiles(rows))
+    _launch(_score, grid, (states, head, logits, rows), 4, 3, **_head_shape(states, head))
+    return logits
 
 
 def normed(states: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,12 +13,13 @@ Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
@@ -234,7 +235,12 @@ class Stage:
         return tokens, confidence
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits of normed states `[…, D]`, in their dtype: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
+        """Logits of normed states `[…, D]`: `[…, V']` for the drafter, `[…, V]` for the deep layers."""
+        weight = self.weights.head_weight
+        if self._by_own_kernels and weight is not None:
+            from kangaroo.decoding.kernels import head_logits
+
+            return head_logits(states.flatten(0, -2).contiguous(), weight).view(*states.shape[:-1], -1)
         assert self.weights.head is not None
         return self.weights.head(states)
 
@@ -383,8 +389,8 @@ class Stages:
     _under_way: tuple[Tensor, ...] | None = None
     # Of each text, the tokens that the verifier had read before its last pass.
     _read_before: list[int] = field(default_factory=list)
-    # Of base and deep, for prompts of a batch that are read one by one.
-    _one_row: list[KVCache] = field(default_factory=list)
+    # By stage, for prompts of a batch that are read one by one.
+    _one_row: dict[Stage, KVCache] = field(default_factory=dict)
     # For a drafter with feedback: the states of the last verification, and the drafter's of the last drafts.
     _verifier_hidden: Tensor = NO_STATES
     _drafter_hidden: Tensor = NO_STATES
@@ -635,47 +641,63 @@ class Stages:
         for stage in (self.base, self.deep):
             stage.cache.fork(chains)
         counts = list(map(len, rows))
-        are_prompts = not self.passes.begun
-        if are_prompts and len(rows) > 1 and self.passes.read_alone(max(counts)):
-            self._under_way = self._read_one_by_one(rows, drawn)
-            return
         self._read_before = self.deep.cache.lengths[: len(rows) // chains]
+        if self._read_alone(counts):
+            inputs = [self.passes.pad([row]) for row in rows]
+            self._under_way = self._verify_one_by_one(inputs, counts, True, drawn)
+            return
         tokens = self.passes.pad(rows)
         self._under_way = self._verify(tokens, counts, True, drawn, drafted)
-
-    def _read_one_by_one(self, rows: Sequence[Sequence[int]], drawn: Drawn | None) -> tuple[Tensor, ...]:
-        """Let the verifier read each prompt as if alone, over caches of one row, and copy what it has read."""
-        caches = (self.base.cache, self.deep.cache)
-        if not self._one_row:  # kept, since captured passes write to them
-            self._one_row = [cache.like_one_row(cache.capacity) for cache in caches]
-        outputs = []
-        self.base.cache, self.deep.cache = self._one_row
-        for index, row in enumerate(rows):
-            for cache in self._one_row:
-                cache.clear()
-            tokens = self.passes.pad([row])
-            own = drawn and Drawn(drawn.how, drawn.keys[index : index + 1])
-            results = self._verify(tokens, [len(row)], True, own, alone=True)
-            outputs.append([result.clone() for result in results])
-            for cache, one_row in zip(caches, self._one_row, strict=True):
-                cache.copy_prefix(one_row, index)
-            self.passes.begun = False  # so that the next one is read as a prompt, too
-        self.base.cache, self.deep.cache = caches
-        self.passes.begun = True
-        self._read_before = [0] * len(rows)
-        chosen, kept, hidden = zip(*outputs, strict=True)
-        padded = pad_sequence([states[0] for states in hidden], batch_first=True)
-        return torch.cat(chosen, dim=1), torch.cat(kept), padded
 
     def begin_verifying_states(self, states: Sequence[Tensor], drawn: Drawn | None = None) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
         counts = list(map(len, states))
-        longest = max(counts)
-        padding = self.passes.width(longest, len(states)) - longest
-        padded = pad_sequence(list(states), batch_first=True)
-        padded = torch.nn.functional.pad(padded, (0, 0, 0, padding))
         self._read_before = self.deep.cache.lengths
-        self._under_way = self._verify(padded, counts, False, drawn)
+        if self._read_alone(counts):
+            inputs = [self._padded([row]) for row in states]
+            self._under_way = self._verify_one_by_one(inputs, counts, False, drawn)
+            return
+        self._under_way = self._verify(self._padded(states), counts, False, drawn)
+
+    def _padded(self, states: Sequence[Tensor]) -> Tensor:
+        """Exit states `[T, D]` of each text as the deep layers read them."""
+        longest = max(map(len, states))
+        padding = self.passes.width(longest, len(states)) - longest
+        return F.pad(pad_sequence(list(states), batch_first=True), (0, 0, 0, padding))
+
+    def _read_alone(self, counts: Sequence[int]) -> bool:
+        """Whether these are prompts of so many tokens that are read one by one."""
+        return not self.passes.begun and len(counts) > 1 and self.passes.read_alone(max(counts))
+
+    def _one_by_one(self, stages: Sequence[Stage], rows: int) -> Iterator[int]:
+        """For each prompt, let some stages read it as if alone over caches of one row, and copy what they have read."""
+        caches = [stage.cache for stage in stages]
+        for stage, cache in zip(stages, caches, strict=True):
+            # They are kept, since captured passes write to them.
+            stage.cache = self._one_row.setdefault(stage, cache.like_one_row(cache.capacity))
+        for row in range(rows):
+            for stage in stages:
+                stage.cache.clear()
+            yield row
+            for stage, cache in zip(stages, caches, strict=True):
+                cache.copy_prefix(stage.cache, row)
+            self.passes.begun = False  # so that the next one is read as a prompt, too
+        for stage, cache in zip(stages, caches, strict=True):
+            stage.cache = cache
+
+    def _verify_one_by_one(
+        self, inputs: Sequence[Tensor], counts: Sequence[int], from_tokens: bool, drawn: Drawn | None
+    ) -> tuple[Tensor, ...]:
+        """Let the verifier read each prompt as if alone; `inputs` are `_verify`'s for each of them."""
+        outputs = []
+        for row in self._one_by_one([self.base, self.deep] if from_tokens else [self.deep], len(inputs)):
+            own = drawn and Drawn(drawn.how, drawn.keys[row : row + 1])
+            results = self._verify(inputs[row], [counts[row]], from_tokens, own, alone=True)
+            outputs.append([result.clone() for result in results])
+        self.passes.begun = True
+        chosen, kept, hidden = zip(*outputs, strict=True)
+        padded = pad_sequence([states[0] for states in hidden], batch_first=True)
+        return torch.cat(chosen, dim=1), torch.cat(kept), padded
 
     @property
     def is_verifying(self) -> bool:
@@ -726,7 +748,7 @@ class Stages:
             extra = [drafted.chosen]
         if drawn:
             width = 1 if are_prompts else inputs.shape[1]
-            extra.append(torch.nn.functional.pad(drawn.keys, (0, width - drawn.keys.shape[1])))
+            extra.append(F.pad(drawn.keys, (0, width - drawn.keys.shape[1])))
         caches = [self.deep.cache]
         if from_tokens:
             caches.insert(0, self.base.cache)
@@ -737,17 +759,22 @@ class Stages:
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
+        if not self._read_alone(list(map(len, tokens))):
+            return self._read(tokens)
+        states = []
+        for row in self._one_by_one([self.shallow, self.drafter], len(tokens)):
+            states.append(self._read([tokens[row]], alone=True)[0].clone())
+        return pad_sequence(states, batch_first=True)
 
-        def run(ids: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
+    def _read(self, tokens: Sequence[Sequence[int]], alone: bool = False) -> Tensor:
+        """The same in one pass; if a prompt is read `alone`, over caches of one row."""
+
+        def run(ids: Tensor) -> tuple[Tensor, ...]:
             states = self.shallow(ids)
-            self.drafter(states, fed_back[0] if fed_back else None)
+            self.drafter(states)
             return (states,)
 
         counts = list(map(len, tokens))
-        padded = self.passes.pad(tokens)
-        inputs = [padded]
-        if self.feedback:
-            inputs.append(self.feedback.take(counts, padded.shape[1]))
         caches = [self.shallow.cache, self.drafter.cache]
-        (states,) = self.passes.run("read", run, caches, counts, *inputs)
+        (states,) = self.passes.run(("read", alone), run, caches, counts, self.passes.pad(tokens))
         return states
