@@ -652,7 +652,7 @@ class Stages:
     def begin_verifying_states(self, states: Sequence[Tensor], drawn: Drawn | None = None) -> None:
         """The same from exit states `[T, D]` of each text, computed with lora_S on (target "adapted")."""
         counts = list(map(len, states))
-        self._read_before = self.deep.cache.lengths
+        self._read_before = list(self.deep.cache.lengths)
         if self._read_alone(counts):
             inputs = [self._padded([row]) for row in states]
             self._under_way = self._verify_one_by_one(inputs, counts, False, drawn)
@@ -769,12 +769,15 @@ class Stages:
     def _read(self, tokens: Sequence[Sequence[int]], alone: bool = False) -> Tensor:
         """The same in one pass; if a prompt is read `alone`, over caches of one row."""
 
-        def run(ids: Tensor) -> tuple[Tensor, ...]:
+        def run(ids: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
             states = self.shallow(ids)
-            self.drafter(states)
+            self.drafter(states, fed_back[0] if fed_back else None)
             return (states,)
 
         counts = list(map(len, tokens))
+        inputs = [self.passes.pad(tokens)]
+        if self.feedback:
+            inputs.append(self.feedback.take(counts, inputs[0].shape[1]))
         caches = [self.shallow.cache, self.drafter.cache]
-        (states,) = self.passes.run(("read", alone), run, caches, counts, self.passes.pad(tokens))
+        (states,) = self.passes.run(("read", alone), run, caches, counts, *inputs)
         return states
