@@ -178,17 +178,18 @@ class KVCache:
             for store in self.stores:
                 store[:, :, target, :, start:stop] = store[:, :, source, :, start:stop]
 
-    def like_one_row(self, capacity: int) -> KVCache:
-        """An empty cache of one row for the same layers."""
-        return KVCache(self._config, self._devices, 1, capacity, self._like, self.window)
+    def like(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache of so many rows for the same layers."""
+        return KVCache(self._config, self._devices, rows, capacity, self._like, self.window)
 
-    def copy_prefix(self, source: KVCache, row: int | None = None) -> None:
-        """Begin a row, or every one, with what the only row of `source` holds."""
-        rows = slice(None) if row is None else slice(row, row + 1)
+    def copy_prefix(self, source: KVCache, rows: Sequence[int]) -> None:
+        """Begin some rows with what those of `source` hold, or all of them with what its only row holds."""
         length = source.length
         for own, other in zip(self.stores, source.stores, strict=True):
-            own[:, :, rows, :, :length] = other[..., :length, :]
-        self.lengths[rows] = [length] * len(self.lengths[rows])
+            filled = other[..., :length, :].expand(-1, -1, len(rows), -1, -1, -1)
+            own[..., :length, :].index_copy_(2, torch.tensor(rows).to(own.device), filled)
+        for row in rows:
+            self.lengths[row] = length
 
     def store(self, layer: int, keys: Tensor, values: Tensor, plan: CachedPass) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, G, T, E]` of this pass; return the slots that its queries read."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kangaroo.decoding.ahead import plan_ahead, run_ahead
 from kangaroo.decoding.blocks import DecodeConfig, Verification
+from kangaroo.decoding.cache import KVCache
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import Stages
 
@@ -20,6 +21,8 @@ COMPACT_BELOW = 0.75
 """Share of unfinished rows below which finished ones are dropped from a batch."""
 COMPACT_CAPTURED_BELOW = 0.5
 """The same where passes are captured, again for every number of rows."""
+PROMPTS_TOGETHER = {"cpu": 8, "cuda": 512}
+"""Prompts of a large batch that are read at once, by the kind of device."""
 LOOK_EVERY = 16
 """Tokens between looks at which rows are finished, on a device that a look would make wait."""
 
@@ -112,35 +115,50 @@ class PlainBatch:
         self.captured = stages.passes.graphs is not None
         self.dtype = stages.dtype
         self.rows = torch.arange(len(tokens), device=tokens.device)
-        # Prompts of one chat format begin alike; what they share is computed once, if its angles are the same in all.
-        own = lengths.tolist()
-        stretched = any(stage.rotary.stretches(own) for stage in self._stages)
-        shared = 0 if stretched else common_prefix(tokens, lengths)
-        if shared:
-            self._read_prefix(tokens[:1, :shared])
-        else:
-            self._passes.prompt_lens = own
-        hidden = self._read(tokens[:, shared:])
-        self._passes.prompt_lens = ()
-        for stage in self._stages:
-            stage.cache.lengths = list(own)  # padding is overwritten
         self._lengths = lengths.clone()
-        self.last = hidden[self.rows, lengths - shared - 1]
+        self.last = self._read_prompts(tokens, lengths)
+        for stage in self._stages:
+            stage.cache.lengths = lengths.tolist()  # padding is overwritten
         self._best: tuple[Tensor, Tensor] | None = None
 
-    def _read(self, tokens: Tensor) -> Tensor:
-        base, deep = self._stages
-        return deep(base(tokens))
-
-    def _read_prefix(self, tokens: Tensor) -> None:
-        """Read `[1, T]` tokens that all rows begin with once, and copy their keys and values to every row."""
-        caches = [stage.cache for stage in self._stages]
-        for stage in self._stages:
-            stage.cache = stage.cache.like_one_row(tokens.shape[1])
-        self._read(tokens)
-        for stage, cache in zip(self._stages, caches, strict=True):
-            cache.copy_prefix(stage.cache)
+    def _read_prompts(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Read the prompts, those of like length together: less padding is read. Their last states `[B, D]`."""
+        # Prompts of one chat format begin alike; what they share is read once, if its angles are the same in all.
+        stretched = any(stage.rotary.stretches(lengths.tolist()) for stage in self._stages)
+        shared = 0 if stretched else common_prefix(tokens, lengths)
+        whole = [stage.cache for stage in self._stages]
+        prefix = [cache.like(1, shared) for cache in whole]
+        if shared:
+            self._read(tokens[:1, :shared], prefix)
+        together = PROMPTS_TOGETHER.get(tokens.device.type, len(tokens))
+        last: list[Tensor] = []
+        order = lengths.argsort() if together < len(tokens) else self.rows
+        for group in torch.split(order, together):
+            own = lengths[group]
+            longest = int(own.max())
+            caches = whole
+            if len(group) < len(tokens):
+                caches = [cache.like(len(group), longest) for cache in whole]
+            if shared:
+                for cache, beginning in zip(caches, prefix, strict=True):
+                    cache.copy_prefix(beginning, range(len(group)))
+            else:
+                self._passes.prompt_lens = own.tolist()
+            hidden = self._read(tokens[group, shared:longest], caches)
+            if caches is not whole:
+                for cache, filled in zip(whole, caches, strict=True):
+                    cache.copy_prefix(filled, group.tolist())
+            last.append(hidden[self.rows[: len(group)], own - shared - 1])
+        self._passes.prompt_lens = ()
+        for stage, cache in zip(self._stages, whole, strict=True):
             stage.cache = cache
+        return torch.cat(last)[order.argsort()]
+
+    def _read(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """The normed states `[B, T, D]` of tokens after what some caches hold, which the stages keep."""
+        base, deep = self._stages
+        base.cache, deep.cache = caches
+        return deep(base(tokens))
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The likeliest next token of every row, and its probability in float32; `[B]` each."""
@@ -158,10 +176,10 @@ class PlainBatch:
 
     def append(self, tokens: Tensor) -> None:
         """Read the next token `[B]` of every row."""
-        deep = self._stages[1]
+        base, deep = self._stages
 
         def read(tokens: Tensor) -> tuple[Tensor, ...]:
-            last = self._read(tokens)[:, -1]
+            last = deep(base(tokens))[:, -1]
             if not self.captured or not deep.weights.fused:
                 return (last,)
             best, confidence = deep.best(last)  # by our own kernels, as where there are drafts

@@ -674,13 +674,13 @@ class Stages:
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
             # They are kept, since captured passes write to them.
-            stage.cache = self._one_row.setdefault(stage, cache.like_one_row(cache.capacity))
+            stage.cache = self._one_row.setdefault(stage, cache.like(1, cache.capacity))
         for row in range(rows):
             for stage in stages:
                 stage.cache.clear()
             yield row
             for stage, cache in zip(stages, caches, strict=True):
-                cache.copy_prefix(stage.cache, row)
+                cache.copy_prefix(stage.cache, [row])
             self.passes.begun = False  # so that the next one is read as a prompt, too
         for stage, cache in zip(stages, caches, strict=True):
             stage.cache = cache
