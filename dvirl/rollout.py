@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.models.placement import fitting
 from dvirl.runs.errors import DvirlError
+from kangaroo.adapter import LlamaRotaryEmbedding
 from kangaroo.decoding.blocks import DecodeConfig, DraftBlock, Verification
 from kangaroo.decoding.generate import PlainAnswers, PlainBatch, Sampler, decode_plainly
 from kangaroo.decoding.layers import on_own_cpu_kernels
@@ -383,17 +384,17 @@ def draft_logits_at(
     return model.head_logits(chosen), exit_hidden[rows, before]
 
 
-def refuse_stretched(base: EarlyExitLlamaForCausalLM, length: int) -> None:
+def refuse_stretched(rotary: LlamaRotaryEmbedding, length: int) -> None:
     """Refuse texts of so many tokens if one pass over all of a text does not see what decoding saw.
 
     Raises:
         DvirlError: for dynamic positions beyond the context of training, where a token's angles depend on how long the
             text was when it came.
     """
-    if base.rotary.stretches([length]):
+    if rotary.stretches([length]):
         raise DvirlError(
-            f"texts have up to {length} tokens; expected at most {base.rotary.trained_context}, the context that the "
-            "model was trained with: beyond it dynamic positions differ between decoding and a pass over a whole text"
+            f"texts have up to {length} tokens; expected at most {rotary.trained_context}, the context of training: "
+            "beyond it dynamic positions differ between decoding and a pass over a whole text"
         )
 
 
@@ -402,7 +403,8 @@ def _drafter_states(model: KangarooModel, tokens: Tensor, depths: int) -> tuple[
 
     One pass gives the draft after every position, since each stands on verified text.
     """
-    refuse_stretched(model.base_model, tokens.shape[1])
+    for rotary in (model.base_model.rotary, model.adapter_model.rotary):
+        refuse_stretched(rotary, tokens.shape[1])
     exit_hidden = model.base_model.forward_shallow(tokens)
     verifier_hidden = exit_hidden
     if model.feedback:

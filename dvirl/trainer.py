@@ -54,7 +54,6 @@ from dvirl.rollout import (
     draft_logits_at,
     draft_rollout,
     generate,
-    refuse_stretched,
     score_drafts,
 )
 from dvirl.runs import checkpoint, optim
@@ -140,12 +139,11 @@ class DVITrainer(TrainingLoop):
             self.config = with_drafter(config, self.model)
 
     def _refuse_too_large(self) -> None:
-        """Say now, and not after hours, if batches do not fit into the memory, or texts to the positions."""
+        """Say now, and not after hours, if the updates' batches do not fit into the memory."""
         config = self.config
         base = self.loaded.model
         layers = base.model.layers
         longest = max(map(len, self.split.stream.prompts)) + config.max_new_tokens
-        refuse_stretched(base, longest)
         logits = config.max_new_tokens * base.config.vocab_size
         logits *= max(1, config.draft_len) if config.feedback else 1
         # The drafter's layers are as large as those of the model that they start from.

@@ -72,9 +72,10 @@ class LlamaRotaryEmbedding(nn.Module):
         if self.dynamic:
             # A text longer than the training's context gets a larger base (NTK-aware scaling). In decoding each token
             # keeps the base that the text's length gave when the token came.
-            beyond = (lengths / self.trained_context).clamp(min=1)[..., None]
+            # In float64, since a vector of float32 powers is rounded otherwise than its last few numbers.
+            beyond = (lengths.double() / self.trained_context).clamp(min=1)[..., None]
             stretch = self.scaling_factor * beyond - (self.scaling_factor - 1)
-            return self.frequencies(self.base * stretch ** (self.dim / (self.dim - 2))), 1.0
+            return self.frequencies(self.base * stretch ** (self.dim / (self.dim - 2))).float(), 1.0
         kind = self.scaling["rope_type"]
         inverse = self.frequencies(self.base)
         kept: Tensor | float = 0.0  # share in which a frequency stays; by linear scaling all are slowed down

@@ -394,7 +394,8 @@ def _continue(stage: Stage, inputs: Tensor, position_ids: Tensor | None) -> Tens
 
 def _cache_bytes(stages: Stages) -> int:
     """Bytes of the keys and values of some stages."""
-    return sum(part.nbytes for cache in stages.caches() for part in cache.keys + cache.values)
+    caches = [*stages.caches(), *stages.one_row.values()]
+    return sum(part.nbytes for cache in caches for part in cache.keys + cache.values)
 
 
 def _shape(stages: Stages) -> list[tuple[int, int, int | None, int, int]]:

@@ -16,8 +16,9 @@ from conftest import EOS, Recorded, capture_passes, random_prompts, tiny_config,
 from dvirl.rollout import generate
 from kangaroo.adapter import rotary_for
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig
-from kangaroo.decoding.drafting import BlockPolicy
+from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
 from kangaroo.decoding.passes import SHORTEST_VIEW, CudaGraphs, _Captured, view
+from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import Stage, StageWeights
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
@@ -90,6 +91,44 @@ def test_each_text_of_a_batch_has_the_angles_of_its_own_length(how, dtype):
     plain = [model.generate(prompt, 24, DecodeConfig(0, target=how.target), (EOS,)) for prompt in prompts]
     rollout = generate(model.base_model, prompts, 24, (EOS,), how.target)
     assert rollout.responses() == [one.tokens for one in plain]
+
+
+@pytest.mark.parametrize("target", ["base", "adapted"])
+def test_prompts_that_are_read_one_by_one_may_be_over_and_may_fail(target, monkeypatch):
+    """On a CPU prompts of more than 64 tokens; an error leaves every stage its own cache."""
+    model = tiny_kangaroo(2, drafter="layer")
+    prompts = [[5] * 80, [6] * 3, [7] * 5]
+    how = DecodeConfig(2, target=target)
+    with model.decoding(200, target, 3) as stages:
+        caches = [stage.cache for stage in (stages.shallow, stages.drafter, stages.base, stages.deep)]
+        policy = BlockPolicy(how)
+        texts = [
+            Text(LookupIndex(prompt), len(prompt) + 9 * (row != 1), policy)
+            for row, prompt in enumerate(prompts)
+        ]
+        over = model.base_model.spec_decode_step(texts, how)
+        assert [one is None for one in over] == [False, True, False]
+    alone = model.generate(prompts[2], 1, how).tokens
+    assert list(over[2].committed) == alone
+
+    run = Stage.__call__
+    left = [4]
+
+    def failing(self, *args):
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("on purpose")
+        return run(self, *args)
+
+    monkeypatch.setattr(Stage, "__call__", failing)
+    with model.decoding(200, target, 3) as stages:
+        caches = [stage.cache for stage in (stages.shallow, stages.drafter, stages.base, stages.deep)]
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model.base_model.spec_decode_step(
+                [Text(LookupIndex(prompt), 99, policy) for prompt in prompts], how
+            )
+        assert caches == [stage.cache for stage in (stages.shallow, stages.drafter, stages.base, stages.deep)]
+        assert not stages.passes.prompt_lens
 
 
 def test_what_is_captured_under_passes_of_one_size_drafts_in_such_passes_too(monkeypatch):

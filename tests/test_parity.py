@@ -113,6 +113,23 @@ def test_the_mask_sees_a_window():
     assert mask[0, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
 
 
+def test_angles_of_a_stretched_text_depend_on_nothing_but_its_length():
+    """Not on other texts, nor on how far a table goes: libraries round the last numbers of a row in another way."""
+    scaling = {"type": "dynamic", "factor": 2.0}
+    rotary = rotary_for(tiny_config(rope_scaling=scaling, max_position_embeddings=40))
+    positions = torch.arange(700)[None]
+    lengths = list(range(37, 700, 21))
+    together = rotary(positions, 699, torch.float32, lengths)
+    for row, length in enumerate(lengths):
+        alone = rotary(positions[:, :length], length - 1, torch.float32, [length])
+        for one, other in zip(alone, together, strict=True):
+            assert torch.equal(one[0], other[row, :, :length])
+    whole = rotary.table(4000, torch.device("cpu"))[0]
+    for size in range(41, 100):
+        fresh = rotary_for(tiny_config(rope_scaling=scaling, max_position_embeddings=40))
+        assert torch.equal(fresh.table(size, torch.device("cpu"))[0], whole[:size]), size
+
+
 def test_rotary_table_grows_and_scales():
     rotary = LlamaRotaryEmbedding(8, 4)
     cos, _ = rotary(torch.tensor([[9]]), 9, torch.float32)

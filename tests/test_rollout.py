@@ -132,9 +132,13 @@ def test_texts_that_dynamic_positions_stretch_are_not_judged_at_once():
     rollout = generate(model.base_model, prompts, LENGTH)
     scaling = {"type": "dynamic", "factor": 2.0}
     longest = rollout.tokens.shape[1]
-    for context in (longest, longest - 1):
+    for context, one in (
+        (longest, model.base_model),
+        (longest - 1, model.adapter_model),
+        (longest - 1, model.base_model),
+    ):
         config = tiny_config(rope_scaling=scaling, max_position_embeddings=context)
-        model.base_model.rotary = rotary_for(config)
+        one.rotary = rotary_for(config)
         refused = pytest.raises(
             DvirlError, match=f"texts have up to {longest} tokens; expected at most {context}"
         )

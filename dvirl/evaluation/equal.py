@@ -25,7 +25,7 @@ from dvirl.evaluation.report import command_record, write_out
 from dvirl.evaluation.spec_bench import parse_answer
 from dvirl.models.drafters import open_draft
 from dvirl.models.loading import DEFAULT_MODEL, LoadedModel, load, resolve_dtype
-from dvirl.rollout import verifier_states
+from dvirl.rollout import refuse_stretched, verifier_states
 from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError, bad_input
 from dvirl.runs.settings import choice, number, positional, several
@@ -153,7 +153,12 @@ def last_logits(
     shared: Sequence[int],
     target: str = "base",
 ) -> Tensor:
-    """The verifier's logits `[V]` after a prompt and the answer so far, computed without a cache."""
+    """The verifier's logits `[V]` after a prompt and the answer so far, computed without a cache.
+
+    Raises:
+        DvirlError: as `refuse_stretched` does.
+    """
+    refuse_stretched(base.rotary, len(prompt) + len(shared))
     ids = torch.tensor([[*prompt, *shared]], device=base.lm_head.weight.device)
     states = verifier_states(base, ids, ["lora_S"] if target == "base" else [])
     logits: Tensor = base.lm_head(states[0, -1]).float()

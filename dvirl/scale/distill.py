@@ -336,9 +336,9 @@ class Distiller(TrainingLoop):
         logits *= config.depths if config.feedback else 1
         drafter = list(layers[config.exit_layer :].parameters())
         fitting("batch", config.batch, base, layers, positions, logits, drafter)
-        refuse_stretched(base, positions)
         claim(self.run_dir, config, loaded)
         self.responses, self.left_out = self._chosen(self._ready_responses())
+        refuse_stretched(base.rotary, int(self.responses.lengths.max()))
         torch.manual_seed(config.seed)
         self.peft_model, self.model = attach_draft(loaded.model, config, self.responses.response_tokens())
         self.parameters = shallow_parameters(self.model, config.lora_shallow)

@@ -148,10 +148,13 @@ class PlainBatch:
             if caches is not whole:
                 for cache, filled in zip(whole, caches, strict=True):
                     cache.copy_prefix(filled, group.tolist())
+                del filled
             last.append(hidden[self.rows[: len(group)], own - shared - 1])
+            # What one group has read is given back before the next one reads.
+            del caches, hidden
+            for stage, cache in zip(self._stages, whole, strict=True):
+                stage.cache = cache
         self._passes.prompt_lens = ()
-        for stage, cache in zip(self._stages, whole, strict=True):
-            stage.cache = cache
         return torch.cat(last)[order.argsort()]
 
     def _read(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:

@@ -445,7 +445,7 @@ def _score(
         gdc_launch_dependents()
         gdc_wait()
     tile = _head_tile(x, weight, row, column, rows, K, N, BLOCK_N, BLOCK_K, EXACT)
-    tl.store(logits + _at(row, column, N), tile, mask=_both(row < rows, column < N))
+    tl.store(logits + _at(row.to(tl.int64), column, N), tile, mask=_both(row < rows, column < N))
 
 
 @triton.jit(do_not_specialize=["rows"])

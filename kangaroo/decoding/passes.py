@@ -155,14 +155,22 @@ class Passes:
             key = ((name, by_library), slots)  # later passes can be as wide as a prompt
             outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
         else:
-            self.prompt_lens = counts
-            with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is kept
-                outputs = function(*(tensor.to(self.device) for tensor in inputs))
-            self.prompt_lens = ()
+            outputs = self._run_as_it_is(function, counts, inputs)
         # Count each row's own tokens only: the next pass overwrites its padding.
         for cache in caches:
             cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]
         return outputs
+
+    def _run_as_it_is(
+        self, function: Pass, counts: Sequence[int], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Run a pass over as many tokens as there are."""
+        self.prompt_lens = counts
+        try:
+            with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is kept
+                return function(*(tensor.to(self.device) for tensor in inputs))
+        finally:
+            self.prompt_lens = ()
 
     def _run_fixed(
         self,

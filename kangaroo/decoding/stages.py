@@ -13,10 +13,10 @@ Shapes: B texts, T new tokens, V vocabulary, V' draft vocabulary, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Fuse, Middle, Norm, Product
 from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.sampling import Drawn, choose_tokens
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -390,7 +392,7 @@ class Stages:
     # Of each text, the tokens that the verifier had read before its last pass.
     _read_before: list[int] = field(default_factory=list)
     # By stage, for prompts of a batch that are read one by one.
-    _one_row: dict[Stage, KVCache] = field(default_factory=dict)
+    one_row: dict[Stage, KVCache] = field(default_factory=dict)
     # For a drafter with feedback: the states of the last verification, and the drafter's of the last drafts.
     _verifier_hidden: Tensor = NO_STATES
     _drafter_hidden: Tensor = NO_STATES
@@ -661,39 +663,46 @@ class Stages:
 
     def _padded(self, states: Sequence[Tensor]) -> Tensor:
         """Exit states `[T, D]` of each text as the deep layers read them."""
-        longest = max(map(len, states))
-        padding = self.passes.width(longest, len(states)) - longest
-        return F.pad(pad_sequence(list(states), batch_first=True), (0, 0, 0, padding))
+        padded = pad_sequence(list(states), batch_first=True)
+        width = self.passes.width(max(1, padded.shape[1]), len(states))
+        return F.pad(padded, (0, 0, 0, width - padded.shape[1]))
 
     def _read_alone(self, counts: Sequence[int]) -> bool:
         """Whether these are prompts of so many tokens that are read one by one."""
         return not self.passes.begun and len(counts) > 1 and self.passes.read_alone(max(counts))
 
-    def _one_by_one(self, stages: Sequence[Stage], rows: int) -> Iterator[int]:
-        """For each prompt, let some stages read it as if alone over caches of one row, and copy what they have read."""
+    def _one_by_one(self, stages: Sequence[Stage], count: int, read: Callable[[int], Result]) -> list[Result]:
+        """What `read` gives for each prompt, which some stages read as if alone: over caches of one row."""
         caches = [stage.cache for stage in stages]
-        for stage, cache in zip(stages, caches, strict=True):
-            # They are kept, since captured passes write to them.
-            stage.cache = self._one_row.setdefault(stage, cache.like(1, cache.capacity))
-        for row in range(rows):
-            for stage in stages:
-                stage.cache.clear()
-            yield row
+        results = []
+        try:
             for stage, cache in zip(stages, caches, strict=True):
-                cache.copy_prefix(stage.cache, [row])
-            self.passes.begun = False  # so that the next one is read as a prompt, too
-        for stage, cache in zip(stages, caches, strict=True):
-            stage.cache = cache
+                # They are kept, since captured passes write to them.
+                stage.cache = self.one_row.setdefault(stage, cache.like(1, cache.capacity))
+            for row in range(count):
+                for stage in stages:
+                    stage.cache.clear()
+                results.append(read(row))
+                for stage, cache in zip(stages, caches, strict=True):
+                    cache.copy_prefix(stage.cache, [row])
+                self.passes.begun = False  # so that the next one is read as a prompt, too
+        finally:
+            for stage, cache in zip(stages, caches, strict=True):
+                stage.cache = cache
+        return results
 
     def _verify_one_by_one(
         self, inputs: Sequence[Tensor], counts: Sequence[int], from_tokens: bool, drawn: Drawn | None
     ) -> tuple[Tensor, ...]:
         """Let the verifier read each prompt as if alone; `inputs` are `_verify`'s for each of them."""
-        outputs = []
-        for row in self._one_by_one([self.base, self.deep] if from_tokens else [self.deep], len(inputs)):
+
+        def read(row: int) -> list[Tensor]:
             own = drawn and Drawn(drawn.how, drawn.keys[row : row + 1])
             results = self._verify(inputs[row], [counts[row]], from_tokens, own, alone=True)
-            outputs.append([result.clone() for result in results])
+            return [result.clone() for result in results]
+
+        stages = [self.base, self.deep] if from_tokens else [self.deep]
+        outputs = self._one_by_one(stages, len(inputs), read)
         self.passes.begun = True
         chosen, kept, hidden = zip(*outputs, strict=True)
         padded = pad_sequence([states[0] for states in hidden], batch_first=True)
@@ -761,9 +770,11 @@ class Stages:
         """Let shallow layers and drafter read tokens without drafting; their exit states `[B, T, D]`."""
         if not self._read_alone(list(map(len, tokens))):
             return self._read(tokens)
-        states = []
-        for row in self._one_by_one([self.shallow, self.drafter], len(tokens)):
-            states.append(self._read([tokens[row]], alone=True)[0].clone())
+
+        def read(row: int) -> Tensor:
+            return self._read([tokens[row]], alone=True)[0].clone()
+
+        states = self._one_by_one([self.shallow, self.drafter], len(tokens), read)
         return pad_sequence(states, batch_first=True)
 
     def _read(self, tokens: Sequence[Sequence[int]], alone: bool = False) -> Tensor:
