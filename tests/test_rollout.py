@@ -107,7 +107,10 @@ def test_records_equal_the_step_by_step_decoders(
         for fuse in filter(None, (adapter.fuse, adapter.fuse_later, adapter.fuse_middle)):
             fuse.weight.data += 0.3 * torch.randn_like(fuse.weight)
     config = DecodeConfig(draft_len, threshold, target, 0.5 if sampled else 0.0)
-    noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed)) if sampled else None
+    noise = None
+    if sampled:  # in float64: noise may lie within float32's rounding of where one token's share ends
+        model = model.double()
+        noise = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(seed))
     compare(model, config, random_prompts(4, seed), (EOS,), noise)
 
 
