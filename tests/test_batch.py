@@ -99,9 +99,8 @@ def test_prompts_that_are_read_one_by_one_may_be_over_and_may_fail(target, monke
     model = tiny_kangaroo(2, drafter="layer")
     prompts = [[5] * 80, [6] * 3, [7] * 5]
     how = DecodeConfig(2, target=target)
-    with model.decoding(200, target, 3) as stages:
-        caches = [stage.cache for stage in (stages.shallow, stages.drafter, stages.base, stages.deep)]
-        policy = BlockPolicy(how)
+    policy = BlockPolicy(how)
+    with model.decoding(200, target, 3):
         texts = [
             Text(LookupIndex(prompt), len(prompt) + 9 * (row != 1), policy)
             for row, prompt in enumerate(prompts)

@@ -149,8 +149,10 @@ class Passes:
         is_fixed = self.takes_prompt(width) if is_prompt else self.graphs or self.positions
         if is_fixed:
             slots = view(max(before) + width + ahead, caches[0].capacity)
-            slots = caches[0].capacity if self.positions and not is_prompt else slots
-            starts = torch.tensor(before) if starts is None else starts
+            if self.positions and not is_prompt:
+                slots = caches[0].capacity
+            if starts is None:
+                starts = torch.tensor(before)
             by_library = is_prompt and width > self.own_prompt
             key = ((name, by_library), slots)  # later passes can be as wide as a prompt
             outputs = self._run_fixed(key, function, caches, starts, *inputs, by_library=by_library)
