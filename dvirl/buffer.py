@@ -142,8 +142,10 @@ class ReplayBuffer:
         return self.batch(self._is_recent(num_responses))
 
     def _is_recent(self, num_responses: int) -> Tensor:
-        """Which records are of the most recent responses."""
-        return self._fields["response_id"] >= self._next_response - num_responses
+        """Which records are of the most recent responses that have any."""
+        ids = self._fields["response_id"]
+        first = torch.unique(ids)[-num_responses:][0]
+        return torch.ge(ids, first)
 
     def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""

@@ -18,7 +18,7 @@ The user's text stays in memory unless `keep_text` is set.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
@@ -56,6 +56,8 @@ FRESH_ANSWERS = 4
 KEPT_CHECKPOINTS = 2
 SAVED = 0.5
 """Share of a gain in tokens a block that is taken for time saved; prompts and drafts take the rest."""
+RECENT_ANSWERS = 10
+"""Answers whose time for learning can be saved up, about, and over which the share of learned blocks is averaged."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class LiveConfig(Settings):
     temperature: float = number(0.0, 0, 100)
     """0 answers greedily; above 0 answers are sampled."""
     budget: float = number(0.1, 0, 0.9)
-    """Share of the time that learning may take, of answering and learning together; 0 never learns."""
+    """Share of the time that learning may take, of answering and learning together; 0 never learns. What is not used
+    is kept for ten answers."""
     stake: float = number(0.03, 0, 0.9)
     """Once the guard has looked: share of the time by which learning may exceed what it is seen to save."""
     lr: float = number(3e-4, 0, 1)
@@ -289,6 +292,9 @@ class LiveCounters:
     Attributes:
         answers: answers so far.
         answer_s, learn_s: seconds of answering and of learning so far, by the session's clock.
+        allowance: seconds that learning may take now; answers add to it, learning takes from it.
+        learned: share of blocks that the draft model drafted, a moving average over answers: a memory or a lookup
+            drafts the rest.
         gain: the live draft's expected tokens a block over those of the beginning's, less 1, as the guard saw it;
             None before.
         unreplayed, unguarded, unsaved: updates since an older answer was replayed, since the guard looked, and since
@@ -299,6 +305,8 @@ class LiveCounters:
     answers: int = 0
     answer_s: float = 0.0
     learn_s: float = 0.0
+    allowance: float = 0.0
+    learned: float = 1.0
     gain: float | None = None
     unreplayed: int = 0
     unguarded: int = 0
@@ -417,6 +425,7 @@ class LiveSession:
         ends = self.loaded.eos_ids
         decoding = self.model.decode_blocks(prompt, limit, config.decode, ends, seed=seed, memory=self.memory)
         blocks: list[Verification] = []
+        before = replace(self.counters)
         try:
             while True:
                 with self._timed("answer_s"):
@@ -429,6 +438,7 @@ class LiveSession:
             decoding.close()  # type: ignore[attr-defined]  # it is a generator
             if blocks:
                 self._take(list(prompt), blocks)
+                self._allow(before, blocks[1:])
 
     def _take(self, prompt: list[int], blocks: list[Verification]) -> None:
         """Take in what the verification of one answer has shown."""
@@ -459,6 +469,25 @@ class LiveSession:
 
     # Learning
 
+    def _allow(self, before: LiveCounters, blocks: Sequence[Verification]) -> None:
+        """Add what learning may take for an answer to what it may take now.
+
+        Args:
+            before: the counters before the answer.
+            blocks: its blocks, without the first, which has no drafts.
+        """
+        counters = self.counters
+        if blocks:
+            learned = fmean(block.main_chain.draft.num_learned > 0 for block in blocks)
+            counters.learned += (learned - counters.learned) / RECENT_ANSWERS
+        share = self._share()
+        rate = share / (1 - share)  # the share is of answering and learning together
+        most = max(
+            rate * RECENT_ANSWERS * counters.answer_s / counters.answers, *counters.costs.values(), 0.0
+        )
+        earned = rate * (counters.answer_s - before.answer_s) - (counters.learn_s - before.learn_s)
+        counters.allowance = min(counters.allowance + earned, most)
+
     def learn(self) -> str:
         """Do what is due if the budget allows it: an update, a replay, a look of the guard, or a checkpoint.
 
@@ -468,8 +497,7 @@ class LiveSession:
         kind = self._due()
         counters = self.counters
         # The budget must hold if it takes as long as it did last time.
-        learn_s = counters.learn_s + counters.costs.get(kind, 0.0)
-        if not kind or learn_s > self._share() * (counters.answer_s + learn_s):
+        if not kind or counters.costs.get(kind, 0.0) > counters.allowance:
             return ""
         began = self._clock()
         figures = self._do(kind)
@@ -477,6 +505,7 @@ class LiveSession:
         seconds = self._clock() - began
         if kind != "checkpoint":  # its own time cannot stand in it
             counters.learn_s += seconds
+            counters.allowance -= seconds
             counters.costs[kind] = seconds
         self._log(kind, seconds=seconds, **figures)
         return "back" if figures.get("verdict") == "back" else kind
@@ -486,7 +515,9 @@ class LiveSession:
         config = self.config
         gain = self.counters.gain
         # Until the guard has looked nobody knows what learning is worth.
-        return config.budget if gain is None else min(config.budget, config.stake + SAVED * gain)
+        if gain is None:
+            return config.budget
+        return min(config.budget, config.stake + SAVED * self.counters.learned * gain)
 
     def _due(self) -> str:
         """What is to be done next; the guard looks before the draft changes any further."""

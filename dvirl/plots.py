@@ -80,6 +80,7 @@ def _label_ends(axes: Any) -> None:
     to_pixels = axes.transData
     lowest = -math.inf
     lines, _ = axes.get_legend_handles_labels()
+    lines = [line for line in lines if len(line.get_xydata())]
     for line in sorted(lines, key=lambda line: line.get_xydata()[-1, 1]):
         x, y = to_pixels.transform(line.get_xydata()[-1])
         lowest = max(y, lowest + LABEL_PIXELS)

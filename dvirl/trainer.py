@@ -91,6 +91,7 @@ class DVITrainer(TrainingLoop):
     config: DVIConfig
     counters: Counters
     unit = "prompt"
+    shares_out = True
 
     def __init__(
         self,
@@ -133,8 +134,10 @@ class DVITrainer(TrainingLoop):
             sample = self.split.stream.peek(VOCAB_SAMPLE)
             tokens = self.processes.once(lambda: self._generate(sample).response_tokens().cpu())
         self.peft_model, self.model = lora.attach_draft(base, config, tokens, deep=True)
-        if config.start_from:
-            folder = Path(config.start_from)
+        folder = Path(config.start_from)
+        # A run that goes on has all weights in its checkpoints.
+        goes_on = any(self.run_dir.glob("checkpoints/step-*"))
+        if config.start_from and (folder.exists() or not goes_on):
             checkpoint.load_weights(folder, self.peft_model, self.model, ["lora_S"], to_start=True)
             self.config = with_drafter(config, self.model)
 
@@ -485,7 +488,7 @@ class DVITrainer(TrainingLoop):
             "counters": asdict(self.counters),
             "served": asdict(self.served),
             "rates": self.rates,
-            "baseline": [self.baseline.value, self.baseline.count],
+            "baseline": [self.baseline.value, self.baseline.count, self.baseline.kind],
             "stream": {"position": self.split.stream.position},
             "buffer": buffer["numbers"],
             "random": random["numbers"],
@@ -500,7 +503,12 @@ class DVITrainer(TrainingLoop):
         self.counters = Counters(**numbers["counters"])
         self.served = Served(**numbers["served"])
         self.rates = numbers["rates"]
-        self.baseline.value, self.baseline.count = numbers["baseline"]
+        value, count, *kind = numbers["baseline"]
+        if kind in (
+            [],
+            [self.baseline.kind],
+        ):  # older checkpoints do not say it; another average means something else
+            self.baseline.value, self.baseline.count = value, count
         self.split.stream.position = numbers["stream"]["position"]
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())

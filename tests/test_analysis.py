@@ -130,6 +130,13 @@ def test_curves_and_shares_are_drawn(tmp_path):
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir()) and torch.is_grad_enabled()
 
 
+def test_a_run_without_an_update_is_no_line_among_others(tmp_path):
+    logs = {"some": pd.DataFrame({"tokens": [1, 2], "accept_rate": [0.1, 0.2]})}
+    logs["none"] = logs["some"].head(0)
+    plots.compare_runs(logs, "t", save=tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
 def test_points_have_their_intervals_and_names_apart(monkeypatch):
     axes = []
     monkeypatch.setattr(plots.plt, "show", lambda: axes.append(plots.plt.gca()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import EOS, random_prompts, tiny_kangaroo
@@ -69,6 +71,18 @@ def test_recent_and_sampled_responses():
     again = buffer.sample_responses(2, torch.Generator().manual_seed(0))
     assert torch.equal(drawn.token, again.token)
     assert len(buffer.sample_responses(10_000, torch.Generator())) == len(buffer)
+
+
+def test_the_recent_responses_are_those_that_have_records():
+    """One-token answers have none, and with `records=accepted` neither have those in which nothing was right."""
+    buffer, kept = filled()
+    records, rollout = kept[0]
+    buffer.add(replace(records, **{name: value[:3] for name, value in vars(records).items()}), rollout)
+    first = len(set(records.row[:3].tolist()))
+    assert first < len(rollout)  # the last ones have no record
+    assert torch.equal(buffer.recent(first).token, records.token[:3])
+    buffer.skip_fresh(first)
+    assert buffer.num_fresh == 3
 
 
 def test_its_state_comes_back():

@@ -388,6 +388,18 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path, responses, monkeypatch, chang
     assert starts.step.tolist() == [0, killed_at // 5 * 5]
 
 
+def test_a_torn_line_of_a_written_shard_does_not_join_the_next(tmp_path):
+    config = settings(tmp_path / "run", num_tokens=60, passes=1)
+    loaded = dataclasses.replace(tiny_loaded(), eos_ids=ENDS)
+    Distiller(config, loaded)
+    log = tmp_path / "run/metrics.jsonl"
+    log.write_text(log.read_text().splitlines()[0][:20])
+    for shard in (tmp_path / "run/responses").iterdir():
+        shard.unlink()
+    Distiller(config, dataclasses.replace(tiny_loaded(), eos_ids=ENDS)).train(show_progress=False)
+    assert set(read_metrics(log).phase) == {"write", "start", "train"}
+
+
 def test_a_run_killed_while_it_writes_goes_on_with_the_shards_it_has(tmp_path, monkeypatch):
     loaded = dataclasses.replace(tiny_loaded(), eos_ids=ENDS)
     monkeypatch.setattr(distill, "SHARD", 8)

@@ -227,10 +227,33 @@ def test_once_the_guard_has_looked_learning_costs_little_more_than_it_saves(draf
         for prompt in PROMPTS * 3:
             live.answer(prompt)
         assert live.trainer.counters.step - steps < 3 and live.counters.learning_share < max(first, 0.2)
-        live.counters.gain = 0.6
+        live.counters.gain, live.counters.learned = 0.6, 1.0
         assert live._share() == pytest.approx(0.4)
-        live.counters.gain = 3.0
+        live.counters.learned = 0.25  # a better draft saves nothing in blocks that were looked up
+        assert live._share() == pytest.approx(0.175)
+        live.counters.gain, live.counters.learned = 3.0, 1.0
         assert live._share() == 0.5
+
+
+def test_time_for_learning_is_saved_up_for_a_few_answers_only(drafter):
+    """After long without a thing to learn, learning takes no more of the next answers' time than it always may."""
+    with session(drafter, budget=0.25) as live:
+        live.learn = lambda: ""
+        for prompt in PROMPTS * 5:
+            live.answer(prompt)
+        answers, seconds = live.counters.answers, live.counters.answer_s
+        saved = 10 * seconds / answers / 3  # a quarter of all time is a third of answering
+        assert 0 < live.counters.allowance <= saved
+        live.counters.gain, live.config = 3.0, LiveConfig(**{**FIXED, "budget": 0.5})
+        live.answer(PROMPTS[0])  # what was saved up at a quarter is no more at a half
+        assert live.counters.allowance < saved + 2 * seconds / answers
+
+
+def test_the_share_of_learned_blocks_is_of_the_last_answers(drafter):
+    with session(drafter, source="lookup", lr=0.0) as live:
+        for prompt in PROMPTS[:10]:
+            live.answer(prompt)
+        assert live.counters.learned == pytest.approx(0.9**10)
 
 
 def test_an_update_waits_for_the_budget_and_learns_from_the_last_answers_alone(drafter):

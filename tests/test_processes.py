@@ -17,12 +17,15 @@ from conftest import in_child, timeless, tiny_loaded, tiny_split
 from safetensors.torch import load_file
 from test_models import save_tiny
 from test_trainer import tiny_settings
+from torch import nn
 
+from dvirl.config import SGPConfig
 from dvirl.runs import checkpoint, errors
 from dvirl.runs import folder as run_folder
 from dvirl.runs.checkpoint import newest, verify
 from dvirl.runs.log import read_metrics
 from dvirl.runs.processes import Processes
+from dvirl.sgp import SGPTrainer
 from dvirl.train_dvi import resume
 from dvirl.trainer import DVITrainer
 
@@ -101,6 +104,17 @@ def same(one: Path, two: Path) -> None:
         dict(schedule="ce", actions="argmax", draft_vocab=40),
         dict(schedule="masked_ce", num_prompts=21, replay=0),
         dict(schedule="tv", target="adapted"),
+        # Updates on first drafts alone give one parameter no gradient: `fuse_later`, which later drafts read.
+        dict(
+            schedule="kl",
+            drafter="layer",
+            feedback=True,
+            recurrent=True,
+            draft_len=2,
+            fast_batch=2,
+            replay=2,
+            buffer_size=9,
+        ),
     ],
     ids=lambda changes: changes.get("schedule", "default"),
 )
@@ -108,6 +122,30 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path, changes):
     assert in_processes(2, lambda rank: train(tmp_path / "two", 2, **changes)) == [0, 0]
     train(tmp_path / "one", **changes)
     same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_parameter_without_a_gradient_anywhere_is_not_stepped():
+    """As by one process: a gradient of zero would count as a step, and the moments would go on."""
+
+    def work(rank):
+        weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+        weights[rank].grad = torch.full((2,), 3.0)  # of two processes each has the gradient of one
+        Processes("cpu").add_gradients(weights)
+        assert [weight.grad is None for weight in weights] == [False, False, True]
+        assert all(weight.grad.tolist() == [3.0, 3.0] for weight in weights[:2])
+
+    assert in_processes(2, work) == [0, 0]
+
+
+def test_what_trains_alone_refuses_several_processes(tmp_path, capfd):
+    def work(rank):
+        config = SGPConfig(
+            run_dir=str(tmp_path / "run"), exit_layer=2, lora_rank=4, dtype="float32", device="cpu"
+        )
+        sys.exit(errors.guarded(lambda _: SGPTrainer(config, tiny_loaded(), []), []))
+
+    assert in_processes(2, work) == [2, 2]
+    assert "2 processes were started; expected one, which trains alone" in capfd.readouterr().err
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):

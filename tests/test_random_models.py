@@ -23,6 +23,8 @@ from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+LAST = torch.device("cuda", torch.cuda.device_count() - 1) if torch.cuda.is_available() else DEVICE
+"""Where layers lie from some layer on: with several GPUs on another one."""
 MODELS = int(os.environ.get("DVIRL_RANDOM_MODELS", "8"))
 FIRST = int(os.environ.get("DVIRL_RANDOM_FIRST", "0"))
 LENGTHS = (1, 3, 17, 64, 65, 190, 193, 300) if MODELS > 8 else (1, 3, 17, 65, 70)
@@ -90,6 +92,8 @@ def random_draft(draw: random.Random, seed: int) -> KangarooModel:
         scramble_lora(model, ["lora_S"], 0.03, seed)
         scramble_lora(model, ["lora_D"], 0.02, seed + 1)
         model.to(DEVICE)
+    for layer in base.model.layers[draw.randint(1, config.num_hidden_layers) :]:
+        layer.to(LAST)
     return model
 
 

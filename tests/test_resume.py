@@ -339,6 +339,57 @@ def test_other_prompts_under_the_same_name_are_refused_unless_accepted(whole):
     assert resume(folder, None, tiny_loaded(), other, accept_changes=True).split is other
 
 
+def under_way(run):
+    """The same run with a checkpoint after its first prompts, as if it had been stopped there."""
+    run.advance()
+    run.save_checkpoint()
+    run_folder.write_config(run.run_dir, run.config, run.loaded, inputs=run.inputs)
+    return run
+
+
+def test_the_average_of_another_baseline_is_not_gone_on_with(tmp_path):
+    run = under_way(DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split()))
+    assert run.baseline.value
+    for kind, value in (("ema", run.baseline.value), ("none", 0.0), ("mean", 0.0)):
+        other = settings(tmp_path / "run", baseline=kind)
+        again = resume(tmp_path / "run", other, tiny_loaded(), tiny_split(), accept_changes=True)
+        assert again.baseline.value == value
+
+
+def test_moments_of_other_parameters_are_refused(tmp_path):
+    under_way(DVITrainer(settings(tmp_path / "run"), tiny_loaded(), tiny_split()))
+    other = settings(tmp_path / "run", lora_shallow=False)
+    with pytest.raises(DvirlError, match="optimizer is of other parameters; expected the same lora_shallow"):
+        resume(tmp_path / "run", other, tiny_loaded(), tiny_split(), accept_changes=True)
+
+
+def test_a_run_goes_on_when_what_it_started_from_is_gone(whole, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(newest(whole[0]), start)
+    config = settings(tmp_path / "run", start_from=str(start))
+    run = DVITrainer(config, tiny_loaded(), tiny_split())
+    shutil.rmtree(start)
+    with pytest.raises(DvirlError, match="not a complete checkpoint"):  # nothing says what to begin with
+        DVITrainer(config, tiny_loaded(), tiny_split())
+    under_way(run)
+    again = resume(tmp_path / "run", None, tiny_loaded(), tiny_split())
+    assert again.config.start_from == str(start) and again.counters.step == run.counters.step
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_a_run_that_is_stopped_before_its_first_update_goes_on(tmp_path):
+    """The same trainer, as in a notebook's cell that is run again."""
+    run = DVITrainer(settings(tmp_path / "run", fast_batch=50), tiny_loaded(), tiny_split())
+    real, run.answer = run.answer, lambda prompts: signal.raise_signal(signal.SIGINT) or real(prompts)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(show_progress=False)
+    assert run.counters.prompts and not run.counters.step
+    run.answer = real
+    run.train(show_progress=False)
+    assert run.finished
+
+
 def test_a_setting_that_came_after_the_run_had_its_default(whole, tmp_path):
     """Of a run that goes on, and of an evaluation."""
     folder = tmp_path / "run"

@@ -432,7 +432,12 @@ def test_the_command_writes_what_repeats_it(tmp_path, capsys):
     ("content", "message"),
     [({"kind": "poem"}, "kind is 'poem'; expected one of grid, staleness, adaptation, federated, distill"),
      ({"seeds": []}, "at least one seed"), ({"variants": {"x": {"exit_layr": 2}}}, "study: unknown setting exit_layr"),
-     ({"colour": 1}, "unknown setting colour")],
+     ({"colour": 1}, "unknown setting colour"),
+     ({"variants": {"long": {"max_new_tokens": 32}}}, "long has its own max_new_tokens; expected in base, for all alike"),
+     ({"starts": {"kl": {"held_out": 3}}}, "kl has its own held_out; expected in base"),
+     ({"kind": "federated", "variants": {"a": {"mode": "apart"}},
+       "extra": {"clients": {"a": {}, "b": {}}, "rounds": 2, "prompts": 4}},
+      "rollout_batch is 8; expected at most the 4 prompts of a round")],
 )  # fmt: skip
 def test_bad_studies_are_one_sentence(tmp_path, capsys, content, message):
     path = tmp_path / "x.yaml"

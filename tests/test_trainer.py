@@ -50,6 +50,14 @@ def run(tmp_path, name="run", **changes):
     return trainer, read_metrics(tmp_path / name / "metrics.jsonl")
 
 
+@pytest.mark.parametrize("changes", [dict(slow_every=1), dict(slow_every=0, target="adapted")])
+def test_responses_without_records_do_not_end_a_run(tmp_path, monkeypatch, changes):
+    """Of the last ones nothing was accepted, and slow updates and measures of drift ask for the last one alone."""
+    monkeypatch.setattr("dvirl.trainer.DRIFT_EVERY", 1)
+    trainer, metrics = run(tmp_path, records="accepted", slow_batch=1, fast_batch=1, **changes)
+    assert len(metrics) > 2 and trainer.finished
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_runs_and_logs_every_step(tmp_path, schedule):
     trainer, metrics = run(tmp_path, schedule=schedule)

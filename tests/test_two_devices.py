@@ -1,4 +1,4 @@
-"""A model whose layers lie on two devices computes what it computes on one, to the last bit.
+"""A model whose layers lie on two devices computes what it computes on one, to the last bit on a CPU.
 
 With two CUDA devices, these are they: `pytest tests/test_two_devices.py -n 0`. Elsewhere the second device is played. Its
 tensors say that they lie on another device than the CPU, and an operation on tensors of both devices is an error.
@@ -137,6 +137,8 @@ def test_the_played_device_refuses_what_a_second_device_refuses():
 
 
 CUDA = torch.cuda.device_count() > 1
+LAST_BITS = 1e-5 if CUDA else 0.0
+"""What answers in float32 may differ by: one card decodes by our own kernels, and two by a library's."""
 HOME, SECOND = (torch.device("cuda", 0), torch.device("cuda", 1)) if CUDA else (torch.device("cpu"), PLAYED)
 
 
@@ -227,7 +229,7 @@ def test_two_cards_in_rollouts_and_evaluation():
     one, two = both(kangaroo)
     rollouts = [generate(model.base_model, prompts, 12, ENDS) for model in (one, two)]
     assert rollouts[0].responses() == rollouts[1].responses()
-    same(rollouts[0].verifier_hidden, rollouts[1].verifier_hidden)
+    same(rollouts[0].verifier_hidden, rollouts[1].verifier_hidden, LAST_BITS)
     examples = list(map(make_example, prompts, rollouts[0].responses()))
     same(verifier_sums(one.base_model, examples), verifier_sums(two.base_model, examples))
     rates = [measure_acceptance(model, prompts, 12, DecodeConfig(3), ENDS) for model in (one, two)]
@@ -276,8 +278,12 @@ def test_two_cards_train(tmp_path, target):
     assert len(logs[0]) == len(logs[1]) > 3
     for line, other in zip(*logs, strict=True):
         assert line.pop("grad_norm") == pytest.approx(other.pop("grad_norm"), rel=1e-5)
-        assert timeless(line) == timeless(other)
-    same_weights(one.model, two.model)
+        assert line.keys() == other.keys()
+        for name, value in timeless(line).items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=LAST_BITS, abs=0.0)
+            assert other[name] == value, name
+    same_weights(one.model, two.model, LAST_BITS)
 
 
 def test_two_cards_distil(tmp_path):

@@ -14,6 +14,7 @@ from dvirl.experiments.study import Prompts, Task, Values, VariantRows, free_mem
 from dvirl.experiments.summary import Row
 from dvirl.rollout import Responses
 from dvirl.runs import checkpoint
+from dvirl.runs.errors import DvirlError
 from dvirl.scale.averaging import average_adapters
 from dvirl.scale.corpus import answer
 from dvirl.trainer import DVITrainer
@@ -101,6 +102,11 @@ def federated(task: Task, folder: Path) -> VariantRows:
     apart or pooled. All start from the same untrained draft; averaging keeps each client's optimizer.
     """
     extra = task.study.extra
+    together = task.config(folder).rollout_batch
+    if together > extra["prompts"]:
+        raise DvirlError(
+            f"rollout_batch is {together}; expected at most the {extra['prompts']} prompts of a round"
+        )
     streams, probes = _domains(task, extra["clients"], extra["rounds"] * extra["prompts"])
     # Pooled prompts alternate between the clients, as if they came in together.
     pooled = [prompt for together in zip(*streams, strict=True) for prompt in together]

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,10 @@ from dvirl.train_dvi import make_trainer
 from dvirl.trainer import DVITrainer
 
 KINDS = ("grid", "staleness", "adaptation", "federated", "distill")
+OF_PROMPTS = ("prompts_source", "prompts_path", "max_prompt_tokens", "held_out", "on_bad_row")
+"""Settings that all of a grid has in common: its prompts are read once."""
+OF_ANSWERS = ("max_new_tokens", "model_name", "dtype")
+"""Settings that all variants of a grid have in common: they learn from the very same answers."""
 Prompts = list[list[int]]
 Values = dict[str, Any]
 """Settings by name."""
@@ -61,11 +65,21 @@ class Study(Settings):
         try:
             if self.kind == "staleness" and not 0 < self.extra["ages"] <= 1000:
                 raise DvirlError(f"extra is {self.extra!r:.80}; expected 'ages' from 1 to 1000")
+            if self.kind == "grid":
+                self._refuse_own(self.starts, OF_PROMPTS)
+                self._refuse_own(self.variants, OF_PROMPTS + OF_ANSWERS)
             if self.quick:
                 self.small()
             self.row_names()
         except (KeyError, TypeError, AttributeError) as error:
             raise DvirlError(f"quick or extra does not fit the study ({error!r})") from error
+
+    @staticmethod
+    def _refuse_own(runs: Mapping[str, Values | None], names: Sequence[str]) -> None:
+        for run, values in runs.items():
+            own = sorted({*(values or {})} & {*names})
+            if own:
+                raise DvirlError(f"{run} has its own {', '.join(own)}; expected in base, for all alike")
 
     def small(self) -> "Study":
         """The laptop-size version."""

@@ -60,13 +60,14 @@ class TrainingLoop(ABC):
         counters: how far the run is.
         optimizers: those that it steps.
         length, unit: size of the whole run, and in what it is counted.
+        shares_out: whether several processes can train together.
         processes: those that train together, of which this is one; only the first writes files and speaks.
-        resumed: whether this run was begun by another trainer.
+        resumed: whether this run was begun before, by another trainer or this one.
         report: takes the log line of a step, as soon as it is known: to the log, the trackers and the progress bar.
             Outside `train` lines are dropped.
 
     Raises:
-        DvirlError: for a tracker that is not installed.
+        DvirlError: for a tracker that is not installed, or several processes if this kind of trainer works alone.
     """
 
     config: ModelSettings
@@ -76,6 +77,7 @@ class TrainingLoop(ABC):
     optimizers: Iterable[Optimizer]
     length: int
     unit = "step"
+    shares_out = False
 
     def __init__(
         self,
@@ -90,6 +92,10 @@ class TrainingLoop(ABC):
         self.config = config
         self.loaded: Any = loaded
         self.processes = Processes(config.device)
+        if self.processes.count > 1 and not self.shares_out:
+            raise DvirlError(
+                f"{self.processes.count} processes were started; expected one, which trains alone"
+            )
         self.resumed = False
         self._checkpoint_every = checkpoint_every
         self._keep_checkpoints = keep_checkpoints
@@ -173,6 +179,7 @@ class TrainingLoop(ABC):
         run_folder.write_config(self.run_dir, self.config, self.loaded, inputs=self.inputs)
         self.log.touch()
         cut_log(self.log, self.counters.step)
+        self.resumed = True  # also where it is stopped before its first step
 
     def _run(self, stop: Stop, show_progress: bool) -> None:
         """Work, log and save until the run is finished or one of the processes is asked to stop."""

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 
+from dvirl.runs.errors import DvirlError
 from dvirl.runs.files import Tensors
 
 Parameters = Sequence[nn.Parameter]
@@ -32,12 +33,25 @@ def optimizer_tensors(**optimizers: Optimizer) -> Tensors:
 
 
 def load_optimizers(tensors: Tensors, **optimizers: Optimizer) -> None:
-    """Restore what `optimizer_tensors` gave; other names are ignored."""
+    """Restore what `optimizer_tensors` gave; other names are ignored.
+
+    Raises:
+        DvirlError: if it is of other parameters.
+    """
     for name, optimizer in optimizers.items():
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
         state: dict[int, Tensors] = defaultdict(dict)
         for key, value in tensors.items():
             if key.startswith(f"{name}."):
                 _, parameter, field = key.split(".")
+                fits = int(parameter) < len(parameters) and value.shape in (
+                    (),
+                    parameters[int(parameter)].shape,
+                )
+                if not fits:
+                    raise DvirlError(
+                        "the checkpoint's optimizer is of other parameters; expected the same lora_shallow and drafter"
+                    )
                 # A step count stays on the CPU, where AdamW began it: parameters may lie on several devices.
                 state[int(parameter)][field] = value.cpu() if field == "step" else value
         optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(state)})

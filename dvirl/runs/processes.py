@@ -95,13 +95,16 @@ class Processes:
         return total
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give each parameter the sum of its gradients in all processes; one that has none counts as zero."""
+        """Give each parameter the sum of its gradients in all processes, or none if no process has one."""
         if self.count == 1:
             return
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        own = gradients[0].new_tensor([each.grad is not None for each in parameters])
+        summed = self.sum(torch.cat([parameters_to_vector(gradients), own]))
+        vector_to_parameters(summed[: -len(own)], gradients)
+        # A gradient of zero would count as a step of the optimizer, and let its moments go on.
+        for parameter, gradient, owners in zip(parameters, gradients, summed[-len(own) :], strict=True):
+            parameter.grad = gradient if owners else None
 
     def gather_rows(self, record: Record, count: int) -> Record:
         """Undo `share`: put together the rows that the processes had.

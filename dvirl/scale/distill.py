@@ -44,7 +44,7 @@ from dvirl.rollout import Responses, join, refuse_stretched, verifier_states
 from dvirl.runs import checkpoint, settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import claim
-from dvirl.runs.log import Line, read_metrics
+from dvirl.runs.log import Line, keep_lines, read_metrics
 from dvirl.runs.loop import Counters, TrainingLoop
 from dvirl.runs.optim import Optimizers, cosine_rate
 from dvirl.runs.settings import choice, number
@@ -394,6 +394,7 @@ class Distiller(TrainingLoop):
                     f"responses_from is {config.responses_from!r}; expected a folder of shard-*.safetensors"
                 )
             return join([read_shard(path) for path in paths])
+        keep_lines(self.log, lambda _: True)  # a torn line would join the next one
         parts: list[Responses] = []
         num_tokens = 0
         with tqdm(total=config.num_tokens, desc="responses", unit="token", unit_scale=True) as bar:
