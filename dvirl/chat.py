@@ -1,11 +1,13 @@
 """A conversation in the terminal, from which the draft learns: `dvirl chat`."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 
 from dvirl.data.sources import Prompt, parse_jsonl, placed
@@ -81,8 +83,15 @@ def main(config: ChatConfig) -> None:
     Raises:
         DvirlError: for a bad setting, model, drafter or file.
     """
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     prompts = read_replay(config.replay) if config.replay else []
-    with open_session(config) as session:
+    # A terminal that is closed ends the conversation as /exit does, so that what was learned is kept.
+    with (
+        open_session(config) as session,
+        handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM, signal.SIGHUP),
+    ):
         chat = Chat(session, config)
         if config.replay:
             for where, prompt in prompts:  # one that cannot be answered is said before any is
@@ -97,7 +106,7 @@ def main(config: ChatConfig) -> None:
 
 def open_session(config: ChatConfig) -> LiveSession:
     """The session of a conversation, its model loaded."""
-    folder = config.run_dir or str(cache_root() / "live" / Path(config.draft).name)
+    folder = config.run_dir or str(cache_root() / "live" / Path(os.path.abspath(config.draft)).name)
     live = replace(narrowed(LiveConfig, config), run_dir=folder)
     loaded = load_for(config)
     if loaded.model.can_be_captured and config.learn != "true":
@@ -114,10 +123,16 @@ def wants_to_learn(learn: str, folder: str) -> bool:
         return learn == "true"
     path = cache_root() / "chat.json"
     if path.exists():
-        return bool(parse_line(str(path), read_text(path), dict).get("learn"))
+        kept = parse_line(str(path), read_text(path), dict).get("learn")
+        if not isinstance(kept, bool):
+            raise DvirlError(f"{path}: learn is {kept!r:.80}; expected true or false")
+        return kept
     if not sys.stdin.isatty():
         return False
-    wanted = input(QUESTION.format(folder=folder)).strip().lower() in YES
+    try:
+        wanted = input(QUESTION.format(folder=folder)).strip().lower() in YES
+    except EOFError:  # Ctrl-D is no reply
+        return False
     write_json(path, {"learn": wanted})
     return wanted
 
@@ -211,7 +226,7 @@ class Chat:
         text = ""
         # A signal is noted and waits: it must not fall into an update.
         stop = threading.Event()
-        with handled(lambda *_: stop.set(), signal.SIGINT):
+        with handled(lambda *_: stop.set(), signal.SIGINT), bad_input():
             tokens = self._tokens(stream, blocks, colours, stop)
             for place, piece in enumerate(stream_text(session.loaded.tokenizer, tokens)):
                 text += piece
@@ -219,7 +234,11 @@ class Chat:
                 print(f"{colour}{piece}{END}" if colour else piece, end="", flush=True)
             stream.close()  # type: ignore[attr-defined]  # it is a generator
             print()
-            learned = session.learn()
+            try:
+                learned = session.learn()
+            except DvirlError as error:  # such as a full disk; the answer stands all the same
+                print(f"dvirl: {error}", file=sys.stderr)
+                learned = ""
         print(self._figures(blocks, session.counters.answer_s - began, learned))
         return text
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
@@ -44,6 +45,7 @@ from kangaroo.decoding.blocks import SOURCES, DecodeConfig, Verification
 from kangaroo.decoding.costs import expected_tokens
 from kangaroo.decoding.drafting import Memory
 from kangaroo.decoding.generate import Decoded
+from kangaroo.decoding.inputs import Ids, check_prompt
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.published import is_published
 
@@ -159,6 +161,9 @@ class HeadTrainer(DVITrainer):
         self.fast_optimizer = optim.make_optimizer(self.shallow, config.lr_shallow)
         self.optimizers = [self.fast_optimizer, self.slow_optimizer]
 
+    def _refuse_too_large(self) -> None:
+        """An update here computes the logits of a few answers' drafts alone."""
+
     def draft_logits(self, share: TrainingBatch) -> Tensor:
         """As in the trainer; records here keep what the exit head read."""
         return self.model.head_logits(share.hidden)
@@ -251,8 +256,12 @@ class Guard:
         """
         live = self._live()
         best = self.floor
-        means = {name: self._measure(getattr(self, name)) for name in ("start", "floor")}
-        means["live"] = self._measure(live)
+        try:
+            means = {name: self._measure(getattr(self, name)) for name in ("start", "floor")}
+            means["live"] = self._measure(live)
+        except BaseException:  # Ctrl-C, too
+            self.put(live)
+            raise
         if means["start"] > means["floor"]:
             best = self.start  # as after a change of what is asked
         verdict = ""
@@ -297,6 +306,7 @@ class LiveCounters:
             drafts the rest.
         gain: the live draft's expected tokens a block over those of the beginning's, less 1, as the guard saw it;
             None before.
+        lines: lines of the session's log so far.
         unreplayed, unguarded, unsaved: updates since an older answer was replayed, since the guard looked, and since
             the last checkpoint.
         costs: seconds that an update, a replay and a look of the guard took last, by these names.
@@ -308,6 +318,7 @@ class LiveCounters:
     allowance: float = 0.0
     learned: float = 1.0
     gain: float | None = None
+    lines: int = 0
     unreplayed: int = 0
     unguarded: int = 0
     unsaved: int = 0
@@ -363,54 +374,66 @@ class LiveSession:
         self.counters = LiveCounters()
         self._clock = clock
         self._folder = Path(config.run_dir) if config.run_dir and config.budget else None
+        self._inputs = {"drafter": draft.fingerprint()}
         self._open = ExitStack()
         self._merged = ExitStack()
+        self._closed = False
+        self._half_done = False
 
     def __enter__(self) -> Self:
-        if self._folder is not None:
-            with ExitStack() as on_error:
+        self._closed = False
+        with ExitStack() as on_error:
+            if self._folder is not None:
                 on_error.enter_context(run_folder.run_lock(self._folder))
                 self._start(self._folder)
-                self._open = on_error.pop_all()
-        self._merge()
-        self.model.block_policy(self.config.decode)  # adaptive blocks need the costs of steps, measured once
+            on_error.callback(self._merged.close)
+            self._merge()
+            self.model.block_policy(
+                self.config.decode
+            )  # adaptive blocks need the costs of steps, measured once
+            self._open = on_error.pop_all()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._closed = True
         self._merged.close()
         with self._open:
-            # What another error has left half-done is no state to go on from.
-            if self.counters.answers and (error is None or isinstance(error, KeyboardInterrupt | DvirlError)):
+            # What an error or Ctrl-C has left half-done is no state to go on from.
+            if self.counters.answers and not self._half_done:
                 self.save_checkpoint()
 
     def _start(self, folder: Path) -> None:
         """Begin the log of a new folder, or go on from the newest checkpoint of one."""
         path = folder / "config.yaml"
         settings = self.trainer.config
-        if path.exists():
+        saved = any(folder.glob("checkpoints/step-*"))
+        if path.exists() or saved:
+            if "live" not in read_yaml(path):
+                raise DvirlError(f"{path}: the run there is no live session; choose another run_dir")
             before = run_folder.run_settings(folder)
             same = {"start_from": settings.start_from}
             run_folder.refuse_other_settings(path, before, same, "choose another run_dir")
-            fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
-            if fingerprint != self.loaded.fingerprint:
-                raise DvirlError(f"{path}: learned with the model {fingerprint}; choose another run_dir")
-            if any(folder.glob("checkpoints/step-*")):
-                self._load(checkpoint.newest(folder))
-        run_folder.write_config(folder, settings, self.loaded, live=asdict(self.config))
+            now = {"model": self.loaded.fingerprint, **self._inputs}
+            run_folder.refuse_other_inputs(path, now, "choose another run_dir")
+        if saved:
+            self._load(checkpoint.newest(folder))
+        run_folder.write_config(folder, settings, self.loaded, live=asdict(self.config), inputs=self._inputs)
         # Lines after the checkpoint are written again.
         self.trainer.log.touch()
         cut_log(self.trainer.log, self.trainer.counters.step)
-        keep_lines(folder / EVENTS, lambda line: line["answer"] <= self.counters.answers)
+        places = count(1)
+        keep_lines(folder / EVENTS, lambda line: next(places) <= self.counters.lines)
+        self.counters.lines = min(self.counters.lines, next(places) - 1)
 
     # Answers
 
-    def answer(self, prompt: Sequence[int]) -> Decoded:
+    def answer(self, prompt: Ids) -> Decoded:
         """Answer a prompt, then learn if something is due and affordable; arguments and errors as in `stream`."""
         blocks = list(self.stream(prompt))
         self.learn()
         return Decoded([token for block in blocks for token in block.committed], blocks)
 
-    def stream(self, prompt: Sequence[int]) -> Iterator[Verification]:
+    def stream(self, prompt: Ids) -> Iterator[Verification]:
         """Answer a prompt, yielding each block as it is committed; an answer that is broken off counts so far.
 
         Args:
@@ -423,6 +446,7 @@ class LiveSession:
         seed = config.seed + self.counters.answers
         limit = config.max_new_tokens
         ends = self.loaded.eos_ids
+        prompt = check_prompt(prompt, self.loaded.model, limit)
         decoding = self.model.decode_blocks(prompt, limit, config.decode, ends, seed=seed, memory=self.memory)
         blocks: list[Verification] = []
         before = replace(self.counters)
@@ -436,9 +460,10 @@ class LiveSession:
                 yield block
         finally:
             decoding.close()  # type: ignore[attr-defined]  # it is a generator
-            if blocks:
-                self._take(list(prompt), blocks)
-                self._allow(before, blocks[1:])
+            if blocks and not self._closed:
+                with self._all_or_nothing():
+                    self._take(prompt, blocks)
+                    self._allow(before, blocks[1:])
 
     def _take(self, prompt: list[int], blocks: list[Verification]) -> None:
         """Take in what the verification of one answer has shown."""
@@ -497,13 +522,15 @@ class LiveSession:
         kind = self._due()
         counters = self.counters
         # The budget must hold if it takes as long as it did last time.
-        if not kind or counters.costs.get(kind, 0.0) > counters.allowance:
+        free = kind == "checkpoint"  # its own time cannot stand in it
+        if not kind or (not free and counters.costs.get(kind, 0.0) > counters.allowance):
             return ""
         began = self._clock()
-        figures = self._do(kind)
+        with self._all_or_nothing(), torch.inference_mode(False), torch.enable_grad():
+            figures = self._do(kind)
         self._pack()  # here and not in the next answer, so that it counts as learning
         seconds = self._clock() - began
-        if kind != "checkpoint":  # its own time cannot stand in it
+        if not free:
             counters.learn_s += seconds
             counters.allowance -= seconds
             counters.costs[kind] = seconds
@@ -527,7 +554,7 @@ class LiveSession:
             return "guard"
         if self._folder is not None and counters.unsaved >= config.checkpoint_every:
             return "checkpoint"
-        if config.replay_every and counters.unreplayed >= config.replay_every:
+        if config.replay_every and counters.unreplayed >= config.replay_every and len(self.trainer.buffer):
             return "replay"
         return "update" if self.trainer.buffer.due(config.fast_batch) else ""
 
@@ -536,9 +563,19 @@ class LiveSession:
         trainer = self.trainer
         counters = self.counters
         if kind == "checkpoint":
+            unsaved = counters.unsaved
+            counters.unsaved = 0
             self._merged.close()
-            self.save_checkpoint()
-            self._merge()
+            try:
+                counters.lines += 1  # the line of this checkpoint comes after it
+                self.save_checkpoint()
+            except DvirlError:
+                counters.unsaved = unsaved
+                self._half_done = False
+                raise
+            finally:
+                counters.lines -= 1
+                self._merge()
             return {}
         if kind == "replay":
             counters.unreplayed = 0
@@ -582,11 +619,19 @@ class LiveSession:
         finally:
             setattr(self.counters, name, getattr(self.counters, name) + self._clock() - began)
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What stops in the middle is no state to save."""
+        self._half_done = True
+        yield
+        self._half_done = False
+
     def _log(self, event: str, **figures: Any) -> None:
         """A line of the session's log."""
         if self._folder is None:
             return
         counters = self.counters
+        counters.lines += 1
         line = {"answer": counters.answers, "event": event, "step": self.trainer.counters.step, **figures}
         for name in ("answer_s", "learn_s", "learning_share"):
             line[name] = getattr(counters, name)
@@ -598,7 +643,6 @@ class LiveSession:
         """Write a checkpoint: all of the state, but without `keep_text` nothing that the text could be read from."""
         if self._folder is None:
             return
-        self.counters.unsaved = 0
         trainer = self.trainer
         keep_text = self.config.keep_text
         state = trainer.state_dict()
@@ -633,4 +677,5 @@ class LiveSession:
         while self.memory is not None and f"memory.{index}" in tensors:
             self.memory.add(tensors[f"memory.{index}"].tolist())
             index += 1
-        self.counters = LiveCounters(**state["numbers"]["live"])
+        # Of older versions all lines are kept.
+        self.counters = LiveCounters(**{"lines": int(MANY), **state["numbers"]["live"]})

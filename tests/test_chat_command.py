@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +96,76 @@ def test_it_asks_once_whether_to_learn(parts, cache, monkeypatch, reply, learns)
     asked = type_in(monkeypatch, ["hi"])
     assert cli.main(["chat", *parts]) == 0
     assert asked == ["> ", "> "] and (cache / "live" / "draft").exists() == learns
+
+
+def test_the_end_of_input_is_no_reply(parts, cache, monkeypatch):
+    type_in(monkeypatch, [EOFError(), "hello"])
+    assert cli.main(["chat", *parts]) == 0
+    assert not (cache / "chat.json").exists() and not (cache / "live").exists()
+
+
+def test_a_reply_that_is_no_reply_is_one_sentence(parts, cache, monkeypatch, capsys):
+    type_in(monkeypatch, ["hello"])
+    cache.mkdir()
+    (cache / "chat.json").write_text('{"learn": "no"}')
+    assert cli.main(["chat", *parts]) == 2
+    assert "chat.json: learn is 'no'; expected true or false" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_session_bears_the_drafters_name(parts, cache, monkeypatch):
+    type_in(monkeypatch, ["hello"])
+    monkeypatch.chdir(parts[parts.index("--draft") + 1])
+    here = [*parts[:2], "--draft", ".", *parts[4:]]
+    assert cli.main(["chat", *here, "--learn", "true"]) == 0
+    assert [path.name for path in (cache / "live").iterdir()] == ["draft"]
+
+
+def test_logits_that_are_not_finite_are_one_sentence(parts, tmp_path, monkeypatch, capsys):
+    def overflow(*_, **__):
+        raise ValueError("the verifier's logits at position 24 are not finite")
+        yield
+
+    monkeypatch.setattr("kangaroo.kangaroo_model.KangarooModel.decode_blocks", overflow)
+    (tmp_path / "prompts.txt").write_text("hello\n")
+    replay = ["--replay", str(tmp_path / "prompts.txt"), "--learn", "false"]
+    assert cli.main(["chat", *parts, *replay]) == 2
+    assert "at position 24 are not finite" in capsys.readouterr().err
+    type_in(monkeypatch, ["hello", "/exit"])
+    assert cli.main(["chat", *parts, "--learn", "false"]) == 0
+
+
+def test_a_full_disk_is_said_and_the_answer_stays(parts, tmp_path, monkeypatch, capsys):
+    def no_space(_):
+        raise DvirlError("no space left")
+
+    type_in(monkeypatch, ["hello"])
+    monkeypatch.setattr("dvirl.live.LiveSession.learn", no_space)
+    assert cli.main(["chat", *parts, "--learn", "true", "--run_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert "dvirl: no space left" in said.err and FIGURES.search(said.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_is_closed_keeps_what_was_learned(parts, tmp_path, monkeypatch, number):
+    def closed(prompt):
+        if (tmp_path / "run/live.jsonl").exists() and "update" in (tmp_path / "run/live.jsonl").read_text():
+            os.kill(os.getpid(), number)
+        return "hello"
+
+    type_in(monkeypatch, [])
+    monkeypatch.setattr(builtins, "input", closed)
+    flags = ["--learn", "true", "--budget", "0.9", "--run_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["chat", *parts, *flags])
+    assert end.value.code == 128 + number and list(tmp_path.glob("run/checkpoints/step-*"))
+
+
+def test_bytes_that_are_no_text_are_read_all_the_same(parts, tmp_path):
+    command = [sys.executable, "-m", "dvirl.cli", "chat", *parts, "--learn", "false"]
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        run = subprocess.run(command, input=b"hello \xff\n", env=environment, capture_output=True)
+        assert run.returncode == 0 and not run.stderr.count(b"Traceback"), run.stderr
 
 
 def test_without_a_terminal_nothing_is_asked_or_learned(parts, cache, monkeypatch, capsys):

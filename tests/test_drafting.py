@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -554,3 +555,17 @@ def test_a_threshold_does_not_count_where_costs_decide(adaptive, longest, monkey
 def test_bad_settings_are_said(bad):
     with pytest.raises(ValueError, match="expected"):
         DecodeConfig(**bad)
+
+
+def test_a_memory_is_what_its_texts_make_it_also_after_some_were_forgotten():
+    """Of followers that came equally often the latest one counts, in whichever order the others went."""
+    rng = random.Random(0)
+    for _ in range(50):
+        memory = Memory(rng.randrange(5, 60))
+        for _ in range(30):
+            memory.add([rng.randrange(4) for _ in range(rng.randrange(2, 12))])
+        again = Memory(memory.capacity)
+        for text in memory.texts:
+            again.add(text)
+        for ending in itertools.product(range(4), repeat=3):
+            assert memory.propose(ending, 4) == again.propose(ending, 4)

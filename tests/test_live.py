@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+import yaml
 from conftest import EOS, copied, in_child, random_prompts, scramble_lora, timeless, tiny_loaded
 from safetensors.torch import load_file
 from test_drafters import exported, trained
@@ -415,12 +417,159 @@ def test_without_text_a_session_goes_on_with_its_weights_and_an_empty_buffer(dra
         assert again.trainer.counters.step > live.trainer.counters.step
 
 
-def test_an_error_leaves_the_last_checkpoint_as_it_was(drafter, tmp_path):
-    folder = tmp_path / "run"
-    with pytest.raises(RuntimeError), session(drafter, run_dir=str(folder), checkpoint_every=100) as live:
+def test_an_error_between_answers_loses_nothing_and_one_in_an_update_saves_nothing_half_done(
+    drafter, tmp_path, monkeypatch
+):
+    for between in (True, False):
+        folder = tmp_path / str(between)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            session(drafter, run_dir=str(folder), checkpoint_every=100) as live,
+        ):
+            live.answer(PROMPTS[0])
+            if not between:
+                live.trainer.fast_update = raise_interrupt
+                live.answer(PROMPTS[1])
+            raise_interrupt()
+        assert bool(list(folder.glob("checkpoints/step-*"))) == between
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_guard_looks_leaves_the_live_head(drafter):
+    with session(drafter, lr=0.01, guard_every=100) as live:
+        for prompt in PROMPTS[:9]:
+            live.answer(prompt)
+        before = weights(live)
+        assert live.guard.held and not same(before, live.guard.start.weights)
+        live.model.token_ids = raise_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            live.guard.look()
+        assert same(weights(live), before)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3, 50])
+def test_a_session_that_ended_and_goes_on_is_the_one_that_did_not(drafter, tmp_path, checkpoint_every):
+    """With its text; also what it remembers, some of which was forgotten."""
+    changes = dict(
+        keep_text=True, budget=0.6, source="hybrid", remember=60, checkpoint_every=checkpoint_every
+    )
+    ends = []
+    for name, cuts in (("whole", [16]), ("cut", [5, 16])):
+        for stop in cuts:
+            with session(drafter, run_dir=str(tmp_path / name), **changes) as live:
+                while live.counters.answers < stop:
+                    live.answer(PROMPTS[live.counters.answers % len(PROMPTS)])
+        ends.append((weights(live), vars(live.counters), timeless_events(tmp_path / name)))
+    (one, counters, log), (other, *rest) = ends
+    assert same(one, other) and [counters, log] == rest
+
+
+def timeless_events(folder):
+    return [(line["answer"], line["event"], line["step"]) for line in events(folder)]
+
+
+def test_without_text_nothing_is_replayed_before_there_is_something_to_replay(drafter, tmp_path):
+    changes = dict(run_dir=str(tmp_path), replay_every=4, hold_every=5, guard_every=100)
+    with session(drafter, **changes) as live:
+        for prompt in PROMPTS[:9]:
+            live.answer(prompt)
+        live.counters.unreplayed = 4
+    with session(drafter, **changes) as again:
+        assert again._due() != "replay" and again.learn() == ""
+        again.answer(PROMPTS[9])  # held: it leaves no records
+
+
+def test_a_checkpoint_does_not_wait_for_the_budget(drafter, tmp_path):
+    with session(drafter, run_dir=str(tmp_path), checkpoint_every=1) as live:
         live.answer(PROMPTS[0])
-        raise RuntimeError
-    assert not list(folder.glob("checkpoints/step-*"))
+        live.counters.allowance = -1e9
+        assert live.learn() == "checkpoint" and list(tmp_path.glob("checkpoints/step-*"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_due_again(drafter, tmp_path, monkeypatch):
+    with session(drafter, run_dir=str(tmp_path), checkpoint_every=1) as live:
+        live.answer(PROMPTS[0])
+        with monkeypatch.context() as patch, pytest.raises(DvirlError, match="disk full"):
+            patch.setattr(live, "save_checkpoint", no_space)
+            live.learn()
+        assert live._due() == "checkpoint" and live.learn() == "checkpoint"
+        assert live.answer(PROMPTS[1]).tokens and timeless_events(tmp_path)[-1][0] == 2
+
+
+def no_space():
+    raise DvirlError("disk full")
+
+
+def test_lines_after_the_last_checkpoint_are_written_anew(drafter, tmp_path):
+    """Of an answer after which a checkpoint came first, and then an update."""
+    changes = dict(run_dir=str(tmp_path), keep_text=True, checkpoint_every=2, hold_every=6, guard_every=100)
+
+    def work():
+        with session(drafter, **changes) as live:
+            for prompt in PROMPTS[:3]:
+                live.answer(prompt)
+            while live.learn():
+                pass
+            os._exit(9)
+
+    in_child(work)
+    assert [event for _, event, _ in timeless_events(tmp_path)][-2:] == ["checkpoint", "update"]
+    with session(drafter, **changes):
+        assert timeless_events(tmp_path)[-1][1] == "checkpoint"
+
+
+def test_records_of_another_dtype_are_learned_from_again(drafter, tmp_path):
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        loaded = tiny_loaded(deep_scale=0.1)
+        loaded.model.to(dtype)
+        config = LiveConfig(**{**FIXED, "run_dir": str(tmp_path), "keep_text": True, "replay_every": 1})
+        with LiveSession(loaded, drafter, config, clock=Clock()) as live:
+            for prompt in PROMPTS[:4]:
+                live.answer(prompt)
+    assert [event for _, event, _ in timeless_events(tmp_path)].count("replay") > 1
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_learns_where_gradients_are_off(drafter, around):
+    with session(drafter) as live, around():
+        live.answer(PROMPTS[0])
+        assert live.trainer.counters.step == 1
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.9])
+def test_a_prompt_may_be_a_tensor(drafter, budget):
+    expected, found = [], []
+    for prompt, tokens in ((PROMPTS[0], expected), (torch.tensor([PROMPTS[0]]), found)):
+        with session(drafter, source="hybrid", budget=budget) as live:
+            tokens += [live.answer(prompt).tokens, live.answer(prompt).tokens, list(live.memory.texts)]
+    assert found == expected
+
+
+def test_a_stream_that_outlives_its_session_leaves_no_trace(drafter, tmp_path):
+    with session(drafter, run_dir=str(tmp_path)) as live:
+        live.answer(PROMPTS[0])
+        stream = live.stream(PROMPTS[1])
+        next(stream)
+    stream.close()
+    assert live.counters.answers == 1 and [answer for answer, *_ in timeless_events(tmp_path)] == [1, 1]
+
+
+def test_an_error_at_the_start_gives_the_folder_free(drafter, tmp_path, monkeypatch):
+    first = session(drafter, run_dir=str(tmp_path))
+    monkeypatch.setattr(first.model, "block_policy", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt), first:
+        pass
+    with session(drafter, run_dir=str(tmp_path)) as live:
+        assert live.answer(PROMPTS[0]).tokens
+
+
+def test_a_long_answer_needs_no_memory_that_learning_does_not_take(drafter, monkeypatch):
+    monkeypatch.setattr("dvirl.models.placement.free_memory", lambda device: 3e5)
+    with session(drafter) as live:
+        assert live.answer(PROMPTS[0]).tokens
 
 
 # What is on the disk
@@ -524,7 +673,28 @@ def test_a_folder_of_something_else_is_refused(drafter, tmp_path):
     written = path.read_text()
     path.write_text(written.replace("sha256:tiny", "sha256:else"))
     with (
-        pytest.raises(DvirlError, match="learned with the model sha256:else"),
+        pytest.raises(DvirlError, match="the content of model has changed"),
+        session(drafter, run_dir=str(tmp_path / "run")),
+    ):
+        pass
+    content = yaml.safe_load(written)
+    for changes, message in (
+        ({"live": None}, "the run there is no live session"),
+        ({"inputs": {"drafter": "sha256:another"}}, "the content of drafter has changed"),
+        ({"model": None, "inputs": []}, ""),  # says nothing of them
+    ):
+        kept = {**content, **changes}
+        if "live" in changes:
+            del kept["live"]
+        path.write_text(yaml.safe_dump(kept))
+        with (
+            pytest.raises(DvirlError, match=message) if message else nullcontext(),
+            session(drafter, run_dir=str(tmp_path / "run")),
+        ):
+            pass
+    path.unlink()
+    with (
+        pytest.raises(DvirlError, match="config.yaml: No such file"),
         session(drafter, run_dir=str(tmp_path / "run")),
     ):
         pass

@@ -596,6 +596,43 @@ def fill(folder: Path, room: int) -> None:
         file.truncate(file.tell() - room)
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_folder_that_is_replaced_is_never_gone(tmp_path, monkeypatch, dies):
+    """Between the moment when it makes room and the one when the new one has its name."""
+    folder = tmp_path / "checkpoints/step-000003"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("before")
+    replace = os.replace
+
+    def fails(one, other):
+        if other == folder and one.name == folder.name:
+            os._exit(9) if dies else raise_error()
+        replace(one, other)
+
+    def raise_error():
+        raise OSError("no space")
+
+    def work():
+        monkeypatch.setattr(os, "replace", fails)
+        with files.atomic_directory(folder) as scratch:
+            (scratch / "weights").write_text("after")
+
+    if dies:
+        in_child(work)
+        assert not folder.exists()
+        monkeypatch.undo()
+        with run_lock(tmp_path):
+            pass
+    else:
+        with (
+            monkeypatch.context(),
+            pytest.raises(DvirlError, match="no space.*what was there before is whole"),
+        ):
+            work()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "weights").read_text() == "before"
+
+
 @pytest.mark.parametrize(("where", "real"), [("checkpoint", True), ("checkpoint", False), ("log", False)])
 def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(
     whole, tmp_path, capfd, record_property, where, real

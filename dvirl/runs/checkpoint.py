@@ -158,6 +158,9 @@ def load(folder: Path, peft_model: PeftModel, model: KangarooModel) -> State:
         tensors = load_file(folder / "trainer.safetensors", device=str(model.head_model.weight.device))
     except (SafetensorError, OSError) as error:
         raise DvirlError(f"{folder}: unreadable checkpoint ({error!s:.300})") from error
+    for name, value in tensors.items():
+        if "hidden" in name:  # states, of a run that may have had another dtype
+            tensors[name] = value.to(model.base_model.dtype)
     numbers = parse_line(str(folder / "trainer.json"), read_text(folder / "trainer.json"), dict)
     return {"tensors": tensors, "numbers": numbers}
 

@@ -14,6 +14,8 @@ from dvirl.runs.errors import DvirlError
 
 Tensors = dict[str, Tensor]
 """Tensors by their names, as a file of safetensors holds them."""
+ASIDE = ".aside-"
+"""How the name of a folder begins that lies aside."""
 
 
 @contextmanager
@@ -37,14 +39,30 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which replaces `folder` as `atomic_file` does a file."""
-    with atomic_file(folder) as scratch:
-        scratch.mkdir()
-        yield scratch
-        # What is there goes only when all that replaces it is on the disk.
-        for path in scratch.rglob("*"):
-            flush(path)
-        discard(folder)
+    """A temporary folder to fill, which replaces `folder` as `atomic_file` does a file.
+
+    Two folders cannot change places in one step: for a moment the old one lies aside, and `bring_back` knows of it.
+    """
+    aside = folder.with_name(f"{ASIDE}{folder.name}")
+    try:
+        with atomic_file(folder) as scratch:
+            scratch.mkdir()
+            yield scratch
+            for path in scratch.rglob("*"):
+                flush(path)
+            if folder.exists():
+                os.replace(folder, aside)
+    finally:
+        bring_back(aside)
+
+
+def bring_back(aside: Path) -> None:
+    """Put a folder that lies aside in its place again, or remove it if another one has taken that."""
+    folder = aside.with_name(aside.name.removeprefix(ASIDE))
+    if aside.exists() and not folder.exists():
+        os.replace(aside, folder)
+    elif aside.exists():
+        shutil.rmtree(aside)
 
 
 def flush(path: Path) -> None:

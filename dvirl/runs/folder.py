@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dvirl.runs.errors import DvirlError
+from dvirl.runs.files import ASIDE, bring_back
 from dvirl.runs.log import write_text
 from dvirl.runs.settings import Settings, Values, defaults, read_yaml
 
@@ -53,7 +54,7 @@ def write_config(folder: Path, config: Settings, loaded: Describable, **more: An
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, and remove what a killed process left half-written.
+    """Keep other processes out of a run's folder, and mend what a killed process left half-done.
 
     Raises:
         DvirlError: if another process holds the lock; the message says which.
@@ -70,6 +71,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         write_text(holder, f"process {os.getpid()} on {platform.node()}")
         for left in (*run_dir.glob("checkpoints/.writing-*"), *run_dir.glob("checkpoints/.gone-*")):
             shutil.rmtree(left)
+        for left in run_dir.glob(f"checkpoints/{ASIDE}*"):
+            bring_back(left)
         yield
 
 
@@ -103,11 +106,21 @@ def refuse_other_inputs(path: Path, now: Mapping[str, str], instead: str = "choo
     Raises:
         DvirlError: if it has; the message names what.
     """
-    content = read_yaml(path)
-    before = {"model": content.get("model", {}).get("fingerprint"), **content.get("inputs", {})}
+    before = {"model": model_fingerprint(path), **_part(path, "inputs")}
     changed = [name for name in now if before.get(name) not in (None, now[name])]
     if changed:
         raise DvirlError(f"{path}: the content of {' and '.join(changed)} has changed since then; {instead}")
+
+
+def _part(path: Path, name: str) -> Values:
+    """What a `config.yaml` has under a name, if it is by names again."""
+    part = read_yaml(path).get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def model_fingerprint(path: Path) -> object:
+    """The fingerprint of a run's model by its `config.yaml`; None if it has none."""
+    return _part(path, "model").get("fingerprint")
 
 
 def fingerprint(value: object) -> str:

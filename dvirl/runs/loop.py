@@ -21,7 +21,7 @@ from dvirl.runs.errors import DvirlError
 from dvirl.runs.interrupt import Stop, stoppable
 from dvirl.runs.log import Line, cut_log, log_line
 from dvirl.runs.processes import Processes
-from dvirl.runs.settings import ModelSettings, defaults, from_mapping, read_yaml
+from dvirl.runs.settings import ModelSettings, defaults, from_mapping
 from dvirl.runs.trackers import Track, installed_trackers, tracking
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -306,7 +306,7 @@ def resume(
     if not accept_changes:
         run_folder.refuse_other_settings(path, before, asdict(config), accept)
     trainer = make(config)
-    fingerprint = read_yaml(path).get("model", {}).get("fingerprint")
+    fingerprint = run_folder.model_fingerprint(path)
     if fingerprint != trainer.loaded.fingerprint:
         raise DvirlError(
             f"{path}: the run is of the model {fingerprint}, and this one is {trainer.loaded.fingerprint}"

@@ -40,8 +40,8 @@ class _Followers:
         self.counts: dict[int, int] = {}
 
     def add(self, token: int) -> None:
-        count = self.counts.get(token, 0) + 1
-        self.counts[token] = count
+        count = self.counts.pop(token, 0) + 1
+        self.counts[token] = count  # the last one in their order is the latest
         if count >= self.counts.get(self.best, 0):
             self.best = token
 
@@ -50,7 +50,7 @@ class _Followers:
         if not self.counts[token]:
             del self.counts[token]
         if token == self.best and self.counts:
-            self.best = max(self.counts, key=lambda follower: self.counts[follower])
+            self.best = max(reversed(self.counts), key=lambda follower: self.counts[follower])
 
 
 class Memory:
