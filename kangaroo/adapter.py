@@ -181,7 +181,9 @@ def rotary_for(config: LlamaConfig) -> LlamaRotaryEmbedding:
     kind = scaling["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_scaling has the type {kind!r}; expected one of {', '.join(ROPE_TYPES)}")
-    factor = scaling.get("factor", 1.0) if kind != "default" else 1.0
+    if kind != "default" and "factor" not in scaling:
+        raise ValueError(f"rope_scaling of the type {kind!r} has no factor")
+    factor = scaling["factor"] if kind != "default" else 1.0
     context = config.max_position_embeddings
     return LlamaRotaryEmbedding(head_dim(config), context, config.rope_theta, factor, scaling)
 

@@ -17,9 +17,9 @@ _FIELDS = (
     *_NEEDED,
     "num_key_value_heads",
     "rms_norm_eps",
-    "rope_theta",
     "max_position_embeddings",
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -74,7 +74,16 @@ def _build(path: Path, hidden_size: int, most: int) -> AdapterModel:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = LlamaConfig(**{name: raw[name] for name in _FIELDS if name in _NEEDED or name in raw})
-        config.rope_scaling = raw.get("rope_scaling")
+        # Newer files have all that concerns positions in one place.
+        positions = {
+            "rope_theta": raw.get("rope_theta", config.rope_theta),
+            **(raw.get("rope_parameters") or {}),
+        }
+        config.rope_theta = float(positions.pop("rope_theta"))
+        config.rope_scaling = raw.get("rope_scaling") or positions or None
+        for name, usual in (("partial_rotary_factor", 1), ("sliding_window", None)):
+            if raw.get(name) not in (None, usual):
+                raise ValueError(f"{name} is {raw[name]!r}, which is not computed here")
         if config.hidden_size != hidden_size:
             raise ValueError(f"its hidden_size is {config.hidden_size}, the base model's {hidden_size}")
         heads = config.num_attention_heads
@@ -102,10 +111,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = path.suffix == ".safetensors"
         state = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(value, Tensor) and value.is_floating_point() for value in state.values()):
+        if not all(isinstance(value, Tensor) and value.dtype in _DTYPES for value in state.values()):
             raise TypeError("a value is not a floating-point tensor")
+        if not all(value.isfinite().all() for value in state.values()):
+            raise TypeError("a number is not finite")
         return {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
-            f"{path}: unreadable, or more than a plain dict of floating-point tensors"
+            f"{path}: unreadable, or more than a plain dict of finite tensors in 16 or 32 bits"
         ) from error

@@ -176,6 +176,21 @@ def piece_tokenizer(metaspace: dict | None = None, post: bool = True, **flags) -
     }  # fmt: skip
 
 
+def with_holes(definition: dict) -> dict:
+    """The tokenizer with ids that no token has."""
+    vocab = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {**vocab, "zz": max(vocab.values()) + 9}
+    return definition
+
+
+def without_bytes(definition: dict) -> dict:
+    """The tokenizer of pieces that cannot spell every text."""
+    vocab = definition["model"]["vocab"]
+    words = [text for text in vocab if not text.startswith("<0x")]
+    definition["model"]["vocab"] = {text: index for index, text in enumerate(words)}
+    return definition
+
+
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
 FAST = {**LLAMA, "tokenizer_class": "PreTrainedTokenizerFast"}
 META = {
@@ -219,6 +234,7 @@ SEPARATED_CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>\n{% endif %}"
 )
 NAMED_CHAT = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TINYLLAMA_CHAT}]
+MAPPED = "a-class-that-only-config-names"
 TOKENIZERS: dict[str, tuple[dict, dict]] = {
     "llama3": (byte_tokenizer(), {**META, "chat_template": LLAMA3_CHAT}),
     "llama3-pairs": (byte_tokenizer(pairs=True), META),
@@ -242,8 +258,8 @@ TOKENIZERS: dict[str, tuple[dict, dict]] = {
     "llama3-single-word": (with_tokens(byte_tokenizer(ignore_merges=True), ["[SEP]"], single_word=True), META),
     "llama2-single-word": (with_tokens(piece_tokenizer(), ["[SEP]", "fox"], single_word=True, special=False), LLAMA),
     "named-in-the-vocabulary": (with_tokens(piece_tokenizer(), SEPARATORS), {**FAST, "eos_token": "12",
-        "additional_special_tokens": ["ll", {"__type": "AddedToken", "content": "[SEP]", "lstrip": True, "normalized": False}], "cls_token": "<|im_end|>",
-        "extra_special_tokens": {"turn_token": "1"}, "chat_template": "{{ cls_token }}{{ turn_token }}{{ eos_token }}" + SEPARATED_CHAT}),
+        "additional_special_tokens": ["ll", {"__type": "AddedToken", "content": "[SEP]", "lstrip": True, "normalized": False, "special": True}], "cls_token": "<|im_end|>",
+        "turn_token": "1", "chat_template": "{{ cls_token }}{{ turn_token }}{{ eos_token }}" + SEPARATED_CHAT}),
     "flags-of-the-configuration": (piece_tokenizer(), {**LLAMA, "added_tokens_decoder": {
         "1": {"content": "<s>", "special": True, "lstrip": True, "rstrip": True, "normalized": False},
         "2": {"content": "</s>", "special": True, "rstrip": True, "normalized": False}}}),
@@ -251,10 +267,40 @@ TOKENIZERS: dict[str, tuple[dict, dict]] = {
         str(piece_tokenizer()["model"]["vocab"]["Name"]): {"content": "Name", "special": False, "normalized": False}}}),
     "llama-class-builds-its-own": (unlike_llama(piece_tokenizer()), LLAMA),
     "whole-words-of-pieces": (piece_tokenizer(ignore_merges=True), FAST),
+    "turn-token-of-its-own": (with_tokens(piece_tokenizer(), ["<turn>"]), {**FAST, "turn_token": "<turn>", "extra_special_tokens": {"image_token": "<img>"},
+        "added_tokens_decoder": {}, "chat_template": "{% for m in messages %}{{ turn_token }}{{ m.content }}{{ image_token }}{% endfor %}"}),
+    "older-map": (piece_tokenizer(), {**FAST, "chat_template": TINYLLAMA_CHAT}),
+    "no-bos-token": (piece_tokenizer(), {**LLAMA, "bos_token": None, "chat_template": "{{ bos_token }}" + TINYLLAMA_CHAT}),
+    "default-of-more-templates": (piece_tokenizer(), {**LLAMA, "chat_template": "nor this one"}),
+    "one-of-more-templates": (piece_tokenizer(), LLAMA),
+    MAPPED: (unlike_llama(piece_tokenizer()), {name: token for name, token in LLAMA.items() if name != "tokenizer_class"}),
+    "words-of-the-template-itself": (with_tokens(byte_tokenizer(), ["    ", "for", "x"], special=False),
+        {**META, "chat_template": "{%- for m in messages %}\n    {{- '<|eot_id|>' + m.role + '\n' + m.content }}\n{%- endfor %}"}),
+    "holes": (with_holes(piece_tokenizer()), {**LLAMA, "chat_template": TINYLLAMA_CHAT}),
+    "llama2-lacks-bytes": (without_bytes(piece_tokenizer()), LLAMA),
+    "metaspace-decodes-otherwise": ({**piece_tokenizer({**METASPACE, "prepend_scheme": "always"}),
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}}, FAST),
     "added-token": (piece_tokenizer(), {**LLAMA, "pad_token": "[PAD]", "added_tokens_decoder": {
         str(len(piece_tokenizer()["model"]["vocab"])): {"content": "[PAD]", "special": True}}}),
 }  # fmt: skip
 """`tokenizer.json` and `tokenizer_config.json` by name."""
+
+
+FILES: dict[str, dict[str, dict | str]] = {
+    "turn-token-of-its-own": {"special_tokens_map.json": {"pad_token": "fox"}},
+    "older-map": {"special_tokens_map.json": {"eos_token": "12", "additional_special_tokens": ["ll"]}},
+    MAPPED: {"config.json": {"tokenizer_class": "LlamaTokenizer"}},
+    "default-of-more-templates": {
+        "additional_chat_templates/default.jinja": "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}",
+        "additional_chat_templates/tool_use.jinja": "tools",
+        "chat_template.jinja": "not this one",
+    },
+    "one-of-more-templates": {
+        "additional_chat_templates/tool_use.jinja": "tools",
+        "chat_template.jinja": "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}",
+    },
+}
+"""Further files of the model with a tokenizer; what stands under `config.json` is changed in it."""
 
 
 def config_of(changes: dict, vocab_size: int = 320) -> dict:
@@ -309,7 +355,13 @@ def write_model(folder: Path, config: str = "plain", tokenizer: str = "llama2", 
     folder.mkdir(parents=True, exist_ok=True)
     definition, entries = TOKENIZERS[tokenizer]
     values = config_of({**CONFIGS[config], **changes})
-    write_json(folder / "config.json", values)
+    files = FILES.get(tokenizer, {})
+    for name, content in files.items():
+        if name != "config.json":
+            (folder / name).parent.mkdir(exist_ok=True)
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            (folder / name).write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", {**values, **files.get("config.json", {})})
     write_json(folder / "tokenizer.json", definition)
     write_json(folder / "tokenizer_config.json", entries)
     save_file(weights_of(values), folder / "model.safetensors", metadata={"format": "pt"})

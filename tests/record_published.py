@@ -39,7 +39,14 @@ def greedy(folder: Path) -> list[int]:
 
 def main() -> None:
     """Build, ask, write."""
-    record = {"transformers": transformers.__version__, "logits": {}, "greedy": {}, "texts": {}, "chats": {}}
+    record = {
+        "transformers": transformers.__version__,
+        "logits": {},
+        "greedy": {},
+        "texts": {},
+        "decoded": {},
+        "chats": {},
+    }
     with tempfile.TemporaryDirectory() as root:
         for name in CONFIGS:
             folder = write_model(Path(root) / name, name)
@@ -50,7 +57,10 @@ def main() -> None:
                 write_model(Path(root) / f"t-{name}", tokenizer=name)
             )
             record["texts"][name] = [tokenizer(text).input_ids for text in TEXTS]
-            if "chat_template" in entries:
+            record["decoded"][name] = [
+                tokenizer.decode(ids, skip_special_tokens=True) for ids in record["texts"][name]
+            ]
+            if "chat_template" in entries or tokenizer.chat_template:
                 messages = [{"role": role, "content": turn} for role, turn in zip(ROLES, TURNS, strict=True)]
                 chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
                 record["chats"][name] = chat

@@ -204,6 +204,17 @@ def test_the_config_that_is_published_is_read(tmp_path):
     assert all(torch.equal(value, half[name].float()) for name, value in adapter.state_dict().items())
 
 
+def test_positions_are_read_as_the_newest_transformers_writes_them(tmp_path):
+    write_published(tmp_path, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0})
+    older = KangarooModel(tiny_model(), tmp_path, None, EXIT_LAYER).adapter_model.rotary
+    parameters = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+    configure(tmp_path, rope_theta="gone", rope_scaling="gone", rope_parameters=parameters)
+    newer = KangarooModel(tiny_model(), tmp_path, None, EXIT_LAYER).adapter_model.rotary
+    places = torch.arange(40)[None]
+    for one, other in zip(*(rotary(places, 39, torch.float32) for rotary in (older, newer)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_linear_rope_scaling_is_honoured(tmp_path):
     model, published = pair(tmp_path, 1, rope_scaling={"type": "linear", "factor": 4.0})
     assert model.adapter_model.rotary.scaling_factor == 4.0
@@ -264,9 +275,17 @@ def test_safetensors_and_our_own_layout_give_the_same_adapter(tmp_path):
         (lambda f: alter(f, norm__weight=torch.ones(31)), r"norm.weight is \[31\], expected \[32\]"),
         (
             lambda f: alter(f, norm__weight=torch.ones(32).long()),
-            "more than a plain dict of floating-point tensors",
+            "more than a plain dict of finite tensors in 16 or 32 bits",
         ),
-        (lambda f: alter(f, norm__weight="ones"), "more than a plain dict of floating-point tensors"),
+        (lambda f: alter(f, norm__weight=torch.full((32,), torch.nan)), "a plain dict of finite tensors"),
+        (lambda f: alter(f, norm__weight=torch.ones(32).to(torch.float8_e4m3fn)), "tensors in 16 or 32 bits"),
+        (lambda f: configure(f, sliding_window=4), "sliding_window is 4, which is not computed here"),
+        (lambda f: configure(f, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+        (lambda f: configure(f, rope_scaling={"type": "linear"}), "of the type 'linear' has no factor"),
+        (
+            lambda f: alter(f, norm__weight="ones"),
+            "more than a plain dict of finite tensors in 16 or 32 bits",
+        ),
         (lambda f: torch.save([torch.ones(2)], f / "pytorch_model.bin"), "more than a plain dict"),
         (lambda f: torch.save({0: torch.ones(2)}, f / "pytorch_model.bin"), "more than a plain dict"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "unreadable"),
@@ -301,6 +320,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, write):
     proof.rmdir()  # it does what it says, where it is let
     state = write_published(tmp_path / "adapter")
     write({**state, "norm.weight": Malicious(proof)}, tmp_path / "adapter/pytorch_model.bin")
-    with pytest.raises(ValueError, match="more than a plain dict of floating-point tensors"):
+    with pytest.raises(ValueError, match="more than a plain dict of finite tensors in 16 or 32 bits"):
         KangarooModel(tiny_model(), tmp_path / "adapter", None, EXIT_LAYER)
     assert not proof.exists()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dvirl.evaluation.inference_baseline import generate_forward, hugging_face
 from dvirl.models.chat import ChatEncoder
 from dvirl.models.loading import load
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import DvirlError, guarded
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -42,6 +42,8 @@ def test_logits_are_those_of_the_newest_transformers(name, tmp_path):
 def test_ids_are_those_of_the_newest_tokenizers(name, tmp_path):
     loaded = loaded_from(write_model(tmp_path / name, tokenizer=name))
     assert [loaded.tokenizer(text).input_ids for text in TEXTS] == RECORD["texts"][name]
+    for ids, text in zip(RECORD["texts"][name], RECORD["decoded"][name], strict=True):
+        assert loaded.tokenizer.decode(ids, skip_special_tokens=True) == text
     if name in RECORD["chats"]:
         assert loaded.chat.chat_format == "template"
         assert loaded.chat.encode(TURNS) == RECORD["chats"][name]
@@ -110,6 +112,7 @@ def changed(folder: Path, file: str, **values) -> Path:
         (dict(rms_norm_eps=None), "rms_norm_eps is None"),
         (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
         (dict(rope_theta=0), "rope_theta is 0; expected a number above 0"),
+        (dict(transformers_weights="other.safetensors"), "transformers_weights is 'other.safetensors'"),
         (dict(quantization_config="awq"), "quantised by awq"),
         (dict(eos_token_id="2"), "config.json: eos_token_id has '2'"),
         (
@@ -271,6 +274,37 @@ def test_ends_are_those_of_both_files_and_of_the_template(tmp_path):
     changed(folder, "config.json", eos_token_id=[9])
     changed(folder, "generation_config.json", eos_token_id=None)
     assert loaded_from(folder, chat_format="none").eos_ids == (9,)
+
+
+def test_without_an_end_token_in_the_files_no_token_ends_an_answer(tmp_path):
+    """Whatever a Llama's configuration has by default."""
+    folder = write_model(tmp_path / "m", tokenizer="llama2-no-prefix")
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("eos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(values))
+    assert loaded_from(folder).eos_ids == ()
+    changed(folder, "generation_config.json", eos_token_id=[7])
+    assert loaded_from(folder).eos_ids == (7,)
+
+
+def test_settings_by_which_generate_answers_otherwise_are_said(tmp_path, capsys):
+    folder = write_model(tmp_path / "m")
+    off = dict(
+        repetition_penalty=1.0, num_beams=1, suppress_tokens=None, min_length=0, do_sample=True, top_p=0.9
+    )
+    loaded_from(changed(folder, "generation_config.json", **off))
+    assert "generation_config" not in capsys.readouterr().err
+    loaded_from(changed(folder, "generation_config.json", repetition_penalty=1.1, suppress_tokens=[5]))
+    assert (
+        "generation_config.json sets repetition_penalty, suppress_tokens, which `generate` of transformers applies; "
+        "here answers are the model's own" in capsys.readouterr().err
+    )
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    for name in (str(tmp_path / "none"), "./none", "a/b/c"):
+        with pytest.raises(DvirlError, match="(none|a/b/c) is not there; expected the folder"):
+            loaded_from(name)
 
 
 def test_a_template_of_its_own_file_comes_first(tmp_path):
@@ -477,6 +511,55 @@ def test_a_sentencepiece_model_gives_the_same_ids_as_a_fast_tokenizer(tmp_path, 
     changed(folder, "tokenizer_config.json", add_prefix_space=False)
     tokenizer = loaded_from(folder).tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("a fox").input_ids)[0] == "a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"treat_whitespace_as_suffix": True}, "spaces stand at the ends of its words"),
+        ({"user_defined_symbols": ["▁▁"]}, "the added piece '▁▁' has a space"),
+    ],
+)
+def test_a_sentencepiece_model_whose_spaces_are_otherwise_is_refused(tmp_path, changes, message):
+    (tmp_path / "text.txt").write_text("\n".join(["the quick brown fox said no, the end"] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False, **changes,
+    )  # fmt: skip
+    folder = write_model(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").rename(folder / "tokenizer.model")
+    with pytest.raises(DvirlError, match=message):
+        loaded_from(folder)
+
+
+def test_holes_in_a_vocabulary_are_filled_in_silence_and_abysses_refused(tmp_path, capfd):
+    folder = write_model(tmp_path / "m", tokenizer="holes")
+    loaded_from(folder)
+    assert capfd.readouterr().out == ""
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["zz"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(DvirlError, match=r"tokens have ids up to 2147483648"):
+        loaded_from(folder)
+
+
+def test_a_panic_of_the_librarys_is_one_sentence(tmp_path, monkeypatch, capsys):
+    folder = write_model(tmp_path / "m")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["continuing_subword_prefix"] = "##"
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    changed(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(DvirlError, match="could not load the model .*PanicException"):
+        loaded_from(folder)
+
+    class PanicException(BaseException):
+        """As the library's is called."""
+
+    def panic(_):
+        raise PanicException("byte index 2")
+
+    assert guarded(panic, []) == 2 and "a tokenizer failed: byte index 2" in capsys.readouterr().err
 
 
 def test_no_tokenizer_or_a_damaged_one_is_refused(tmp_path):

@@ -125,7 +125,9 @@ class ChatEncoder:
             raise DvirlError(
                 f"chat_format is {chat_format!r}; expected {known}; template if the model has one"
             )
-        self._control = self._text.special | {token for token in self._text.added if token in self._source}
+        written = literals(self._source)
+        marks = {token for token in self._text.added if token in written and token.strip()}
+        self._control = self._text.special | marks
         if chat_format in FORMATS:
             self._check_tokens()
         named = tokenizer.init_kwargs.get("named_tokens", {})
@@ -281,6 +283,16 @@ def guarded(text: str, control: Collection[str], guard: str) -> str:
     longest_first = sorted(control, key=len, reverse=True)
     spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
     return re.sub(spelled, lambda found: found[0][0] + guard + found[0][1:], text)
+
+
+def literals(template: str) -> str:
+    """The texts that a template writes as they stand in it, without its own code."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        parts = list(environment.lex(template))
+    except TemplateError:  # said when it is compiled
+        return template
+    return "\0".join(text for _, kind, text in parts if kind in ("data", "string"))
 
 
 def unused(text: str) -> str:

@@ -102,6 +102,9 @@ def read_config(values: JsonObject) -> LlamaConfig:
     if config.hidden_act not in ACT2FN:
         raise DvirlError(f"config.json: hidden_act {config.hidden_act!r} is not known")
     config.rope_theta, config.rope_scaling = _positions(values, config)
+    config.eos_token_id = values.get(
+        "eos_token_id"
+    )  # without it no token ends an answer, whatever a Llama's default
     # A token outside the vocabulary cannot be padded with.
     if not has_type(config.pad_token_id, int) or not 0 <= config.pad_token_id < config.vocab_size:
         config.pad_token_id = None
@@ -134,6 +137,10 @@ def _refuse_unknown(values: JsonObject) -> None:
         wide = name == "sliding_window" and type(value) is int and value >= context
         if not harmless and not wide:
             raise DvirlError(f"config.json: {name} is {value!r:.60}, which is not computed here")
+    if values.get("transformers_weights"):
+        raise DvirlError(
+            f"config.json: transformers_weights is {values['transformers_weights']!r:.60}; expected the usual names"
+        )
     if values.get("is_causal") is False:
         raise DvirlError(
             "config.json: is_causal is false; expected a model whose positions see none after them"

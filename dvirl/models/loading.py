@@ -17,12 +17,26 @@ from dvirl.models.hf_config import read_config, read_json
 from dvirl.models.placement import BALANCED, placement
 from dvirl.models.tokenizers import load_tokenizer
 from dvirl.models.weights import FindFile, load_weights
-from dvirl.runs.errors import DvirlError
+from dvirl.runs.errors import PANIC, DvirlError
 from dvirl.runs.settings import ModelSettings, has_type
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MODEL = "smollm2-135m"
+CHANGES_ANSWERS: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (None, 1)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (None, 0)),
+    **dict.fromkeys(("min_length", "min_new_tokens"), (None, 0)),
+    **dict.fromkeys(
+        ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (None, [], {})
+    ),
+    **dict.fromkeys(
+        ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)
+    ),
+    **dict.fromkeys(("watermarking_config", "penalty_alpha", "dola_layers"), (None,)),
+    **dict.fromkeys(("num_beams", "guidance_scale"), (None, 1)),
+}
+"""Settings by which `generate` chooses other greedy tokens than the model's, and the values that switch them off."""
 POINTER = b"version https://git-lfs"
 """How a file begins that git-lfs has not fetched."""
 
@@ -120,8 +134,7 @@ def load(
     """
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
-    if Path(name_or_path).is_file():
-        raise DvirlError(f"{name_or_path} is a file; expected the folder of a model in Hugging Face's layout")
+    _refuse_no_folder(name_or_path)
     find = partial(find_file, source(name_or_path))
     try:
         config = _config(find)
@@ -137,7 +150,9 @@ def load(
         ends = _end_tokens(find, config, chat)
     except DvirlError as error:
         raise DvirlError(f"{name_or_path}: {error}") from error
-    except Exception as error:  # what is in other people's files can raise anything
+    except BaseException as error:  # what is in other people's files can raise anything, Rust's panics, too
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         raise DvirlError(
             f"could not load the model {name_or_path!r}: {type(error).__name__}, "
             f"{' '.join(str(error).split()):.300}"
@@ -147,6 +162,15 @@ def load(
     if where.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its attention takes 30 ms to plan each new shape
     return LoadedModel(model.requires_grad_(False).eval(), tokenizer, chat, ends, name_or_path, fingerprint)
+
+
+def _refuse_no_folder(name_or_path: str) -> None:
+    is_path = name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1
+    problem = "is a file" if Path(name_or_path).is_file() else ""
+    if is_path and not Path(name_or_path).exists():
+        problem = "is not there"
+    if problem:
+        raise DvirlError(f"{name_or_path} {problem}; expected the folder of a model in Hugging Face's layout")
 
 
 def load_for(config: ModelSettings) -> LoadedModel:
@@ -196,6 +220,12 @@ def _end_tokens(find: FindFile, config: LlamaConfig, chat: ChatEncoder) -> tuple
         DvirlError: for what is no token.
     """
     generation = read_json(find("generation_config.json"))
+    changed = [name for name in CHANGES_ANSWERS if generation.get(name) not in CHANGES_ANSWERS[name]]
+    if changed:
+        _say_once(
+            f"generation_config.json sets {', '.join(changed)}, which `generate` of transformers applies; "
+            "here answers are the model's own, without"
+        )
     ids: dict[int, None] = {}
     places = {
         "config.json": config.eos_token_id,

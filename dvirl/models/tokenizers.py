@@ -28,8 +28,12 @@ SPACE = "\u2581"
 DOUBLED = {"type": "Replace", "pattern": {"Regex": f"^{SPACE}(?=[ {SPACE}])"}, "content": ""}
 """Takes a prepended space away where the text begins with one, as newer Metaspace does not put it there."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates by their names, as the newest transformers writes them."""
 LLAMA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 """What the newest Llama tokenizers are given if their files do not say it."""
+MOST_HOLES = 1000
+"""Ids without a token that a small vocabulary may have; a large one may have as many as it has tokens."""
 KNOWN = {
     "BPE": {
         "dropout",
@@ -198,13 +202,16 @@ def load_tokenizer(find: FindFile, templated: bool = True) -> PreTrainedTokenize
     if not file:
         raise DvirlError("no tokenizer.json and no tokenizer.model; expected one of them")
     definition: JsonObject = read_json(file) if file.endswith(".json") else {}
+    if not entries.get("tokenizer_class"):
+        entries["tokenizer_class"] = read_json(find("config.json")).get("tokenizer_class")
     named = _named_tokens(entries, find, LLAMA_ROLES if _is_llama(definition, entries) else {})
     if definition:
         how = rewrite(definition, entries)
     else:
         definition = from_sentencepiece(file, entries, named)
         how = {"prepend_scheme": "always" if entries.get("legacy") else "first"}
-    listed = _add_tokens(definition, entries, read_json(find("added_tokens.json")), named)
+    more = {} if "added_tokens_decoder" in entries else read_json(find("added_tokens.json"))
+    listed = _add_tokens(definition, entries, more, named)
     backend = _backend(file, definition, listed)
     texts = {role: token["content"] for role, token in named.items()}
     # The pinned library overlooks added tokens that its model has as well, unless they are special.
@@ -243,13 +250,18 @@ def _backend(file: str, definition: JsonObject, listed: Mapping[str, int]) -> To
 def _named_tokens(entries: JsonObject, find: FindFile, defaults: Mapping[str, str]) -> dict[str, JsonObject]:
     """The control tokens that the files name, each with the flags that stand beside it.
 
+    Names of their own end with `_token`, too. The older file counts only where the newer one lists no added tokens, and
+    then more than it.
+
     Returns:
-        By role; those that are only listed, by their text.
+        By role or name; those that are only listed, by their text.
     """
-    older = read_json(find("special_tokens_map.json"))
-    named: JsonObject = {role: entries.get(role) or older.get(role) or defaults.get(role) for role in ROLES}
+    older = {} if "added_tokens_decoder" in entries else read_json(find("special_tokens_map.json"))
+    both = {**defaults, **entries, **older}
+    own = [name for name, token in both.items() if name.endswith("_token") and isinstance(token, str)]
+    named: JsonObject = {role: both.get(role) for role in (*ROLES, *own)}
     for field in ("additional_special_tokens", "extra_special_tokens"):
-        more = entries.get(field) or older.get(field) or {}
+        more = both.get(field) or {}
         if not isinstance(more, dict):
             more = {str(token.get("content") if isinstance(token, dict) else token): token for token in more}
         named |= more
@@ -262,14 +274,17 @@ def _named_tokens(entries: JsonObject, find: FindFile, defaults: Mapping[str, st
 
 
 def chat_template(find: FindFile, entries: JsonObject, needed: bool) -> str | None:
-    """The chat template: `chat_template.jinja`, else that of `tokenizer_config.json`, of several the default.
+    """The chat template: that of a file of its own, else of `tokenizer_config.json`, of several the default.
 
     Raises:
         DvirlError: for several templates without a default, if one is needed.
     """
-    file = find("chat_template.jinja")
+    file = find(f"{MORE_TEMPLATES}/default.jinja") or find("chat_template.jinja")
     if file:
         return Path(file).read_text(encoding="utf-8-sig")
+    others = [name for name in ("tool_use", "rag") if find(f"{MORE_TEMPLATES}/{name}.jinja")]
+    if others and needed:
+        raise DvirlError(f"{MORE_TEMPLATES} has {', '.join(others)}; expected one with the name default")
     template = entries.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
@@ -309,9 +324,23 @@ def rewrite(definition: JsonObject, entries: JsonObject) -> JsonObject:
     ignore_merges = model.pop("ignore_merges", False)
     if model.get("type") == "BPE":
         model["merges"] = [_merge(merge) for merge in model["merges"]]
+        _fill_holes(model["vocab"])
     scheme = _spaces(definition)
     _refuse_newer(definition)
     return {"prepend_scheme": scheme, "ignore_merges": ignore_merges}
+
+
+def _fill_holes(vocabulary: dict[str, int]) -> None:
+    """Give every id a text: the pinned library writes a line to the standard output for each that has none.
+
+    Raises:
+        DvirlError: for ids far beyond the number of tokens.
+    """
+    highest = max(vocabulary.values(), default=-1)
+    if highest > MOST_HOLES + 2 * len(vocabulary):
+        raise DvirlError(f"tokenizer.json: {len(vocabulary)} tokens have ids up to {highest}")
+    for index in {*range(highest)} - {*vocabulary.values()}:
+        vocabulary[f"<no token {index}>"] = index
 
 
 def _is_llama(definition: JsonObject, entries: JsonObject) -> bool:
@@ -325,8 +354,11 @@ def _build_llama(definition: JsonObject, entries: JsonObject) -> None:
     """Make a tokenizer what the newest transformers builds, which looks at none of the parts replaced here."""
     absent = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     definition["model"] |= {"byte_fallback": True, "fuse_unk": True} | dict.fromkeys(absent)
+    of_code = str(entries["tokenizer_class"]).startswith("Code")
+    if not of_code:
+        definition["model"]["unk_token"] = None
     prefixed = entries.get("add_prefix_space") is not False
-    scheme = "always" if entries.get("legacy") else "first"
+    scheme = "always" if entries.get("legacy") and not of_code else "first"
     definition["normalizer"] = None
     definition["pre_tokenizer"] = {
         "type": "Metaspace",
@@ -334,7 +366,7 @@ def _build_llama(definition: JsonObject, entries: JsonObject) -> None:
         "prepend_scheme": scheme if prefixed else "never",
         "split": False,
     }
-    definition["decoder"] = _decoder(prefixed)
+    definition["decoder"] = _decoder(prefixed or of_code)
 
 
 def _decoder(prefixed: bool) -> JsonObject:
@@ -364,8 +396,10 @@ def _spaces(definition: JsonObject) -> str | None:
     if metaspace.get("type") != "Metaspace" or not scheme:
         return None
     older: JsonObject = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": scheme != "never"}
-    if (definition.get("decoder") or {}).get("type") == "Metaspace":
-        definition["decoder"] = older
+    decoder = definition.get("decoder") or {}
+    if decoder.get("type") == "Metaspace":
+        prefixed = decoder.get("prepend_scheme", "always") != "never"
+        definition["decoder"] = {**older, "add_prefix_space": prefixed}
     if metaspace.get("split", True):
         definition["pre_tokenizer"] = older
         return scheme
@@ -467,7 +501,12 @@ def from_sentencepiece(file: str, entries: JsonObject, named: dict[str, JsonObje
         raise DvirlError(f"{file}: not a sentencepiece model ({error!s:.200})") from error
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise DvirlError(f"{file}: not a BPE model, as Llama's tokenizers are")
+    if proto.trainer_spec.treat_whitespace_as_suffix:
+        raise DvirlError(f"{file}: spaces stand at the ends of its words, which is not supported")
     kinds = ModelProto.SentencePiece
+    for piece in proto.pieces:
+        if piece.type == kinds.USER_DEFINED and SPACE in piece.piece:
+            raise DvirlError(f"{file}: the added piece {piece.piece!r} has a space, which is not supported")
     # Merges are taken by the score of the piece that they make.
     scores = [(piece.piece, piece.score) for piece in proto.pieces if piece.type == kinds.NORMAL]
     pieces, merges = extractor.extract(scores)

@@ -4,6 +4,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+PANIC = "PanicException"
+"""Class of the errors of libraries in Rust; no class of Python's ordinary errors is above it."""
+
 
 def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     """Run a command; bad input is one sentence on standard error and exit code 2."""
@@ -15,6 +18,11 @@ def guarded(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> 
     except KeyboardInterrupt:
         print("dvirl: interrupted", file=sys.stderr)
         return 130
+    except BaseException as error:
+        if type(error).__name__ != PANIC:
+            raise
+        print(f"dvirl: a tokenizer failed: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
