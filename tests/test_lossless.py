@@ -18,6 +18,8 @@ from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import inject_dual_lora
 
+pytestmark = pytest.mark.no_cover
+
 LENGTH = 24
 
 
@@ -45,7 +47,6 @@ def as_hugging_face(model: EarlyExitLlamaForCausalLM, *without: str) -> LlamaFor
     return theirs
 
 
-@pytest.mark.no_cover
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 5),
@@ -98,7 +99,6 @@ def test_an_adapted_target_would_not_pass_as_the_base():
     assert found != [hf_greedy(untouched, prompt, LENGTH, EOS) for prompt in prompts]
 
 
-@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_default_model_on_twenty_prompts(real):
     base = copied(real)

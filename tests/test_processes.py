@@ -29,6 +29,8 @@ from dvirl.sgp import SGPTrainer
 from dvirl.train_dvi import resume
 from dvirl.trainer import DVITrainer
 
+pytestmark = pytest.mark.no_cover
+
 
 def free_port() -> int:
     with socket.socket() as probe:

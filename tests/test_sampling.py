@@ -22,6 +22,8 @@ from kangaroo.decoding.sampling import Sampling, distribution, gumbel_noise
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
+pytestmark = pytest.mark.no_cover
+
 VOCAB, LENGTH, DRAWS, ROWS = 5, 3, 10_000, 2_000
 PROMPT = [0, 4, 4, 3, 4, 2, 4, 1, 4, 0, 3, 3, 2, 3, 1, 3, 0, 2, 2, 1, 2, 0, 1, 1, 0, 0]
 """Every pair of tokens once, so that there is always something to look up."""
@@ -103,7 +105,6 @@ def p_value(model: KangarooModel, how: DecodeConfig, draws: int = DRAWS) -> tupl
     return float(torch.special.gammaincc(half[0], half[1])), accepted / drafted
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("how", "args", "kind"),
     [

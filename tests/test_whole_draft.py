@@ -40,6 +40,8 @@ from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
+pytestmark = pytest.mark.no_cover
+
 FIXED = [how for how in SETTINGS if how.target == "base" and not how.adaptive]
 FIXED.append(DecodeConfig(4, deterministic=True))
 """Ways to decode whose blocks do not depend on the clock."""
@@ -143,7 +145,6 @@ def test_agreement_is_the_drafters():
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_drafter_in_the_box_drafts_the_same_blocks_as_a_model_of_its_own(real):
     ours = load_drafter("smollm2-135m-k2", copied(real)).model
@@ -223,7 +224,6 @@ def test_drafts_by_the_verifier_itself_are_all_accepted(temperature):
         assert sum(block.num_accepted for block in decoded.blocks) == 23
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("rows", [FEW - 1, FEW + 2])
 def test_samples_follow_the_verifiers_distribution(rows):
     base = five_tokens().base_model
