@@ -15,6 +15,7 @@ import traceback
 from argparse import Namespace
 from pathlib import Path
 
+import coverage
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -41,6 +42,18 @@ def synced(descriptor: int) -> None:
 
 
 os.fsync = synced
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart() -> None:
+    """Let `no_cover` have its effect in processes of xdist, too.
+
+    There pytest-cov 7.1 has begun to count lines once already, and begins again after this. What it does not save would
+    go on counting whenever the other one pauses.
+    """
+    early = coverage.Coverage.current()
+    if early and "PYTEST_XDIST_WORKER" in os.environ:
+        early.stop()
 
 
 def pytest_collection_finish() -> None:

@@ -22,8 +22,6 @@ from kangaroo.decoding.speculate import Text
 from kangaroo.decoding.stages import Stage, StageWeights
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 
-pytestmark = pytest.mark.no_cover
-
 SETTINGS = [
     DecodeConfig(0),
     DecodeConfig(4),
@@ -49,6 +47,7 @@ def row_by_row(model, prompts, how, length=24):
     return [model.generate(prompt, length, how, (EOS,), seed=3) for prompt in prompts]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 @pytest.mark.parametrize("args", DRAFTERS, ids=lambda args: args.get("drafter", "none"))
 def test_a_batch_gives_what_each_row_gives_alone(how, args):
@@ -150,6 +149,7 @@ def test_what_is_captured_under_passes_of_one_size_drafts_in_such_passes_too(mon
     assert set(sizes) == {PASS_ROWS}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_passes_of_one_size_give_the_same_tokens(how, monkeypatch):
     sizes, rows = [], set()
@@ -198,6 +198,7 @@ def served_without_capture(how):
     return row_by_row(*served(), how)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("rows", "own_kernels"), [(1, False), (3, True)])
 @pytest.mark.parametrize("how", SETTINGS, ids=NAME)
 def test_what_was_captured_once_serves_every_later_text(how, rows, own_kernels, monkeypatch):
@@ -347,6 +348,7 @@ def step_by_step(model, text, count, branch):
     return drafts
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("deep_scale", "doubtful"), [(0.03, 0.0), (0.0, 0.4)])
 def test_a_lookup_after_drafts_is_the_same_ahead_of_the_host(deep_scale, doubtful, monkeypatch):
     """On texts that hold their own answers; no lookup follows a doubtful draft, whatever matches."""

@@ -39,7 +39,7 @@ def test_main_takes_a_namespace(tmp_path):
     [
         (["train", "--exit_layer", "0"], "exit_layer is 0"),
         (["train", "--config", "none.yaml"], "none.yaml: No such file"),
-        (["train", "--model_name", "./nowhere"], "could not load the model './nowhere'"),
+        (["train", "--model_name", "./nowhere"], "./nowhere is not there; expected the folder of a model"),
         (["fetch", "gpt5"], "fetch knows smollm2-135m"),
         (["dance"], "unknown command 'dance'"),
     ],

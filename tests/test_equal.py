@@ -19,8 +19,6 @@ from dvirl.runs.errors import DvirlError
 from kangaroo.decoding import speculate
 from kangaroo.decoding.blocks import DecodeConfig
 
-pytestmark = pytest.mark.no_cover
-
 A, B, C = 7, 8, 9
 
 
@@ -115,6 +113,7 @@ def test_in_bfloat16_every_difference_is_judged_in_float32():
     assert all(math.log2(one.resolution).is_integer() and one.gap >= 0 for one in report.differences)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("how", "own_kernels", "identical"),
     [

@@ -29,8 +29,6 @@ from kangaroo.decoding.passes import Passes
 from kangaroo.decoding.sampling import Drawn, Sampling, gumbel_noise
 from kangaroo.decoding.stages import Stage, StageWeights
 
-pytestmark = pytest.mark.no_cover
-
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 CAPACITY = 192
 TOKENS = 16 if DEVICE.type == "cuda" else 5
@@ -115,6 +113,7 @@ def test_kangaroos_adapter_layer_with_a_window():
     torch.testing.assert_close(run(ours, states, [90]), run(theirs, states, [90]), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("start", [1, 62, 64, 126])
 def test_a_row_has_the_same_bits_alone_and_among_others(start):
     """Plain decoding, drafts and other texts: what a token computes depends on its own text alone.

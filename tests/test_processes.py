@@ -29,8 +29,6 @@ from dvirl.sgp import SGPTrainer
 from dvirl.train_dvi import resume
 from dvirl.trainer import DVITrainer
 
-pytestmark = pytest.mark.no_cover
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -146,7 +144,8 @@ def test_what_trains_alone_refuses_several_processes(tmp_path, capfd):
         )
         sys.exit(errors.guarded(lambda _: SGPTrainer(config, tiny_loaded(), []), []))
 
-    assert in_processes(2, work) == [2, 2]
+    codes = in_processes(2, work)
+    assert 2 in codes and 0 not in codes  # the other one may see first that it is alone
     assert "2 processes were started; expected one, which trains alone" in capfd.readouterr().err
 
 

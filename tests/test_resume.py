@@ -42,8 +42,6 @@ from dvirl.sgp import SGPTrainer
 from dvirl.train_dvi import resume
 from dvirl.trainer import DVITrainer
 
-pytestmark = pytest.mark.no_cover
-
 POINTS = int(os.environ.get("DVIRL_FAULTS", "12"))
 """Places at which runs are killed; `make faults` takes more."""
 EVENTS = [(trainer, "generate"), (loop, "cut_log"), (loop, "log_line"), (DVITrainer, "judge"), (DVITrainer, "step"),

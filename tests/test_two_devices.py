@@ -45,8 +45,6 @@ from kangaroo import kangaroo_model
 from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
 
-pytestmark = pytest.mark.no_cover
-
 ENDS = (2, *range(240, 264))
 SHARED = dict(
     exit_layer=2,
