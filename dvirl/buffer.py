@@ -144,8 +144,7 @@ class ReplayBuffer:
     def _is_recent(self, num_responses: int) -> Tensor:
         """Which records are of the most recent responses that have any."""
         ids = self._fields["response_id"]
-        first = torch.unique(ids)[-num_responses:][0]
-        return torch.ge(ids, first)
+        return torch.isin(ids, torch.unique(ids)[-num_responses:])
 
     def sample_responses(self, count: int, generator: torch.Generator) -> TrainingBatch:
         """The records of `count` responses drawn without replacement (all, if there are fewer)."""

@@ -388,9 +388,8 @@ class LiveSession:
                 self._start(self._folder)
             on_error.callback(self._merged.close)
             self._merge()
-            self.model.block_policy(
-                self.config.decode
-            )  # adaptive blocks need the costs of steps, measured once
+            # Adaptive blocks need the costs of steps, measured once.
+            self.model.block_policy(self.config.decode)
             self._open = on_error.pop_all()
         return self
 
@@ -521,19 +520,20 @@ class LiveSession:
         """
         kind = self._due()
         counters = self.counters
+        if kind == "checkpoint":
+            self._checkpoint()
+            return kind
         # The budget must hold if it takes as long as it did last time.
-        free = kind == "checkpoint"  # its own time cannot stand in it
-        if not kind or (not free and counters.costs.get(kind, 0.0) > counters.allowance):
+        if not kind or counters.costs.get(kind, 0.0) > counters.allowance:
             return ""
         began = self._clock()
         with self._all_or_nothing(), torch.inference_mode(False), torch.enable_grad():
             figures = self._do(kind)
         self._pack()  # here and not in the next answer, so that it counts as learning
         seconds = self._clock() - began
-        if not free:
-            counters.learn_s += seconds
-            counters.allowance -= seconds
-            counters.costs[kind] = seconds
+        counters.learn_s += seconds
+        counters.allowance -= seconds
+        counters.costs[kind] = seconds
         self._log(kind, seconds=seconds, **figures)
         return "back" if figures.get("verdict") == "back" else kind
 
@@ -562,21 +562,6 @@ class LiveSession:
         """Do one of these things; its figures."""
         trainer = self.trainer
         counters = self.counters
-        if kind == "checkpoint":
-            unsaved = counters.unsaved
-            counters.unsaved = 0
-            self._merged.close()
-            try:
-                counters.lines += 1  # the line of this checkpoint comes after it
-                self.save_checkpoint()
-            except DvirlError:
-                counters.unsaved = unsaved
-                self._half_done = False
-                raise
-            finally:
-                counters.lines -= 1
-                self._merge()
-            return {}
         if kind == "replay":
             counters.unreplayed = 0
             trainer.replay_update(trainer.buffer.sample_responses(1, trainer.generator))
@@ -599,6 +584,24 @@ class LiveSession:
         if self._folder is not None:
             log_line(trainer.log, metrics)
         return {"loss": metrics["loss"]}
+
+    def _checkpoint(self) -> None:
+        """Write a checkpoint that is due; its time cannot stand in it, and is none of learning's."""
+        counters = self.counters
+        began = self._clock()
+        unsaved = counters.unsaved
+        counters.unsaved = 0
+        counters.lines += 1  # its own line, which comes after it
+        self._merged.close()
+        try:
+            self.save_checkpoint()
+        except BaseException:
+            counters.unsaved = unsaved
+            raise
+        finally:
+            counters.lines -= 1
+            self._merge()
+        self._log("checkpoint", seconds=self._clock() - began)
 
     def _merge(self) -> None:
         """Merge lora_S, which does not change, once for all answers to come."""

@@ -504,11 +504,10 @@ class DVITrainer(TrainingLoop):
         self.served = Served(**numbers["served"])
         self.rates = numbers["rates"]
         value, count, *kind = numbers["baseline"]
-        if kind in (
-            [],
-            [self.baseline.kind],
-        ):  # older checkpoints do not say it; another average means something else
-            self.baseline.value, self.baseline.count = value, count
+        # Older checkpoints do not say the kind; the average of another one means something else.
+        if kind in ([], [self.baseline.kind]):
+            self.baseline.value = value
+            self.baseline.count = count
         self.split.stream.position = numbers["stream"]["position"]
         self.buffer.load_state_dict({"tensors": tensors, "numbers": numbers["buffer"]})
         self.generator.set_state(tensors["generator"].cpu())

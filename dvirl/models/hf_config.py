@@ -102,9 +102,8 @@ def read_config(values: JsonObject) -> LlamaConfig:
     if config.hidden_act not in ACT2FN:
         raise DvirlError(f"config.json: hidden_act {config.hidden_act!r} is not known")
     config.rope_theta, config.rope_scaling = _positions(values, config)
-    config.eos_token_id = values.get(
-        "eos_token_id"
-    )  # without it no token ends an answer, whatever a Llama's default
+    # Without it no token ends an answer, whatever a Llama has by default.
+    config.eos_token_id = values.get("eos_token_id")
     # A token outside the vocabulary cannot be padded with.
     if not has_type(config.pad_token_id, int) or not 0 <= config.pad_token_id < config.vocab_size:
         config.pad_token_id = None

@@ -44,11 +44,8 @@ def load_optimizers(tensors: Tensors, **optimizers: Optimizer) -> None:
         for key, value in tensors.items():
             if key.startswith(f"{name}."):
                 _, parameter, field = key.split(".")
-                fits = int(parameter) < len(parameters) and value.shape in (
-                    (),
-                    parameters[int(parameter)].shape,
-                )
-                if not fits:
+                own = parameters[int(parameter) :][:1]
+                if not own or value.shape not in ((), own[0].shape):
                     raise DvirlError(
                         "the checkpoint's optimizer is of other parameters; expected the same lora_shallow and drafter"
                     )
