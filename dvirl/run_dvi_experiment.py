@@ -3,12 +3,10 @@
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from dvirl import cli, plots
 from dvirl.config import DVIConfig
-from dvirl.experiments.experiment import DVIExperiment, refuse_existing, run_experiment
-from dvirl.models.drafters import Draft
+from dvirl.experiments.experiment import DVIExperiment, run_experiment
 from dvirl.runs import settings
 from dvirl.train_dvi import make_trainer
 
@@ -28,15 +26,7 @@ def main(args: Namespace | DVIExperiment) -> Path:
         DvirlError: for bad settings or a bad source, or where there are results of this name already.
     """
     config = settings.from_namespace(DVIExperiment, args)
-    refuse_existing(config)
-    trainer = make_trainer(settings.narrowed(DVIConfig, config))
-    draft = Draft(trainer.model, trainer.loaded, config.target)
-
-    def train() -> dict[str, Any]:
-        trainer.train()
-        return {"counters": vars(trainer.counters)}
-
-    return run_experiment(config, draft, train, plots.learning_curve)
+    return run_experiment(config, DVIConfig, make_trainer, plots.learning_curve)
 
 
 if __name__ == "__main__":

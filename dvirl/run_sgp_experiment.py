@@ -2,14 +2,11 @@
 
 import sys
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from dvirl import cli, plots
 from dvirl.config import SGPConfig
-from dvirl.experiments.experiment import SGPExperiment, refuse_existing, run_experiment
-from dvirl.models.drafters import Draft
+from dvirl.experiments.experiment import SGPExperiment, run_experiment
 from dvirl.runs import settings
 from dvirl.train_sgp import make_trainer
 
@@ -22,14 +19,7 @@ parse_args = settings.command_line(
 def main(args: Namespace | SGPExperiment) -> Path:
     """Run it, and return `results/<name of run_dir>.json`; arguments and errors as in `run_dvi_experiment.main`."""
     config = settings.from_namespace(SGPExperiment, args)
-    refuse_existing(config)
-    trainer = make_trainer(settings.narrowed(SGPConfig, config))
-    draft = Draft(trainer.model, trainer.loaded)
-
-    def train() -> dict[str, Any]:
-        return {"held_out": asdict(trainer.train())}
-
-    return run_experiment(config, draft, train, plots.losses)
+    return run_experiment(config, SGPConfig, make_trainer, plots.losses)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -252,10 +252,12 @@ class AttentionPlan:
     sin: Tensor
     mask: Tensor | None
 
-    def on(self, device: torch.device) -> AttentionPlan:
+    def on(self, device: torch.device) -> Self:
         """The same plan on a device, for layers that are spread over several."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return AttentionPlan(self.cos.to(device), self.sin.to(device), mask)
+        if self.cos.device == device:
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def plan_uncached(

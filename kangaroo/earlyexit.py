@@ -29,6 +29,7 @@ from kangaroo.adapter import (
 from kangaroo.decoding.blocks import PASS_ROWS, DecodeConfig, Verification
 from kangaroo.decoding.cache import KVCache
 from kangaroo.decoding.feedback import Feedback
+from kangaroo.decoding.generate import Turns
 from kangaroo.decoding.layers import (
     CachedLayer,
     MadeFromWeights,
@@ -79,6 +80,7 @@ class EarlyExitLlamaForCausalLM(LlamaPreTrainedModel):  # type: ignore[misc]  # 
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary: LlamaRotaryEmbedding = rotary_for(config)
         self.adapter_switch = AdapterSwitch(self)  # of no adapters yet
+        self.turns = Turns()
         self.past_key_values: Stages | None = None
         self._weights: MadeFromWeights[StageWeights] = MadeFromWeights()
         self._used: dict[str, Weights] = {}  # what the weights of a stage are made from

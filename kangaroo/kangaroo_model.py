@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -15,15 +16,14 @@ from kangaroo.adapter import AdapterModel, before
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.costs import StepCosts
 from kangaroo.decoding.drafting import AdaptivePolicy, BlockPolicy, LookupIndex, Memory
-from kangaroo.decoding.generate import Decoded, decode_texts
-from kangaroo.decoding.inputs import Ends, Ids, check_prompt, end_ids
+from kangaroo.decoding.generate import Decoded, decode_texts, in_turns
+from kangaroo.decoding.inputs import Ends, Ids, check_prompt, check_seeds, end_ids
 from kangaroo.decoding.layers import (
     CachedLayer,
     Fuse,
     MadeFromWeights,
     Middle,
     Weights,
-    head_product,
     product,
     rms_norm,
     states_dtype,
@@ -320,7 +320,7 @@ class KangarooModel(nn.Module):
         if self.head == "lora":
             head = torch.addmm(head, self.head_up, self.head_down)
         head = head.to(self.head_rows.dtype)
-        return StageWeights([], head=head_product(head, self.int8_draft), head_weight=head)
+        return StageWeights([], head=product(head, int8=self.int8_draft), head_weight=head)
 
     def drafter_depths(
         self,
@@ -473,6 +473,7 @@ class KangarooModel(nn.Module):
         """Seconds on the clock once the device has done its work."""
         return now(self.head_model.weight.device)
 
+    @in_turns
     @torch.inference_mode(False)  # what is kept for later answers must outlive a caller's inference mode
     def decode_rows(
         self,
@@ -488,7 +489,7 @@ class KangarooModel(nn.Module):
 
         Args:
             prompts: token ids, at least one each; lists or tensors, `[T]` or `[1, T]`.
-            max_new_tokens: length limit of a response, at least 1.
+            max_new_tokens: length limit of a response.
             settings: how to draft and verify.
             eos_ids: tokens that end a response, or one such token, or None.
             noise: uniform `[max_new_tokens]`, one number a position, for sampled drafts of greedy answers.
@@ -496,18 +497,18 @@ class KangarooModel(nn.Module):
             memory: earlier texts to look up drafts in, for blocks that do not run ahead of the host.
 
         Yields:
-            After each step what the texts commit, by the prompt's index; nothing for texts that are over. The first
-            verifications are the prefill's.
+            After each step what texts commit, by the prompt's index; nothing once they are over. First the prefill's.
 
         Raises:
-            ValueError: as `check_prompt` and `decoding` do; for a limit below 1, or logits that are not finite.
+            ValueError: as `check_prompt`, `check_seeds` and `decoding` do; for a limit that is no integer above 0, or
+                logits that are not finite.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected an integer above 0")
         rows = [check_prompt(prompt, self.base_model) for prompt in prompts]
         if not rows:
             raise ValueError("there is no prompt; expected at least one")
-        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        seeds = check_seeds(seed, len(rows))
         texts = []
         for prompt, text_seed in zip(rows, seeds, strict=True):
             policy = self.block_policy(settings, len(rows))

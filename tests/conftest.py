@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -34,6 +35,16 @@ from kangaroo.sgp_lora import inject_dual_lora, lora_parameters
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported: they run on the CPU then
+    from triton.runtime import interpreter
+
+    prepared = functools.cache(interpreter._patch_lang)
+
+    def call_helper(self, *arguments, **names):
+        """Call a function within a kernel. Triton would replace what its language means at each such call again."""
+        prepared(self.fn)
+        return self.rewrite()(*arguments, **names)
+
+    interpreter.InterpretedFunction.__call__ = call_helper
 
 
 def synced(descriptor: int) -> None:
@@ -58,12 +69,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Objects that imports created stay for good: `gc.collect`, which studies call for every row, need not walk it.
-
-    And Ctrl-C is heard: a shell's background jobs begin with SIGINT ignored, for which tests would wait for ever.
-    """
-    gc.collect()
-    gc.freeze()
+    """Let Ctrl-C be heard: a shell's background jobs begin with SIGINT ignored, for which tests would wait for ever."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -87,13 +93,24 @@ def pytest_sessionfinish(session) -> None:
         record("faults-cpu", **{kind: {"count": len(FAULTS[kind]), **found} for kind, found in sums.items()})
 
 
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item) -> None:
     """No test sees what the one before it left: settings that it trained with may ask torch for two threads.
 
     Tiny models are many times slower on two. And workers steal tests from one another, in no order.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    stay(item.path)
+
+
+@functools.cache
+def stay(path: Path) -> None:
+    """Before the first test of a file: what is there now stays, so `gc.collect` need not walk it again.
+
+    Studies call that for every row.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def record(name: str, **figures) -> None:

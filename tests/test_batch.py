@@ -74,6 +74,7 @@ def stretched(model):
     return model
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.double])  # by our own kernels, and not
 @pytest.mark.parametrize("how", SETTINGS[:6], ids=NAME)
 def test_each_text_of_a_batch_has_the_angles_of_its_own_length(how, dtype):
@@ -259,6 +260,7 @@ def test_prompts_of_a_captured_batch_are_read_as_if_alone(captured, lengths, sha
         assert one.tokens == other.tokens
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "how", [DecodeConfig(0), DecodeConfig(4), DecodeConfig(3, source="hybrid", branches=1)]
 )

@@ -15,6 +15,7 @@ TINY = ["--exit_layer", "2", "--num_prompts", "8", "--rollout_batch", "4", "--ma
         "--lora_rank", "2", "--draft_vocab", "0", "--threads", "1", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
 
 
+@pytest.mark.no_cover
 def test_train_runs_and_says_where_things_are(tmp_path, capsys):
     model, run_dir = save_tiny(tmp_path / "model"), tmp_path / "run"
     assert cli.main(["train", "--model_name", str(model), "--run_dir", str(run_dir), *TINY]) == 0

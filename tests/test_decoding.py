@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import threading
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import EOS, tiny_kangaroo, tiny_model
+from conftest import EOS, random_prompts, tiny_kangaroo, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kangaroo.decoding.blocks import SOURCES, DecodeConfig
+from kangaroo.decoding.blocks import SOURCES, TARGETS, DecodeConfig
 from kangaroo.decoding.drafting import BlockPolicy, LookupIndex
 from kangaroo.decoding.sampling import choose_tokens, count_accepted
 from kangaroo.decoding.speculate import Text
@@ -120,7 +124,12 @@ def test_blocks_come_as_they_are_committed():
     [
         (lambda m: m.generate([], 5, DecodeConfig(2)), "prompt is empty"),
         (lambda m: m.generate(PROMPT, 0, DecodeConfig(2)), "max_new_tokens is 0"),
+        (lambda m: m.generate(PROMPT, 2.5, DecodeConfig(2)), "max_new_tokens is 2.5; expected an integer"),
+        (lambda m: m.generate(PROMPT, 5, DecodeConfig(2), seed=1.5), "seed is 1.5; expected an integer"),
+        (lambda m: m.generate(PROMPT, 5, DecodeConfig(2), seed=[1, 2]), "one for each of 1 prompts"),
         (lambda m: DecodeConfig(-1), "draft_len is -1"),
+        (lambda m: DecodeConfig(2.5), "draft_len is 2.5; expected an integer"),
+        (lambda m: DecodeConfig(2, branches=1.5), "branches is 1.5; expected an integer"),
         (lambda m: DecodeConfig(2, threshold=1.5), "threshold is 1.5"),
         (lambda m: DecodeConfig(2, target="other"), "target is 'other'"),
         (lambda m: DecodeConfig(2, draft_temperature=-1.0), "draft_temperature is -1.0"),
@@ -130,6 +139,51 @@ def test_blocks_come_as_they_are_committed():
 def test_bad_input_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_kangaroo(0))
+
+
+def test_a_seed_may_be_any_integer():
+    model, how = tiny_kangaroo(0), DecodeConfig(2, temperature=1.0)
+    answers = {
+        tuple(model.generate(PROMPT, 20, how, seed=seed).tokens)
+        for seed in (1, True, np.int64(1), torch.tensor(1), [1], (np.int32(1),))
+    }
+    assert len(answers) == 1 != len(answers | {tuple(model.generate(PROMPT, 20, how, seed=2).tokens)})
+
+
+def test_threads_take_turns():
+    """Also the first answers, which make what all later ones decode with, and those of both targets."""
+    ways = [DecodeConfig(3, target=target) for target in TARGETS]
+    prompts = random_prompts(3, 2)
+    expected = {(at, how): tiny_kangaroo(0).generate(prompts[at], 12, how) for at in range(3) for how in ways}
+    for _ in range(4):
+        model, found, ready = tiny_kangaroo(0), {}, threading.Barrier(6)
+
+        def answer(at, how, model=model, found=found, ready=ready):
+            ready.wait()
+            found[at, how] = model.generate(prompts[at], 12, how).tokens
+
+        threads = [threading.Thread(target=answer, args=key) for key in expected]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert found == {key: decoded.tokens for key, decoded in expected.items()}
+
+
+def test_a_copy_of_a_model_waits_for_no_other():
+    model = tiny_kangaroo(0)
+    stream = model.decode_blocks(PROMPT, 9, DecodeConfig(2))
+    next(stream)
+    twin = copy.deepcopy(tiny_kangaroo(0))
+    assert twin.base_model.turns is not model.base_model.turns
+    assert (
+        twin.generate(PROMPT, 9, DecodeConfig(2)).tokens == model.generate(PROMPT, 9, DecodeConfig(2)).tokens
+    )
 
 
 def test_a_step_outside_a_decoding_is_refused():

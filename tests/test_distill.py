@@ -201,6 +201,7 @@ def test_kept_states_are_those_that_a_pass_computes(tmp_path, responses, monkeyp
 # What it trains
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "changes", [{}, dict(muon=0.0), dict(head="full", drafter="adapter"), dict(drafter="none", ce_weight=0.5)]
 )
@@ -213,6 +214,7 @@ def test_the_draft_learns(tmp_path, responses, changes):
     assert before < 0.4 and after.rate > 0.75 and result.agreement == pytest.approx(after.rate, abs=0.1)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("objective", ["alpha", "block"])
 def test_rewards_teach_longer_blocks(tmp_path, responses, objective):
     changes = dict(feedback=True, recurrent=True, depths=2, draft_vocab=0, passes=12, lr=1e-2, log_every=1)
@@ -223,6 +225,7 @@ def test_rewards_teach_longer_blocks(tmp_path, responses, objective):
     assert log.iloc[-5:].mean() > log.iloc[begun : begun + 5].mean() + 0.1
 
 
+@pytest.mark.no_cover
 def test_sampled_blocks_have_the_exact_gradient_in_the_mean(tmp_path, responses):
     """Of one batch, over many draws; with KL first, so that blocks are longer than none."""
     mine = distiller(tmp_path, responses, feedback=True, recurrent=True, depths=3, passes=12, lr=1e-2)
@@ -356,6 +359,7 @@ SAMPLED = dict(
 )
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("changes", "killed_at"), [({}, 7), ({}, 13), ({"muon": 0.0}, 19), (SAMPLED, 7), (SAMPLED, 13)]
 )
@@ -587,6 +591,7 @@ def test_the_command_trains_goes_on_and_says_where_things_are(tmp_path, capsys, 
     assert cli.main(["distill", "--muon", "-1"]) == 2 and "muon is -1.0" in capsys.readouterr().err
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_real_model_learns_its_own_answers_and_ships(tmp_path, real):
     """What it answered it begins to predict, and the drafter that it ships says the same."""

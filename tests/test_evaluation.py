@@ -58,6 +58,7 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.no_cover
 def test_a_run_is_judged_from_its_folder(run_dir, capsys, tmp_path):
     assert (
         cli.main(["sgp-eval", "--ckpt_dir", str(run_dir), "--held_out", "--out", str(tmp_path / "x.json")])

@@ -36,6 +36,7 @@ def done(tmp_path_factory):
     return folder
 
 
+@pytest.mark.no_cover
 def test_an_experiment_leaves_results_answers_and_a_report(done):
     found = json.loads((done / "results/e.json").read_text())
     assert {
@@ -72,6 +73,7 @@ def test_a_second_experiment_of_the_same_name_is_refused(done, capsys):
     assert "expected fixed and dvi among them" in capsys.readouterr().err
 
 
+@pytest.mark.no_cover
 def test_main_takes_a_namespace_of_the_names_of_old(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Namespace(model_name=str(save_tiny(tmp_path / "m")), exit_layer=1, fast_batch=1, slow_every=2, beta_kl=0.2,
@@ -88,6 +90,7 @@ def test_the_settings_are_those_of_both_parts():
     assert (both.draft_len, both.longest, both.methods) == (2, 15, "plain,pld,fixed,dvi")
 
 
+@pytest.mark.no_cover
 def test_a_sweep_takes_the_figures_of_experiments(done, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [flag.removeprefix("--") for flag in (*TINY, *ASKED)]

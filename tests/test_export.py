@@ -64,6 +64,7 @@ def close(one, other):
 # As a Hugging Face folder
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("drafter", ["none", "adapter", "layer"])
 @pytest.mark.parametrize("head", ["frozen", "full", "lora"])
 @pytest.mark.parametrize("draft_vocab", [0, 100])
@@ -209,6 +210,7 @@ def test_what_a_gguf_llama_may_have_is_written(tmp_path, config):
     assert not found
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_a_gguf_file_has_the_models_tokens_and_ends(tmp_path, tokenizer):
     base = load(str(write_model(tmp_path / "base", "plain", tokenizer)), "float32", "cpu")

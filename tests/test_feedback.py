@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import EOS, capture_passes, random_prompts, tiny_kangaroo
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from dvirl.config import DVIConfig, SGPConfig
 from dvirl.evaluation.agreement import measure_blocks
@@ -41,27 +42,35 @@ def model_with_feedback(seed=1, **args):
 
 
 @torch.no_grad()
-def table(model, text, drafts):
-    """The two likeliest tokens for each draft of a chain after a text, by one parallel pass over both."""
-    base, ids = model.base_model, torch.tensor([[*text, *drafts[:-1]]])
+def choices(model, chains):
+    """The two likeliest tokens for each draft of each chain, a text and its drafts: all by one parallel pass."""
+    rows = [torch.tensor([*text, *drafts[:-1]]) for text, drafts in chains]
+    # What stands to the right of a text changes nothing of it.
+    base, ids = model.base_model, pad_sequence(rows, batch_first=True)
     with base.without_adapters("lora_S"):
         verifier_hidden = base.forward_deep(base.forward_shallow(ids), middle_layer=model.middle_layer)
-    states = model.drafter_depths(ids, base.forward_shallow(ids), verifier_hidden, len(drafts))
-    own = [state[0, len(text) - 1 + depth] for depth, state in enumerate(states)]
-    return [model.token_ids(model.head_logits(state).topk(2).indices).tolist() for state in own]
+    longest = max(len(drafts) for _, drafts in chains)
+    states = model.drafter_depths(ids, base.forward_shallow(ids), verifier_hidden, longest)
+    for row, (text, drafts) in enumerate(chains):
+        own = torch.stack([states[depth][row, len(text) - 1 + depth] for depth in range(len(drafts))])
+        yield model.token_ids(model.head_logits(own).topk(2).indices).tolist()
 
 
 def check_blocks(model, prompt, blocks):
     """Each learned draft is that of its depth, after the text and the drafts before it; how many were checked."""
-    text, checked = list(prompt), 0
+    text, chains, places = list(prompt), [], []
     for block in blocks:
         for draft in (chain.draft for chain in (block, *block.beside)):
-            tokens = draft.tokens[: draft.num_learned].tolist()
-            for depth, choices in enumerate(table(model, text, tokens) if tokens else []):
-                assert tokens[depth] == choices[int(depth + 1 == draft.chain)], (text, depth)
-                checked += 1
-        text += block.committed
-    return checked
+            if draft.num_learned:
+                chains.append((text, draft.tokens[: draft.num_learned].tolist()))
+                places.append(draft.chain)
+        text = [*text, *block.committed]
+    if not chains:  # nothing was learned, all of it was looked up
+        return 0
+    for (text, drafts), place, likeliest in zip(chains, places, choices(model, chains), strict=True):
+        expected = [two[int(depth + 1 == place)] for depth, two in enumerate(likeliest)]
+        assert drafts == expected, text
+    return sum(len(drafts) for _, drafts in chains)
 
 
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.source}-{how.draft_len}-{how.adaptive}")

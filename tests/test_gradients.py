@@ -40,6 +40,7 @@ def layers(names):
     return {int(name.split("layers.")[1].split(".")[0]) for name in names}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
 def test_a_fast_update_changes_lora_s_and_nothing_else(schedule, exit_layer):

@@ -152,6 +152,7 @@ def all_attacks(tokenizer) -> list[str]:
     ]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("tokenizer", "chat_format"),
     [(tiny_tokenizer, "chatml"), (compatibility_tokenizer, "chatml"), (tiny_tokenizer, "none"),
@@ -166,6 +167,7 @@ def test_no_text_becomes_a_control_token(tokenizer, chat_format):
     assert not smuggled(encoder, texts)
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_no_text_becomes_a_control_token_of_the_real_tokenizer(real):
     texts = all_attacks(real.tokenizer)
@@ -223,6 +225,7 @@ def model():
     return tiny_kangaroo(1, deep_scale=0.2)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("name", "prompt"), hostile_prompts().items(), ids=lambda one: one if isinstance(one, str) else ""
 )
@@ -480,6 +483,7 @@ def same(one, other) -> bool:
 UPDATES = ("fast", "replay", "slow")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", UPDATES)
 @pytest.mark.parametrize("where", ["loss", "logit"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

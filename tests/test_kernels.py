@@ -215,6 +215,7 @@ def test_noise_is_that_of_the_library():
     torch.testing.assert_close(out, gumbel_noise(keys, ids), atol=1e-13, rtol=1e-13)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("rows", "vocab", "temperature", "named"),
     [(1, 256, 1, True), (18, 300, 0.5, True), (18, 300, 1.7, False)],

@@ -270,6 +270,7 @@ def logged(folder):
     return [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.no_cover
 def test_a_cell_is_interrupted_and_run_again(notebook, training, tmp_path):
     cell, run_dir = training
     run_interrupted(notebook, cell)

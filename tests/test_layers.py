@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from kangaroo import sgp_lora
 from kangaroo.decoding import layers
 from kangaroo.decoding.blocks import DecodeConfig
-from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, head_product, product
+from kangaroo.decoding.layers import CachedLayer, MadeFromWeights, product
 from kangaroo.kangaroo_model import KangarooModel
 from kangaroo.sgp_lora import AdapterSwitch, inject_dual_lora
 
@@ -40,7 +40,7 @@ def test_a_head_in_8_bits_is_nearly_the_product():
         for rows in (1, 3, 9):
             states = torch.randn(1, rows, 24).to(dtype)
             expected = states.float() @ weight.to(dtype).float().T
-            found = head_product(weight.to(dtype), int8=True)(states.float())
+            found = product(weight.to(dtype), int8=True)(states.float())
             sizes = weight.norm(dim=1) * states.float().norm(dim=-1).amax()
             assert found.dtype == torch.float32 and not torch.equal(found, expected)
             assert bool(((found - expected).abs() <= 0.02 * sizes).all())

@@ -133,6 +133,7 @@ def test_updates_are_those_of_the_trainer_on_the_same_records(kind, request):
             torch.testing.assert_close(own, expected.detach(), atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", ["drafter", "recurrent"])
 @pytest.mark.parametrize(
     "changes", [{}, {"source": "hybrid"}, {"source": "lookup", "budget": 0.0}, {"schedule": "tv"}]
@@ -147,6 +148,7 @@ def test_answers_are_plain_decodings_whatever_is_learned_and_remembered(kind, re
         assert live.trainer.counters.step > 2 or not live.config.budget
 
 
+@pytest.mark.no_cover
 def test_it_gets_better_at_what_it_is_asked(tmp_path):
     """Two prompts, asked again and again: more of the drafts are accepted, and the guard takes the draft for good."""
     exported(tmp_path / "d", tiny_loaded(deep_scale=0.1), draft_vocab=0)
@@ -204,6 +206,7 @@ def test_without_a_budget_nothing_is_kept_and_nothing_is_written(drafter, tmp_pa
 # The budget
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.3])
 def test_the_budget_is_held(drafter, budget):
     """By a clock by which a block, an update and taking an answer in last a second each."""
@@ -369,6 +372,7 @@ def timeless_all(values):
     return {**values, "live": own}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("killed_after", [3, 5, 8])
 def test_a_killed_session_goes_on_as_if_nothing_had_happened(drafter, tmp_path, killed_after):
     changes = dict(keep_text=True, checkpoint_every=1, budget=0.6)
@@ -450,6 +454,7 @@ def test_ctrl_c_while_the_guard_looks_leaves_the_live_head(drafter):
         assert same(weights(live), before)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("checkpoint_every", [1, 3, 50])
 def test_a_session_that_ended_and_goes_on_is_the_one_that_did_not(drafter, tmp_path, checkpoint_every):
     """With its text; also what it remembers, some of which was forgotten."""
@@ -712,6 +717,7 @@ def test_a_prompt_that_cannot_be_read_leaves_the_session_as_it_was(drafter):
         assert live.counters.answers == 0
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_default_model_learns_and_answers_as_before(real):
     """With the drafter in the box, in float32."""

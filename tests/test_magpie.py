@@ -17,6 +17,7 @@ from dvirl.data.stream import load_prompts
 from dvirl.runs.errors import DvirlError
 
 
+@pytest.mark.no_cover
 def test_openers_are_drawn_by_their_shares_and_filled_in():
     openers, rng = Openers(), random.Random(0)
     drawn = [openers.draw(rng) for _ in range(4000)]

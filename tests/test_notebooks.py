@@ -377,6 +377,7 @@ def test_a_bad_parameter_stops_it(tmp_path):
         execute(tmp_path, "03_train", exit_layr=6)
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import tiny_config
 from hypothesis import given, settings
@@ -106,6 +107,7 @@ def drafted(
     return state, (confidence, numbers(5, texts)), (own, certainty)
 
 
+@pytest.mark.no_cover
 @settings(deadline=None, max_examples=80)
 @given(blocks(), st.sampled_from([0.0, 0.3, 0.6]), st.booleans())
 def test_a_block_leaves_what_its_verifier_said(block, threshold, fed_back):
@@ -147,6 +149,7 @@ def test_a_block_leaves_what_its_verifier_said(block, threshold, fed_back):
         assert torch.equal(numbers[row, len(whole) :].view(torch.float32), chances)
 
 
+@pytest.mark.no_cover
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3), st.integers(0, 1000), st.sampled_from([(4, 2, 16), (3, 3, 24)]))
 def test_all_rows_get_what_the_winner_has_read(texts, seed, shape):

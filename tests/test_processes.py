@@ -96,6 +96,7 @@ def same(one: Path, two: Path) -> None:
             assert torch.allclose(value.float(), second[name].float(), rtol=1e-3, atol=2e-5), (file, name)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "changes",
     [
@@ -149,6 +150,7 @@ def test_what_trains_alone_refuses_several_processes(tmp_path, capfd):
     assert "2 processes were started; expected one, which trains alone" in capfd.readouterr().err
 
 
+@pytest.mark.no_cover
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """Each time the last process alone is asked to stop, and all stop after the same prompts."""
     train(tmp_path / "whole")
@@ -166,6 +168,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     same(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_a_sentence_and_a_whole_checkpoint(tmp_path, capfd, rank):
     def work(own):
@@ -225,6 +228,7 @@ def test_what_processes_do_together():
 # As a user starts them
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_the_launchers_train(tmp_path, launcher):
     how = {

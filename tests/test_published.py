@@ -53,6 +53,7 @@ def test_the_texts_tell_whole_words_from_merges():
     assert RECORD["texts"]["llama3-whole-words"] != RECORD["texts"]["llama3-pairs"]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_answers_are_those_of_the_newest_transformers(name, tmp_path):
     """Over caches, with and without drafts, and beyond the context of training."""
@@ -589,6 +590,7 @@ def test_loading_makes_no_random_numbers(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_baseline_of_every_shape_is_plain_greedy_generate(name, tmp_path):
     """Whatever sampling or penalty the folder asks for."""

@@ -76,6 +76,15 @@ def test_every_command_takes_it_with_model_and_exit_layer(here, command, capsys)
         }
 
 
+def test_an_evaluation_goes_on_with_the_same_adapter_and_with_no_other(here, capsys):
+    asked = ["evaluate", *COMMANDS["evaluate"], *BASE]
+    assert cli.main(asked) == 0 and cli.main(asked) == 0
+    write_published(here / "adapter", seed=1)
+    capsys.readouterr()
+    assert cli.main(asked) == 2
+    assert "the content of draft has changed since then" in capsys.readouterr().err
+
+
 LEFT_OUT = [(command, flag) for command in COMMANDS for flag in ("--model_name", "--exit_layer")]
 LEFT_OUT.remove(("cost", "--model_name"))  # its model has a default, which is also that of the costs
 
@@ -132,6 +141,7 @@ def test_what_does_not_fit_is_one_sentence(here, folder, flags, message, capsys)
 # Training from it
 
 
+@pytest.mark.no_cover
 def test_a_run_starts_from_it_and_its_drafter_settings_follow(here, capsys):
     flags = ["--start_from", "adapter", "--head", "frozen", "--run_dir", "run", *TRAIN, *BASE, *CPU]
     assert cli.main(["train", *flags, "--lr_shallow", "0"]) == 0

@@ -352,6 +352,7 @@ def test_every_flag_that_a_sentence_names_is_one_of_a_command():
     assert len(named) > 10 and named <= known
 
 
+@pytest.mark.no_cover
 @pytest.mark.real
 def test_the_python_of_the_page_answers_as_plain_decoding_does(real, monkeypatch, capsys):
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.DOTALL)

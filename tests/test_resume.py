@@ -157,6 +157,7 @@ def killed_and_resumed(folder: Path, expected: Path, kill_at: int, begin) -> dic
     return {"unreadable_checkpoints": len(wrong), "equal": equal}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("part", range(POINTS))
 def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, part, record_property):
     folder, events = whole
@@ -167,6 +168,7 @@ def test_a_killed_run_resumed_is_the_run_that_was_not_killed(whole, tmp_path, pa
     assert found == {"unreadable_checkpoints": 0, "equal": True}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("part", range(POINTS // 4))
 def test_so_is_shallow_gradient_fine_tuning(whole_sgp, tmp_path, part, record_property):
     folder, events = whole_sgp
@@ -409,6 +411,7 @@ def test_a_setting_that_came_after_the_run_had_its_default(whole, tmp_path):
         run_folder.claim(folder, other, tiny_loaded())
 
 
+@pytest.mark.no_cover
 def test_the_command_line_resumes_by_the_runs_own_settings(tmp_path, capsys):
     flags = ["--exit_layer", "2", "--num_prompts", "8", "--rollout_batch", "4", "--max_new_tokens", "8", "--fast_batch", "1",
              "--lora_rank", "2", "--draft_vocab", "0", "--threads", "1", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
@@ -633,6 +636,7 @@ def test_a_folder_that_is_replaced_is_never_gone(tmp_path, monkeypatch, dies):
     assert (folder / "weights").read_text() == "before"
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("where", "real"), [("checkpoint", True), ("checkpoint", False), ("log", False)])
 def test_a_full_disk_ends_a_run_and_with_space_it_goes_on(
     whole, tmp_path, capfd, record_property, where, real

@@ -18,7 +18,7 @@ from conftest import capture_passes, random_prompts, tiny_config, tiny_kangaroo
 from kangaroo.decoding import ahead, sampling
 from kangaroo.decoding.blocks import DecodeConfig
 from kangaroo.decoding.drafting import Memory
-from kangaroo.decoding.sampling import Sampling, distribution, gumbel_noise
+from kangaroo.decoding.sampling import Sampling, gumbel_noise
 from kangaroo.earlyexit import EarlyExitLlamaForCausalLM
 from kangaroo.kangaroo_model import KangarooModel
 
@@ -183,7 +183,9 @@ def test_drafts_that_share_the_noise_agree_more_often_than_ones_that_do_not():
     keys = torch.randint(2**63 - 1, (20_000,), generator=generator)
     drawn = Sampling(1.0).perturbed(p.expand(len(keys), -1), keys).argmax(dim=-1)
     drafted = Sampling(0.8).perturbed(q.expand(len(keys), -1), keys).argmax(dim=-1)
-    chances, proposed = distribution(p[None])[0], distribution(q[None], 0.8)[0]
+    chances, proposed = (
+        Sampling(at).scores(row[None]).softmax(dim=-1)[0] for row, at in ((p, 1.0), (q, 0.8))
+    )
     shared = torch.minimum(chances, proposed).sum()
     agree = (drawn == drafted).double().mean()
     assert shared / (2 - shared) - 0.01 < agree < shared + 0.01
@@ -254,7 +256,7 @@ def test_the_distribution_is_cut_as_asked():
     logits = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.9]])
     for how in (DecodeConfig(temperature=0.7), DecodeConfig(temperature=1.3, top_k=2), DecodeConfig(temperature=1.0, top_p=0.6),
                 DecodeConfig(temperature=2.0, top_k=4, top_p=0.8)):  # fmt: skip
-        found = distribution(logits, how.temperature, how.top_k, how.top_p)[0].numpy()
+        found = Sampling(how.temperature, how.top_k, how.top_p).scores(logits).softmax(dim=-1)[0].numpy()
         np.testing.assert_allclose(found, by_hand(logits[0].double().numpy(), how), atol=1e-12)
 
 

@@ -432,6 +432,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(draft, tmp
     assert cli.main(flags) == 0 and len(calls) == 4  # nothing left
 
 
+@pytest.mark.no_cover
 def test_two_processes_share_the_questions_and_the_first_judges(evaluated, draft, tmp_path, capfd):
     folder, alone = evaluated
     flags = ["evaluate", "--draft", draft, "--questions", str(folder.parent / "q.jsonl"), *TINY, "--repeats", "2",

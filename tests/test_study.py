@@ -483,6 +483,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", [*RESUMED, "distill"])
 def test_an_interrupted_study_goes_on_with_equal_rows(kind, monkeypatch, tmp_path, request):
     """Killed after its first variant, and, gone on with, after its second."""
@@ -506,6 +507,7 @@ def test_an_interrupted_study_goes_on_with_equal_rows(kind, monkeypatch, tmp_pat
     assert len(again) == len(whole) // ages - 2
 
 
+@pytest.mark.no_cover
 def test_a_start_is_trained_again_only_if_variants_are_missing(monkeypatch, tmp_path):
     study, kept, begun = a_study(**RESUMED["grid"]), tmp_path / "x.rows.jsonl", []
     original = grid._begin
@@ -539,6 +541,7 @@ def test_torn_lines_are_dropped_and_half_written_variants_run_again(monkeypatch,
     assert all(isinstance(json.loads(line), dict) for line in kept.read_text().splitlines())
 
 
+@pytest.mark.no_cover
 def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tmp_path):
     kept = tmp_path / "x.rows.jsonl"
     study = a_study(base={**SHORT, "num_prompts": 8})
@@ -568,6 +571,7 @@ def test_more_seeds_and_variants_go_on_and_other_settings_do_not(monkeypatch, tm
     assert runner.run(replace(more, seeds=[0], variants={"kl": TWO["kl"]}), kept)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_task_that_fails_does_not_lose_the_others(workers, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
@@ -657,6 +661,7 @@ def test_a_whole_study_is_complete_and_leaves_no_rows_file(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "s.yaml"]
 
 
+@pytest.mark.no_cover
 def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
     original, seeds = grid.load_prompts, []
 
@@ -670,6 +675,7 @@ def test_prompts_are_written_once_a_seed_with_the_studys_threads(monkeypatch):
     assert seeds == [(0, 1), (1, 1)]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", RESUMED)
 def test_models_and_cached_memory_are_freed_after_prompts_and_rows(kind, monkeypatch, tmp_path):
     events, models = [], []

@@ -224,6 +224,7 @@ def test_two_cards_decode(how):
     assert max(max(lengths) for _, lengths in found[0]) > 1  # a draft was accepted
 
 
+@pytest.mark.no_cover
 def test_two_cards_in_rollouts_and_evaluation():
     prompts = random_prompts(5, 1)
     one, two = both(kangaroo)
@@ -260,6 +261,7 @@ def online(run_dir, **changes):
     return DVIConfig(run_dir=str(run_dir), tracker="none", warmup_steps=2, **sizes, **SHARED, **changes)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("target", ["base", "adapted"])
 def test_two_cards_train(tmp_path, target):
     """Rollouts, judging, fast and slow updates."""
@@ -286,6 +288,7 @@ def test_two_cards_train(tmp_path, target):
     same_weights(one.model, two.model, LAST_BITS)
 
 
+@pytest.mark.no_cover
 def test_two_cards_distil(tmp_path):
     shard = answer(loaded(lambda model: model), random_prompts(12), 10, 8)
     write_shard(tmp_path / "shard-00000.safetensors", shard)
@@ -323,6 +326,7 @@ def test_two_cards_fine_tune(tmp_path):
     same_weights(one.model, two.model, atol=1e-6)
 
 
+@pytest.mark.no_cover
 def test_two_cards_go_on_from_a_checkpoint(tmp_path):
     config = online(tmp_path / "run")
     trainer = DVITrainer(config, loaded(spread), tiny_split())

@@ -19,6 +19,7 @@ from conftest import (
     tiny_model,
 )
 from published import write_model
+from safetensors.torch import load_file, save_file
 from test_batch import NAME, SETTINGS
 from test_cli import TINY
 from test_distill import question_file
@@ -278,6 +279,20 @@ def smaller(folder, tokenizer="llama2", **changes):
 def test_every_command_that_judges_takes_a_whole_model(here, command, capsys):
     assert cli.main([command, *COMMANDS[command], "--model_name", "model"]) == 0
     assert capsys.readouterr().out
+
+
+def test_an_evaluation_goes_on_with_the_same_draft_and_with_no_other(here, capsys):
+    asked = ["evaluate", *COMMANDS["evaluate"], "--model_name", "model"]
+    assert cli.main(asked) == 0 and cli.main(asked) == 0
+    answers = sorted(Path("out/answers").glob("*.jsonl"))
+    assert answers and all(len(path.read_text().splitlines()) == 2 for path in answers)
+    path = here / "adapter/model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"].neg_()
+    save_file(tensors, path)
+    capsys.readouterr()
+    assert cli.main(asked) == 2
+    assert "the content of draft has changed since then" in capsys.readouterr().err
 
 
 def changed(folder, **entries):

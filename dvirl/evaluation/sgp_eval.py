@@ -1,7 +1,6 @@
 """One checkpoint in a few figures, or a run before and after training: `dvirl sgp-eval --ckpt_dir FOLDER`."""
 
 import operator
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from dvirl.evaluation.inference_kangaroo import measure_acceptance
 from dvirl.evaluation.measure import judge_replies
 from dvirl.evaluation.report import write_out
 from dvirl.models.drafters import DrafterOptions, load_drafter
-from dvirl.runs import errors
 from dvirl.runs.checkpoint import newest
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance, run_settings
@@ -132,7 +130,3 @@ def main(config: SGPEvalConfig) -> dict[str, Any]:
     write_out(config, **content)
     figures: dict[str, Any] = content["figures"]
     return figures
-
-
-if __name__ == "__main__":
-    sys.exit(errors.guarded(lambda argv: main(parse_args(argv)), sys.argv[1:]))

@@ -1,6 +1,6 @@
 """One experiment end to end: inject and evaluate, train, evaluate again, and a report of what changed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from dvirl.models.drafters import Draft
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import provenance
 from dvirl.runs.log import read_metrics, write_json
+from dvirl.runs.settings import narrowed
 
 COMPARED = {
     "accept_rate": "fixed",
@@ -57,34 +58,31 @@ class SGPExperiment(ExperimentSettings, SGPConfig):
 AnyExperiment = DVIExperiment | SGPExperiment
 
 
-def refuse_existing(config: AnyExperiment) -> None:
-    """See that nothing is overwritten.
-
-    Raises:
-        DvirlError: if there are results of this name already, or a run.
-    """
-    folder = _folder(config)
-    if folder.exists() or (Path(config.run_dir) / "metrics.jsonl").exists():
-        raise DvirlError(f"{folder} or {config.run_dir} already holds a run; choose another run_dir")
-
-
 def run_experiment(
-    config: AnyExperiment, draft: Draft, train: Callable[[], Mapping[str, Any]], draw: Callable[..., None]
+    config: AnyExperiment, kind: type[Any], make_trainer: Callable[[Any], Any], draw: Callable[..., None]
 ) -> Path:
-    """Evaluate a draft, train it, evaluate it again; write results and report.
+    """Evaluate a fresh draft, train it, evaluate it again; write results and report.
 
     Args:
         config: settings of the experiment.
-        draft: freshly injected; trained in place.
-        train: trains it, and returns what else is worth keeping.
+        kind: the class of its settings for training.
+        make_trainer: makes a trainer by these.
         draw: draws the run's log, as `read_metrics` gives it, into the file `save`.
 
     Returns:
         `results/<name>.json`.
+
+    Raises:
+        DvirlError: if there are results of this name already, or a run; nothing is overwritten.
     """
     folder = _folder(config)
+    if folder.exists() or (Path(config.run_dir) / "metrics.jsonl").exists():
+        raise DvirlError(f"{folder} or {config.run_dir} already holds a run; choose another run_dir")
+    trainer = make_trainer(narrowed(kind, config))
+    draft = Draft(trainer.model, trainer.loaded, getattr(config, "target", "base"))
     before = _evaluate(config, draft, "before")
-    trained = train()
+    result = trainer.train()
+    trained = {"held_out": asdict(result)} if result else {"counters": vars(trainer.counters)}
     after = _evaluate(config, draft, "after")
     compared = pd.DataFrame({"before": _overall(before), "after": _overall(after)})
     content = {
@@ -98,7 +96,16 @@ def run_experiment(
     draw(read_metrics(Path(config.run_dir) / "metrics.jsonl"), save=folder / "training.png")
     path = Path(f"{folder}.json")
     write_json(path, content)
-    # The report shows the comparison first, then both evaluations in full.
+    _write_report(config, content, compared, {"Before:": before, "After:": after})
+    print(f"results: {path}\nreport: {folder}.html")
+    return path
+
+
+def _write_report(
+    config: AnyExperiment, content: dict[str, Any], compared: pd.DataFrame, found: dict[str, pd.DataFrame]
+) -> None:
+    """Print the comparison, and write the report: the comparison first, then both evaluations in full."""
+    folder = _folder(config)
     changed = (
         f"What the draft does on {config.questions}, before and after training:\n\n{markdown_table(compared)}"
     )
@@ -106,11 +113,10 @@ def run_experiment(
     parts += [
         f"![]({folder.name}/{image})" for image in ("training.png", "before/speedup.png", "after/speedup.png")
     ]
-    for title, figures in (("Before:", before), ("After:", after)):
+    for title, figures in found.items():
         parts += [title, markdown_table(figures.set_index("task"))]
     write_report(folder, f"Experiment {folder.name}", parts)
-    print(f"{changed}\nresults: {path}\nreport: {folder}.html")
-    return path
+    print(changed)
 
 
 def _folder(config: AnyExperiment) -> Path:

@@ -62,8 +62,11 @@ class Draft:
     def fingerprint(self) -> str:
         """The sha256 of all weights that are not the model's: the drafter's and the adapters'."""
         digest = hashlib.sha256()
+        weights = [*self.model.drafter_state().values()]
+        if self.model.head == "frozen":  # it is the model's own, or that of a whole model that drafts
+            weights.append(self.model.exit_proj.weight)
         adapters = lora_parameters(self.model.base_model, ["lora_S", "lora_D"])
-        for tensor in (*self.model.drafter_state().values(), *adapters):
+        for tensor in (*weights, *adapters):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -164,6 +167,17 @@ def _texts(loaded: LoadedModel) -> dict[str, Any]:
     return texts | {role: named.get(role) for role in BOS_EOS}
 
 
+def _read_into(folder: Path, peft_model: PeftModel, model: KangarooModel, loaded: LoadedModel) -> None:
+    """Let what is in a folder draft."""
+    # What the folder lacks, as a whole model's lacks lora_S, computes nothing and is the same each time.
+    for parameter in lora_parameters(model.base_model, ["lora_S"]):
+        parameter.data.zero_()
+    if is_whole_model(folder):
+        _draft_with(folder, model, loaded)
+    else:
+        checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
+
+
 def load_drafter(
     name_or_folder: str | Path,
     loaded: LoadedModel | None = None,
@@ -203,10 +217,7 @@ def load_drafter(
         peft_model, model = attach_draft(loaded.model, settings, deep=deep)
     except DvirlError as error:
         raise DvirlError(f"{folder}: {error}") from error
-    if is_whole_model(folder):
-        _draft_with(folder, model, loaded)
-    else:
-        checkpoint.load_weights(folder, peft_model, model, list(peft_model.peft_config))
+    _read_into(folder, peft_model, model, loaded)
     model.requires_grad_(False)
     return LoadedDrafter(model, loaded, peft_model=peft_model, folder=folder, settings=settings)
 

@@ -1,15 +1,13 @@
 """Reads a model's `config.json`, as any transformers of recent years wrote it, into the names that we compute with."""
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 from dvirl.runs.errors import DvirlError
-from dvirl.runs.log import JsonObject
+from dvirl.runs.log import JsonObject, parse_line, read_text
 from dvirl.runs.settings import has_type
 from kangaroo.adapter import ROPE_TYPES
 
@@ -59,15 +57,7 @@ CHANGES_NUMBERS = re.compile(
 
 def read_json(file: str | None) -> JsonObject:
     """The content of one of a model's JSON files; nothing if the model does not have it."""
-    if file is None:
-        return {}
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DvirlError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DvirlError(f"{file}: expected an object")
-    return content
+    return parse_line(file, read_text(file), dict) if file else {}
 
 
 def read_config(values: JsonObject) -> LlamaConfig:

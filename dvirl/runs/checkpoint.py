@@ -219,14 +219,21 @@ def _layout(state: Tensors) -> dict[str, tuple[torch.Size, bool]]:
 
 def save_adapters(peft_model: PeftModel, folder: Path, names: list[str] | None = None) -> None:
     """Write all or some adapters as PEFT folders that any PEFT reads, and that hold no path of this machine."""
-    peft_model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    for path in folder.glob("*/adapter_config.json"):
-        values = json.loads(path.read_text())
+    # PEFT's own `save_pretrained` writes a model card, too, which takes longer than all the rest.
+    for name in names or peft_model.peft_config:
+        own = folder / name
+        own.mkdir(parents=True)
+        state = get_peft_model_state_dict(peft_model, adapter_name=name)
+        save_file(state, own / "adapter_model.safetensors", metadata={"format": "pt"})
+        values = peft_model.peft_config[name].to_dict()
         # PEFT refuses entries that it does not know, and every release knows others.
-        portable = {name: values[name] for name in PORTABLE}
-        portable["target_modules"].sort()  # PEFT's order is a set's
-        path.write_text(json.dumps(portable, indent=2) + "\n")
+        portable = {entry: values[entry] for entry in PORTABLE}
+        portable["base_model_name_or_path"] = (
+            values["base_model_name_or_path"] or peft_model.base_model.model.name_or_path
+        )
+        portable["inference_mode"] = True
+        portable["target_modules"] = sorted(portable["target_modules"])  # PEFT's is a set, in any order
+        (own / "adapter_config.json").write_text(json.dumps(portable, indent=2) + "\n")
 
 
 def newest(run_dir: str | Path) -> Path:

@@ -32,7 +32,7 @@ from kangaroo.decoding.blocks import (
 from kangaroo.decoding.cache import FixedShape
 from kangaroo.decoding.drafting import LONGEST_NGRAM
 from kangaroo.decoding.outcome import NONE, BlockState
-from kangaroo.decoding.passes import padded, view
+from kangaroo.decoding.passes import Outputs, padded, view
 from kangaroo.decoding.planning import Plan
 from kangaroo.decoding.sampling import Drawn
 from kangaroo.decoding.speculate import Text
@@ -233,7 +233,7 @@ class _Blocks:
         arrived.record()
         return _Sent(space, arrived, states)
 
-    def _block(self, slots: int) -> tuple[Tensor, ...]:
+    def _block(self, slots: int) -> Outputs:
         """Draft, verify and accept, from the state to the state; numbers and states for `_Sent`."""
         stages = self.stages
         caches = stages.caches()
@@ -245,7 +245,7 @@ class _Blocks:
             for cache, before in zip(caches, lengths, strict=True):
                 cache.lengths = before
 
-    def _run(self, slots: int) -> tuple[Tensor, ...]:
+    def _run(self, slots: int) -> Outputs:
         from kangaroo.decoding.block_kernels import accept, look_up, share
 
         stages, state, plan = self.stages, self.state, self.plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -63,6 +64,9 @@ class DecodeConfig:
         for name in ("draft_len", "draft_temperature", "temperature", "top_k", "branches"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("draft_len", "top_k", "branches"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected an integer")
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}; expected 0 to 1")
         if self.target not in TARGETS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from kangaroo.adapter import (
+    AttentionPlan,
     LlamaRotaryEmbedding,
     _prepare_decoder_attention_mask,
     for_masked_attention,
@@ -238,7 +239,7 @@ class FixedShape:
 
 
 @dataclass(frozen=True)
-class CachedPass:
+class CachedPass(AttentionPlan):
     """What all layers share in one pass over a cache.
 
     Attributes:
@@ -252,12 +253,9 @@ class CachedPass:
             infinity; its rows are the T queries of each head of a group.
     """
 
-    cos: Tensor
-    sin: Tensor
     slots: Tensor
     rows: Tensor | None
     read: slice
-    mask: Tensor | None
     causal: bool
     bias: Tensor | None
 
@@ -265,16 +263,6 @@ class CachedPass:
     def arrays(self) -> tuple[Any, Any, Any]:
         """`slots`, `cos` and `sin` for our own kernels on a CPU, made once for all layers."""
         return self.slots.numpy(), self.cos.squeeze(1).numpy(), self.sin.squeeze(1).numpy()
-
-    def on(self, device: torch.device) -> CachedPass:
-        """The same pass on a device, for layers that are spread over several."""
-        if self.cos.device == device:
-            return self
-        moved: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device)
-        return replace(self, **moved)
 
 
 def plan_cached(
@@ -312,19 +300,16 @@ def plan_cached(
     is_prefill = same_slots and shortest == 0
     # No mask is needed where plain causal attention, or everything, is what the queries see.
     needless = same_slots and highest - first < window and (is_prefill or length == 1)
-    mask = None if needless else _mask(slots, read, cache.window)
+    mask = None
+    if not needless:
+        slots_read = torch.arange(read.start, read.stop, device=slots.device)
+        mask = _prepare_decoder_attention_mask(slots, slots_read, cache.window)
     # A token's slot is its position. A text that is over goes on within its row, on the device, beyond what is read.
     whole = (prompt_lens or [length]) if is_prefill else []
     cos, sin = rotary(slots, last if fixed else highest, dtype, whole)
     is_causal = mask is None and length > 1
     bias = _bias(mask, cache, dtype) if fixed and mask is not None else None
-    return CachedPass(cos, sin, slots, rows, read, mask, is_causal, bias)
-
-
-def _mask(slots: Tensor, read: slice, window: int | None) -> Tensor:
-    """Which of the slots that are read the queries at `slots [B, T]` see."""
-    slots_read = torch.arange(read.start, read.stop, device=slots.device)
-    return _prepare_decoder_attention_mask(slots, slots_read, window)
+    return CachedPass(cos, sin, mask, slots, rows, read, is_causal, bias)
 
 
 def _bias(mask: Tensor, cache: KVCache, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.optimize import isotonic_regression
-
 
 @dataclass(frozen=True)
 class StepCosts:
@@ -52,4 +50,7 @@ def expected_tokens(acceptance: float, count: int) -> float:
 
 def monotone(times: Sequence[float]) -> tuple[float, ...]:
     """The least-squares fit to some times that never falls: noise must not make a longer block look cheaper."""
+    # Importing it takes half a second, which most commands need not wait for.
+    from scipy.optimize import isotonic_regression
+
     return tuple(isotonic_regression(list(times)).x.tolist())

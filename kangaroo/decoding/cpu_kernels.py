@@ -771,16 +771,14 @@ class PanelLayer:
     """A decoder layer by the kernels of this file.
 
     Args:
-        layer: for its norms.
+        norms: before attention, and before the feed-forward half if there is one.
         products: of queries, keys and values, of what attention mixed, and, where there is a feed-forward half, of gate
             and up, and down.
     """
 
-    def __init__(self, layer: DecoderLayer, products: Sequence[PanelProduct]) -> None:
+    def __init__(self, norms: Sequence[nn.RMSNorm], products: Sequence[PanelProduct]) -> None:
         self._products = products
-        self._norms = [_weights_of(layer.input_layernorm)]
-        if layer.feed_forward:
-            self._norms.append(_weights_of(layer.post_attention_layernorm))
+        self._norms = [_weights_of(norm) for norm in norms]
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """As `CachedLayer`.
@@ -814,8 +812,9 @@ def own_layer(layer: DecoderLayer, products: Sequence[Any]) -> PanelLayer | None
         norms.append(layer.post_attention_layernorm)
         if layer.mlp.hidden_act not in ("silu", "swish"):
             return None
+    products = [product for product in products if product]
     whole = all(isinstance(each, PanelProduct) and each.num_outputs % WIDTH == 0 for each in products)
-    return PanelLayer(layer, products) if whole and all(norm.eps is not None for norm in norms) else None
+    return PanelLayer(norms, products) if whole and all(norm.eps is not None for norm in norms) else None
 
 
 def works() -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch import Tensor
 from kangaroo.decoding.ahead import plan_ahead, run_ahead
 from kangaroo.decoding.blocks import DecodeConfig, Verification
 from kangaroo.decoding.cache import KVCache
+from kangaroo.decoding.passes import Outputs
 from kangaroo.decoding.speculate import Text, spec_decode_step
 from kangaroo.decoding.stages import Stages
 
@@ -25,6 +29,42 @@ PROMPTS_TOGETHER = {"cpu": 8, "cuda": 512}
 """Prompts of a large batch that are read at once, by the kind of device."""
 LOOK_EVERY = 16
 """Tokens between looks at which rows are finished, on a device that a look would make wait."""
+
+
+Arguments = ParamSpec("Arguments")
+Step = TypeVar("Step")
+
+
+class Turns:
+    """The lock by which threads that decode with one model take turns; a copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()  # a lock cannot be copied
+
+
+def in_turns(decode: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Iterator[Step]]:
+    """A method that decodes step by step, each step in one turn: adapters are switched and weights kept in it."""
+
+    @wraps(decode)
+    def steps(*given: Arguments.args, **named: Arguments.kwargs) -> Iterator[Step]:
+        model: Any = given[0]
+        lock = model.base_model.turns.lock
+        found: Any = decode(*given, **named)
+        try:
+            while True:
+                with lock:
+                    step = next(found, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            with lock:
+                found.close()
+
+    return steps
 
 
 @dataclass(frozen=True)
@@ -181,7 +221,7 @@ class PlainBatch:
         """Read the next token `[B]` of every row."""
         base, deep = self._stages
 
-        def read(tokens: Tensor) -> tuple[Tensor, ...]:
+        def read(tokens: Tensor) -> Outputs:
             last = deep(base(tokens))[:, -1]
             if not self.captured or not deep.weights.fused:
                 return (last,)

@@ -1,5 +1,6 @@
 """What callers pass to decoding, in the forms in which they have it: prompts and end-of-sequence tokens, checked."""
 
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,22 @@ def end_ids(eos_ids: Any) -> list[int]:
         return []
     single = isinstance(eos_ids, int) or getattr(eos_ids, "ndim", 1) == 0
     return token_ids([eos_ids] if single else eos_ids)
+
+
+def check_seeds(seed: Any, count: int) -> list[int]:
+    """One seed for each of `count` prompts, of one for all or of as many, in whatever type of integer they are.
+
+    Raises:
+        ValueError: for what is no integer, or another number of them.
+    """
+    given = seed if isinstance(seed, Sequence) else [seed] * count
+    try:
+        seeds = [int(operator.index(one)) for one in given]
+    except TypeError:
+        seeds = []
+    if len(seeds) != count:
+        raise ValueError(f"seed is {seed!r:.60}; expected an integer, or one for each of {count} prompts")
+    return seeds
 
 
 def context_length(config: LlamaConfig) -> int:

@@ -37,32 +37,19 @@ LARGE = 2**22
 products, and a second copy of them would take the memory."""
 
 
-def product(weight: Tensor, bias: Tensor | None = None) -> Product:
+def product(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Product:
     """`x -> x @ weight.T + bias`, on a CPU by our own kernels if they run there.
 
     Args:
         weight: `[N, D]`.
         bias: `[N]`.
+        int8: in our own kernels on a CPU, with weights of 8 bits: for a head, whose logits no layer reads.
     """
     if on_own_cpu_kernels(weight.device, weight.dtype):
         from kangaroo.decoding.cpu_kernels import PanelProduct
 
-        return PanelProduct(weight, bias)
+        return PanelProduct(weight, bias, int8)
     return partial(F.linear, weight=weight, bias=bias)
-
-
-def head_product(weight: Tensor, int8: bool = False) -> Product:
-    """The product of a head.
-
-    Args:
-        weight: `[V, D]`.
-        int8: in our own kernels on a CPU, with weights of 8 bits: no layer reads its logits.
-    """
-    if int8 and on_own_cpu_kernels(weight.device, weight.dtype):
-        from kangaroo.decoding.cpu_kernels import PanelProduct
-
-        return PanelProduct(weight, int8=True)
-    return product(weight)
 
 
 def on_own_cpu_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -137,7 +124,9 @@ class CachedLayer:
             self._gate: Callable[..., Tensor] = compiled(gated) if is_compiled else gated
         self._own: PanelLayer | None = None
         if few_rows and on_own_cpu_kernels(self.device, dtype):
-            self._own = _own_layer(layer, [self._qkv, self._out, self._gate_up, self._down])
+            from kangaroo.decoding.cpu_kernels import own_layer
+
+            self._own = own_layer(layer, [self._qkv, self._out, self._gate_up, self._down])
 
     def __call__(self, hidden: Tensor, plan: CachedPass, cache: KVCache, layer: int) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; keys and values go into layer `layer` of the cache."""
@@ -160,13 +149,6 @@ class CachedLayer:
             return hidden
         gated = self._gate(self._gate_up(self._mlp_norm(hidden)))
         return hidden + self._down(gated)
-
-
-def _own_layer(layer: DecoderLayer, products: Sequence[Product | None]) -> PanelLayer | None:
-    """The layer by our own kernels on a CPU, if they compute it."""
-    from kangaroo.decoding.cpu_kernels import own_layer
-
-    return own_layer(layer, [product for product in products if product])
 
 
 def _kernels_for(layer: DecoderLayer, dtype: torch.dtype) -> FusedLayer | None:

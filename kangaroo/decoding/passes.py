@@ -20,7 +20,9 @@ from torch import Tensor
 from kangaroo.decoding.cache import FixedShape, KVCache
 from kangaroo.decoding.layers import OWN_PROMPT_ON_CPU
 
-Pass = Callable[..., tuple[Tensor, ...]]
+Outputs = tuple[Tensor, ...]
+"""What a pass gives."""
+Pass = Callable[..., Outputs]
 
 WARM_UPS = 3
 """Runs before a capture, in which libraries choose their kernels and allocate what they keep."""
@@ -127,7 +129,7 @@ class Passes:
         *inputs: Tensor,
         ahead: int = 0,
         starts: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Outputs:
         """Run a pass that adds `counts` tokens, row by row, to some equally long caches.
 
         Args:
@@ -163,9 +165,7 @@ class Passes:
             cache.lengths = [start + count for start, count in zip(before, counts, strict=True)]
         return outputs
 
-    def _run_as_it_is(
-        self, function: Pass, counts: Sequence[int], inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def _run_as_it_is(self, function: Pass, counts: Sequence[int], inputs: Sequence[Tensor]) -> Outputs:
         """Run a pass over as many tokens as there are."""
         self.prompt_lens = counts
         try:
@@ -182,7 +182,7 @@ class Passes:
         starts: Tensor,
         *inputs: Tensor,
         by_library: bool = False,
-    ) -> tuple[Tensor, ...]:
+    ) -> Outputs:
         """Run a pass whose shapes do not depend on the caches' lengths, captured if possible.
 
         The key is its name with the slots that it reads. A pass over prompts by a library reads its own tokens alone.
@@ -190,7 +190,7 @@ class Passes:
         before = caches[0].lengths
         _, slots = key
 
-        def fixed(starts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def fixed(starts: Tensor, *tensors: Tensor) -> Outputs:
             for cache in caches:  # a capture runs the function more than once
                 cache.lengths = before
             self.fixed = None if by_library else FixedShape(starts, slots)
@@ -222,7 +222,7 @@ class _Captured:
     inputs: list[Tensor]
     pinned: list[Tensor | None]
     staging: tuple[Tensor, Tensor]
-    outputs: tuple[Tensor, ...]
+    outputs: Outputs
     copied: torch.cuda.Event
 
 
@@ -239,11 +239,11 @@ class CudaGraphs:
     def __init__(self, seconds: list[float]) -> None:
         self.ms: dict[Hashable, float] = {}
         self._captured: dict[Hashable, _Captured] = {}
-        self._in_place: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self._in_place: dict[Hashable, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool: Any = None
         self._seconds = seconds
 
-    def __call__(self, key: Hashable, run: Pass, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, key: Hashable, run: Pass, *inputs: Tensor) -> Outputs:
         """`run(*inputs)`, by replaying what was captured for this key and these shapes.
 
         The next replay writes over the outputs.
@@ -266,9 +266,7 @@ class CudaGraphs:
         captured.graph.replay()
         return captured.outputs
 
-    def in_place(
-        self, key: Hashable, run: Callable[[], tuple[Tensor, ...]], state: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def in_place(self, key: Hashable, run: Callable[[], Outputs], state: Sequence[Tensor]) -> Outputs:
         """`run()`, which reads and writes `state`, by replaying what was captured for this key.
 
         The next replay writes over the outputs.
@@ -276,7 +274,7 @@ class CudaGraphs:
         if key not in self._in_place:
             kept = [tensor.clone() for tensor in state]
 
-            def again() -> tuple[Tensor, ...]:
+            def again() -> Outputs:
                 for tensor, value in zip(state, kept, strict=True):
                     tensor.copy_(value)
                 return run()
@@ -300,8 +298,8 @@ class CudaGraphs:
         self._seconds.append(time.perf_counter() - began)
 
     def _record(
-        self, warm_up: Callable[[], Any], run: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        self, warm_up: Callable[[], Any], run: Callable[[], Outputs]
+    ) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         """Run some times, then capture."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())

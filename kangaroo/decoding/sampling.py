@@ -93,11 +93,6 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
-def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Float64 probabilities `[N, V]` of logits `[N, V]`; other arguments as in `Sampling`."""
-    return Sampling(temperature, top_k, top_p).scores(logits).softmax(dim=-1)
-
-
 def inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
     """Tokens `[N]` drawn from weights `[N, V]`, which need not sum to 1, by uniform numbers `[N]` in [0, 1)."""
     cumulative = weights.double().cumsum(dim=-1)
@@ -128,7 +123,7 @@ def choose_tokens(
         return tokens, confidence
     if noise is None:
         raise ValueError("sampled drafts need noise")
-    probabilities = distribution(logits, temperature)
+    probabilities = Sampling(temperature).scores(logits).softmax(dim=-1)
     return inverse_cdf(probabilities, noise), probabilities.amax(dim=-1).float()
 
 

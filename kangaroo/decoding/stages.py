@@ -29,7 +29,7 @@ from kangaroo.decoding.blocks import NO_STATES, DecodeConfig, Verification
 from kangaroo.decoding.cache import FixedShape, KVCache, plan_cached, steps
 from kangaroo.decoding.feedback import Feedback
 from kangaroo.decoding.layers import CachedLayer, Fuse, Middle, Norm, Product
-from kangaroo.decoding.passes import Passes
+from kangaroo.decoding.passes import Outputs, Passes
 from kangaroo.decoding.sampling import Drawn, choose_tokens
 
 Result = TypeVar("Result")
@@ -514,7 +514,7 @@ class Stages:
         texts = len(noise)
         adapted = config.target == "adapted"
 
-        def run(tokens: Tensor, last: Tensor, noise: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
+        def run(tokens: Tensor, last: Tensor, noise: Tensor, *fed_back: Tensor) -> Outputs:
             feedback = fed_back[0] if fed_back else None
             choose = self.chooser(config, noise, depth)
             chain = self.chain(tokens, last, feedback, count, texts, depth, choose)
@@ -693,7 +693,7 @@ class Stages:
 
     def _verify_one_by_one(
         self, inputs: Sequence[Tensor], counts: Sequence[int], from_tokens: bool, drawn: Drawn | None
-    ) -> tuple[Tensor, ...]:
+    ) -> Outputs:
         """Let the verifier read each prompt as if alone; `inputs` are `_verify`'s for each of them."""
 
         def read(row: int) -> list[Tensor]:
@@ -729,7 +729,7 @@ class Stages:
         drawn: Drawn | None,
         drafted: Drafted | None = None,
         alone: bool = False,
-    ) -> tuple[Tensor, ...]:
+    ) -> Outputs:
         """Run the deep layers on tokens `[rows, T]` or exit states `[rows, T, D]`; what `verified` unpacks.
 
         The caches are those of one row if a prompt is read `alone`; other arguments as in `begin_verifying`.
@@ -737,7 +737,7 @@ class Stages:
         num_drafts = 0 if drafted is None else drafted.chosen.shape[2]
         are_prompts = not self.passes.begun
 
-        def run(inputs: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        def run(inputs: Tensor, *extra: Tensor) -> Outputs:
             if num_drafts:  # they stand after the last committed token
                 inputs[:, 1 : 1 + num_drafts] = extra[0][0]  # [rows, n]
             states = self.base(inputs) if from_tokens else inputs
@@ -780,7 +780,7 @@ class Stages:
     def _read(self, tokens: Sequence[Sequence[int]], alone: bool = False) -> Tensor:
         """The same in one pass; if a prompt is read `alone`, over caches of one row."""
 
-        def run(ids: Tensor, *fed_back: Tensor) -> tuple[Tensor, ...]:
+        def run(ids: Tensor, *fed_back: Tensor) -> Outputs:
             states = self.shallow(ids)
             self.drafter(states, fed_back[0] if fed_back else None)
             return (states,)
