@@ -225,7 +225,8 @@ def generate(
     """
     if max_new_tokens < 1 or not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(
-            f"expected prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}"
+            f"there are {len(prompts)} prompts, and max_new_tokens is {max_new_tokens}; "
+            "expected at least one prompt, none empty, and at least one token"
         )
     device = model.lm_head.weight.device
     tokens = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True).to(device)

@@ -831,7 +831,7 @@ CORPUS = [
     ("study", settings_of(STUDY, quick={"base": [1]}), "s.yaml: quick or extra does not fit the study"),
     ("study", settings_of(STUDY, quick={"seeds": []}), "s.yaml: a study needs at least one seed"),
     ("study", settings_of(STUDY, kind="staleness", extra={}), "s.yaml: quick or extra does not fit .*'ages'"),
-    ("study", settings_of(STUDY, kind="staleness", extra={"ages": 10**12}), "s.yaml: extra is {'ages': 1000000000000}; expected"),
+    ("study", settings_of(STUDY, kind="staleness", extra={"ages": 10**12}), "s.yaml: extra has ages: 1000000000000; expected 1 to 100,000"),
     ("sweep", settings_of(SWEEP, grid={f"x{n}": list(range(20)) for n in range(20)}), "s.yaml: grid makes more than 10,000 cells"),
     ("sweep", settings_of(SWEEP, run="x" * 5000 + ".ipynb"), "s.yaml: run is 'xxx"),
     ("a run's settings", b"config: [1]", "expected the settings of a run"),

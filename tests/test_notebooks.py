@@ -385,6 +385,8 @@ def test_a_bad_parameter_stops_it(tmp_path):
     [("01_early_exit", "exit_layr = 6", "unknown notebook parameter exit_layr; known are"),
      ("01_early_exit", "exit_layer = 30", "exit_layer is 30; this model of 30 layers takes 1 to 29"),
      ("03_train", "exit_layer = 30", "exit_layer is 30; this model of 30 layers takes 1 to 29"),
+     ("01_early_exit", "head = 'full'", "notebook parameter head: this notebook sets it itself"),
+     ("05_evaluate", "reference = 'generate'", "notebook parameter reference: this notebook sets it itself"),
      ("02_acceptance", "exit_layr = 6", "unknown notebook parameter exit_layr; known are"),
      ("02_acceptance", "draft_len = 0", "draft_len is 0; expected a number from 1 to 64"),
      ("04_slow_update", "beta = 0.5", "unknown notebook parameter beta; known are"),

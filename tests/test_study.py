@@ -433,6 +433,13 @@ def test_the_command_writes_what_repeats_it(tmp_path, capsys):
     [({"kind": "poem"}, "kind is 'poem'; expected one of grid, staleness, adaptation, federated, distill"),
      ({"seeds": []}, "at least one seed"), ({"variants": {"x": {"exit_layr": 2}}}, "study: unknown setting exit_layr"),
      ({"colour": 1}, "unknown setting colour"),
+     ({"starts": {}}, "at least one seed, one variant and one start"),
+     ({"seeds": [0, 1, 0]}, "seeds are [0, 1, 0]; expected different ones"),
+     ({"base": {**BASE, "seed": 5, "run_dir": "x"}}, "base or --set has run_dir, seed; expected what the study does not"),
+     ({"quick": {"variant": ["kl"]}}, "quick has variant; expected some of base, extra, seeds, starts, variants"),
+     ({"kind": "federated"}, "quick or extra does not fit the study (KeyError('clients'))"),
+     ({"kind": "adaptation", "extra": {"first": {}, "then": {}, "prompts": 0, "probes": 2}},
+      "extra has prompts: 0; expected 1 to 100,000"),
      ({"variants": {"long": {"max_new_tokens": 32}}}, "long has its own max_new_tokens; expected in base, for all alike"),
      ({"starts": {"kl": {"held_out": 3}}}, "kl has its own held_out; expected in base"),
      ({"kind": "federated", "variants": {"a": {"mode": "apart"}},
@@ -445,6 +452,30 @@ def test_bad_studies_are_one_sentence(tmp_path, capsys, content, message):
     path.write_text(json.dumps({**values, **content}))
     assert cli(["study", str(path), "--out", str(tmp_path / "o.json")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("variants", "asked", "message"),
+    [
+        ("{kl: {schedule: kl}, kl: {schedule: ce}}", [], "x.yaml: not valid YAML (kl is there 2 times)"),
+        (
+            "{kl: {}}",
+            ["--set", "draft_len=[1"],
+            "--set draft_len: not valid YAML (while parsing a flow sequence",
+        ),
+        (
+            "{kl: {}}",
+            ["--set", "seed=5"],
+            "base or --set has seed; expected what the study does not set itself",
+        ),
+    ],
+)
+def test_what_yaml_would_drop_or_not_read_is_one_sentence(tmp_path, capsys, variants, asked, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"{{question: '?', kind: grid, seeds: [0], variants: {variants}}}")
+    assert cli(["study", str(path), "--minutes", "0", "--out", str(tmp_path / "o.json"), *asked]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1 and not (tmp_path / "o.json").exists()
 
 
 class Pool:

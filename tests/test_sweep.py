@@ -206,6 +206,16 @@ def test_a_folder_of_another_sweep_is_refused(there, capsys, flags, changes, mes
     )
 
 
+@pytest.mark.parametrize("name", ["sweep.json", "cells/exit_layer=1,seed=0/cell.json"])
+def test_a_damaged_file_of_a_sweep_is_named(there, capsys, name):
+    path = Path("runs/s", name)
+    assert sweep("--cores", "1") == 0
+    path.write_text('{"run": "tra')
+    capsys.readouterr()
+    assert sweep() == 2
+    assert f"dvirl: {path}: not valid JSON (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -14,6 +14,7 @@ from dvirl.evaluation.measure import in_turn
 from dvirl.live import LiveConfig, LiveSession
 from dvirl.metrics import Tally
 from dvirl.models.loading import load
+from dvirl.runs.errors import DvirlError
 
 FROZEN = "frozen"
 REMEMBERS = "remembers"
@@ -130,7 +131,10 @@ def windows(served: pd.DataFrame, size: int) -> pd.DataFrame:
         frozen one's; the live one's speed over the frozen one's, learning counted in; and the seconds so far. The speed
         is by the median of all prompts' ratios, since other load on the machine can double the time of an answer.
     """
-    served = served.assign(window=((served.prompt - 1) // size + 1) * size)
+    if served.empty:
+        raise DvirlError("there is no prompt; expected at least one")
+    last = ((served.prompt - 1) // size + 1) * size
+    served = served.assign(window=last.clip(upper=served.prompt.max()))
     sums = served.groupby(["window", "session"]).sum(numeric_only=True).unstack()
     mat = sums.tokens / sums.blocks
     so_far = (sums.answer_s + sums.learn_s).cumsum()

@@ -71,8 +71,12 @@ def notebook_config(namespace: Mapping[str, Any], kind: type[Settings] = DVIConf
         DvirlError: for a parameter that is neither, or a value out of range.
     """
     settings = {spec.name for spec in dataclasses.fields(kind)}
-    known = settings | _parameters(namespace, DECLARED)
-    if unknown := sorted(_parameters(namespace, INJECTED) - known):
+    declared = _parameters(namespace, DECLARED)
+    known = settings - {*fixed} | declared
+    asked = _parameters(namespace, INJECTED)
+    if taken := sorted(asked & {*fixed} - declared):
+        raise DvirlError(f"notebook parameter {', '.join(taken)}: this notebook sets it itself")
+    if unknown := sorted(asked - known):
         raise DvirlError(
             f"unknown notebook parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dvirl.data.sources import read_rows
 from dvirl.evaluation.report import command_record
@@ -32,7 +31,7 @@ from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings
 from dvirl.runs.log import to_plain, write_json, write_text
-from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml, several
+from dvirl.runs.settings import Settings, from_mapping, number, parse_yaml, positional, read_yaml, several
 
 RUNNERS: dict[str, Callable[[Task, Path], VariantRows]] = {
     "grid": grid,
@@ -176,7 +175,7 @@ class StudyCommand(Settings):
         changes = {}
         for pair in self.set:
             name, value = pair.split("=", 1)
-            changes[name] = yaml.safe_load(value)
+            changes[name] = parse_yaml(f"--set {name}", value)
         return replace(study, seeds=self.seeds or study.seeds, base=study.base | changes)
 
 

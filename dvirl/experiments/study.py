@@ -1,6 +1,7 @@
 """What a study is: one question, the variants and seeds that answer it, and the names of its rows."""
 
 import gc
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,14 @@ OF_PROMPTS = ("prompts_source", "prompts_path", "max_prompt_tokens", "held_out",
 """Settings that all of a grid has in common: its prompts are read once."""
 OF_ANSWERS = ("max_new_tokens", "model_name", "dtype")
 """Settings that all variants of a grid have in common: they learn from the very same answers."""
+NEEDED = {
+    "staleness": ("ages", "records", "draws"),
+    "adaptation": ("first", "then", "prompts", "probes"),
+    "federated": ("clients", "rounds", "prompts"),
+}
+"""What a kind needs in `extra`: settings of prompts, and numbers."""
+MOST = 100_000
+QUICK = {"seeds", "variants", "base", "starts", "extra"}
 Prompts = list[list[int]]
 Values = dict[str, Any]
 """Settings by name."""
@@ -59,12 +68,24 @@ class Study(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.seeds or not self.variants:
-            raise DvirlError("a study needs at least one seed and one variant")
+        if not (self.seeds and self.variants and self.starts):
+            raise DvirlError("a study needs at least one seed, one variant and one start")
+        if len({*self.seeds}) < len(self.seeds):
+            raise DvirlError(f"seeds are {self.seeds!r:.80}; expected different ones")
+        if taken := sorted({*self.base} & {"seed", "run_dir"}):
+            raise DvirlError(
+                f"base or --set has {', '.join(taken)}; expected what the study does not set itself"
+            )
+        if unknown := sorted({*self.quick} - QUICK):
+            raise DvirlError(
+                f"quick has {', '.join(unknown):.80}; expected some of {', '.join(sorted(QUICK))}"
+            )
         # Anything may stand in quick and extra; whatever does not fit there fails here, before hours of training.
         try:
-            if self.kind == "staleness" and not 0 < self.extra["ages"] <= 1000:
-                raise DvirlError(f"extra is {self.extra!r:.80}; expected 'ages' from 1 to 1000")
+            for name in NEEDED.get(self.kind, ()):
+                value = self.extra[name]
+                if not (isinstance(value, dict) or 0 < operator.index(value) <= MOST):
+                    raise DvirlError(f"extra has {name}: {value!r:.80}; expected 1 to {MOST:,}")
             if self.kind == "grid":
                 self._refuse_own(self.starts, OF_PROMPTS)
                 self._refuse_own(self.variants, OF_PROMPTS + OF_ANSWERS)

@@ -31,7 +31,7 @@ from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings, run_lock
 from dvirl.runs.interrupt import handled
-from dvirl.runs.log import read_metrics, to_plain, write_json
+from dvirl.runs.log import JsonObject, parse_line, read_metrics, read_text, to_plain, write_json
 from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml
 
 COMMANDS: dict[str, type[Settings] | None] = {
@@ -155,6 +155,12 @@ def read_figures(folder: Path) -> dict[str, float]:
     return dict(pd.concat([last.mean(), totals]).dropna())
 
 
+def _read(path: Path) -> JsonObject:
+    """A JSON file that a sweep wrote; a DvirlError names it if it is damaged."""
+    content: JsonObject = parse_line(str(path), read_text(path), dict)
+    return content
+
+
 def missing_cells(cells: Sequence[Cell]) -> list[Cell]:
     """The cells that are not done; `main` has checked that the others have the same settings."""
     return [cell for cell in cells if not Path(cell["run_dir"], "cell.json").exists()]
@@ -182,7 +188,7 @@ def make_table(sweep: Sweep, cells: Sequence[Cell]) -> pd.DataFrame:
     for cell in cells:
         point = {name: cell[name] for name in sweep.grid}
         kept = Path(cell["run_dir"], "cell.json")
-        figures = json.loads(kept.read_text())["figures"] if kept.exists() else {}
+        figures = _read(kept).get("figures", {}) if kept.exists() else {}
         lines.append({**point, **figures})
         point.pop("seed", None)
         rows.append({"variant": urlencode(point), "figures": figures})
@@ -236,7 +242,7 @@ def main(argv: Sequence[str]) -> None:
     now = {"run": sweep.run, "base": sweep.base, "grid": sorted(sweep.grid), "threads": command.threads}
     path = out / "sweep.json"
     if path.exists():
-        refuse_other_settings(path, json.loads(path.read_text()), to_plain(now))
+        refuse_other_settings(path, _read(path), to_plain(now))
     if command.dry_run:
         print("\n".join(shlex.join(sweep.command(cell)) for cell in missing_cells(cells)))
         return

@@ -6,6 +6,7 @@ import functools
 import inspect
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from itertools import pairwise
@@ -174,18 +175,42 @@ def read_yaml(path: str | Path) -> Values:
     Raises:
         DvirlError: if it cannot be read, is no mapping, or has aliases, by which a short file can stand for a huge one.
     """
-    text = read_text(_shipped(path))
-    try:
-        yaml.compose(text)  # ends early where nesting is too deep, which the next line would take long over
-        for event in yaml.parse(text):
-            if isinstance(event, yaml.AliasEvent):
-                raise yaml.YAMLError("an alias, written *name, is not read here")
-        values = yaml.safe_load(text)
-    except Exception as error:  # for a bad tag, date or number PyYAML raises what its own code runs into
-        raise DvirlError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    values = parse_yaml(str(path), read_text(_shipped(path)))
     if not isinstance(values, dict):
         raise DvirlError(f"{path}: expected a mapping of settings to values")
     return {str(name): value for name, value in values.items()}
+
+
+def parse_yaml(where: str, text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        DvirlError: if it is not YAML, has aliases or gives a name twice; the message begins with `where`.
+    """
+    try:
+        root = yaml.compose(
+            text
+        )  # ends early where nesting is too deep, which the next line would take long over
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError("an alias, written *name, is not read here")
+        _refuse_repeated(root)
+        return yaml.safe_load(text)
+    except Exception as error:  # for a bad tag, date or number PyYAML raises what its own code runs into
+        raise DvirlError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def _refuse_repeated(node: yaml.Node | None) -> None:
+    """Refuse names that a mapping gives twice: PyYAML would take the last one."""
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        names = Counter(name.value for name, _ in parts if isinstance(name, yaml.ScalarNode))
+        for name, count in names.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"{name} is there {count} times")
+        parts = [value for _, value in parts]
+    for part in parts:
+        _refuse_repeated(part)
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
