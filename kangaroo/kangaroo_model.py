@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -535,8 +535,10 @@ class KangarooModel(nn.Module):
 
         Arguments and errors as in `decode_rows`.
         """
-        for committed in self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed, memory):
-            yield committed[0]
+        decoding = self.decode_rows([prompt], max_new_tokens, settings, eos_ids, noise, seed, memory)
+        with closing(decoding) as rows:
+            for committed in rows:
+                yield committed[0]
 
     def generate(
         self,

@@ -51,7 +51,8 @@ def stages(layer: DecoderLayer, config, rows: int, window=None, dtype=torch.floa
         cache = KVCache(config, [DEVICE], rows, CAPACITY, like, window)
         cached = CachedLayer(layer, dtype)
         cached.kernels = FusedLayer(layer, dtype) if by_own else None
-        passes = Passes(DEVICE, positions=1)
+        passes = Passes(DEVICE)
+        passes.positions = 1
         found.append(Stage(StageWeights([cached]), rotary_for(config), cache, passes))
     torch.manual_seed(7)
     for own, other in zip(

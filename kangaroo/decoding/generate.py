@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -41,17 +41,18 @@ class Turns:
     def __init__(self) -> None:
         self.lock = threading.RLock()
 
-    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Turns, ()  # a lock cannot be copied
 
 
-def in_turns(decode: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Iterator[Step]]:
+def in_turns(
+    decode: Callable[Arguments, Iterator[Step]],
+) -> Callable[Arguments, Generator[Step, None, None]]:
     """A method that decodes step by step, each step in one turn: adapters are switched and weights kept in it."""
 
     @wraps(decode)
-    def steps(*given: Arguments.args, **named: Arguments.kwargs) -> Iterator[Step]:
-        model: Any = given[0]
-        lock = model.base_model.turns.lock
+    def steps(*given: Arguments.args, **named: Arguments.kwargs) -> Generator[Step, None, None]:
+        lock = given[0].base_model.turns.lock  # type: ignore[attr-defined]
         found: Any = decode(*given, **named)
         try:
             while True:

@@ -76,10 +76,10 @@ class Passes:
         own_on_cpu: whether our own kernels on a CPU compute the layers.
     """
 
-    def __init__(self, device: torch.device, positions: int = 0, graphs: CudaGraphs | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.positions = positions
-        self.graphs = graphs
+        self.positions = 0
+        self.graphs: CudaGraphs | None = None
         self.fixed: FixedShape | None = None
         self.begun = False
         self.prompt_lens: Sequence[int] = ()
