@@ -110,7 +110,7 @@ def test_windows_pool_blocks_and_add_up_seconds():
         ]
     )
     table = windows(served, 2)
-    assert list(table.index) == [2, 4]
+    assert list(table.index) == [2, 3]
     assert table[f"tokens a block, {FROZEN}"].tolist() == [2.0, 2.0]
     assert table[f"tokens a block, {LIVE}"].tolist() == [3.0, 4.0]
     assert table["live over frozen"].tolist() == pytest.approx([1.5, 2.0])
