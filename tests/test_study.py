@@ -440,6 +440,8 @@ def test_the_command_writes_what_repeats_it(tmp_path, capsys):
      ({"kind": "federated"}, "quick or extra does not fit the study (KeyError('clients'))"),
      ({"kind": "adaptation", "extra": {"first": {}, "then": {}, "prompts": 0, "probes": 2}},
       "extra has prompts: 0; expected 1 to 100,000"),
+     ({"kind": "federated", "extra": {"clients": 3, "rounds": 2, "prompts": 8}},
+      "extra has clients: 3; expected settings of prompts"),
      ({"variants": {"long": {"max_new_tokens": 32}}}, "long has its own max_new_tokens; expected in base, for all alike"),
      ({"starts": {"kl": {"held_out": 3}}}, "kl has its own held_out; expected in base"),
      ({"kind": "federated", "variants": {"a": {"mode": "apart"}},

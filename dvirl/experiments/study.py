@@ -31,8 +31,12 @@ NEEDED = {
     "federated": ("clients", "rounds", "prompts"),
 }
 """What a kind needs in `extra`: settings of prompts, and numbers."""
+OF_STREAMS = ("first", "then", "clients")
+"""Those that are settings of prompts."""
 MOST = 100_000
+"""Of any number in `extra`: more would be hours of text, or rows that fill the memory."""
 QUICK = {"seeds", "variants", "base", "starts", "extra"}
+"""What the laptop-size version may have of its own."""
 Prompts = list[list[int]]
 Values = dict[str, Any]
 """Settings by name."""
@@ -84,7 +88,9 @@ class Study(Settings):
         try:
             for name in NEEDED.get(self.kind, ()):
                 value = self.extra[name]
-                if not (isinstance(value, dict) or 0 < operator.index(value) <= MOST):
+                if name in OF_STREAMS and not isinstance(value, dict):
+                    raise DvirlError(f"extra has {name}: {value!r:.80}; expected settings of prompts")
+                if name not in OF_STREAMS and not 0 < operator.index(value) <= MOST:
                     raise DvirlError(f"extra has {name}: {value!r:.80}; expected 1 to {MOST:,}")
             if self.kind == "grid":
                 self._refuse_own(self.starts, OF_PROMPTS)

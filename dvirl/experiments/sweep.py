@@ -31,7 +31,7 @@ from dvirl.runs import settings
 from dvirl.runs.errors import DvirlError
 from dvirl.runs.folder import refuse_other_settings, run_lock
 from dvirl.runs.interrupt import handled
-from dvirl.runs.log import JsonObject, parse_line, read_metrics, read_text, to_plain, write_json
+from dvirl.runs.log import parse_line, read_metrics, read_text, to_plain, write_json
 from dvirl.runs.settings import Settings, from_mapping, number, positional, read_yaml
 
 COMMANDS: dict[str, type[Settings] | None] = {
@@ -155,10 +155,9 @@ def read_figures(folder: Path) -> dict[str, float]:
     return dict(pd.concat([last.mean(), totals]).dropna())
 
 
-def _read(path: Path) -> JsonObject:
+def _read(path: Path) -> Any:
     """A JSON file that a sweep wrote; a DvirlError names it if it is damaged."""
-    content: JsonObject = parse_line(str(path), read_text(path), dict)
-    return content
+    return parse_line(str(path), read_text(path), dict)
 
 
 def missing_cells(cells: Sequence[Cell]) -> list[Cell]:

@@ -30,7 +30,6 @@ PROMPTS_TOGETHER = {"cpu": 8, "cuda": 512}
 LOOK_EVERY = 16
 """Tokens between looks at which rows are finished, on a device that a look would make wait."""
 
-
 Arguments = ParamSpec("Arguments")
 Step = TypeVar("Step")
 
